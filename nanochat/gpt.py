@@ -1,0 +1,263 @@
+"""The GPT: rotary embeddings, QK norm, untied head, ReLU-squared MLP, RMSNorm without parameters, softcapped logits.
+
+One dial: depth. Width is 64 * depth, heads of 128 (64 when the model is small), and the rest follows. This file is
+single-device code; compiling and sharding are applied from outside.
+
+Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.adamw import DistAdamW
+from nanochat.attention import LayerCache, cached_attention, causal_attention
+from nanochat.muon import DistMuon
+
+
+@dataclass
+class GPTConfig:
+    depth: int = 20
+    width: int = 1280
+    heads: int = 10
+    kv_heads: int = 10
+    vocab_size: int = 32768
+    max_seq_len: int = 2048
+    softcap: float = 15.0
+    rotary_base: float = 10000.0
+
+    @classmethod
+    def from_depth(cls, depth, vocab_size, max_seq_len, kv_heads=None):
+        """The documented shapes: width 64 * depth, head dimension 128 from depth 12 on when it divides, else 64."""
+        width = 64 * depth
+        heads = width // (128 if depth >= 12 and depth % 2 == 0 else 64)
+        if kv_heads and heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} must divide the {heads} query heads of depth {depth}")
+        return cls(depth, width, heads, kv_heads or heads, vocab_size, max_seq_len)
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864), halves layout: x (B, T, H, D), cos and sin (B or 1, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """No bias; master weights in float32, multiplied in the dtype of the activations."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.width // config.heads
+        self.q = Linear(config.width, config.heads * self.head_dim)
+        self.k = Linear(config.width, config.kv_heads * self.head_dim)
+        self.v = Linear(config.width, config.kv_heads * self.head_dim)
+        self.out = Linear(config.width, config.width)
+
+    def forward(self, x, cos, sin, layer_cache=None, positions=None):
+        B, T, C = x.shape
+        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        y = causal_attention(q, k, v) if layer_cache is None else cached_attention(q, k, v, layer_cache, positions)
+        return self.out(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width)
+        self.down = Linear(4 * config.width, config.width)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    attention_class = Attention
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = self.attention_class(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, layer_cache=None, positions=None):
+        x = x + self.attention(norm(x), cos, sin, layer_cache, positions)
+        return x + self.mlp(norm(x))
+
+
+class Cache:
+    """What decoding remembers: one LayerCache a layer, and how many tokens each row holds, (B,)."""
+
+    def __init__(self, layers, batch, device):
+        self.layers = layers
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+
+    @property
+    def nbytes(self):
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        rows = -(-config.vocab_size // 64) * 64  # padded for the hardware; the extra rows are never read
+        self.embed = nn.Embedding(rows, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head = Linear(config.width, rows)
+        self.compute_dtype = torch.float32
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Sets every value, so that a model built on the meta device is whole after `to_empty` and this.
+
+        embed                     normal, std 1 (it is normalised at once)
+        q, k, v, up               uniform, std 1 / sqrt(width): uniform avoids outliers
+        attention.out, mlp.down   zero: every block starts as the identity
+        head                      normal, std .001: the first logits are flat
+        cos, sin                  the rotary table for max_seq_len
+        """
+        c = self.config
+        nn.init.normal_(self.embed.weight)
+        nn.init.normal_(self.head.weight, std=0.001)
+        bound = math.sqrt(3 / c.width)
+        for block in self.blocks:
+            for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        self.build_rotary()
+
+    def build_rotary(self):
+        c, device = self.config, self.embed.weight.device
+        half = c.width // c.heads // 2
+        rates = c.rotary_base ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
+        angles = torch.outer(torch.arange(c.max_seq_len, device=device, dtype=torch.float32), rates)  # T, D/2
+        self.cos, self.sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+
+    def compile_blocks(self):
+        """Compile each block in place: state-dict keys stay plain, and `block.forward` stays the uncompiled function."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def features(self, idx, cache=None):
+        """idx (B, T) -> (B, T, C) after the last norm. With a cache, idx continues each row of it."""
+        T = idx.size(1)
+        positions = None
+        if cache is None:
+            if T > self.config.max_seq_len:
+                raise ValueError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
+            cos, sin = self.cos[:, :T], self.sin[:, :T]
+        else:
+            positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T
+            cos, sin = self.cos[0, positions], self.sin[0, positions]  # B, T, 1, D/2
+            cache.lengths = cache.lengths + T
+        x = norm(self.embed(idx).to(self.compute_dtype))
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            if cache is None and self.training:
+                x = block(x, cos, sin)
+            else:  # the uncompiled function: shapes vary here, and each would compile anew
+                x = block.forward(x, cos, sin, cache and cache.layers[i], positions)
+        return norm(x)
+
+    def logits(self, x):
+        """x (..., C) -> float32 (..., V), softcapped."""
+        z = F.linear(x, self.head.weight[:self.config.vocab_size].to(x.dtype)).float()
+        return self.config.softcap * torch.tanh(z / self.config.softcap)
+
+    def forward(self, idx, targets=None, cache=None, reduction="sum"):
+        """idx (B, T). Without targets: logits (B, T, V). With targets (B, T), -1 ignored: the summed loss in nats, or (B, T) for 'none'."""
+        x = self.features(idx, cache)
+        if targets is None:
+            return self.logits(x)
+        weight = self.head.weight[:self.config.vocab_size]
+        loss = SoftcapCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.softcap, reduction)
+        return loss if reduction == "sum" else loss.view(targets.shape)
+
+    def parameters_by_role(self):
+        """{role: [parameters]}: matrix, embedding, head. The roles partition the parameters."""
+        return {"matrix": list(self.blocks.parameters()), "embedding": [self.embed.weight], "head": [self.head.weight]}
+
+    def setup_optimizers(self, learning_rate=0.02, weight_decay=0.0):
+        """[AdamW, Muon]. learning_rate is Muon's; the AdamW groups keep their ratio to it and shrink with width^-0.5."""
+        roles = self.parameters_by_role()
+        scale = (self.config.width / 768) ** -0.5
+        adamw = DistAdamW([{"params": roles["embedding"], "lr": 10 * learning_rate * scale},
+                           {"params": roles["head"], "lr": 0.2 * learning_rate * scale}], betas=(0.8, 0.95))
+        muon = DistMuon(roles["matrix"], lr=learning_rate, weight_decay=weight_decay)
+        for group in adamw.param_groups + muon.param_groups:
+            group["initial_lr"] = group["lr"]
+        return [adamw, muon]
+
+    def flops_per_token(self, T):
+        """Training FLOPs a token, 6 N for the matmul weights plus attention's 6 * depth * width * T (causal: half of 12)."""
+        matmul = sum(p.numel() for p in self.blocks.parameters()) + self.config.vocab_size * self.config.width
+        return 6 * matmul + 6 * self.config.depth * self.config.width * T
+
+    def new_cache(self, B, T):
+        c = self.config
+        device, D = self.embed.weight.device, c.width // c.heads
+        layers = [LayerCache(B, T, c.kv_heads, D, device, self.compute_dtype) for _ in self.blocks]
+        return Cache(layers, B, device)
+
+
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of softcap * tanh(x W^T / softcap), in chunks of rows; gradients are computed in the forward pass.
+
+    The logits of a whole batch are the largest tensor of a small model. A chunk of them stays in cache, gives its share
+    of the loss and of both gradients at once, and is gone (the idea of Cut Cross-Entropy, arXiv 2411.09009, and of
+    Liger Kernel, arXiv 2410.10989). With z' = c tanh(z / c) and p = softmax(z'):
+
+        dL/dz = (p - onehot) * (1 - (z' / c)^2)
+    """
+    CHUNK = 1 << 20  # logits at a time: a few MB
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, reduction):
+        N, V = x.size(0), weight.size(0)
+        w = weight.to(x.dtype)
+        wants_grad = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and reduction == "sum"
+        losses = torch.empty(N, dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if wants_grad else None
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wants_grad else None
+        rows = max(16, (SoftcapCrossEntropy.CHUNK if x.device.type == "cpu" else 1 << 28) // V)
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            t = x[part] @ w.T
+            t = t.float().div_(cap).tanh_()
+            z = t * cap
+            valid = targets[part] >= 0
+            label = targets[part].clamp(min=0)[:, None]
+            lse = z.logsumexp(-1, keepdim=True)
+            losses[part] = torch.where(valid, (lse - z.gather(1, label))[:, 0], 0.0)
+            if wants_grad:
+                g = z.sub_(lse).exp_()
+                g.scatter_add_(1, label, torch.full_like(lse, -1.0))
+                g.mul_(t.square_().neg_().add_(1)).mul_(valid[:, None])
+                g = g.to(x.dtype)
+                dx[part] = g @ w
+                dw.addmm_(g.float().T, x[part].float()) if x.device.type == "cpu" and x.dtype == torch.float32 else dw.add_(g.T @ x[part])
+        if wants_grad:
+            ctx.save_for_backward(dx, dw)
+        return losses.sum() if reduction == "sum" else losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw * grad, None, None, None

@@ -1,0 +1,90 @@
+"""One table of peaks, and what this machine is. An unknown device is visibly unknown, never guessed."""
+import functools
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+# Dense peaks from the vendors' data sheets: bf16 FLOP/s, fp8 FLOP/s, memory bytes/s. Matched by a part of the device's name.
+PEAKS = [  # name            bf16       fp8       bandwidth
+    ("H100 PCIe",          (756e12,   1513e12,   2.0e12)),
+    ("H100",               (989e12,   1979e12,   3.35e12)),
+    ("H200",               (989e12,   1979e12,   4.8e12)),
+    ("A100",               (312e12,   None,      2.0e12)),
+    ("MI350X",             (2307e12,  4614e12,   8.0e12)),
+    ("MI300X",             (1307e12,  2615e12,   5.3e12)),
+    ("7900 XTX",           (122.8e12, None,      0.96e12)),
+    ("RTX 4090",           (165e12,   330e12,    1.01e12)),
+    ("GB10",               (None,     None,      0.273e12)),
+]
+
+
+def peak_flops(device_name):
+    """Dense bf16 peak of a GPU in FLOP/s, or None where the table does not know it."""
+    return next((peaks[0] for name, peaks in PEAKS if name in device_name), None)
+
+
+@functools.cache
+def _cpuinfo():
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def cpu_name():
+    found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def instruction_set():
+    """The matrix instructions that matter here: amx, avx512_bf16, avx512, avx2 or other."""
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)", _cpuinfo(), re.M)
+    flags = set(found.group(1).split()) if found else set()
+    for name, flag in (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512", "avx512f"), ("avx2", "avx2")):
+        if flag in flags:
+            return name
+    return "other"
+
+
+def memory_gb():
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1) if hasattr(os, "sysconf") else None
+
+
+def preferred_dtype(device_type):
+    """bfloat16 where the hardware multiplies it, else float32. The CPU's flags decide, so that two runs always agree."""
+    if device_type == "cuda":
+        import torch
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device_type == "cpu" and instruction_set() in ("amx", "avx512_bf16") else "float32"
+
+
+def measure_matmul_flops(device, dtype, seconds=0.5):
+    """FLOP/s of a matmul of the training shapes (4096 x 512 @ 512 x 2048, wider on a GPU): best of several short runs."""
+    import torch
+    m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (4096, 512, 2048)
+    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+    out = torch.empty(m, n, device=device, dtype=dtype)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best, deadline = 0.0, time.perf_counter() + seconds
+    while not best or time.perf_counter() < deadline:
+        sync()
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        sync()
+        best = max(best, 2 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def raise_malloc_thresholds():
+    """Keep freed memory instead of returning it to the kernel, so that big CPU tensors are not page-faulted in afresh.
+
+    glibc maps every large block anew and unmaps it when freed; filling fresh pages is several times slower than reusing
+    them. mallopt(3): M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2. Call before the first large tensor.
+    """
+    import ctypes
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library (macOS, musl, Windows): nothing to raise
+    for parameter, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**28)):
+        mallopt(parameter, value)

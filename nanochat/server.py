@@ -1,0 +1,278 @@
+"""
+An OpenAI-compatible chat server around one engine, and the page that talks to it.
+
+One thread owns the model and answers one request after the other, in the order in which they came. The event loop
+never waits for the model, so /health answers at once and a client that leaves is noticed: its request ends at the
+next token, or never starts if it was still waiting. Pieces travel from the thread to the loop through a queue that the
+length of an answer bounds. Neither questions nor answers are written to any log.
+"""
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import random
+import re
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from nanochat.common import UserError
+from nanochat.engine import fit_conversation
+
+MAX_BODY_BYTES = 1_000_000
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# fields that would change the answer in a way this server cannot, with the values that ask for nothing
+UNSUPPORTED = {"n": (1,), "top_p": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,),
+               "logit_bias": ({},), "stop": ([],), "tools": ([],), "response_format": ({"type": "text"},)}
+
+
+class ApiError(Exception):
+    """A request refused: HTTP status, one line for the caller, and the field it is about."""
+
+    def __init__(self, status, message, param=None, code=None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+def error_body(error):
+    """Any exception in OpenAI's shape. Only messages meant for users are shown."""
+    known = isinstance(error, (ApiError, UserError))
+    return {"error": {"message": str(error) if known else "the model failed; the server's log says why",
+                      "type": "invalid_request_error" if known else "server_error",
+                      "param": getattr(error, "param", None), "code": getattr(error, "code", None)}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading a request
+
+async def read_json(request):
+    """The body as a dict. JSON must be declared: a foreign page cannot do that without asking, and is never allowed."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise ApiError(400, "send the header Content-Type: application/json")
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "the body is not valid JSON") from error
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return fields
+
+
+def read_messages(fields):
+    """The conversation as the tokenizer wants it: role and plain text, the last message the user's."""
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a list with at least one message", "messages")
+    conversation = []
+    for i, message in enumerate(messages):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or role not in ROLES:
+            raise ApiError(400, f"messages[{i}].role must be one of {', '.join(ROLES)}", "messages")
+        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text"
+                                             and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise ApiError(400, f"messages[{i}].content must be text or a list of text parts", "messages")
+        conversation.append({"role": ROLES[role], "content": content})
+    if conversation[-1]["role"] != "user":
+        raise ApiError(400, "the last message must be the user's", "messages")
+    return conversation
+
+
+def read_number(fields, name, default, low, high, kinds=(int,)):
+    """The number in a field, or `default` where it is absent. NaN and booleans are not numbers here."""
+    value = fields.get(name)
+    if value is None:
+        return default
+    if type(value) not in kinds or not low <= value <= high:
+        raise ApiError(400, f"{name} must be a {'' if float in kinds else 'whole '}number from {low} to {high}", name)
+    return value
+
+
+def read_typed(fields, name, default):
+    """The value of a field, which must have the type of its default."""
+    value = fields.get(name)
+    if value is not None and type(value) is not type(default):
+        raise ApiError(400, f"{name} must be {'true or false' if type(default) is bool else 'an object'}", name)
+    return default if value is None else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# making an answer
+
+class Generation:
+    """One answer: made on the model's thread by `start() -> Stream`, read on the event loop."""
+
+    def __init__(self, start):
+        self.start, self.stream, self.error = start, None, None
+        self.gone = threading.Event()   # the client has left
+
+    async def pieces(self, worker, request):
+        """Yield the text piece by piece. Afterwards `error` is what went wrong on the model's thread, if anything."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        def produce():
+            if self.gone.is_set():      # it left while waiting for its turn
+                return
+            self.stream = self.start()
+            for piece in self.stream:
+                if self.gone.is_set():
+                    return
+                loop.call_soon_threadsafe(queue.put_nowait, piece)
+
+        async def watch():
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.gone.set()
+
+        watcher = asyncio.create_task(watch())
+        answer = loop.run_in_executor(worker, produce)
+        answer.add_done_callback(lambda _: queue.put_nowait(None))   # after the last piece: the loop keeps order
+        try:
+            while (piece := await queue.get()) is not None:
+                yield piece
+            self.error = answer.exception()
+        finally:
+            self.gone.set()
+            watcher.cancel()
+
+    def usage(self):
+        prompt, completion = self.stream.prompt_tokens, self.stream.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def events(generation, pieces, head, with_usage):
+    """Server-sent events of one answer. Without a finish_reason, an answer is not whole."""
+    def event(fields):
+        return f"data: {json.dumps(fields)}\n\n"
+
+    def chunk(delta, finish_reason=None):
+        return event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+
+    yield chunk({"role": "assistant", "content": ""})
+    async for piece in pieces:
+        if piece:
+            yield chunk({"content": piece})
+    if generation.error:
+        if not isinstance(generation.error, UserError):
+            logging.getLogger("uvicorn.error").error("generation failed", exc_info=generation.error)
+        yield event(error_body(generation.error))
+    elif generation.stream and generation.stream.finish_reason:
+        yield chunk({}, generation.stream.finish_reason)
+        if with_usage:
+            yield event({**head, "choices": [], "usage": generation.usage()})
+        yield "data: [DONE]\n\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the application
+
+def load_page():
+    """The page and its headers. Its policy names the one script and the one style by hash: nothing else ever runs."""
+    page = (Path(__file__).parent / "ui.html").read_text(encoding="utf-8")
+
+    def hashed(tag):
+        text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"
+
+    policy = (f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return page, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
+                  "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+
+
+def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tokens=256):
+    """
+    The application: GET / (the page), GET /health, GET /v1/models, POST /v1/chat/completions.
+
+    temperature, top_k and max_tokens hold where a request does not say. Errors have OpenAI's shape.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+    context, vocab_size = engine.max_seq_len, tokenizer.get_vocab_size()
+    page, page_headers = load_page()
+    created = int(time.time())
+
+    @app.exception_handler(ApiError)
+    @app.exception_handler(UserError)
+    @app.exception_handler(ClientDisconnect)    # nobody reads this answer, and nothing went wrong
+    @app.exception_handler(Exception)
+    async def on_error(request, error):
+        status = 400 if isinstance(error, UserError) else getattr(error, "status", 500)
+        return JSONResponse(error_body(error), status)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request, error):
+        message = f"{request.method} is not possible here" if error.status_code == 405 else "there is nothing here"
+        return JSONResponse(error_body(ApiError(error.status_code, message)), error.status_code, error.headers)
+
+    @app.get("/")
+    async def index():
+        return HTMLResponse(page, headers=page_headers)
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [{"id": model_name, "object": "model", "created": created,
+                                            "owned_by": "nanochat"}]}
+
+    def read_prompt(fields, room):
+        """The conversation as ids, its oldest turns dropped where that leaves `room` for an answer."""
+        messages = fit_conversation(tokenizer, read_messages(fields), context - room)
+        ids = tokenizer.render_for_completion({"messages": messages})
+        if len(ids) >= context:
+            raise ApiError(400, f"the question takes {len(ids)} tokens, the model reads {context - 1}: shorten it",
+                           "messages", "context_length_exceeded")
+        return ids
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request):
+        fields = await read_json(request)
+        if fields.get("model") not in (None, model_name):
+            raise ApiError(404, f"this server has one model, {model_name}", "model", "model_not_found")
+        for name, harmless in UNSUPPORTED.items():
+            if fields.get(name) is not None and fields[name] not in harmless:
+                raise ApiError(400, f"{name} is not supported here", name, "unsupported_parameter")
+        limit = read_number(fields, "max_tokens", min(max_tokens, context), 1, context)
+        limit = read_number(fields, "max_completion_tokens", limit, 1, context)
+        options = {"temperature": read_number(fields, "temperature", temperature, 0, 2, (int, float)),
+                   "top_k": read_number(fields, "top_k", min(top_k, vocab_size), 1, vocab_size),
+                   "seed": read_number(fields, "seed", random.getrandbits(31), -2**63, 2**63 - 1)}
+        stream = read_typed(fields, "stream", False)
+        stream_options = read_typed(fields, "stream_options", {})
+        ids = await asyncio.to_thread(read_prompt, fields, min(limit, context // 2))
+        options["max_new_tokens"] = min(limit, context - len(ids))
+
+        generation = Generation(lambda: engine.stream(ids, **options))
+        pieces = generation.pieces(worker, request)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
+        if stream:
+            head["object"] = "chat.completion.chunk"
+            return StreamingResponse(events(generation, pieces, head, stream_options.get("include_usage")),
+                                     media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        text = "".join([piece async for piece in pieces])
+        if generation.error:
+            raise generation.error
+        if generation.stream is None or generation.stream.finish_reason is None:
+            raise ClientDisconnect
+        message = {"index": 0, "message": {"role": "assistant", "content": text},
+                   "finish_reason": generation.stream.finish_reason}
+        return {**head, "object": "chat.completion", "choices": [message], "usage": generation.usage()}
+
+    return app

@@ -1,0 +1,218 @@
+"""Pretrain the base model on text.
+
+    python -m scripts.base_train                                             # chooses for the hardware that is here
+    python -m scripts.base_train --data=notes/ --minutes=5
+    python -m scripts.base_train --depth=4 --num_iterations=1000 config/my_machine.py
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
+"""
+import gc
+import itertools
+import json
+import statistics
+import time
+from dataclasses import asdict
+
+import torch
+
+from nanochat.checkpoint_manager import build_model, checkpoint_dir, complete_steps, read_checkpoint, save_checkpoint
+from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, print0)
+from nanochat.configurator import configure
+from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
+from nanochat.dataset import iter_documents
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig
+from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.schedule import cpu_plan, default_minutes, horizon_tokens, lr_multiplier, muon_momentum
+from nanochat.tokenizer import get_tokenizer
+
+# settings
+data: str = None             # parquet folder, or your own .txt .md .jsonl; None: what python -m nanochat.dataset made
+model_tag: str = None        # name of the checkpoint folder; None: dN for depth N
+depth: int = None            # layers; width is 64 x depth and the rest follows. None: 20 on a GPU, from the minutes on a CPU
+kv_heads: int = None         # key/value heads; None: as many as query heads, fewer is grouped-query attention
+max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, from the minutes on a CPU
+minutes: float = None        # wall clock of the loop, compiling included, evaluation not; None: 5 on a CPU
+num_iterations: int = None   # optimizer steps, in place of minutes; None: 20 tokens a parameter on a GPU
+device_batch_size: int = None  # sequences per device and pass; halve it when memory runs out, accumulation makes up. None: 32 on a GPU
+total_batch_size: int = None   # tokens per optimizer step; None: 524288 on a GPU, from the minutes on a CPU
+learning_rate = 0.02         # Muon's, for the matrices; the AdamW groups keep their ratio to it
+weight_decay = 0.0           # of the matrices
+grad_clip = 0.0              # largest gradient norm; 0 does not clip
+warmdown = 0.6               # share of the run over which the rate falls
+device_type = ""             # cuda, mps or cpu; empty: the best that is here
+dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
+compile = True               # compile the blocks
+eval_every: int = None       # steps between validations and samples; None: at each quarter of the run
+save_every = 1000            # steps between checkpoints; the last step is always saved
+resume = False               # go on from the newest checkpoint of this tag
+seed = 42                    # of the initial weights
+settings = configure(globals())
+
+PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
+
+# compute
+started = time.perf_counter()
+raise_malloc_thresholds()
+compute = compute_init(device_type, dtype, seed)
+device, rank, world_size = compute.device, compute.rank, compute.world_size
+on_cpu = device.type == "cpu"
+matmul_rate = measure_matmul_flops(device, compute.dtype)
+print0(f"{world_size} x {device.type}, {str(compute.dtype)[6:]}, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
+
+# what the budget buys
+if minutes is None and num_iterations is None:
+    minutes = default_minutes(device.type)
+planned = cpu_plan(agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if on_cpu else (20, 2048, 524288)
+depth, max_seq_len = depth or planned[0], max_seq_len or planned[1]
+total_batch_size = total_batch_size or (planned[2] if planned[2] % (max_seq_len * world_size) == 0 else max_seq_len * world_size)
+if total_batch_size % (max_seq_len * world_size):
+    raise UserError(f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = {max_seq_len} x {world_size}")
+rows = total_batch_size // max_seq_len // world_size  # sequences per rank and step
+device_batch_size = min(device_batch_size or (16 if on_cpu else 32), rows)
+if rows % device_batch_size:
+    raise UserError(f"device_batch_size={device_batch_size} does not divide the {rows} sequences that a rank has per step")
+accumulation = rows // device_batch_size
+
+# tokenizer and model
+tokenizer = get_tokenizer()
+folder = checkpoint_dir("base", model_tag or f"d{depth}")
+state = None
+if resume and complete_steps(folder):
+    weights, state, meta = read_checkpoint(folder, device=device, rank=rank)
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{folder} was trained with another tokenizer: train again without --resume")
+else:
+    config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads)
+    meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
+            "tokenizer": tokenizer.fingerprint, "step": 0, "elapsed": 0.0}
+model = build_model(meta, device)
+if state:
+    model.load_state_dict(weights)
+if compile:
+    model.compile_blocks()
+parameters = sum(p.numel() for p in model.parameters())
+flops_per_token = model.flops_per_token(max_seq_len)
+if num_iterations is None and minutes is None:
+    num_iterations = horizon_tokens(flops_per_token // 6) // total_batch_size
+horizon = f"{num_iterations} steps" if num_iterations else f"{minutes:g} minutes"
+print0(f"depth {depth}, width {model.config.width}, {parameters:,} parameters, vocabulary {model.config.vocab_size}, "
+       f"context {max_seq_len}, {total_batch_size} tokens a step, {horizon}")
+
+# optimizers
+optimizers = model.setup_optimizers(learning_rate, weight_decay)
+if state:
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"].cpu())
+
+# data
+loader = tokenizing_distributed_data_loader_with_state(tokenizer, device_batch_size, max_seq_len, "train", data, device, rank,
+                                                       world_size, state and state["loader"])
+validation = list(itertools.islice(iter_documents("val", data), 300))  # the same on every rank
+loader_state = state and state["loader"]
+
+# loop
+step, elapsed = meta["step"], meta["elapsed"]
+first_step, quarter, val_bpb = step, int(4 * (step / num_iterations if num_iterations else elapsed / 60 / minutes)), None
+durations, shown, stop = [], 0.0, StopRequest()
+folder.mkdir(parents=True, exist_ok=True)
+log_file = open(folder / "log.jsonl", "a" if step else "w", encoding="utf-8") if rank == 0 else None
+
+
+def log(**row):
+    if rank == 0:
+        log_file.write(json.dumps({"step": step, "tokens": step * total_batch_size, "seconds": round(elapsed, 2), **row}) + "\n")
+        log_file.flush()
+
+
+def save():
+    save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state,
+                                          "rng": torch.get_rng_state()},
+                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size, "val_bpb": val_bpb}, rank)
+
+
+def show_samples():
+    if rank == 0:
+        model.eval()
+        engine = Engine(model, tokenizer)
+        texts = [engine.generate(prompt, max_new_tokens=24, temperature=0) for prompt in PROMPTS]
+        log(samples=[{"prompt": p, "text": t} for p, t in zip(PROMPTS, texts)])
+        print0("\n".join(f"  {p}|{t!r}" for p, t in zip(PROMPTS, texts)))
+        model.train()
+
+
+model.train()
+while True:
+    elapsed, stop.signal = agree(elapsed, stop.signal)
+    progress = step / num_iterations if num_iterations else elapsed / (60 * minutes)
+    # the last step is the one after which another would not fit
+    spare = 0 if num_iterations or not durations else 0.5 * durations[-1] / (60 * minutes)
+    if progress + spare >= 1 or stop.signal:
+        break
+    if (eval_every and step > first_step and step % eval_every == 0) or (eval_every is None and int(4 * progress) > quarter):
+        quarter = int(4 * progress)
+        bpb = evaluate_bpb(model, tokenizer, validation[:30], device, rank=rank, world_size=world_size)
+        log(val_bpb=bpb, documents=30)
+        print0(f"step {step}: {bpb:.4f} bits per byte on 30 validation documents")
+        show_samples()
+
+    begin = time.perf_counter()
+    loss = torch.zeros((), device=device)
+    for _ in range(accumulation):
+        inputs, targets, loader_state = next(loader)
+        part = model(inputs, targets) / (accumulation * targets.numel())
+        part.backward()
+        loss += part.detach()
+    squares = sum(optimizer.reduce() for optimizer in optimizers)  # every rank holds another share of the gradient
+    if world_size > 1:
+        both = torch.stack((squares, loss / world_size))
+        torch.distributed.all_reduce(both)
+        squares, loss = both
+    norm = squares.sqrt()
+    scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip else 1.0
+    rate = lr_multiplier(progress, warmdown=warmdown)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+        optimizer.step(scale)
+    model.zero_grad(set_to_none=True)
+    loss = loss.item()  # waits for the device
+    durations.append(time.perf_counter() - begin)
+    elapsed += durations[-1]
+    step += 1
+
+    if step == first_step + 3:
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection would stall the loop for half a second
+    if elapsed - shown >= 5 or step <= first_step + 1:
+        shown = elapsed
+        speed = total_batch_size / statistics.median(durations[-20:])
+        left = (num_iterations - step) * durations[-1] if num_iterations else 60 * minutes - elapsed
+        print0(f"step {step:5d} | {100 * progress:3.0f} % | loss {loss:.4f} | rate {rate:.2f} | norm {norm:.2f} | {speed:,.0f} tok/s | "
+               f"{100 * flops_per_token * speed / world_size / matmul_rate:.0f} % of matmul rate | {left / 60:.1f} min left")
+    log(loss=loss, lr=learning_rate * rate, grad_norm=norm.item())
+    if save_every and step % save_every == 0:
+        save()
+
+if stop.signal:
+    save()
+    print0(f"saved step {step} in {folder}; go on with the same command and --resume")
+    compute_cleanup()
+    raise SystemExit(128 + int(stop.signal))
+
+# the last step: validate, save, say
+save()  # before evaluation, which may run out of memory
+val_bpb = evaluate_bpb(model, tokenizer, validation, device, rank=rank, world_size=world_size)
+log(val_bpb=val_bpb, documents=len(validation))
+show_samples()
+save()
+speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
+finish_stage("base_train", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,
+             tokens_per_second=speed, flops_per_second=speed * flops_per_token, matmul_flops_per_second=matmul_rate * world_size,
+             val_bpb=val_bpb, checkpoint=str(folder), parameters=parameters, config=meta["config"])
+gc.unfreeze()
+compute_cleanup()

@@ -1,0 +1,96 @@
+"""
+Chat with a trained model in the terminal.
+
+    python -m scripts.chat_cli                              # a conversation: quit ends it, clear starts it afresh
+    python -m scripts.chat_cli -p "what is 12 * 34?"        # one answer
+    python -m scripts.chat_cli --source=mid --temperature=0
+
+Ctrl+C ends the answer under way; at the prompt it ends the program.
+"""
+import re
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, compute_cleanup, compute_init
+from nanochat.configurator import configure
+from nanochat.engine import Engine, fit_conversation
+
+source = "sft"              # which checkpoint: base, mid, sft or rl
+model_tag: str = None       # its folder, such as d4. None: the newest
+step: int = None            # its step. None: the last
+prompt: str = None          # one question (-p): answer it and leave
+temperature = 0.6           # 0 always takes the likeliest token
+top_k = 50                  # sample among this many tokens
+max_tokens = 256            # longest answer
+seed = 42                   # the same seed gives the same answers
+device_type = ""            # cuda, mps or cpu. Empty: the best there is
+dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a model writes must not steer the terminal
+
+
+def answer(engine, tokenizer, messages):
+    """Print the answer as it comes and return its text. Ctrl+C ends it early; UserError if the question is too long."""
+    room = min(max_tokens, engine.max_seq_len // 2)
+    messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
+    ids = tokenizer.render_for_completion({"messages": messages})
+    stream = engine.stream(ids, max_new_tokens=max_tokens, temperature=temperature, top_k=top_k,
+                           seed=seed + len(messages))   # else every turn of a conversation would draw alike
+    text = ""
+    try:
+        for piece in stream:
+            print(CONTROL.sub("", piece), end="", flush=True)
+            text += piece
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
+    print(" (cut at max_tokens)" if stream.finish_reason == "length" else "", flush=True)
+    return text
+
+
+def question(text):
+    """The text as a user's message. UserError when there is nothing in it."""
+    if not text.strip():
+        raise UserError('the prompt is empty: write -p "your question"')
+    return {"role": "user", "content": text.strip()}
+
+
+def chat(engine, tokenizer):
+    """Question and answer until quit, the end of input, or Ctrl+C at the prompt."""
+    messages = []
+    print("quit ends the conversation, clear starts a new one")
+    while True:
+        try:
+            text = input("\nyou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "quit":
+            return
+        if text == "clear":
+            messages = []
+            print("a new conversation")
+        elif text:
+            print("nanochat: ", end="", flush=True)
+            try:
+                reply = answer(engine, tokenizer, [*messages, question(text)])
+            except UserError as error:
+                print(f"({error})")
+                continue
+            if reply.strip():   # an answer stopped before its first word leaves no trace
+                messages += [question(text), {"role": "assistant", "content": reply}]
+
+
+def main():
+    once = [question(prompt)] if prompt is not None else None
+    compute = compute_init(device_type, dtype)
+    model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+    engine = Engine(model, tokenizer)
+    if once:
+        answer(engine, tokenizer, once)
+    else:
+        chat(engine, tokenizer)
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    configure(globals(), aliases={"p": "prompt"})
+    main()

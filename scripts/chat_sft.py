@@ -1,0 +1,194 @@
+"""Supervised fine-tuning: conversations as they shall be, the rate falling to zero.
+
+    python -m scripts.chat_sft --minutes=3
+    python -m scripts.chat_sft --custom=my_conversations.jsonl
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
+"""
+import gc
+import json
+import statistics
+import time
+
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, read_checkpoint, save_checkpoint
+from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, print0
+from nanochat.configurator import configure
+from nanochat.dataloader import sft_data_generator
+from nanochat.engine import Engine
+from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
+from nanochat.schedule import default_minutes, lr_multiplier
+from tasks.arithmetic import Arithmetic
+from tasks.common import TaskMixture
+from tasks.customjson import CustomJSON
+from tasks.identity import Identity
+from tasks.pydoc import PyDoc
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+# settings
+model_tag: str = None        # checkpoint folder to read and write; None: the newest of the source stage
+from_step: int = None        # step of the model to start from; None: its newest
+minutes: float = None        # wall clock of the loop, compiling included; None: 5 on a CPU, one pass of the mixture on a GPU
+num_iterations: int = None   # optimizer steps, in place of minutes
+device_batch_size = 16       # sequences per device and pass
+total_batch_size: int = None  # tokens per optimizer step; None: one pass of every device
+learning_rate = 0.01         # Muon's, for the matrices; the AdamW groups keep their ratio to it. Falls to zero
+weight_decay = 0.0           # of the matrices
+source = "mid"               # stage to start from: mid or base
+custom: str = None           # your own conversations, jsonl, a list of messages a line; each comes 10 times
+device_type = ""             # cuda, mps or cpu; empty: the best that is here
+dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
+compile = True               # compile the blocks
+save_every = 1000            # steps between checkpoints; the last step is always saved
+resume = False               # go on from the newest checkpoint of this tag
+seed = 42                    # of the order of the conversations
+settings = configure(globals())
+
+PROMPTS = ["Who are you?", "What is 12 times 7?", "Spell window.", "How many e are in letter?", "What does textwrap.dedent do?"]
+
+# compute
+started = time.perf_counter()
+raise_malloc_thresholds()
+compute = compute_init(device_type, dtype, seed)
+device, rank, world_size = compute.device, compute.rank, compute.world_size
+matmul_rate = measure_matmul_flops(device, compute.dtype)
+
+# tokenizer and model
+model, tokenizer, origin = load_model(source, device, "train", model_tag, from_step)
+if dtype:
+    model.compute_dtype = compute.dtype  # otherwise the checkpoint's
+folder = checkpoint_dir("sft", origin["tag"])
+meta = {"stage": "chat_sft", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": str(model.compute_dtype)[6:],
+        **{key: origin[key] for key in ("model_class", "config", "tokenizer")}}
+state = None
+if resume and complete_steps(folder):
+    weights, state, meta = read_checkpoint(folder, device=device, rank=rank)
+    model.load_state_dict(weights)
+if compile:
+    model.compile_blocks()
+T = model.config.max_seq_len
+total_batch_size = total_batch_size or device_batch_size * T * world_size
+if total_batch_size % (device_batch_size * T * world_size):
+    raise UserError(f"total_batch_size={total_batch_size} is not a multiple of device_batch_size x context x ranks = "
+                    f"{device_batch_size} x {T} x {world_size}")
+accumulation = total_batch_size // (device_batch_size * T * world_size)
+flops_per_token = model.flops_per_token(T)
+if minutes is None and num_iterations is None:
+    minutes = default_minutes(device.type)
+
+# optimizers
+optimizers = model.setup_optimizers(learning_rate, weight_decay)
+if state:
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"].cpu())
+
+# data: the mixture, and how often each conversation comes
+mixture = TaskMixture([PyDoc("train", "choice", 40_000), PyDoc("train", "what"), PyDoc("train", "module"), Arithmetic("train", 20_000),
+                       SimpleSpelling("train", 40_000), SpellingBee("train", 10_000), *[Identity("train")] * 4,
+                       *([CustomJSON(custom)] * 10 if custom else [])])
+loader_position = state["loader"] if state else 0
+loader = sft_data_generator(tokenizer, mixture, device_batch_size, T, device, rank, world_size, loader_position, seed)
+print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
+
+# loop
+step, elapsed, quarter = meta["step"], meta["elapsed"], 0
+first_step, durations, shown, stop = step, [], 0.0, StopRequest()
+folder.mkdir(parents=True, exist_ok=True)
+log_file = open(folder / "log.jsonl", "a" if step else "w", encoding="utf-8") if rank == 0 else None
+
+
+def log(**row):
+    if rank == 0:
+        log_file.write(json.dumps({"step": step, "tokens": step * total_batch_size, "seconds": round(elapsed, 2), **row}) + "\n")
+        log_file.flush()
+
+
+def save():
+    save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_position,
+                                          "rng": torch.get_rng_state()},
+                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size}, rank)
+
+
+def show_samples():
+    if rank == 0:
+        model.eval()
+        engine = Engine(model, tokenizer)
+        chats = [tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]}) for prompt in PROMPTS]
+        texts = [engine.generate(chat, max_new_tokens=48, temperature=0) for chat in chats]
+        log(samples=[{"prompt": p, "text": t} for p, t in zip(PROMPTS, texts)])
+        print0("\n".join(f"  {p}|{t!r}" for p, t in zip(PROMPTS, texts)))
+        model.train()
+
+
+while True:
+    elapsed, stop.signal = agree(elapsed, stop.signal)
+    if num_iterations:
+        progress, spare = step / num_iterations, 0
+    elif minutes:
+        progress, spare = elapsed / (60 * minutes), 0.5 * durations[-1] / (60 * minutes) if durations else 0
+    else:  # one pass through the mixture
+        progress, spare = agree(loader_position * world_size / len(mixture))[0], 0
+    if progress + spare >= 1 or stop.signal:
+        break
+    if int(4 * progress) > quarter:
+        quarter = int(4 * progress)
+        show_samples()
+
+    begin = time.perf_counter()
+    batches = [next(loader) for _ in range(accumulation)]
+    loader_position = batches[-1][2]
+    targets_here = sum((targets >= 0).sum() for _, targets, _ in batches)
+    count = targets_here.clone()
+    if world_size > 1:  # the mean is over the targets of all ranks, wherever they fell
+        torch.distributed.all_reduce(count)
+    loss = torch.zeros((), device=device)
+    for inputs, targets, _ in batches:
+        part = model(inputs, targets) * (world_size / count.clamp(min=1))  # the optimizers average over ranks
+        part.backward()
+        loss += part.detach() / world_size
+    squares = sum(optimizer.reduce() for optimizer in optimizers)
+    if world_size > 1:
+        both = torch.stack((squares, loss))
+        torch.distributed.all_reduce(both)
+        squares, loss = both
+    rate = lr_multiplier(progress, warmup=0, warmdown=1)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        if count > 0:  # a batch without a single target teaches nothing
+            optimizer.step()
+    model.zero_grad(set_to_none=True)
+    loss = loss.item()
+    durations.append(time.perf_counter() - begin)
+    elapsed += durations[-1]
+    step += 1
+
+    if step == first_step + 3:
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection would stall the loop for half a second
+    if elapsed - shown >= 5 or step <= first_step + 1:
+        shown = elapsed
+        speed = total_batch_size / statistics.median(durations[-20:])
+        print0(f"step {step:5d} | {100 * progress:3.0f} % | loss {loss:.4f} | rate {rate:.2f} | {speed:,.0f} tok/s | "
+               f"{elapsed / 60 * (1 / max(progress, 1e-3) - 1):.1f} min left")
+    log(loss=loss, lr=learning_rate * rate, grad_norm=squares.sqrt().item())
+    if save_every and step % save_every == 0:
+        save()
+
+if stop.signal:
+    save()
+    print0(f"saved step {step} in {folder}; go on with the same command and --resume")
+    compute_cleanup()
+    raise SystemExit(128 + int(stop.signal))
+
+# the last step: save, sample, say
+save()
+show_samples()
+speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
+finish_stage("chat_sft", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,
+             tokens_per_second=speed, flops_per_second=speed * flops_per_token, matmul_flops_per_second=matmul_rate * world_size,
+             val_bpb=None, checkpoint=str(folder), parameters=sum(p.numel() for p in model.parameters()), config=meta["config"])
+gc.unfreeze()
+compute_cleanup()

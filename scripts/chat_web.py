@@ -1,0 +1,59 @@
+"""
+Chat with a trained model in the browser.
+
+    python -m scripts.chat_web                          # then open http://localhost:8000
+    python -m scripts.chat_web --source=mid --port=8080
+
+The same address serves OpenAI's chat API under /v1. The server listens on this machine only; whoever sets
+--host=0.0.0.0 lets everyone on the network talk to the model, as there is no password.
+"""
+import contextlib
+import socket
+
+import uvicorn
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError, compute_cleanup, compute_init, print0
+from nanochat.configurator import configure
+from nanochat.engine import Engine
+from nanochat.server import create_app
+
+source = "sft"              # which checkpoint: base, mid, sft or rl
+model_tag: str = None       # its folder, such as d4. None: the newest
+step: int = None            # its step. None: the last
+host = "127.0.0.1"          # the address to listen on
+port = 8000                 # and its port
+temperature = 0.6           # where a request does not say: 0 always takes the likeliest token
+top_k = 50                  # sample among this many tokens
+max_tokens = 256            # longest answer
+device_type = ""            # cuda, mps or cpu. Empty: the best there is
+dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
+
+
+def listen(host, port):
+    """A listening socket. Taken before the model is loaded, so that a port in use is known at once."""
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}, port {port} ({reason}): choose another with --port=N") from error
+
+
+def main():
+    with listen(host, port) as listener:
+        compute = compute_init(device_type, dtype)
+        model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+        app = create_app(Engine(model, tokenizer), tokenizer, f"nanochat-{source}", temperature, top_k, max_tokens)
+        shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
+        print0(f"open http://{shown}:{listener.getsockname()[1]} to chat; Ctrl+C ends the server")
+        # no access log; on Ctrl+C an answer under way has three seconds to end
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

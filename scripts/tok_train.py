@@ -1,0 +1,63 @@
+"""
+Train the tokenizer on the training documents, and save it in $NANOCHAT_BASE_DIR/tokenizer.
+
+    python -m scripts.tok_train
+    python -m scripts.tok_train --data=notes/ --vocab_size=8192
+
+The validation file is never read for this: a vocabulary fitted to it would flatter every later figure.
+"""
+import itertools
+import time
+
+import torch
+
+from nanochat.common import UserError, finish_stage, get_base_dir, get_dist_info, print0
+from nanochat.configurator import configure
+from nanochat.dataset import iter_documents
+from nanochat.tokenizer import Tokenizer
+
+data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
+vocab_size: int = None  # all tokens, bytes and special ones too. None: 32768 on a GPU, 4096 on a CPU, less for little text
+max_chars: int = None   # characters to train on. None: 2,000,000,000 on a GPU machine, 50,000,000 on a CPU
+doc_cap = 10_000        # characters of a document that count; one huge document must not decide the vocabulary
+settings = configure(globals())
+
+if max_chars is not None and max_chars < 1 or doc_cap < 1:
+    raise UserError(f"max_chars is {max_chars}, doc_cap {doc_cap}: both must be positive")
+if get_dist_info()[1] != 0:
+    raise SystemExit(0)  # under torchrun one process trains; the others have nothing to wait for
+
+gpu = torch.cuda.is_available()
+max_chars = max_chars or (2_000_000_000 if gpu else 50_000_000)
+
+
+def training_texts():
+    left = max_chars
+    for text in iter_documents("train", data):
+        text = text[: min(doc_cap, left)]
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def default_vocab_size(chars_per_token=256):
+    """The usual size, or what leaves every token enough text to be learned from."""
+    usual, chars = 32768 if gpu else 4096, 0
+    for text in training_texts():
+        chars += len(text)
+        if chars >= usual * chars_per_token:
+            return usual
+    return max(chars // chars_per_token, 512)
+
+
+start = time.time()
+vocab_size = vocab_size or default_vocab_size()
+tokenizer = Tokenizer.train_from_iterator(training_texts(), vocab_size)
+tokenizer.save(get_base_dir() / "tokenizer")
+
+sample = list(itertools.islice(iter_documents("val", data), 300))
+n_bytes = sum(len(text.encode("utf-8")) for text in sample)
+n_tokens = sum(len(row) for row in tokenizer.encode(sample))
+print0(f"{vocab_size} tokens, {n_bytes / n_tokens:.3f} bytes per token on {len(sample)} validation documents")
+finish_stage("tok_train", time.time() - start, settings, vocab_size=vocab_size, bytes_per_token=n_bytes / n_tokens)

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# From nothing to a chat, on the hardware that is here.
+#
+#     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs the documented depth-20 run
+#     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
+#     DATA=notes/ bash speedrun.sh       # your own .txt, .md, .jsonl or parquet
+#     DRY_RUN=1 bash speedrun.sh         # print the commands and do nothing (GPUS=8: as if there were eight)
+#
+# Ctrl+C saves; the same command goes on from there. Everything is written under NANOCHAT_BASE_DIR (~/.cache/nanochat).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
+if [ -n "$DATA" ]; then DATA="$(cd "$(dirname "$DATA")" && pwd)/$(basename "$DATA")"; fi
+
+if [ -z "$DRY_RUN" ]; then
+    source scripts/setup.sh || exit 1
+    GPUS="$(python -c 'import torch; print(torch.cuda.device_count())')"
+fi
+GPUS="${GPUS:-0}"
+if [ "$GPUS" = 0 ]; then MINUTES="${MINUTES:-15}"; fi
+if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
+    echo "error: MINUTES=$MINUTES is not a number of minutes" >&2
+    exit 2
+fi
+
+# What a stage gets. The chat needs about a minute of fine-tuning whatever the rest; an eighth is for tokenizer,
+# validation and evaluation.
+share() { awk -v m="$MINUTES" "BEGIN { printf \"%.3f\", ($1) }"; }
+base_time=() mid_time=() sft_time=()
+if [ -n "$MINUTES" ]; then
+    sft_time=("--minutes=$(share '0.2 * m + 0.5')")
+    mid_time=("--minutes=$(share '0.12 * m')")
+    base_time=("--minutes=$(share 'm > 1 ? 0.55 * m - 0.4 : 0.15 * m')")
+fi
+
+# What is done is written down, so that a second call goes on where the first one stopped.
+base_dir="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+state="$base_dir/speedrun.state"
+plan="plan minutes=$MINUTES data=$DATA gpus=$GPUS"
+if [ -z "$DRY_RUN" ]; then
+    mkdir -p "$base_dir"
+    if [ "$(head -n 1 "$state" 2>/dev/null)" = "$plan" ]; then
+        echo "speedrun: going on where the last one stopped ($state)"
+    else
+        echo "$plan" >"$state"
+        echo '{"stage": "start"}' >>"$base_dir/metrics.jsonl"
+    fi
+fi
+
+trap : INT TERM  # a stage that is interrupted saves and says so; the script then stops below
+seconds() { awk '$1 == "seconds" { s += $2 } END { print s + 0 }' "$state"; }
+
+# stage NAME COMMAND...: run it, unless it is done; a training stage that was begun is resumed.
+stage() {
+    local name="$1" begin status=0
+    shift
+    if [ -n "$DRY_RUN" ]; then
+        printf '%q ' "$@"
+        echo
+        return
+    fi
+    if grep -qx "done $name" "$state"; then return; fi
+    if grep -qx "begun $name" "$state" && [[ "$*" == *_train* || "$*" == *chat_sft* ]] && [[ "$name" != tok_train ]]; then
+        set -- "$@" --resume
+    fi
+    echo "begun $name" >>"$state"
+    echo "speedrun: $*"
+    begin=$SECONDS
+    "$@" || status=$?
+    echo "seconds $((SECONDS - begin))" >>"$state"
+    if [ "$status" != 0 ]; then
+        echo "speedrun: stopped in $name (status $status). The same command goes on from there." >&2
+        exit "$status"
+    fi
+    echo "done $name" >>"$state"
+}
+
+run=(python -m)
+if [ "$GPUS" -gt 1 ]; then run=(torchrun --standalone "--nproc_per_node=$GPUS" -m); fi
+dashes=() data=() depth=()
+if [ "$GPUS" -gt 1 ]; then dashes=(--); fi
+if [ -n "$DATA" ]; then data=("--data=$DATA"); fi
+if [ "$GPUS" -gt 0 ] && [ -z "$MINUTES" ]; then depth=(--depth=20); fi
+
+if [ -z "$DATA" ]; then
+    # 561 M parameters x 20 tokens x 4.8 characters is 216 shards of 250 M characters
+    if [ "$GPUS" -gt 0 ]; then stage dataset python -m nanochat.dataset --source=fineweb -n 240
+    else stage dataset python -m nanochat.dataset --source=local; fi
+fi
+stage tok_train python -m scripts.tok_train ${data[@]+"${data[@]}"}
+stage tok_eval python -m scripts.tok_eval ${data[@]+"${data[@]}"}
+stage base_train "${run[@]}" scripts.base_train ${dashes[@]+"${dashes[@]}"} ${depth[@]+"${depth[@]}"} ${data[@]+"${data[@]}"} ${base_time[@]+"${base_time[@]}"}
+if [ "$GPUS" -gt 0 ]; then stage base_loss "${run[@]}" scripts.base_loss ${dashes[@]+"${dashes[@]}"} ${data[@]+"${data[@]}"}; fi
+stage mid_train "${run[@]}" scripts.mid_train ${dashes[@]+"${dashes[@]}"} ${mid_time[@]+"${mid_time[@]}"}
+stage chat_sft "${run[@]}" scripts.chat_sft ${dashes[@]+"${dashes[@]}"} ${sft_time[@]+"${sft_time[@]}"}
+stage chat_eval "${run[@]}" scripts.chat_eval
+if [ -n "$DRY_RUN" ]; then
+    echo "python -m nanochat.report --speedrun"
+    exit 0
+fi
+report="$(python -m nanochat.report --speedrun "--seconds=$(seconds)")"
+rm "$state"
+echo "Talk to it:  python -m scripts.chat_cli   or   python -m scripts.chat_web   (source .venv/bin/activate first)"
+echo "$report"

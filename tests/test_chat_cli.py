@@ -1,0 +1,96 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chat_fakes import FakeEngine, FakeTokenizer
+
+from nanochat.common import UserError
+from scripts import chat_cli, chat_web
+
+
+def converse(engine, monkeypatch, capsys, *lines):
+    """Type the lines at the prompt, each a text or an exception; returns what was printed and the prompts as text."""
+    script = iter(lines)
+
+    def typed(_):
+        line = next(script)
+        if isinstance(line, type):
+            raise line
+        return line
+    monkeypatch.setattr("builtins.input", typed)
+    chat_cli.chat(engine, FakeTokenizer())
+    return capsys.readouterr().out, ["".join(map(chr, call["prompt"])) for call in engine.calls]
+
+
+def run(tmp_path, *arguments):
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, encoding="utf-8",
+                          cwd=Path(__file__).parent.parent, env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)})
+
+
+def test_a_conversation_remembers_and_clear_forgets(monkeypatch, capsys):
+    out, prompts = converse(FakeEngine(), monkeypatch, capsys, "one", "", " two ", "clear", "three", "quit")
+    assert out.count("Hello 🙂!") == 3
+    assert prompts == ["\1\2one\3", "\1\2one\2Hello 🙂!\2two\3", "\1\2three\3"]
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_end_of_input_and_ctrl_c_at_the_prompt_end_the_program(monkeypatch, capsys, end):
+    assert converse(FakeEngine(), monkeypatch, capsys, end)[1] == []
+
+
+def test_ctrl_c_ends_the_answer_only(monkeypatch, capsys):
+    engine = FakeEngine(["begun", KeyboardInterrupt()])
+    out, prompts = converse(engine, monkeypatch, capsys, "one", "two", "quit")
+    assert out.count("begun (stopped)") == 2 and prompts[1] == "\1\2one\2begun\2two\3"
+    engine = FakeEngine([KeyboardInterrupt()])      # before the first word: the turn leaves no trace
+    assert converse(engine, monkeypatch, capsys, "one", "two", "quit")[1] == ["\1\2one\3", "\1\2two\3"]
+
+
+def test_a_question_that_is_too_long_is_told_and_the_conversation_goes_on(monkeypatch, capsys):
+    engine = FakeEngine([UserError("the prompt is too long")])
+    out, prompts = converse(engine, monkeypatch, capsys, "one", "two", "quit")
+    assert out.count("(the prompt is too long)") == 2 and prompts[1] == "\1\2two\3"
+
+
+def test_turns_of_a_conversation_draw_differently(monkeypatch, capsys):
+    engine = FakeEngine()
+    converse(engine, monkeypatch, capsys, "one", "one", "quit")
+    assert engine.calls[0]["seed"] != engine.calls[1]["seed"]
+
+
+def test_trap_37_control_characters_do_not_reach_the_terminal(capsys):
+    chat_cli.answer(FakeEngine(["a\x1b[2J\x07", "b\n\tc\x9b"]), FakeTokenizer(), [chat_cli.question("x")])
+    assert capsys.readouterr().out == "a[2Jb\n\tc\n"
+
+
+def test_a_cut_answer_is_marked(capsys, monkeypatch):
+    monkeypatch.setattr(chat_cli, "max_tokens", 2)
+    chat_cli.answer(FakeEngine(), FakeTokenizer(), [chat_cli.question("x")])
+    assert capsys.readouterr().out == "Hello (cut at max_tokens)\n"
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    (["scripts.chat_cli", "-p", " "], "-p"),
+    (["scripts.chat_cli", "-p", "hello"], "sft"),
+    (["scripts.chat_web", "--port=99999"], "--port"),
+    (["scripts.chat_web", "--prot=80"], "--port"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, hint):
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and hint in result.stderr
+
+
+def test_a_port_in_use_is_one_line_naming_the_setting(tmp_path):
+    with chat_web.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        result = run(tmp_path, "scripts.chat_web", f"--port={port}")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "--port" in result.stderr and str(port) in result.stderr
+
+
+def test_only_this_machine_is_listened_to_by_default():
+    with chat_web.listen(chat_web.host, 0) as listener:
+        assert listener.family == socket.AF_INET and listener.getsockname()[0] == "127.0.0.1"

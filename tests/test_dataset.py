@@ -1,0 +1,368 @@
+"""Where text comes from: the user's files, the sources on this machine, and shards from a (loopback) server."""
+import http.server
+import io
+import json
+import subprocess
+import sys
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset
+from nanochat.common import UserError
+from nanochat.dataset import (SHARD_CHARS, Seen, build_local, collect_local, download_fineweb, iter_documents, iter_row_groups,
+                              parquet_paths, python_files, read_row_group, split_document, split_validation)
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "base").mkdir()
+    return tmp_path / "base"
+
+
+def write_parquet(path, texts, column="text", row_group_size=2):
+    pq.write_table(pa.table({column: texts}), path, row_group_size=row_group_size)
+
+
+def shard_folder(folder, *shards):
+    folder.mkdir(exist_ok=True)
+    for i, texts in enumerate(shards):
+        write_parquet(folder / f"part_{i}.parquet", texts)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+def test_a_folder_of_parquet_is_read_in_place(tmp_path, base):
+    folder = shard_folder(tmp_path / "mine", ["a", "b", "c"], ["d"], ["v", "w"])
+    assert [path.parent for path in parquet_paths(folder)] == [folder] * 3
+    assert list(iter_documents("train", folder)) == ["a", "b", "c", "d"]
+    assert list(iter_documents("val", folder)) == ["v", "w"]
+    assert not (base / "user_data").exists()
+
+
+def test_trap_01_every_pass_reads_every_file_from_its_first_row_group(tmp_path):
+    folder = shard_folder(tmp_path / "mine", ["a", "b", "c"], ["d", "e", "f"], ["v"])
+    paths = parquet_paths(folder)
+    assert [(path.name, i) for path, i in iter_row_groups(paths[:-1])] == [
+        ("part_0.parquet", 0), ("part_0.parquet", 1), ("part_1.parquet", 0), ("part_1.parquet", 1)]
+    for _ in range(3):
+        assert [text for where in iter_row_groups(paths[:-1]) for text in read_row_group(*where)] == list("abcdef")
+
+
+def test_trap_02_a_missing_file_is_an_error_and_never_another_validation(base):
+    folder = base / "base_data"
+    folder.mkdir()
+    dataset._write_shards(folder, "shard", ["x" * SHARD_CHARS + "y", "z", "t"], ["v"])
+    paths = parquet_paths()
+    assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(3)]
+    paths[-1].unlink()
+    with pytest.raises(UserError, match="1 of 3 files are missing.*shard_00002"):
+        parquet_paths()
+
+
+def test_trap_02_files_beside_the_pinned_ones_are_not_read(base):
+    folder = base / "base_data"
+    folder.mkdir()
+    dataset._write_shards(folder, "shard", ["t"], ["v"])
+    write_parquet(folder / "zzz.parquet", ["stray"])
+    assert list(iter_documents("val")) == ["v"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_trap_49_rows_are_shared_out_so_that_one_row_group_feeds_every_rank(tmp_path, world_size):
+    texts = [str(i) for i in range(11)]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_parquet(folder / "a.parquet", texts[:1], row_group_size=100)
+    write_parquet(folder / "b.parquet", texts, row_group_size=100)
+    shares = [list(iter_documents("val", folder, rank, world_size)) for rank in range(world_size)]
+    assert all(shares) and sorted(sum(shares, []), key=int) == texts
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda d: d / "nothing", "does not exist"),
+    (lambda d: d, "holds no"),
+    (lambda d: (d / "a.pdf").write_bytes(b"x") and d / "a.pdf", "is none of"),
+    (lambda d: (d / "a.txt").write_text(" \n", encoding="utf-8") and d, "is empty"),
+    (lambda d: (d / "a.txt").write_bytes(b"caf\xe9 au lait") and d / "a.txt", "not UTF-8 .byte 3"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "a"}\n{"txt": "b"}', encoding="utf-8") and d / "a.jsonl", "line 2"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "\\ud800"}', encoding="utf-8") and d / "a.jsonl", "line 1"),
+    (lambda d: (d / "a.parquet").write_bytes(b"PAR1 cut short") and d / "a.parquet", "not a whole parquet"),
+    (lambda d: write_parquet(d / "a.parquet", ["x"], "body") or d / "a.parquet", "no column 'text'"),
+    (lambda d: write_parquet(d / "a.parquet", [1, 2]) or d / "a.parquet", "of strings"),
+    (lambda d: shard_folder(d / "m", pa.array([], pa.string()), ["v"]), "no documents"),
+])
+def test_bad_data(tmp_path, make, words):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(UserError, match=words):
+        parquet_paths(make(folder))
+    assert not list((tmp_path / "base").rglob("*.parquet")), "nothing half-written may stay"
+
+
+def test_no_data_yet_and_bad_split(tmp_path):
+    with pytest.raises(UserError, match="run python -m nanochat.dataset"):
+        parquet_paths()
+    with pytest.raises(UserError, match="train or val"):
+        next(iter_documents("test", shard_folder(tmp_path / "m", ["a"], ["b"])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the user's text
+
+def test_a_text_file_gives_its_last_twentieth_for_validation(tmp_path):
+    path = tmp_path / "my.txt"
+    text = "".join(f"line {i} with some words in it, caf\u00e9\n" for i in range(20_000))
+    path.write_text(text, encoding="utf-8")
+    train, val = list(iter_documents("train", path)), list(iter_documents("val", path))
+    assert "".join(train + val) == text
+    assert max(map(len, train)) <= 6000 and 0.04 < len("".join(val)) / len(text) < 0.06
+
+
+@pytest.mark.parametrize("text", ["ab", "a\n", "one line only", "two\nlines", "\n".join(map(str, range(50)))])
+def test_even_a_tiny_file_is_split(tmp_path, text):
+    path = tmp_path / "my.txt"
+    path.write_text(text, encoding="utf-8")
+    train, val = list(iter_documents("train", path)), list(iter_documents("val", path))
+    assert "".join(train + val) == text and train and val
+
+
+def test_a_folder_is_converted_once_and_again_when_a_file_changes(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    (notes / "sub").mkdir(parents=True)
+    (notes / ".hidden").mkdir()
+    for i in range(30):
+        (notes / "sub" / f"{i}.md").write_text(f"note {i}", encoding="utf-8")
+    (notes / "more.jsonl").write_text('{"text": "from jsonl"}\n', encoding="utf-8")
+    write_parquet(notes / "table.parquet", ["from parquet"])
+    (notes / "photo.jpg").write_bytes(b"\xff")
+    (notes / ".hidden" / "a.txt").write_text("secret", encoding="utf-8")
+    paths = parquet_paths(notes)
+    assert "skipped 1 files" in capsys.readouterr().out
+    everything = sorted([*iter_documents("train", notes), *iter_documents("val", notes)])
+    assert everything == sorted([f"note {i}" for i in range(30)] + ["from jsonl", "from parquet"])
+    assert parquet_paths(notes) == paths and capsys.readouterr().out == ""
+    (notes / "sub" / "0.md").write_text("another note", encoding="utf-8")
+    assert parquet_paths(notes) != paths and "another note" in [*iter_documents("train", notes), *iter_documents("val", notes)]
+
+
+def test_a_single_parquet_file_gives_training_and_validation(tmp_path):
+    folder = shard_folder(tmp_path / "one", [f"document {i}" for i in range(100)])
+    for data in (folder, folder / "part_0.parquet"):
+        assert len(list(iter_documents("train", data))) == 95 and len(list(iter_documents("val", data))) == 5
+
+
+def test_trap_05_jsonl_is_split_at_newlines_only(tmp_path):
+    path = tmp_path / "my.jsonl"
+    texts = ["a\u2028b", "c\u0085d", "caf\u00e9"] * 10
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    assert [*iter_documents("train", path), *iter_documents("val", path)] == texts
+
+
+def test_split_document_joins_to_the_text_again():
+    text = "x = 1\n\n\ndef f():\n    pass\n\n    return\n" * 40 + "y" * 500
+    for limit in (7, 50, 333, 10_000):
+        pieces = split_document(text, limit)
+        assert "".join(pieces) == text and max(map(len, pieces)) <= limit
+    assert split_document("one\ntwo\n\nthree", 10) == ["one\ntwo\n\n", "three"]
+
+
+def test_split_validation_takes_whole_documents_where_it_can():
+    documents = [f"{i:02d}" for i in range(40)]
+    assert split_validation(documents) == (documents[:38], documents[38:])
+    train, val = split_validation(["short"] * 30 + ["long" * 1000])
+    assert train == ["short"] * 30 and val == ["long" * 1000]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text that is on the machine
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A stand-in for the installed sources: 60 files, one of them a copy, one a table."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    body = '''def function_{i}_{k}(first, second):
+    """What function {k} of file {i} does with its arguments, at some length."""
+    return first * value_{i}_{k} + second
+
+
+'''
+    for i in range(60):
+        (folder / f"m{i}.py").write_text("".join(body.format(i="abc"[i % 3] * (i + 1), k="xyz"[k % 3] * (k + 1))
+                                                 for k in range(40)), encoding="utf-8")
+    (folder / "copy.py").write_text((folder / "m0.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "table.py").write_text("t = [" + "0x41, 0x42, " * 500 + "]", encoding="utf-8")
+    (folder / "latin.py").write_bytes(b"# caf\xe9 caf\xe9\n" * 50)
+    files = [("stdlib", path.name, path) for path in sorted(folder.glob("*.py"))]
+    monkeypatch.setattr(dataset, "python_files", lambda packages: files)
+    monkeypatch.setattr(dataset, "VALIDATION_SHARE", 0.2)
+    return files
+
+
+def test_local_text_is_deterministic_and_without_copies_or_tables(sources):
+    train, validation, table = collect_local()
+    assert (train, validation, table) == collect_local()
+    documents = train + validation
+    assert train and validation and all(len(text) <= 6000 for text in documents)
+    heads = [{text.split("\n")[0] for text in part} for part in (train, validation)]
+    assert not heads[0] & heads[1], "a file belongs to one side"
+    assert "# table.py" not in heads[0] | heads[1] and "# latin.py" not in heads[0] | heads[1]
+    assert len({"# m0.py", "# copy.py"} & (heads[0] | heads[1])) == 1
+    assert table["stdlib"]["documents"] == len(documents)
+
+
+def test_local_shards_are_built_once(sources, base):
+    build_local()
+    paths = parquet_paths()
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    build_local()
+    assert [path.stat().st_mtime_ns for path in paths] == stamps
+    paths[-1].unlink()
+    build_local()
+    assert list(iter_documents("train")) + list(iter_documents("val"))
+    assert pq.ParquetFile(parquet_paths()[0]).num_row_groups > 1
+
+
+def test_a_build_that_broke_off_is_not_taken_for_whole(sources, monkeypatch):
+    def full(path, documents):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(dataset, "_write_parquet", full)
+        build_local()
+    with pytest.raises(UserError, match="missing"):
+        parquet_paths()
+    build_local()
+    assert parquet_paths()
+
+
+def test_near_duplicates_are_found_by_their_lines():
+    lines = [f"this is line number {i} of a text" for i in range(10)]
+    seen = Seen()
+    assert not seen.repeats("\n".join(lines))
+    assert seen.repeats("\n".join(["    " + line for line in lines[:8]] + ["and something quite new here"]))
+    assert not seen.repeats("\n".join(lines[:2] + [f"another text has its own line {i}" for i in range(8)]))
+
+
+def test_sources_on_this_machine_without_tests():
+    names = [name for _, name, _ in python_files(("stdlib", "numpy"))]
+    assert "textwrap.py" in names and "json/decoder.py" in names and "numpy/__init__.py" in names
+    assert names == sorted(names[:names.index("numpy/__config__.py")]) + names[names.index("numpy/__config__.py"):]
+    assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards from a server
+
+def shard_bytes(seed):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": [f"{seed} {i} {i * 7919 % 1009}" for i in range(40_000)]}), file)
+    return file.getvalue()
+
+
+class Hub:
+    """A server with shards 0, 1 and 1822. `script` maps a shard's name to what goes wrong in its next requests."""
+
+    def __init__(self):
+        self.files = {f"shard_{i:05d}.parquet": shard_bytes(i) for i in (0, 1, 1822)}
+        self.script, self.requests, self.tags = {}, [], {}
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                prefix, _, name = self.path.rpartition("/")
+                assert prefix == f"/datasets/{dataset.REPOSITORY}/resolve/main"
+                hub.requests.append((name, self.headers.get("Range")))
+                trouble = (hub.script.get(name) or [None]).pop(0)
+                if name not in hub.files or isinstance(trouble, int):
+                    self.send_error(trouble or 404)
+                    return
+                body = hub.files[name]
+                start = int(self.headers["Range"][6:-1]) if self.headers.get("Range") and trouble != "no range" else 0
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                if trouble == "garbage":
+                    body = body[:-6] + b"</html"
+                self.send_header("Content-Length", str(len(body) - start))
+                if name in hub.tags:
+                    self.send_header("X-Linked-Etag", f'"{hub.tags[name]}"')
+                self.end_headers()
+                self.wfile.write(body[start:start + len(body) // 2] if trouble == "cut" else body[start:])
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(dataset, "BACKOFF_SECONDS", 0.001)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_fineweb_fetches_the_shards_and_always_the_validation_shard(hub, base):
+    assert download_fineweb(2) == {}
+    assert [path.name for path in parquet_paths()] == ["shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"]
+    assert all(path.read_bytes() == hub.files[path.name] for path in parquet_paths())
+    before = len(hub.requests)
+    assert download_fineweb(2) == {} and len(hub.requests) == before, "what is there is not fetched again"
+
+
+def test_trap_03_errors_are_retried_and_cut_bodies_continued(hub, base):
+    hub.script = {"shard_00000.parquet": [503, "cut", "cut"], "shard_01822.parquet": ["cut", "no range"]}
+    assert download_fineweb(1) == {}
+    assert any(name == "shard_00000.parquet" and given for name, given in hub.requests), "a cut body is continued"
+    assert all(path.read_bytes() == hub.files[path.name] for path in parquet_paths())
+    assert not list(base.rglob("*.part"))
+
+
+def test_trap_03_a_second_run_continues_the_first(hub, base):
+    hub.script = {"shard_00000.parquet": ["cut"] + [500] * 10}
+    failed = download_fineweb(1)
+    assert list(failed) == ["shard_00000.parquet"]
+    with pytest.raises(UserError, match="1 of 2 files are missing"):
+        parquet_paths()
+    assert (base / "base_data" / "shard_00000.parquet.part").stat().st_size > 0
+    hub.script, hub.requests = {}, []
+    assert download_fineweb(1) == {}
+    assert len(hub.requests) == 1 and hub.requests[0][1] not in (None, "bytes=0-")
+
+
+def test_trap_03_damaged_files_are_never_taken(hub, base):
+    hub.script = {"shard_00000.parquet": ["garbage"]}
+    hub.tags = {"shard_01822.parquet": "0" * 64}
+    failed = download_fineweb(1)
+    assert list(failed) == ["shard_01822.parquet"] and "hash" in failed["shard_01822.parquet"]
+    assert (base / "base_data" / "shard_00000.parquet").read_bytes() == hub.files["shard_00000.parquet"]
+    assert not (base / "base_data" / "shard_01822.parquet").exists()
+
+
+def test_trap_03_the_command_exits_with_1_and_lists_what_is_missing(hub, base):
+    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", "-n", "4", "--workers=2"], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "2 shards are missing" in run.stderr and "shard_00002.parquet, shard_00003.parquet" in run.stderr
+    assert len(run.stderr.strip().split("\n")) == 1
+    assert [name for name, _ in hub.requests].count("shard_00002.parquet") == 1, "a shard that is not there is not asked for again"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["-n", "0"], "1 to 1822"), (["-n", "1823"], "1 to 1822"), (["--source=web"], "local, installed or fineweb"),
+    (["--source=fineweb", "--workers=0"], "1 or more"),
+])
+def test_bad_settings_exit_with_2_and_one_line(arguments, words, base):
+    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", *arguments], capture_output=True, text=True)
+    assert run.returncode == 2 and words in run.stderr and len(run.stderr.strip().split("\n")) == 1
+    assert not list(base.rglob("*.json"))

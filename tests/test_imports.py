@@ -1,0 +1,118 @@
+"""The order of imports, read from the sources: lower layers know nothing of higher ones, nor scripts of each other."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then scripts
+    "common": 0, "hardware": 0, "configurator": 0,
+    "attention": 1, "muon": 1, "adamw": 1, "schedule": 1, "guard": 1, "tokenizer": 1, "dataset": 1, "execution": 1,
+    "gpt": 2, "fp8": 2, "dataloader": 2, "loss_eval": 2,
+    "mla": 3, "llada": 3,
+    "parallel": 4, "checkpoint_manager": 4, "engine": 4,
+    "core_eval": 5, "server": 5, "report": 5,
+}
+TASKS, SCRIPTS = 6, 7
+SOURCES = [path for folder in ("nanochat", "tasks", "scripts") for path in sorted((ROOT / folder).glob("*.py"))
+           if path.name != "__init__.py"]
+
+
+def layer(module):
+    """Layer of a dotted module of this repository, None for others (and for packages themselves)."""
+    package, _, name = module.partition(".")
+    if package == "nanochat" and name:
+        return LAYERS.get(name.split(".")[0])
+    return {"tasks": TASKS, "scripts": SCRIPTS}.get(package)
+
+
+def imports(path):
+    """Dotted names of all modules imported anywhere in a file; `from nanochat import gpt` counts as nanochat.gpt."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            if node.module in ("nanochat", "tasks", "scripts"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_every_core_file_has_a_layer():
+    assert {path.stem for path in SOURCES if path.parent.name == "nanochat"} <= LAYERS.keys()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_go_down(path):
+    mine = layer(module_name(path))
+    higher = [name for name in imports(path) if layer(name) is not None and layer(name) > mine]
+    assert not higher, f"{path.name} (layer {mine}) imports {higher}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "scripts"], ids=module_name)
+def test_no_script_imports_another(path):
+    assert not [name for name in imports(path) if name.startswith("scripts")]
+
+
+def test_imports_have_no_circle():
+    graph = {module_name(path): imports(path) for path in SOURCES}
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"circle: {' -> '.join([*open_, name])}"
+        if name in done or name not in graph:
+            return
+        open_.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        done.add(open_.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def test_only_the_tokenizer_knows_rustbpe():
+    assert [path.name for path in SOURCES if "rustbpe" in imports(path)] in ([], ["tokenizer.py"])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_trap_05_text_files_are_opened_as_utf8(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        given = {keyword.arg for keyword in node.keywords}
+        if isinstance(node.func, ast.Name) and name == "open":
+            mode = "".join(ast.unparse(argument) for argument in node.args[1:2])
+            assert "encoding" in given or re.search(r"""["'][arwx]\+?b\+?["']""", mode), f"{path.name}:{node.lineno}"
+        elif name in ("read_text", "write_text"):
+            positional = {"read_text": 1, "write_text": 2}[name]
+            assert "encoding" in given or len(node.args) >= positional, f"{path.name}:{node.lineno}"
+
+
+def test_no_file_names_a_package_registry():
+    """Where packages come from is the business of pip's and uv's configuration."""
+    host = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|crates\.io")
+    patterns = ("*.sh", "*.toml", "scripts/*.sh", "rustbpe/Cargo.toml", "rustbpe/src/*.rs", ".ci/run")
+    files = [*SOURCES, *(path for pattern in patterns for path in ROOT.glob(pattern))]
+    assert not [path.name for path in files if host.search(path.read_text(encoding="utf-8"))]
+
+
+def test_importing_the_core_does_nothing(tmp_path):
+    """No folder made, no output, no process group: importing every core module leaves the machine as it was."""
+    names = [module_name(path) for path in SOURCES if path.parent.name == "nanochat"]
+    base = tmp_path / "base"
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], cwd=ROOT, capture_output=True,
+                          text=True, env={"PATH": "", "NANOCHAT_BASE_DIR": str(base), "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and not base.exists()

@@ -1,0 +1,234 @@
+import json
+import threading
+
+import pytest
+import requests
+from chat_fakes import MODEL, FakeEngine, serve
+
+from nanochat.common import UserError
+
+HELLO = [{"role": "user", "content": "hello"}]
+TEXT = "Hello 🙂!"
+
+
+@pytest.fixture(scope="module")
+def served():
+    engine = FakeEngine()
+    with serve(engine) as address:
+        yield engine, address
+
+
+@pytest.fixture
+def engine(served):
+    served[0].__init__()    # as new for every test
+    return served[0]
+
+
+@pytest.fixture
+def address(served, engine):
+    return served[1]
+
+
+@pytest.fixture
+def client(address):
+    openai = pytest.importorskip("openai", reason="the openai package, the client of this test, is not installed")
+    return openai.OpenAI(base_url=address + "/v1", api_key="any", max_retries=0, timeout=30)
+
+
+def post(address, **fields):
+    return requests.post(address + "/v1/chat/completions", json={"messages": HELLO, **fields}, timeout=30,
+                         stream=fields.get("stream", False))
+
+
+def test_openai_client_whole_answer(client, engine):
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, seed=7)
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (8, 5, 13)
+    assert engine.calls[0]["temperature"] == 0 and engine.calls[0]["seed"] == 7
+
+
+def test_openai_client_stream(client):
+    chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True,
+                                                 stream_options={"include_usage": True}))
+    assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == TEXT
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * 6 + ["stop"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 5
+
+
+def test_openai_client_length_and_text_parts(client, engine):
+    messages = [{"role": "developer", "content": "be brief"},
+                {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=5, max_completion_tokens=2)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello", "length")
+    assert engine.calls[0]["prompt"] == [1, 2, *map(ord, "be brief"), 2, *map(ord, "hello"), 3]
+
+
+def test_openai_client_models_and_errors(client):
+    import openai
+    assert [m.id for m in client.models.list()] == [MODEL]
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model="gpt-4", messages=HELLO)
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=0)
+    assert error.value.param == "max_tokens"
+
+
+def test_stream_on_the_wire(address):
+    body = post(address, stream=True).content.decode("utf-8")
+    events = body.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(e.startswith("data: {") for e in events[:-2])
+    assert "usage" not in json.loads(events[-3].removeprefix("data: "))
+
+
+@pytest.mark.parametrize("fields, param", [
+    *[({"max_tokens": bad}, "max_tokens") for bad in (10**9, 0, -1, "5", 1.5, True, [1])],
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    *[({"temperature": bad}, "temperature") for bad in (-0.1, 2.1, "1", False)],
+    ({"top_k": 0}, "top_k"), ({"top_k": 1001}, "top_k"), ({"seed": 2**70}, "seed"), ({"seed": "1"}, "seed"),
+    ({"n": 10**6}, "n"), ({"stop": ["x"]}, "stop"), ({"tools": [{}]}, "tools"), ({"top_p": 0.5}, "top_p"),
+    ({"stream": "yes"}, "stream"), ({"stream_options": []}, "stream_options"),
+    *[({"messages": bad}, "messages") for bad in (
+        None, [], "hello", {}, ["hello"], [{}], [{"role": "user"}], [{"role": "tool", "content": "x"}],
+        [{"role": [], "content": "x"}], [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user", "content": ["x"]}],
+        [*HELLO, {"role": "assistant", "content": "hi"}], [{"role": "user", "content": "x" * 5000}])],
+])
+def test_bad_fields_are_400_in_openai_shape(address, engine, fields, param):
+    response = post(address, **fields)
+    error = response.json()["error"]
+    assert response.status_code == 400 and set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and error["param"] in (param, None) and error["message"]
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("body, status", [
+    (b"", 400), (b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b" " * 1_100_000, 413),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', 400),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": NaN}', 400),
+    (b'{"messages": [{"role": "user", "content": "  "}]}', 400),
+])
+def test_bad_bodies(address, body, status):
+    url = address + "/v1/chat/completions"
+    response = requests.post(url, data=body, headers={"Content-Type": "application/json"}, timeout=30)
+    assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_body_must_be_declared_as_json(address):
+    url, body = address + "/v1/chat/completions", json.dumps({"messages": HELLO})
+    assert requests.post(url, data=body, headers={"Content-Type": "text/plain"}, timeout=30).status_code == 400
+
+
+def test_unknown_routes_are_404_in_openai_shape(address):
+    for path in ("/v1/nothing", "/v1/", "/docs", "/openapi.json", "/../etc/passwd"):
+        response = requests.get(address + path, timeout=30)
+        assert response.status_code == 404 and response.json()["error"]["message"]
+    response = requests.get(address + "/v1/chat/completions", timeout=30)
+    assert response.status_code == 405 and response.json()["error"]["message"]
+
+
+def test_absent_max_tokens_is_capped_and_the_context_is_never_exceeded(address, engine):
+    post(address)
+    post(address, max_tokens=200)
+    assert [len(c["prompt"]) + c["max_new_tokens"] for c in engine.calls] == [200, 200]
+
+
+def test_oldest_turns_are_dropped(address, engine):
+    turns = [{"role": role, "content": f"{i} " + "x" * 20} for i in range(20) for role in ("user", "assistant")]
+    assert post(address, messages=[*turns, *HELLO], max_tokens=50).status_code == 200
+    prompt = engine.calls[0]["prompt"]
+    assert len(prompt) <= 150 and prompt[-6:] == [*map(ord, "hello"), 3]
+
+
+def test_requests_queue_while_health_answers(address, engine):
+    engine.gate.clear()
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(post(address).json())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        assert requests.get(address + "/health", timeout=30).json() == {"status": "ok"}
+    assert answers == []
+    engine.gate.set()
+    for thread in threads:
+        thread.join()
+    assert [a["choices"][0]["message"]["content"] for a in answers] == [TEXT] * 4
+    assert engine.most_running == 1
+
+
+def test_trap_36_a_client_that_leaves_frees_the_slot(address, engine):
+    engine.pieces = ["word "] * 150
+    for i in range(20):
+        engine.gate.clear()
+        response = post(address, stream=True)
+        if i % 2:       # in mid-stream, else before the first piece
+            engine.gate.set()
+            next(response.iter_content(1000))
+            engine.gate.clear()
+        response.close()
+        requests.get(address + "/health", timeout=30)
+        engine.gate.set()
+    engine.pieces = ["free"]
+    assert post(address).json()["choices"][0]["message"]["content"] == "free"
+    assert engine.running == 0
+
+
+def test_trap_36_a_client_that_leaves_the_queue_is_never_served(address, engine):
+    engine.gate.clear()
+    first = threading.Thread(target=post, args=[address])
+    first.start()
+    while engine.running == 0:
+        requests.get(address + "/health", timeout=30)
+    for _ in range(5):
+        post(address, stream=True).close()
+    with pytest.raises(requests.Timeout):     # the same for one that waits for a whole answer
+        requests.post(address + "/v1/chat/completions", json={"messages": HELLO}, timeout=0.3)
+    for _ in range(3):      # the loop sees the closed connections before it answers these
+        requests.get(address + "/health", timeout=30)
+    engine.gate.set()
+    first.join()
+    assert post(address).status_code == 200
+    assert len(engine.calls) == 2
+
+
+def test_a_failing_model_says_so_and_the_next_request_is_served(address, engine):
+    engine.pieces = ["Hel", RuntimeError("secret detail")]
+    response = post(address)
+    assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+    stream = post(address, stream=True).text
+    assert '"server_error"' in stream and "secret" not in stream
+    assert '"finish_reason": "' not in stream and "[DONE]" not in stream
+    engine.pieces = [UserError("the prompt is too long")]
+    assert post(address).status_code == 400
+    assert "the prompt is too long" in post(address, stream=True).text
+    engine.pieces = ["fine"]
+    assert post(address).json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_trap_36_conversations_are_not_logged(engine, capfd, caplog):
+    engine.pieces = ["canary-answer"]
+    with serve(engine) as address:
+        for stream in (False, True):
+            response = post(address, messages=[{"role": "user", "content": "canary-question"}], stream=stream)
+            assert "canary-answer" in response.text
+    assert "canary" not in "".join(capfd.readouterr()) + caplog.text
+
+
+def test_trap_36_no_foreign_origin_is_allowed(address):
+    for response in (requests.options(address + "/v1/chat/completions", timeout=30,
+                                      headers={"Origin": "http://evil.test", "Access-Control-Request-Method": "POST"}),
+                     requests.get(address + "/v1/models", headers={"Origin": "http://evil.test"}, timeout=30)):
+        assert not [name for name in response.headers if name.lower().startswith("access-control")]
+
+
+def test_page_allows_nothing_from_elsewhere(address):
+    response = requests.get(address + "/", timeout=30)
+    policy = response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "innerHTML" not in response.text and " src=" not in response.text
