@@ -23,14 +23,14 @@ if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     exit 2
 fi
 
-# What a stage gets. The chat needs about a minute of fine-tuning whatever the rest; an eighth is for tokenizer,
-# validation and evaluation.
+# What a stage gets. The chat needs a minute of fine-tuning whatever the rest; tokenizer, validation, evaluation and
+# start-up come on top, about a minute and a half on two slow cores.
 share() { awk -v m="$MINUTES" "BEGIN { printf \"%.3f\", ($1) }"; }
 base_time=() mid_time=() sft_time=()
 if [ -n "$MINUTES" ]; then
-    sft_time=("--minutes=$(share '0.2 * m + 0.5')")
-    mid_time=("--minutes=$(share '0.12 * m')")
-    base_time=("--minutes=$(share 'm > 1 ? 0.55 * m - 0.4 : 0.15 * m')")
+    base_time=("--minutes=$(share 'm > 1 ? 0.44 * m - 0.4 : 0.04 * m')")
+    mid_time=("--minutes=$(share '0.2 * m')")
+    sft_time=("--minutes=$(share '0.28 * m + 0.6')")
 fi
 
 # What is done is written down, so that a second call goes on where the first one stopped.

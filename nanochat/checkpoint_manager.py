@@ -98,10 +98,12 @@ def read_checkpoint(dir, step=None, device="cpu", rank=None):
     return load(f"model_{step:06d}.pt"), optimizer, meta
 
 
-def find_model_tag(source):
-    """The tag of a stage's most recently completed checkpoint."""
+def find_model_tag(source, missing_ok=False):
+    """The tag of a stage's most recently completed checkpoint. None, or UserError, where there is none."""
     metas = (get_base_dir() / FOLDERS[source]).glob("*/meta_*.json") if source in FOLDERS else []
     newest = max(metas, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None and missing_ok:
+        return None
     if newest is None:
         where = checkpoint_dir(source, "")
         raise UserError(f"no {source} checkpoint under {where}: run python -m {STAGES[source]} first")

@@ -12,12 +12,15 @@ from nanochat.dataset import iter_row_groups, parquet_paths, read_row_group
 
 
 def _documents(groups, rank, world_size, epoch, group, row):
-    """Endless ((epoch, group, row), text), rows shared out over the ranks; the offset applies once, then is zero (trap 1)."""
+    """Endless ((epoch, group, row), text), rows shared out over the ranks; the offset applies once, then is zero (trap 1).
+
+    The share moves on with group and epoch, so that a split of fewer rows than ranks leaves no rank waiting for ever.
+    """
     while True:
         for group in range(group, len(groups)):
             texts = read_row_group(*groups[group])
             for row in range(row, len(texts)):
-                if row % world_size == rank:
+                if (epoch + group + row) % world_size == rank:
                     yield (epoch, group, row), texts[row]
             row = 0
         epoch, group = epoch + 1, 0

@@ -342,8 +342,8 @@ def collect_local(packages=("stdlib", "numpy", "torch")):
     """(training, validation) documents of installed sources, the same on every call, and a table of what each origin gave.
 
     A file belongs to validation by the hash of its name, so that no file is in both. Validation is looked through first,
-    and what repeats it is dropped from training. Documents are ordered by a hash; the standard library's, squared, come
-    more densely at the beginning, because a run on a small machine sees only that, and the chat is about that library.
+    and what repeats it is dropped from training. Documents are ordered by a hash, so that any beginning of the training
+    text is a fair sample of it: a run on a small machine sees little more.
     """
     files = sorted(python_files(packages), key=lambda file: _fraction(file[1]))
     seen, train, validation, table = Seen(), [], [], {}
@@ -358,9 +358,7 @@ def collect_local(packages=("stdlib", "numpy", "torch")):
                 continue
             row["documents"] += 1
             row["mb"] += len(text) / 1e6
-            place = _fraction(f"{name}:{i}")
-            place = place**2 if origin == "stdlib" and not held_out else place
-            (validation if held_out else train).append((place, text))
+            (validation if held_out else train).append((_fraction(f"{name}:{i}"), text))
     for row in table.values():
         row["mb"] = round(row["mb"], 2)
     return [text for _, text in sorted(train)], [text for _, text in sorted(validation)], table
@@ -372,7 +370,7 @@ def build_local(name="local"):
     folder.mkdir(exist_ok=True)
     packages = ("stdlib", "numpy", "torch") if name == "local" else ("stdlib", "installed")
     files = python_files(packages)
-    key = hashlib.sha256(json.dumps([2, [(n, path.stat().st_size) for _, n, path in files]]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([3, [(n, path.stat().st_size) for _, n, path in files]]).encode()).hexdigest()[:16]
     index = folder / "index.json"
     if index.exists():
         old = json.loads(index.read_text(encoding="utf-8"))

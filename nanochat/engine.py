@@ -3,6 +3,8 @@
 Rows of a batch start at different lengths and end at different times; each keeps its own position in the cache. When a
 row closes a Python call, the engine runs the expression and feeds the tool's reply into that row, token by token.
 """
+import re
+
 import torch
 
 from nanochat.common import UserError
@@ -13,8 +15,20 @@ from nanochat.tokenizer import StreamDecoder
 SHOWN = {"<|python_start|>": "`", "<|python_end|>": "`", "<|output_start|>": " → ", "<|output_end|>": "\n"}
 
 
+def restore_tool_calls(message):
+    """The inverse of SHOWN for an answer that comes back as history: "`12*7` → 84\\nIt is 84." becomes parts again."""
+    if message["role"] != "assistant" or not isinstance(message["content"], str):
+        return message
+    pieces = re.split(r"`([^`]+)` → ([^\n]*)\n", message["content"])  # text, call, reply, text, call, reply, ..., text
+    if len(pieces) == 1:
+        return message
+    kinds = ("text", "python", "python_output")
+    return {**message, "content": [{"type": kinds[i % 3], "text": piece} for i, piece in enumerate(pieces) if piece]}
+
+
 def fit_conversation(tokenizer, messages, max_tokens):
     """The newest messages whose rendering fits max_tokens: the oldest exchanges go first, a system message stays."""
+    messages = [restore_tool_calls(message) for message in messages]
     system, turns = messages[:1] if messages[0]["role"] == "system" else [], [m for m in messages if m["role"] != "system"]
     while len(turns) > 1 and len(tokenizer.render_for_completion({"messages": system + turns})) > max_tokens:
         turns = turns[2:]
@@ -133,5 +147,4 @@ class Stream:
             if row.finish_reason:
                 piece += self._decoder.flush()
                 self.finish_reason = row.finish_reason
-            if piece:
-                yield piece
+            yield piece  # often "": whoever reads learns that a step is over, and may leave

@@ -14,8 +14,9 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import build_model, checkpoint_dir, complete_steps, read_checkpoint, save_checkpoint
-from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, print0)
+from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, read_checkpoint,
+                                         save_checkpoint)
+from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, print0
 from nanochat.configurator import configure
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
@@ -60,32 +61,43 @@ on_cpu = device.type == "cpu"
 matmul_rate = measure_matmul_flops(device, compute.dtype)
 print0(f"{world_size} x {device.type}, {str(compute.dtype)[6:]}, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
 
+# what to go on from
+tokenizer = get_tokenizer()
+weights = state = meta = None
+tag = model_tag or (f"d{depth}" if depth else resume and find_model_tag("base", missing_ok=True))
+if resume and tag and complete_steps(checkpoint_dir("base", tag)):
+    weights, state, meta = read_checkpoint(checkpoint_dir("base", tag), device=device, rank=rank)
+    if meta["finished"]:
+        print0(f"the newest checkpoint of {tag} is a finished run: starting from step 0")
+        weights = state = meta = None
+    elif meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{tag} was trained with another tokenizer: train again without --resume")
+elif resume:
+    print0("nothing to resume: starting from step 0")
+
 # what the budget buys
 if minutes is None and num_iterations is None:
     minutes = default_minutes(device.type)
+if meta:  # a resumed run keeps its shape
+    depth, max_seq_len, total_batch_size = meta["config"]["depth"], meta["config"]["max_seq_len"], meta["total_batch_size"]
 planned = cpu_plan(agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if on_cpu else (20, 2048, 524288)
 depth, max_seq_len = depth or planned[0], max_seq_len or planned[1]
-total_batch_size = total_batch_size or (planned[2] if planned[2] % (max_seq_len * world_size) == 0 else max_seq_len * world_size)
-if total_batch_size % (max_seq_len * world_size):
+row_tokens = max_seq_len * world_size
+total_batch_size = total_batch_size or max(1, planned[2] // row_tokens) * row_tokens
+if total_batch_size % row_tokens:
     raise UserError(f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = {max_seq_len} x {world_size}")
-rows = total_batch_size // max_seq_len // world_size  # sequences per rank and step
+rows = total_batch_size // row_tokens  # sequences per rank and step
 device_batch_size = min(device_batch_size or (16 if on_cpu else 32), rows)
 if rows % device_batch_size:
     raise UserError(f"device_batch_size={device_batch_size} does not divide the {rows} sequences that a rank has per step")
 accumulation = rows // device_batch_size
 
-# tokenizer and model
-tokenizer = get_tokenizer()
+# model
 folder = checkpoint_dir("base", model_tag or f"d{depth}")
-state = None
-if resume and complete_steps(folder):
-    weights, state, meta = read_checkpoint(folder, device=device, rank=rank)
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{folder} was trained with another tokenizer: train again without --resume")
-else:
+if not meta:
     config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads)
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
-            "tokenizer": tokenizer.fingerprint, "step": 0, "elapsed": 0.0}
+            "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "elapsed": 0.0}
 model = build_model(meta, device)
 if state:
     model.load_state_dict(weights)
@@ -109,6 +121,13 @@ if state:
 # data
 loader = tokenizing_distributed_data_loader_with_state(tokenizer, device_batch_size, max_seq_len, "train", data, device, rank,
                                                        world_size, state and state["loader"])
+length = 0
+for text in iter_documents("train", data):
+    length += len(tokenizer.encode(text)) + 1
+    if length > max_seq_len:
+        break
+else:
+    raise UserError(f"the context of {max_seq_len} tokens is longer than the training text of {length}: lower --max_seq_len")
 validation = list(itertools.islice(iter_documents("val", data), 300))  # the same on every rank
 loader_state = state and state["loader"]
 
@@ -126,10 +145,11 @@ def log(**row):
         log_file.flush()
 
 
-def save():
+def save(finished=False):
     save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state,
                                           "rng": torch.get_rng_state()},
-                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size, "val_bpb": val_bpb}, rank)
+                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size,
+                     "val_bpb": val_bpb, "finished": finished}, rank)
 
 
 def show_samples():
@@ -200,7 +220,7 @@ while True:
 
 if stop.signal:
     save()
-    print0(f"saved step {step} in {folder}; go on with the same command and --resume")
+    print0(f"saved step {step} in {folder}: the same command with --resume goes on")
     compute_cleanup()
     raise SystemExit(128 + int(stop.signal))
 
@@ -209,7 +229,7 @@ save()  # before evaluation, which may run out of memory
 val_bpb = evaluate_bpb(model, tokenizer, validation, device, rank=rank, world_size=world_size)
 log(val_bpb=val_bpb, documents=len(validation))
 show_samples()
-save()
+save(finished=True)
 speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
 finish_stage("base_train", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,
              tokens_per_second=speed, flops_per_second=speed * flops_per_token, matmul_flops_per_second=matmul_rate * world_size,

@@ -1,7 +1,7 @@
-"""How many held-out items of each task the chat model gets right, decoding greedily.
+"""How many held-out items of each task the chat model gets right, decoding greedily or picking the likeliest choice.
 
     python -m scripts.chat_eval                          # all tasks
-    python -m scripts.chat_eval -a spelling -a pydoc     # some of them, by name
+    python -m scripts.chat_eval -a spelling,pydoc        # some of them, by name
     torchrun --standalone --nproc_per_node=2 -m scripts.chat_eval
 """
 import time
@@ -34,6 +34,7 @@ TASKS = {
     "spelling": lambda: SimpleSpelling("test", size=items),
     "counting": lambda: SpellingBee("test", size=items),
     "pydoc": lambda: PyDoc("test", "choice", stop=items),
+    "pydoc_letter": lambda: PyDoc("test", "letter", stop=items),
     "pydoc_module": lambda: PyDoc("test", "module", stop=items),
     "identity": lambda: Identity("test", stop=items),
 }
@@ -59,6 +60,33 @@ def pick_letters(conversations):
     return [[{"type": "text", "text": c["letters"][int(row[ids].argmax())]}] for c, row, ids in zip(conversations, logits, letters)]
 
 
+@torch.inference_mode()
+def log_likelihoods(pairs):
+    """Nats of each answer after its question, for (question, answer) pairs, (N,)."""
+    rows, targets = [], []
+    for question, text in pairs:
+        prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
+        ids = tokenizer.encode(text)
+        rows.append((prompt + ids)[:-1])
+        targets.append([-1] * (len(prompt) - 1) + ids)
+    longest = max(map(len, rows))
+    inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=compute.device)
+    wanted = torch.tensor([row + [-1] * (longest - len(row)) for row in targets], device=compute.device)
+    return -model(inputs, wanted, reduction="none").sum(-1)
+
+
+def pick_choices(conversations):
+    """The choice whose likelihood gains most, a token, when the neutral question becomes the real one.
+
+    Plain likelihood prefers short and common sentences whatever was asked (PMI scoring, arXiv 2104.08315).
+    """
+    asked = log_likelihoods([(c["messages"][0]["content"], text) for c in conversations for text in c["choices"]])
+    anyway = log_likelihoods([(c["neutral"], text) for c in conversations for text in c["choices"]])
+    lengths = torch.tensor([len(tokenizer.encode(text)) for c in conversations for text in c["choices"]], device=compute.device)
+    gains = ((asked - anyway) / lengths).view(len(conversations), -1)
+    return [[{"type": "text", "text": c["choices"][int(best)]}] for c, best in zip(conversations, gains.argmax(-1))]
+
+
 def answer(conversations):
     prompts = [tokenizer.render_for_completion(c) for c in conversations]
     completions = engine.generate_batch(prompts, max_new_tokens=max_new_tokens, temperature=0)
@@ -72,7 +100,8 @@ for name in names:
     right = 0
     for start in range(0, len(mine), batch_size):
         part = mine[start:start + batch_size]
-        answers = pick_letters(part) if task.eval_type == "categorical" else answer(part)
+        how = pick_choices if "choices" in part[0] else pick_letters if "letters" in part[0] else answer
+        answers = how(part)
         right += sum(task.evaluate(c, parts) for c, parts in zip(part, answers))
     totals = torch.tensor([right, len(mine)], device=compute.device)
     if compute.world_size > 1:

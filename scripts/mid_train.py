@@ -60,8 +60,13 @@ meta = {"stage": "mid_train", "origin": [origin["dir"], origin["step"]], "step":
         **{key: origin[key] for key in ("model_class", "config", "tokenizer")}}
 state = None
 if resume and complete_steps(folder):
-    weights, state, meta = read_checkpoint(folder, device=device, rank=rank)
-    model.load_state_dict(weights)
+    weights, state, saved_meta = read_checkpoint(folder, device=device, rank=rank)
+    if saved_meta["finished"] or saved_meta["origin"] != meta["origin"]:
+        print0("the newest checkpoint is of a finished run or of another start: starting from step 0")
+        state = None
+    else:
+        meta = saved_meta
+        model.load_state_dict(weights)
 if compile:
     model.compile_blocks()
 T = model.config.max_seq_len
@@ -82,8 +87,8 @@ if state:
     torch.set_rng_state(state["rng"].cpu())
 
 # data: the mixture, and how often each conversation comes
-mixture = TaskMixture([PyDoc("train", "choice", 40_000), PyDoc("train", "what"), PyDoc("train", "module"), Arithmetic("train", 20_000),
-                       SimpleSpelling("train", 40_000), SpellingBee("train", 10_000), *[Identity("train")] * 4])
+mixture = TaskMixture([SimpleSpelling("train", 80_000), SpellingBee("train", 6_000), Arithmetic("train", 18_000), PyDoc("train", "what", 15_000),
+                       PyDoc("train", "module", 4_000), PyDoc("train", "letter", 1_600), *[Identity("train")] * 4])
 loader_position = state["loader"] if state else 0
 loader = sft_data_generator(tokenizer, mixture, device_batch_size, T, device, rank, world_size, loader_position, seed)
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
@@ -101,10 +106,11 @@ def log(**row):
         log_file.flush()
 
 
-def save():
+def save(finished=False):
     save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_position,
                                           "rng": torch.get_rng_state()},
-                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size}, rank)
+                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size,
+                     "finished": finished}, rank)
 
 
 def show_samples():
@@ -176,12 +182,12 @@ while True:
 
 if stop.signal:
     save()
-    print0(f"saved step {step} in {folder}; go on with the same command and --resume")
+    print0(f"saved step {step} in {folder}: the same command with --resume goes on")
     compute_cleanup()
     raise SystemExit(128 + int(stop.signal))
 
 # the last step: save, sample, say
-save()
+save(finished=True)
 show_samples()
 speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
 finish_stage("mid_train", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,

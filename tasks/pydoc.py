@@ -2,7 +2,8 @@
 
     What does textwrap.dedent do?         ->  Remove any common leading whitespace from every line in text.
     Which module has dedent?              ->  textwrap
-    What does textwrap.dedent do? + four sentences to choose from  ->  the letter of one
+    What does textwrap.dedent do?         ->  the likeliest of four sentences ("choice", for evaluation)
+    the same with the four in sight       ->  the letter of one ("letter")
 
 Objects: public functions, classes and methods. Sources of the standard library are read with `ast`, so that nothing with
 side effects is imported; modules written in C, numpy and torch, which a training imports anyway, are looked through as
@@ -133,16 +134,20 @@ def shorten(sentence, limit=CHOICE_CHARS):
 
 
 class PyDoc(Task):
-    """Questions about library objects. form: "choice" (A to D), "what" or "module". `size`: how many; None: each object once.
+    """Questions about library objects. form: "what", "module", "choice" or "letter". `size`: how many; None: each object once.
 
-    Training choices beyond the number of objects ask about them again, with other wrong choices. The right answer is each
-    letter equally often. The right module is unique: names that several modules have are not asked about.
+    "choice" asks like "what" and carries four sentences as `choices`, the right one at index `gold`, and `neutral`, the
+    same question about nothing: the sentence whose likelihood gains most by the real question is the answer. "letter"
+    shows the sentences and wants a letter, which takes a model far more practice. Beyond the number of objects, training
+    asks about them again, with other wrong choices. The right answer stands at each place equally often; in training,
+    questions about the other three letters follow. The right module is unique: names that several modules have are not
+    asked about.
     """
 
     def __init__(self, split, form="choice", size=None, **slice_):
         super().__init__(**slice_)
-        if form not in ("choice", "what", "module"):
-            raise UserError(f"form is choice, what or module, not {form!r}")
+        if form not in ("what", "module", "choice", "letter"):
+            raise UserError(f"form is what, module, choice or letter, not {form!r}")
         self.split, self.form = check_split(split), form
         objects = all_objects()
         if form == "module":
@@ -150,7 +155,7 @@ class PyDoc(Task):
             objects = [row for row in objects if row["name"].count(".") == 1 and counts[row["name"].rpartition(".")[2]] == 1]
         self.objects = sorted((row for row in objects if split_of(row["name"]) == split), key=lambda row: fraction(row["name"]))
         self.size = len(self.objects) if size is None else size
-        if form == "choice":
+        if form in ("choice", "letter"):
             self.eval_type, self.chance = "categorical", 1 / len(LETTERS)
 
     def num_examples(self):
@@ -167,11 +172,19 @@ class PyDoc(Task):
         if self.form == "what":
             question = rng.choice(("What does {n} do?", "What is {n}?", "Explain {n}.", "what does {n} do?")).format(n=name)
             return conversation(question, sentence)
-        others = [k if k < row else k + 1 for k in rng.sample(range(len(self.objects) - 1), len(LETTERS) - 1)]
-        right = (row + turn) % len(LETTERS)
-        others.insert(right, row)
-        choices = [shorten(self.objects[k]["sentence"]) for k in others]
-        return conversation(render_mc(f"What does {name} do?", LETTERS, choices), LETTERS[right], letters=list(LETTERS))
+        places = [k if k < row else k + 1 for k in rng.sample(range(len(self.objects) - 1), len(LETTERS) - 1)]
+        gold = (row + turn) % len(LETTERS)
+        places.insert(gold, row)
+        question = f"What does {name} do?"
+        if self.form == "choice":
+            choices = [self.objects[k]["sentence"] for k in places]
+            return conversation(question, sentence, choices=choices, gold=gold, neutral="What does it do?")
+        choices = [shorten(self.objects[k]["sentence"]) for k in places]
+        asked = conversation(render_mc(question, LETTERS, choices), LETTERS[gold], letters=list(LETTERS))
+        if self.split == "train":  # the other choices are asked about in turn: four answers to learn from for one reading
+            for k in rng.sample([k for k in places if k != row], len(places) - 1):
+                asked["messages"] += conversation(f"And {self.objects[k]['name']}?", LETTERS[places.index(k)])["messages"]
+        return asked
 
     def evaluate(self, conversation, parts):
         return answer_text(parts).strip().rstrip(".").lower() == conversation["messages"][-1]["content"].strip().rstrip(".").lower()

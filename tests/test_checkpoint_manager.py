@@ -1,0 +1,227 @@
+"""A checkpoint is whole or not there, says what is wrong with it in one line, and comes back as it went."""
+import json
+import os
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager
+from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, load_model,
+                                         read_checkpoint, save_checkpoint)
+from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
+
+CONFIG = {"depth": 1, "width": 64, "heads": 1, "kv_heads": 1, "vocab_size": 280, "max_seq_len": 32}
+
+
+@pytest.fixture
+def tokenizer(base_dir):
+    tokenizer = Tokenizer.train_from_iterator(["the cat sat on the mat, the dog ran to the tree and back " * 9], 280)
+    tokenizer.save(base_dir / "tokenizer")
+    return tokenizer
+
+
+@pytest.fixture
+def meta(tokenizer):
+    return {"stage": "base_train", "model_class": "gpt", "config": CONFIG, "dtype": "float32", "tokenizer": tokenizer.fingerprint,
+            "settings": {"depth": 1, "data": None}, "elapsed": 1.5, "val_bpb": 2.25, "finished": False}
+
+
+@pytest.fixture
+def folder(tokenizer):
+    return checkpoint_dir("base", "d1")
+
+
+def make(meta, steps=2):
+    """A model and its optimizers after some steps of training on noise."""
+    torch.manual_seed(1)
+    model = build_model(meta, "cpu")
+    optimizers = model.setup_optimizers()
+    for _ in range(steps):
+        train_step(model, optimizers)
+    return model, optimizers
+
+
+def train_step(model, optimizers):
+    idx = torch.randint(0, 280, (2, 17))
+    loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.reduce()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def save(folder, step, meta, world_size=1, rank=0, model=None, optimizers=()):
+    model = model or make(meta, 0)[0]
+    state = {"optimizers": [o.state_dict() for o in optimizers], "loader": (1, 2, 3, 4), "rng": torch.get_rng_state()}
+    save_checkpoint(folder, step, model, state, meta, rank)
+
+
+def error_of(function, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    return str(caught.value)
+
+
+def test_trap_31_what_comes_back_trains_on_exactly_as_what_was_saved(folder, meta):
+    model, optimizers = make(meta)
+    save(folder, 2, meta, model=model, optimizers=optimizers)
+    losses = [train_step(model, optimizers) for _ in range(3)]
+
+    weights, state, found = read_checkpoint(folder, rank=0)
+    assert found["step"] == 2 and found["world_size"] == 1 and {**found, **meta} == found
+    assert state["loader"] == (1, 2, 3, 4)
+    again = build_model(found, "cpu")
+    again.load_state_dict(weights)
+    fresh = again.setup_optimizers()
+    for optimizer, saved in zip(fresh, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    assert [train_step(again, fresh) for _ in range(3)] == losses
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_files_have_the_documented_names_and_plain_keys(folder, meta):
+    save(folder, 7, meta)
+    assert sorted(p.name for p in folder.iterdir()) == ["meta_000007.json", "model_000007.pt", "optim_000007_rank0.pt"]
+    assert folder.parent.name == "base_checkpoints"
+    weights = torch.load(folder / "model_000007.pt", weights_only=True)
+    assert "embed.weight" in weights and not any("_orig_mod" in key for key in weights)
+    hashes = json.loads((folder / "meta_000007.json").read_text(encoding="utf-8"))["files"]
+    assert hashes.keys() == {"model_000007.pt", "optim_000007_rank0.pt"}
+
+
+def test_load_model_gives_model_tokenizer_and_meta(folder, meta, tokenizer):
+    model, _ = make(meta)
+    save(folder, 2, meta, model=model)
+    for phase in ("eval", "train"):
+        loaded, its_tokenizer, found = load_model("base", "cpu", phase)
+        assert loaded.training == (phase == "train") and its_tokenizer.fingerprint == tokenizer.fingerprint
+        assert (found["tag"], found["dir"], found["step"]) == ("d1", str(folder), 2)
+        idx = torch.randint(0, 280, (1, 8))
+        assert torch.equal(loaded(idx), model(idx))
+
+
+def test_trap_28_a_step_without_its_meta_file_is_not_there(folder, meta):
+    save(folder, 5, meta)
+    save(folder, 9, meta)
+    (folder / "meta_000009.json").unlink()
+    assert complete_steps(folder) == [5] and read_checkpoint(folder)[2]["step"] == 5
+    assert "choose from 5" in error_of(read_checkpoint, folder, 9)
+
+
+def test_trap_28_a_crash_before_the_meta_file_leaves_the_old_step_as_the_latest(folder, meta, monkeypatch):
+    save(folder, 5, meta)
+    write = checkpoint_manager.atomic_write
+
+    def crash_at_meta(path, data):
+        if path.suffix == ".json":
+            raise OSError(28, "No space left on device")
+        write(path, data)
+    monkeypatch.setattr(checkpoint_manager, "atomic_write", crash_at_meta)
+    with pytest.raises(OSError):
+        save(folder, 9, meta)
+    assert (folder / "model_000009.pt").exists() and complete_steps(folder) == [5]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"files": {}}', '{"files": {"model_000009.pt": "0"}, "saved": 9}'])
+def test_trap_28_a_damaged_meta_file_is_no_meta_file(folder, meta, damage):
+    save(folder, 5, meta)
+    (folder / "meta_000009.json").write_text(damage, encoding="utf-8")
+    assert complete_steps(folder) == [5]
+
+
+def test_a_step_whose_other_files_are_missing_is_not_there(folder, meta):
+    save(folder, 5, meta)
+    (folder / "model_000005.pt").unlink()
+    assert complete_steps(folder) == []
+    assert "scripts.base_train" in error_of(load_model, "base", "cpu", model_tag="d1")
+
+
+def test_trap_28_the_latest_is_the_last_saved_and_not_the_highest_number(folder, meta):
+    save(folder, 900, meta)
+    save(folder, 40, meta)  # a later, shorter run in the same folder
+    assert complete_steps(folder) == [900, 40] and read_checkpoint(folder)[2]["step"] == 40
+    assert read_checkpoint(folder, 900)[2]["step"] == 900
+
+
+def test_the_newest_tag_is_taken_where_none_is_named(meta, tokenizer):
+    for seconds, tag in ((200, "d2"), (300, "d1"), (100, "d9")):
+        save(checkpoint_dir("base", tag), 1, meta)
+        os.utime(checkpoint_dir("base", tag) / "meta_000001.json", (seconds, seconds))
+    assert find_model_tag("base") == "d1"
+    assert find_model_tag("sft", missing_ok=True) is None
+    assert "scripts.chat_sft" in error_of(find_model_tag, "sft")
+    assert "base, mid, sft, rl" in error_of(load_model, "nowhere", "cpu", model_tag="d1")
+
+
+@pytest.mark.parametrize("name", ["model_000005.pt", "optim_000005_rank0.pt"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_file_is_named(folder, meta, name, cut):
+    save(folder, 5, meta)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data[:-9] if cut else data)
+    message = error_of(read_checkpoint, folder, rank=0)
+    assert str(folder / name) in message and "damaged" in message and "\n" not in message
+
+
+def test_another_tokenizer_is_an_error_with_both_fingerprints(folder, meta, tokenizer, base_dir):
+    save(folder, 5, meta)
+    other = Tokenizer.train_from_iterator(["completely different words were here before " * 9], 280)
+    other.save(base_dir / "tokenizer")
+    message = error_of(load_model, "base", "cpu")
+    assert tokenizer.fingerprint in message and other.fingerprint in message
+
+
+def test_trap_30_another_number_of_ranks_is_an_error_with_both_numbers(folder, meta, monkeypatch):
+    monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 2))
+    monkeypatch.setattr(checkpoint_manager.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), [mine, {}]))
+    save(folder, 5, meta)
+    monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 3))
+    message = error_of(read_checkpoint, folder, rank=0)
+    assert "2 ranks" in message and "has 3" in message
+    assert read_checkpoint(folder)[1] is None, "without optimizer states, any number will do"
+
+
+def two_ranks(rank, folder, port, meta):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    model = build_model(meta, "cpu")
+    save_checkpoint(folder, 5, model, {"rank": rank}, meta, rank)
+    torch.distributed.barrier()
+    assert read_checkpoint(folder, rank=rank)[1] == {"rank": rank}
+    torch.distributed.destroy_process_group()
+
+
+def test_trap_30_every_rank_saves_its_own_optimizer_state(folder, meta):
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_ranks, (folder, port, meta), nprocs=2)
+    found = json.loads((folder / "meta_000005.json").read_text(encoding="utf-8"))
+    assert found["world_size"] == 2
+    assert found["files"].keys() == {"model_000005.pt", "optim_000005_rank0.pt", "optim_000005_rank1.pt"}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran-on-load",)
+
+
+def test_trap_32_loading_runs_no_code_from_the_file(folder, meta, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(folder, 5, meta)
+    torch.save({"embed.weight": Evil()}, folder / "model_000005.pt")
+    path = folder / "meta_000005.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["files"]["model_000005.pt"] = checkpoint_manager.sha256(folder / "model_000005.pt")
+    path.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "ran-on-load").exists()

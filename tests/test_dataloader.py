@@ -1,0 +1,198 @@
+"""Batches of text: nothing lost, nothing twice, and a saved place that is really that place. Batches of conversations."""
+import itertools
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nanochat.dataloader import sft_data_generator, tokenizing_distributed_data_loader_with_state
+from nanochat.dataset import iter_documents
+from nanochat.tokenizer import Tokenizer
+
+WORDS = "the a cat dog sat ran on under mat tree and then was not very small big red who".split()
+
+
+def sentence(rng, least=1, most=30):
+    return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = random.Random(0)
+    return Tokenizer.train_from_iterator([sentence(rng) for _ in range(200)], 300)
+
+
+def write_folder(folder, files, rows_per_group):
+    folder.mkdir()
+    for i, documents in enumerate(files):
+        pq.write_table(pa.table({"text": documents}), folder / f"{i}.parquet", row_group_size=rows_per_group)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three training files of 2 to 5 row groups, and one of validation."""
+    rng = random.Random(1)
+    files = [[sentence(rng, least=6) for _ in range(count)] for count in (13, 8, 11, 6)]
+    return write_folder(tmp_path_factory.mktemp("data") / "text", files, 3)
+
+
+def load(tokenizer, data, count, B=2, T=16, split="train", **options):
+    loader = tokenizing_distributed_data_loader_with_state(tokenizer, B, T, split, data, **options)
+    return list(itertools.islice(loader, count))
+
+
+def stream_of(batches):
+    return torch.cat([inputs.flatten() for inputs, _, _ in batches]).tolist()
+
+
+def documents_as_ids(tokenizer, split, data):
+    return tokenizer.encode(list(iter_documents(split, data)), prepend=tokenizer.get_bos_token_id())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_stream_is_all_documents_behind_bos_and_targets_are_one_ahead(tokenizer, data, split):
+    ids = sum(documents_as_ids(tokenizer, split, data), [])
+    assert len(ids) > 3 * 32
+    batches = load(tokenizer, data, 3 * len(ids) // 32, split=split)  # three epochs, give or take
+    stream = stream_of(batches)
+    assert stream == (ids * 4)[:len(stream)]
+    targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
+    assert targets[:-1] == stream[1:] and targets[-1] == (ids * 4)[len(stream)]
+    assert all(t.shape == (2, 16) and t.dtype == torch.int64 for inputs, targets, _ in batches for t in (inputs, targets))
+
+
+def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer, data):
+    assert stream_of(load(tokenizer, data, 40)) == stream_of(load(tokenizer, data, 40, documents_at_once=1))
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
+def test_traps_01_and_31_every_saved_place_goes_on_with_the_very_same_batches(tokenizer, data, rank, world_size):
+    place = dict(rank=rank, world_size=world_size)
+    batches = load(tokenizer, data, 250, B=1, **place)
+    states = [state for _, _, state in batches]
+    assert states[-1][0] >= 2, "the end of the files was passed twice"
+    assert {state[1] for state in states} == set(range(12)), "a batch began in every row group of every file"
+    assert states == sorted(states) and any(state[3] for state in states)
+    for i in range(0, 240, 7):
+        again = load(tokenizer, data, 10, B=1, state=states[i], **place)
+        for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches[i + 1:], again):
+            assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2) and state == state_2
+
+
+def first_epoch(tokenizer, data, rank, world_size):
+    """The documents that a rank reads in its first epoch, as lists of ids."""
+    batches = load(tokenizer, data, 400, B=1, T=4, rank=rank, world_size=world_size)
+    end, over = next((i, state[3]) for i, (_, _, state) in enumerate(batches) if state[0] == 1)
+    stream, documents = stream_of(batches[:end + 1]), []
+    for token in stream[:len(stream) - over]:
+        if token == tokenizer.get_bos_token_id():
+            documents.append([])
+        documents[-1].append(token)
+    return documents
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_trap_49_ranks_share_the_documents_whatever_the_row_groups(tokenizer, data, world_size):
+    parts = [first_epoch(tokenizer, data, rank, world_size) for rank in range(world_size)]
+    assert sorted(sum(parts, [])) == sorted(documents_as_ids(tokenizer, "train", data))
+    assert all(parts)
+
+
+def test_trap_49_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
+    folder = write_folder(tmp_path / "text", [["the cat sat on the mat"], ["a dog ran"]], 1)
+    for rank in range(3):
+        assert len(load(tokenizer, folder, 2, rank=rank, world_size=3)) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# conversations
+
+def talk(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def talks():
+    """Conversations that differ, so that a row tells which ones are in it."""
+    rng = random.Random(2)
+    return [talk(f"{i} {sentence(rng, most=4)}", f"{sentence(rng, most=3)} {i}") for i in range(100)]
+
+
+def pack(tokenizer, task, count, B=2, T=48, **options):
+    return list(itertools.islice(sft_data_generator(tokenizer, task, B, T, **options), count))
+
+
+def conversations_in(tokenizer, inputs, targets):
+    """[(ids, targets)] of the conversations in a batch of rows: each begins at a bos that something other than bos follows."""
+    bos, found = tokenizer.get_bos_token_id(), []
+    for row, wanted in zip(inputs.tolist(), targets.tolist()):
+        starts = [i for i, token in enumerate(row) if token == bos] + [len(row)]
+        found += [(row[a:b], wanted[a:b]) for a, b in zip(starts, starts[1:]) if b - a > 1]
+    return found
+
+
+def test_targets_are_what_the_assistant_says_and_padding_is_ignored(tokenizer, talks):
+    rendered = [tokenizer.render_conversation(t) for t in talks]
+    expected = {tuple(ids): [i if m else -1 for i, m in zip(ids[1:], mask[1:])] for ids, mask in rendered}
+    bos, seen, packed = tokenizer.get_bos_token_id(), set(), 0
+    for inputs, targets, _ in pack(tokenizer, talks, 30):
+        assert inputs.shape == targets.shape == (2, 48)
+        found = conversations_in(tokenizer, inputs, targets)
+        packed = max(packed, len(found))
+        for ids, wanted in found:
+            key = tuple(ids) if tuple(ids) in expected else (*ids, tokenizer.encode_special("<|assistant_end|>"))
+            assert wanted[:len(ids) - 1] == expected[key][:len(ids) - 1], "the last token of a full row is a target alone"
+            seen.add(key)
+        assert not (targets == bos).any() and (targets[inputs == bos] == -1).all()
+    assert len(seen) > 50 and packed > 2
+
+
+def test_an_epoch_holds_every_conversation_once_and_the_next_is_shuffled_anew(tokenizer, talks):
+    drawn = []
+
+    class Watched(list):
+        def __getitem__(self, i):
+            drawn.append(i)
+            return super().__getitem__(i)
+
+    pack(tokenizer, Watched(talks), 120)
+    first, second = drawn[:100], drawn[100:200]
+    assert sorted(first) == sorted(second) == list(range(100)) and first != second
+
+
+def test_trap_14_a_conversation_longer_than_a_row_is_cut_and_still_teaches(tokenizer):
+    long = [talk("who?", "the cat sat on the mat and " * 40) for _ in range(40)]
+    batches = pack(tokenizer, long + [talk("who?", "a dog")], 60)
+    assert all((targets >= 0).sum() > 20 for _, targets, _ in batches)
+    assert batches[-1][2] > 100, "the buffer is not clogged"
+
+
+def test_trap_14_a_question_longer_than_a_row_gives_a_row_without_targets_and_no_error(tokenizer):
+    (batch,) = pack(tokenizer, [talk("the cat sat on the mat and " * 40, "yes")], 1)
+    assert (batch[1] == -1).all()
+
+
+def test_two_ranks_draw_different_conversations(tokenizer, talks):
+    def drawn(rank):
+        ids = set()
+        for inputs, targets, position in pack(tokenizer, talks, 40, rank=rank, world_size=2):
+            if position > 50:
+                return ids
+            ids |= {tuple(row[:12]) for row, _ in conversations_in(tokenizer, inputs, targets)}
+    assert drawn(0) and drawn(1) and not drawn(0) & drawn(1)
+
+
+def test_trap_31_resuming_by_position_repeats_nothing_and_loses_no_more_than_the_buffer(tokenizer, talks):
+    batches = pack(tokenizer, talks, 12)
+    position = batches[3][2]
+    after = pack(tokenizer, talks, 12, start=position)
+    assert after[0][2] > position
+    once_more = pack(tokenizer, talks, 12, start=position)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(after, once_more))
+    until = [{tuple(ids) for inputs, targets, _ in part for ids, _ in conversations_in(tokenizer, inputs, targets)}
+             for part in (batches[:4], after[:4])]
+    assert not until[0] & until[1], "within an epoch nothing that was trained on comes again"
+    assert position - len(until[0]) <= 32

@@ -1,0 +1,133 @@
+"""The model against implementations that no one here wrote, and against slow twins."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy
+
+
+def make_model(depth=2, width=64, heads=4, kv_heads=4, vocab_size=97, T=32):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(depth, width, heads, kv_heads, vocab_size, T))
+    model.init_weights()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_logits_and_gradients_equal_transformers_nanochat():
+    transformers = pytest.importorskip("transformers", reason="the outside opinion needs transformers")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no NanoChat")
+    ours = make_model()
+    theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=32, rms_norm_eps=1.19e-7, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        final_logit_softcapping=15.0, hidden_act="relu2", attention_bias=False, tie_word_embeddings=False)).eval()
+    pairs = {"model.embed_tokens.weight": ours.embed.weight, "lm_head.weight": ours.head.weight}
+    for i, block in enumerate(ours.blocks):
+        a, m = block.attention, block.mlp
+        for name, linear in (("self_attn.q_proj", a.q), ("self_attn.k_proj", a.k), ("self_attn.v_proj", a.v), ("self_attn.o_proj", a.out),
+                             ("mlp.fc1", m.up), ("mlp.fc2", m.down)):
+            pairs[f"model.layers.{i}.{name}.weight"] = linear.weight
+    wanted = dict(theirs.named_parameters())
+    assert wanted.keys() == pairs.keys()
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(pairs[name][:parameter.size(0)])  # padded rows stay behind
+    idx = torch.randint(97, (3, 20))
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    ours(idx[:, :-1], idx[:, 1:]).backward()
+    F.cross_entropy(theirs(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="sum").backward()
+    for name, parameter in wanted.items():
+        torch.testing.assert_close(pairs[name].grad[:parameter.size(0)], parameter.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [97 * 16, 1 << 20])
+def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, chunk):
+    monkeypatch.setattr(SoftcapCrossEntropy, "CHUNK", chunk)
+    x, w = torch.randn(70, 24, requires_grad=True), torch.randn(97, 24, requires_grad=True)
+    targets = torch.randint(97, (70,))
+    targets[::7] = -1
+    loss = SoftcapCrossEntropy.apply(x, w, targets, 15.0, "sum") * 0.3
+    gradients = torch.autograd.grad(loss, (x, w))
+    plain = F.cross_entropy(15 * torch.tanh(x @ w.T / 15), targets, ignore_index=-1, reduction="sum") * 0.3
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(gradients, torch.autograd.grad(plain, (x, w))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        each = SoftcapCrossEntropy.apply(x, w, targets, 15.0, "none")
+    torch.testing.assert_close(each, F.cross_entropy(15 * torch.tanh(x @ w.T / 15), targets, ignore_index=-1, reduction="none").detach())
+
+
+def test_grouped_query_attention_equals_repeated_heads():
+    grouped, full = make_model(kv_heads=2), make_model(kv_heads=4)
+    state = grouped.state_dict()
+    for name in list(state):
+        if name.endswith((".k.weight", ".v.weight")):
+            state[name] = state[name].view(2, 16, 64).repeat_interleave(2, 0).reshape(64, 64)
+    full.load_state_dict(state)
+    idx = torch.randint(97, (2, 32))
+    torch.testing.assert_close(grouped(idx), full(idx))
+    with pytest.raises(ValueError, match="kv_heads=3"):
+        GPTConfig.from_depth(4, 97, 32, kv_heads=3)
+
+
+def test_cached_reading_in_pieces_equals_the_whole():
+    model = make_model(kv_heads=2).eval()
+    idx = torch.randint(97, (2, 20))
+    cache = model.new_cache(2, 32)
+    with torch.no_grad():
+        pieces = [model(part, cache=cache) for part in idx.split([7, 1, 1, 11], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-5)
+    assert cache.nbytes == 2 * 2 * (2 * 32 * 2 * 16) * 4  # layers x (k, v) x B S G D x bytes
+
+
+def test_trap_19_init_weights_sets_everything_on_the_meta_device():
+    config = GPTConfig(2, 64, 4, 4, 97, 32)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    model.init_weights()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.isfinite(model(torch.randint(97, (1, 32)))).all()
+
+
+def test_trap_20_compiled_blocks_keep_plain_keys_and_inference_stays_uncompiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(kw))
+    model = make_model()
+    keys = list(model.state_dict())
+    model.compile_blocks()
+    assert compiled == [{"dynamic": False}] * 2
+    assert list(model.state_dict()) == keys and not any("_orig_mod" in key for key in keys)
+    for block in model.blocks:
+        block._compiled_call_impl = lambda *a: pytest.fail("inference ran the compiled block")
+    model.eval()(torch.randint(97, (1, 5)))
+
+
+def test_roles_partition_the_parameters():
+    model = make_model()
+    roles = [id(p) for group in model.parameters_by_role().values() for p in group]
+    assert sorted(roles) == sorted(id(p) for p in model.parameters())
+    in_groups = [id(p) for o in model.setup_optimizers() for g in o.param_groups for p in g["params"]]
+    assert sorted(in_groups) == sorted(roles)
+
+
+def test_trap_13_padded_vocabulary_rows_are_never_predicted_and_get_no_gradient():
+    model = make_model()
+    assert model.head.weight.size(0) == 128 and model(torch.randint(97, (1, 4))).size(-1) == 97
+    model(torch.randint(97, (2, 8)), torch.randint(97, (2, 8))).backward()
+    assert model.head.weight.grad[97:].abs().sum() == 0
+
+
+def test_bfloat16_compute_is_near_float32_and_too_long_a_row_is_refused():
+    model = make_model().eval()
+    idx = torch.randint(97, (1, 16))
+    exact = model(idx)
+    model.compute_dtype = torch.bfloat16
+    assert (model(idx) - exact).abs().max() < 0.1 * exact.abs().max()
+    with pytest.raises(ValueError, match="33 tokens do not fit the context of 32"):
+        model(torch.randint(97, (1, 33)))

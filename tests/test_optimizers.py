@@ -1,0 +1,81 @@
+"""Both optimizers against torch's own, and one rank against several."""
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanochat.adamw import DistAdamW
+from nanochat.muon import DistMuon, orthogonalize
+
+SHAPES = [(12, 8), (8, 8), (8, 8), (8, 24), (8, 8)]
+
+
+def gradients(step, shape_index, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + shape_index))
+
+
+def run(make_optimizer, steps=5, ranks=1, rank=0):
+    """Parameters after some steps; rank r of n gets a gradient that is off by an amount which the average takes away."""
+    params = [torch.nn.Parameter(gradients(99, i, shape)) for i, shape in enumerate(SHAPES)]
+    optimizer = make_optimizer(params)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = gradients(step, i, p.shape) + (rank - (ranks - 1) / 2) * gradients(step, i + 50, p.shape)
+        if hasattr(optimizer, "reduce"):
+            optimizer.reduce()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params])
+
+
+def test_adamw_equals_torch():
+    options = dict(lr=0.03, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1)
+    torch.testing.assert_close(run(lambda p: DistAdamW(p, **options)), run(lambda p: torch.optim.AdamW(p, **options)), atol=1e-6, rtol=1e-5)
+
+
+def test_trap_18_adamw_computes_in_float32_and_corrects_before_epsilon():
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = DistAdamW([p], lr=0.5, eps=1e-3)
+    p.grad = torch.full((4,), 1e-3, dtype=torch.bfloat16)
+    optimizer.reduce()
+    optimizer.step()
+    assert optimizer.state[p]["v"].dtype == torch.float32
+    torch.testing.assert_close(p.detach().float(), torch.full((4,), 0.75), atol=0.01, rtol=0)  # g / (g + eps) = 1/2
+
+
+def test_muon_equals_torch():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    ours = run(lambda p: DistMuon(p, lr=0.02, momentum=0.95))
+    theirs = run(lambda p: torch.optim.Muon(p, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True))
+    assert (ours - theirs).abs().max() < 0.01  # torch's runs Newton-Schulz in bfloat16: five steps of .02, a few percent off
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16)])
+def test_orthogonalized_singular_values(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), steps=5))
+    assert values.max() < 1.25 and values.median() > 0.65
+    wide = torch.linalg.svdvals(orthogonalize(torch.randn(2, 16, 256)))  # well conditioned: none is left behind
+    assert 0.65 < wide.min() and wide.max() < 1.25
+
+
+def _worker(rank, ranks, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    adamw = run(lambda p: DistAdamW(p, lr=0.03), ranks=ranks, rank=rank)
+    muon = run(lambda p: DistMuon(p, lr=0.02), ranks=ranks, rank=rank)
+    torch.save([adamw, muon], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_trap_13_and_23_gloo_ranks_agree_with_one(tmp_path, ranks):
+    """Neither 96 elements nor three matrices divide by every number of ranks; gloo has neither averages nor futures."""
+    mp.start_processes(_worker, (ranks, 29500 + ranks + os.getpid() % 400, str(tmp_path)), nprocs=ranks, start_method="spawn")
+    wanted = [run(lambda p: DistAdamW(p, lr=0.03)), run(lambda p: DistMuon(p, lr=0.02))]
+    for rank in range(ranks):
+        for ours, one in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), wanted):
+            torch.testing.assert_close(ours, one, atol=1e-6, rtol=1e-5)
