@@ -60,7 +60,7 @@ stage() {
         return
     fi
     if grep -qx "done $name" "$state"; then return; fi
-    if grep -qx "begun $name" "$state" && [[ "$*" == *_train* || "$*" == *chat_sft* ]] && [[ "$name" != tok_train ]]; then
+    if grep -qx "begun $name" "$state" && [[ "$name" == base_train || "$name" == mid_train || "$name" == chat_sft ]]; then
         set -- "$@" --resume
     fi
     echo "begun $name" >>"$state"

@@ -67,7 +67,7 @@ def complete_steps(dir):
             meta = json.loads(path.read_text(encoding="utf-8"))
             if all((path.parent / name).exists() for name in meta["files"]):
                 steps.append((meta["saved"], meta["step"]))
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, TypeError, OSError):
             continue  # a damaged meta file: that step is not whole
     return [step for _, step in sorted(steps)]
 

@@ -116,9 +116,8 @@ def compute_init(device_type="", dtype="", seed=42):
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if device_type == "cpu":  # all cores, shared out when several ranks live on one machine
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-                              if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if device_type == "cpu" and is_dist:  # torchrun leaves one thread to a rank: share out all cores
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.manual_seed(seed)
     if is_dist and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")

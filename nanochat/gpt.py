@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from nanochat.adamw import DistAdamW
 from nanochat.attention import LayerCache, cached_attention, causal_attention
+from nanochat.common import UserError
 from nanochat.muon import DistMuon
 
 
@@ -34,7 +35,7 @@ class GPTConfig:
         width = 64 * depth
         heads = width // (128 if depth >= 12 and depth % 2 == 0 else 64)
         if kv_heads and heads % kv_heads:
-            raise ValueError(f"kv_heads={kv_heads} must divide the {heads} query heads of depth {depth}")
+            raise UserError(f"kv_heads={kv_heads} must divide the {heads} query heads of depth {depth}")
         return cls(depth, width, heads, kv_heads or heads, vocab_size, max_seq_len)
 
 
@@ -161,7 +162,7 @@ class GPT(nn.Module):
         positions = None
         if cache is None:
             if T > self.config.max_seq_len:
-                raise ValueError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
+                raise UserError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T

@@ -28,10 +28,11 @@ def default_minutes(device_type):
 # What a CPU's time buys: rows of (least FLOPs of the whole run, depth, context, batch in tokens). FLOPs = measured
 # matmul rate x seconds. Found by the experiments in dev/LOG.md.
 CPU_PLANS = [
-    (0,     2, 256, 2048),
-    (20e12, 3, 256, 2048),
-    (60e12, 4, 256, 4096),
-    (400e12, 6, 512, 8192),
+    (0,       2, 256, 2048),
+    (10e12,   2, 256, 4096),
+    (25e12,   3, 256, 4096),
+    (200e12,  4, 256, 4096),
+    (3000e12, 6, 512, 8192),  # an estimate: no machine of ours was that fast
 ]
 
 

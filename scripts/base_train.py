@@ -76,6 +76,8 @@ elif resume:
     print0("nothing to resume: starting from step 0")
 
 # what the budget buys
+if any(budget is not None and budget <= 0 for budget in (minutes, num_iterations)):
+    raise UserError(f"minutes={minutes} and num_iterations={num_iterations}: a budget must be above zero")
 if minutes is None and num_iterations is None:
     minutes = default_minutes(device.type)
 if meta:  # a resumed run keeps its shape

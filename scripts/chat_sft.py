@@ -78,6 +78,8 @@ if total_batch_size % (device_batch_size * T * world_size):
                     f"{device_batch_size} x {T} x {world_size}")
 accumulation = total_batch_size // (device_batch_size * T * world_size)
 flops_per_token = model.flops_per_token(T)
+if any(budget is not None and budget <= 0 for budget in (minutes, num_iterations)):
+    raise UserError(f"minutes={minutes} and num_iterations={num_iterations}: a budget must be above zero")
 if minutes is None and num_iterations is None:
     minutes = default_minutes(device.type)
 

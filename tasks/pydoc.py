@@ -187,4 +187,4 @@ class PyDoc(Task):
         return asked
 
     def evaluate(self, conversation, parts):
-        return answer_text(parts).strip().rstrip(".").lower() == conversation["messages"][-1]["content"].strip().rstrip(".").lower()
+        return answer_text(parts).strip().rstrip(".").lower() == conversation["messages"][1]["content"].strip().rstrip(".").lower()

@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, says what is wrong with it in one line, and comes back as it went."""
 import json
 import os
+import socket
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ def tokenizer(base_dir):
 
 @pytest.fixture
 def meta(tokenizer):
-    return {"stage": "base_train", "model_class": "gpt", "config": CONFIG, "dtype": "float32", "tokenizer": tokenizer.fingerprint,
-            "settings": {"depth": 1, "data": None}, "elapsed": 1.5, "val_bpb": 2.25, "finished": False}
+    return {"stage": "base_train", "model_class": "gpt", "config": CONFIG, "dtype": "float32",
+            "tokenizer": tokenizer.fingerprint, "settings": {"depth": 1, "data": None}, "elapsed": 1.5, "val_bpb": 2.25,
+            "finished": False}
 
 
 @pytest.fixture
@@ -127,6 +129,20 @@ def test_trap_28_a_crash_before_the_meta_file_leaves_the_old_step_as_the_latest(
     assert (folder / "model_000009.pt").exists() and complete_steps(folder) == [5]
 
 
+def test_trap_28_a_full_disk_between_the_files_leaves_no_step_and_no_temporary_file(folder, meta, monkeypatch):
+    save(folder, 5, meta)
+    rename = os.replace
+
+    def full_at_the_optimizer(source, target):
+        if "optim" in str(target):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+    monkeypatch.setattr(os, "replace", full_at_the_optimizer)
+    with pytest.raises(OSError):
+        save(folder, 9, meta)
+    assert complete_steps(folder) == [5] and not list(folder.glob("*.tmp"))
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"files": {}}', '{"files": {"model_000009.pt": "0"}, "saved": 9}'])
 def test_trap_28_a_damaged_meta_file_is_no_meta_file(folder, meta, damage):
     save(folder, 5, meta)
@@ -179,7 +195,8 @@ def test_another_tokenizer_is_an_error_with_both_fingerprints(folder, meta, toke
 
 def test_trap_30_another_number_of_ranks_is_an_error_with_both_numbers(folder, meta, monkeypatch):
     monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 2))
-    monkeypatch.setattr(checkpoint_manager.dist, "all_gather_object", lambda out, mine: out.__setitem__(slice(None), [mine, {}]))
+    monkeypatch.setattr(checkpoint_manager.dist, "all_gather_object",
+                        lambda out, mine: out.__setitem__(slice(None), [mine, {}]))
     save(folder, 5, meta)
     monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 3))
     message = error_of(read_checkpoint, folder, rank=0)
@@ -188,7 +205,8 @@ def test_trap_30_another_number_of_ranks_is_an_error_with_both_numbers(folder, m
 
 
 def two_ranks(rank, folder, port, meta):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     model = build_model(meta, "cpu")
@@ -199,7 +217,6 @@ def two_ranks(rank, folder, port, meta):
 
 
 def test_trap_30_every_rank_saves_its_own_optimizer_state(folder, meta):
-    import socket
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Batches of text: nothing lost, nothing twice, and a saved place that is really that place. Batches of conversations."""
+"""Batches of text: nothing lost or twice, and a saved place that is really that place. Batches of conversations."""
 import itertools
 import random
 
@@ -61,7 +61,7 @@ def test_the_stream_is_all_documents_behind_bos_and_targets_are_one_ahead(tokeni
     assert stream == (ids * 4)[:len(stream)]
     targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
     assert targets[:-1] == stream[1:] and targets[-1] == (ids * 4)[len(stream)]
-    assert all(t.shape == (2, 16) and t.dtype == torch.int64 for inputs, targets, _ in batches for t in (inputs, targets))
+    assert all(t.shape == (2, 16) and t.dtype == torch.int64 for batch in batches for t in batch[:2])
 
 
 def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer, data):
@@ -101,6 +101,15 @@ def test_trap_49_ranks_share_the_documents_whatever_the_row_groups(tokenizer, da
     assert all(parts)
 
 
+def test_trap_49_two_ranks_share_the_rows_of_a_single_row_group(tokenizer, tmp_path):
+    texts = [f"{i} the cat sat on the mat" for i in range(6)]
+    folder = write_folder(tmp_path / "text", [["a dog"], texts], 100)
+    for rank in (0, 1):
+        ids = sum(tokenizer.encode(texts[rank::2], prepend=tokenizer.get_bos_token_id()), [])
+        count = len(ids) // 16
+        assert stream_of(load(tokenizer, folder, count, B=1, split="val", rank=rank, world_size=2)) == ids[:16 * count]
+
+
 def test_trap_49_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
     folder = write_folder(tmp_path / "text", [["the cat sat on the mat"], ["a dog ran"]], 1)
     for rank in range(3):
@@ -126,7 +135,7 @@ def pack(tokenizer, task, count, B=2, T=48, **options):
 
 
 def conversations_in(tokenizer, inputs, targets):
-    """[(ids, targets)] of the conversations in a batch of rows: each begins at a bos that something other than bos follows."""
+    """[(ids, targets)] of the conversations in a batch: each begins at a bos that something other than bos follows."""
     bos, found = tokenizer.get_bos_token_id(), []
     for row, wanted in zip(inputs.tolist(), targets.tolist()):
         starts = [i for i, token in enumerate(row) if token == bos] + [len(row)]
@@ -144,7 +153,7 @@ def test_targets_are_what_the_assistant_says_and_padding_is_ignored(tokenizer, t
         packed = max(packed, len(found))
         for ids, wanted in found:
             key = tuple(ids) if tuple(ids) in expected else (*ids, tokenizer.encode_special("<|assistant_end|>"))
-            assert wanted[:len(ids) - 1] == expected[key][:len(ids) - 1], "the last token of a full row is a target alone"
+            assert wanted[:len(ids) - 1] == expected[key][:len(ids) - 1]  # the last of a full row is a target alone
             seen.add(key)
         assert not (targets == bos).any() and (targets[inputs == bos] == -1).all()
     assert len(seen) > 50 and packed > 2

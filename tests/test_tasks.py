@@ -42,7 +42,7 @@ def answer(conversation):
 
 def every_task(split):
     return [Arithmetic(split, 200), SimpleSpelling(split, 200), SpellingBee(split, 200), Identity(split), PyDoc(split),
-            PyDoc(split, form="what"), PyDoc(split, form="module")]
+            PyDoc(split, form="what"), PyDoc(split, form="module"), PyDoc(split, form="letter")]
 
 
 class Numbers(Task):
@@ -67,7 +67,7 @@ def test_examples_are_deterministic_well_formed_and_judged_right(split):
         for i in range(min(len(task), 60)):
             conversation = task[i]
             assert conversation == again[i]
-            assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
+            assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"] * (len(conversation["messages"]) // 2)
             assert question(conversation).strip() and all(part["text"] for part in answer(conversation))
             assert task.evaluate(conversation, answer(conversation))
             assert not task.evaluate(conversation, [{"type": "text", "text": "wrong"}])
@@ -187,7 +187,7 @@ def test_identity_names_the_model_and_has_enough_held_out_phrasings():
 
 def test_multiple_choice_letters_are_balanced_and_choices_distinct():
     for split in ("train", "test"):
-        task = PyDoc(split, size=200)
+        task = PyDoc(split, "letter", size=200)
         counts = Counter(answer(task[i])[0]["text"] for i in range(len(task)))
         assert set(counts) == set("ABCD") and max(counts.values()) - min(counts.values()) <= 1
         assert task.eval_type == "categorical" and task.chance == 0.25
@@ -198,8 +198,22 @@ def test_multiple_choice_letters_are_balanced_and_choices_distinct():
             assert len(question(conversation)) < 450
 
 
+def test_choices_are_sentences_of_the_same_split_and_the_right_one_stands_anywhere():
+    sentences = {}
+    for split in ("train", "test"):
+        task = PyDoc(split, "choice", size=400)
+        examples = [task[i] for i in range(len(task))]
+        assert all(len(set(c["choices"])) == 4 and c["choices"][c["gold"]] == answer(c)[0]["text"] for c in examples)
+        counts = Counter(c["gold"] for c in examples)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        sentences[split] = {text for c in examples for text in c["choices"]}
+        assert task.evaluate(examples[0], [{"type": "text", "text": examples[0]["choices"][examples[0]["gold"]]}])
+        assert not task.evaluate(examples[0], [{"type": "text", "text": examples[0]["choices"][examples[0]["gold"] - 1]}])
+    assert not sentences["train"] & sentences["test"]
+
+
 def test_multiple_choice_asks_again_with_other_choices():
-    task = PyDoc("train", size=2 * len(PyDoc("train")))
+    task = PyDoc("train", "letter", size=2 * len(PyDoc("train")))
     first, again = question(task[0]), question(task[len(task) // 2])
     assert first.split("\n")[0] == again.split("\n")[0] and first != again
 

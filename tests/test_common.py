@@ -1,0 +1,130 @@
+"""Settings, errors as one line, files that are whole or not there, schedules, bits per byte."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from nanochat.common import UserError, atomic_file, atomic_write
+from nanochat.configurator import configure
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.schedule import CPU_PLANS, cpu_plan, lr_multiplier, muon_momentum
+from nanochat.tokenizer import Tokenizer
+
+SCRIPT = '''"""What it does."""
+import sys
+from nanochat.configurator import configure
+depth: int = None   # layers
+rate = 0.5          # of learning
+name = "x"          # a name
+fast = False        # hurry
+CONSTANT = 3
+settings = configure(globals())
+later = 1
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def settings_of(script, *words, **options):
+    namespace = {"__file__": str(script), "depth": None, "rate": 0.5, "name": "x", "fast": False}
+    return configure(namespace, list(words), **options)
+
+
+def test_settings_in_every_spelling(script, tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text('"""Mine."""\ndepth = 6   # because\nrate = 2\n', encoding="utf-8")
+    assert settings_of(script) == {"depth": None, "rate": 0.5, "name": "x", "fast": False}
+    assert settings_of(script, "--depth=4", "--rate", "1", "--fast") == {"depth": 4, "rate": 1.0, "name": "x", "fast": True}
+    assert settings_of(script, "--", str(config), "--depth=3", "--name=7")["depth"] == 3
+    assert settings_of(script, str(config))["rate"] == 2.0 and settings_of(script, "--name=7")["name"] == "7"
+    assert settings_of(script, "-d", "4", aliases={"d": "depth"})["depth"] == 4
+    assert settings_of(script, "--depth=4", "--depth=None")["depth"] is None
+    assert settings_of(script, "--fast=0", "--fast=1")["fast"] is True
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--dpth=4"], "unknown setting --dpth; did you mean --depth?"),
+    (["--CONSTANT=4"], "unknown setting"), (["--later=4"], "unknown setting"),
+    (["--depth=four"], "--depth takes int, not 'four'"), (["--depth=1.5"], "--depth takes int"), (["--rate=True"], "--rate takes float"),
+    (["--depth"], "--depth needs a value"), (["none.py"], "none.py does not exist"),
+])
+def test_bad_settings(script, words, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        settings_of(script, *words)
+
+
+def run_code(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.mark.parametrize("error, status, line", [
+    ('UserError("no such\\nthing: make one")', 2, "error: no such thing: make one\n"),
+    ('OSError(28, "No space left on device")', 1, "error: [Errno 28] No space left on device\n"),
+    ("KeyboardInterrupt()", 130, "error: interrupted\n"),
+])
+def test_errors_end_with_one_line_and_their_status(error, status, line):
+    done = run_code(f"from nanochat.common import *\nfrom nanochat.common import UserError\ninstall_error_hook()\nraise {error}")
+    assert (done.returncode, done.stderr) == (status, line)
+
+
+def test_a_bug_keeps_its_traceback():
+    done = run_code("from nanochat.common import install_error_hook\ninstall_error_hook()\n1 / 0")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_an_atomic_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    with pytest.raises(RuntimeError):
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["file"]
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError):
+        atomic_write(path, "new")
+    assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_trap_15_and_16_the_rate_never_rises_after_warm_up_nor_leaves_0_to_1():
+    rates = [lr_multiplier(p / 1000) for p in range(1200)]
+    peak = rates.index(1.0)
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert all(0 < rate <= 1 for rate in rates) and rates[1000] == pytest.approx(0.02)
+    assert lr_multiplier(0, warmup=0, warmdown=1) == 1.0
+    assert muon_momentum(0) == 0.85 and muon_momentum(10_000) == 0.95
+
+
+def test_more_compute_never_plans_a_smaller_model():
+    plans = [cpu_plan(flops) for flops in (0, 1e12, 30e12, 100e12, 1e16)]
+    assert plans == sorted(plans) and plans[0] == CPU_PLANS[0][1:]
+
+
+def test_bits_per_byte_against_a_slow_twin_and_for_any_batch():
+    tokenizer = Tokenizer.train_from_iterator(["one two three four five six seven eight nine ten " * 9], 285)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(1, 32, 2, 2, tokenizer.get_vocab_size(), 8))
+    model.init_weights()
+    torch.nn.init.normal_(model.head.weight)
+    documents = ["one two three", "caf\u00e9 \U0001f600 " * 5, "ten"]
+    nats = 0.0
+    for text in documents:
+        ids = tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
+        for start in range(0, len(ids) - 1, 8):
+            row = ids[start:start + 9]
+            logits = model(torch.tensor([row[:-1]]))[0]
+            nats -= sum(torch.log_softmax(logits, -1)[range(len(row) - 1), row[1:]]).item()
+    wanted = nats / math.log(2) / sum(len(text.encode("utf-8")) for text in documents)
+    for batch_size in (1, 2, 16):
+        assert evaluate_bpb(model, tokenizer, documents, "cpu", batch_size) == pytest.approx(wanted, rel=1e-5)
+    assert model.training  # as it was before
