@@ -14,10 +14,11 @@ import torch
 from nanochat.common import UserError, finish_stage, get_base_dir, get_dist_info, print0
 from nanochat.configurator import configure
 from nanochat.dataset import iter_documents
+from nanochat.hardware import measure_matmul_flops, preferred_dtype
 from nanochat.tokenizer import Tokenizer
 
 data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
-vocab_size: int = None  # all tokens, bytes and special ones too. None: 32768 on a GPU, 4096 on a CPU, less for little text
+vocab_size: int = None  # all tokens, bytes and special ones too. None: 32768 on a GPU, 4096 or 2048 on a CPU, less for little text
 max_chars: int = None   # characters to train on. None: 2,000,000,000 on a GPU machine, 50,000,000 on a CPU
 doc_cap = 10_000        # characters of a document that count; one huge document must not decide the vocabulary
 settings = configure(globals())
@@ -42,8 +43,13 @@ def training_texts():
 
 
 def default_vocab_size(chars_per_token=256):
-    """The usual size, or what leaves every token enough text to be learned from."""
-    usual, chars = 32768 if gpu else 4096, 0
+    """The usual size, or what leaves every token enough text to be learned from.
+
+    A CPU below 220 GFLOP/s sees so few tokens in its minutes that 4096 of them are not learnt (dev/LOG.md): it takes 2048.
+    """
+    cpu = torch.device("cpu")
+    fast = gpu or measure_matmul_flops(cpu, getattr(torch, preferred_dtype("cpu"))) > 220e9
+    usual, chars = 32768 if gpu else 4096 if fast else 2048, 0
     for text in training_texts():
         chars += len(text)
         if chars >= usual * chars_per_token:

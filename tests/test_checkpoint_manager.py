@@ -1,7 +1,6 @@
 """A checkpoint is whole or not there, says what is wrong with it in one line, and comes back as it went."""
 import json
 import os
-import socket
 
 import pytest
 import torch
@@ -202,28 +201,6 @@ def test_trap_30_another_number_of_ranks_is_an_error_with_both_numbers(folder, m
     message = error_of(read_checkpoint, folder, rank=0)
     assert "2 ranks" in message and "has 3" in message
     assert read_checkpoint(folder)[1] is None, "without optimizer states, any number will do"
-
-
-def two_ranks(rank, folder, port, meta):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    model = build_model(meta, "cpu")
-    save_checkpoint(folder, 5, model, {"rank": rank}, meta, rank)
-    torch.distributed.barrier()
-    assert read_checkpoint(folder, rank=rank)[1] == {"rank": rank}
-    torch.distributed.destroy_process_group()
-
-
-def test_trap_30_every_rank_saves_its_own_optimizer_state(folder, meta):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, (folder, port, meta), nprocs=2)
-    found = json.loads((folder / "meta_000005.json").read_text(encoding="utf-8"))
-    assert found["world_size"] == 2
-    assert found["files"].keys() == {"model_000005.pt", "optim_000005_rank0.pt", "optim_000005_rank1.pt"}
 
 
 class Evil:

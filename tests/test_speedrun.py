@@ -15,9 +15,10 @@ ON_A_CPU = ["nanochat.dataset", "scripts.tok_train", "scripts.tok_eval", "script
 
 def speedrun(folder, **variables):
     """The finished process of speedrun.sh in `folder`."""
-    own = {name: value for name, value in os.environ.items() if name not in ("MINUTES", "DATA", "GPUS", "DRY_RUN")}
-    return subprocess.run(["bash", "speedrun.sh"], cwd=folder, env={**own, **variables}, timeout=60, capture_output=True,
-                          text=True, encoding="utf-8")
+    dials = ("MINUTES", "DATA", "GPUS", "DRY_RUN")
+    environment = {name: value for name, value in os.environ.items() if name not in dials} | variables
+    return subprocess.run(["bash", "speedrun.sh"], cwd=folder, env=environment, timeout=60, capture_output=True, text=True,
+                          encoding="utf-8")
 
 
 def dry_run(base, **variables):

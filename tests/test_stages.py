@@ -1,15 +1,23 @@
 """Every stage as its user runs it, in a process of its own, at reduced size; and what each says of bad input."""
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from conftest import ROOT, last_json
 
 TINY = ("--depth=1", "--max_seq_len=128", "--total_batch_size=512", "--compile=0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+RECORD = {"stage", "seconds", "machine", "settings"}
+TRAINING = RECORD | {"steps", "tokens", "tokens_per_second", "flops_per_second", "val_bpb", "checkpoint"}
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +31,35 @@ def text(tmp_path_factory):
     return path
 
 
+# Most of the time of a short command goes into importing torch, so that one process imports it and each command is a
+# fork of that. (It has computed nothing, so there are no threads yet that a fork would lose.)
+FORK_SERVER = """
+import json, os, runpy, sys
+import matplotlib, numpy, pyarrow.parquet, tiktoken, torch
+for line in sys.stdin:
+    words, environment, out, err = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 class Stages:
-    def __init__(self, base, environment):
-        self.base, self.environment = base, environment
+    """Runs stages with the base directory `base`."""
+
+    def __init__(self, base, server):
+        self.base, self.server = base, server
+        self.environment = {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "2"}
 
     def start(self, *words, launcher=("-m",)):
-        return subprocess.Popen([sys.executable, *launcher, *map(str, words)], cwd=ROOT, env=self.environment, text=True,
-                                encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, *launcher, *map(str, words)], cwd=ROOT, text=True, encoding="utf-8",
+                                env={**os.environ, **self.environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, *words, launcher=("-m",), status=0):
         process = self.start(*words, launcher=launcher)
@@ -40,14 +70,36 @@ class Stages:
     def record(self, *words, **options):
         return last_json(self.run(*words, **options)[0])
 
+    def fork(self, *words, status=0):
+        """As run(), faster."""
+        files = [self.base / "forked.out", self.base / "forked.err"]
+        self.server.stdin.write(json.dumps([list(map(str, words)), self.environment, *map(str, files)]) + "\n")
+        self.server.stdin.flush()
+        found = int(self.server.stdout.readline())
+        out, err = (file.read_text(encoding="utf-8") for file in files)
+        assert found == status, out + err
+        return out, err
+
+    def refusal(self, *words):
+        """The one line that bad input gets."""
+        _, err = self.fork(*words, status=2)
+        assert err.count("\n") == 1 and err.startswith("error: "), err
+        return err
+
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory, text):
-    import os
-    base = tmp_path_factory.mktemp("stages")
-    stages = Stages(base, {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "2"})
-    stages.run("scripts.tok_train", f"--data={text}", "--vocab_size=430")
-    stages.base = base
+def server():
+    """The process that forks."""
+    with subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"}, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, text, server):
+    stages = Stages(tmp_path_factory.mktemp("stages"), server)
+    record = stages.record("scripts.tok_train", f"--data={text}", "--vocab_size=430")
+    assert RECORD <= record.keys() and record["stage"] == "tok_train" and record["vocab_size"] == 430
     return stages
 
 
@@ -58,76 +110,100 @@ def trained(stages, text):
 
 
 def test_base_train_leaves_its_record_and_a_checkpoint(stages, trained):
-    assert {"stage", "seconds", "machine", "settings", "steps", "tokens", "tokens_per_second", "flops_per_second", "val_bpb",
-            "checkpoint"} <= trained.keys()
+    assert TRAINING <= trained.keys() and trained["stage"] == "base_train"
     assert trained["steps"] == 10 and trained["tokens"] == 5120 and 0 < trained["val_bpb"] < 8
     folder = stages.base / "base_checkpoints" / "d1"
     assert trained["checkpoint"] == str(folder)
-    assert {p.name for p in folder.iterdir()} == {"model_000010.pt", "optim_000010_rank0.pt", "meta_000010.json", "log.jsonl"}
+    files = {"model_000010.pt", "optim_000010_rank0.pt", "meta_000010.json", "log.jsonl"}
+    assert {p.name for p in folder.iterdir()} == files
     meta = json.loads((folder / "meta_000010.json").read_text(encoding="utf-8"))
     assert meta["settings"] == trained["settings"] and meta["settings"]["num_iterations"] == 10
     rows = (stages.base / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     assert trained in [json.loads(row) for row in rows if row]
 
 
-def test_the_chat_stages_follow(stages, trained):
-    assert stages.record("scripts.tok_eval", f"--data={stages_text(trained)}")["stage"] == "tok_eval"
-    assert stages.record("scripts.base_loss", f"--data={stages_text(trained)}", "--documents=5")["val_bpb"] > 0
-    small = ("--compile=0", "--device_batch_size=2")
-    assert stages.record("scripts.mid_train", "--num_iterations=3", *small)["steps"] == 3
-    mine = stages.base / "mine.jsonl"
-    mine.write_text(json.dumps([{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]) + "\n", encoding="utf-8")
-    sft = stages.record("scripts.chat_sft", "--num_iterations=3", f"--custom={mine}", *small)
+def test_the_chat_stages_follow(stages, trained, text):
+    row = stages.record("scripts.tok_eval", f"--data={text}")
+    assert RECORD <= row.keys() and row["stage"] == "tok_eval" and row["bytes_per_token"] > 1
+    row = stages.record("scripts.base_loss", f"--data={text}", "--documents=300")
+    assert RECORD <= row.keys() and abs(row["val_bpb"] - trained["val_bpb"]) < 1e-4
+    small = ("--compile=0", "--device_batch_size=2", "--num_iterations=3")
+    mid = stages.record("scripts.mid_train", *small)
+    assert TRAINING <= mid.keys() and mid["stage"] == "mid_train" and mid["steps"] == 3
+    mine, talk = stages.base / "mine.jsonl", [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    mine.write_text(json.dumps(talk) + "\n", encoding="utf-8")
+    sft = stages.record("scripts.chat_sft", f"--custom={mine}", *small)
+    assert TRAINING <= sft.keys() and sft["tokens"] == 3 * 2 * 128
     assert sft["checkpoint"] == str(stages.base / "chatsft_checkpoints" / "d1")
     score = stages.record("scripts.chat_eval", "-a", "spelling,pydoc,arithmetic", "--items=4", "--max_new_tokens=8")
-    assert score["accuracy"].keys() == {"spelling", "pydoc", "arithmetic"} and score["items"]["pydoc"] == 4
-    assert score["chance"]["pydoc"] == 0.25
+    assert RECORD | {"checkpoint"} <= score.keys()
+    for key in ("accuracy", "items", "chance"):
+        assert score[key].keys() == {"spelling", "pydoc", "arithmetic"}
+    assert all(0 <= share <= 1 for share in score["accuracy"].values())
+    assert score["items"]["pydoc"] == 4 and score["chance"]["pydoc"] == 0.25
     out, _ = stages.run("scripts.chat_cli", "-p", "hello", "--max_tokens=5")
     assert "<|" not in out
     report = stages.record("nanochat.report")["report"]
     assert "bits per byte" in open(report, encoding="utf-8").read()
+    whole = last_json(stages.fork("nanochat.report", "--speedrun", "--seconds=12.5")[0])
+    assert whole["stage"] == "speedrun" and whole["seconds"] == 12.5 and whole["val_bpb"] == trained["val_bpb"]
+    assert whole["accuracy"].keys() == {"arithmetic", "spelling", "pydoc", "identity"} and os.path.isabs(whole["report"])
 
 
-def stages_text(record):
-    return record["settings"]["data"]
+@pytest.fixture(scope="module")
+def refrain(tmp_path_factory):
+    """A text that is one document of 256 tokens over and over, so that what a rank reads does not depend on their number.
+
+    Capitals that the tokenizer has not seen are a token each.
+    """
+    folder = tmp_path_factory.mktemp("refrain")
+    document = "".join(random.Random(1).choices("QXZJKWVU", k=255))
+    for name, count in (("0.parquet", 40), ("1.parquet", 3)):
+        pq.write_table(pa.table({"text": [document] * count}), folder / name, row_group_size=4)
+    return folder
 
 
-def test_two_ranks_train_what_one_rank_trains(stages, trained):
-    """Same batch in tokens; the ranks read other documents at a time, so the figures agree but roughly."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    row = stages.record("scripts.base_train", "--", f"--data={stages_text(trained)}", *TINY, "--num_iterations=10", "--model_tag=two",
-                        launcher=launcher)
-    assert row["tokens"] == 5120 and abs(row["val_bpb"] - trained["val_bpb"]) < 0.2
-    assert (stages.base / "base_checkpoints" / "two" / "optim_000010_rank1.pt").exists()
-    stages.run("scripts.base_loss", "--model_tag=two", f"--data={stages_text(trained)}", "--documents=3")
+def losses_of(folder):
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")
+    return {row["step"]: row["loss"] for row in map(json.loads, filter(None, lines)) if "loss" in row}
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(stages, trained):
-    command = ("scripts.base_train", f"--data={stages_text(trained)}", *TINY, "--num_iterations=400", "--model_tag=stopped", "--resume")
+def test_two_ranks_train_what_one_rank_trains_and_one_cannot_go_on_from_two(stages, refrain):
+    command = ("scripts.base_train", f"--data={refrain}", *TINY, "--dtype=float32", "--num_iterations=10")
+    one = last_json(stages.fork(*command, "--model_tag=one")[0])
+    two = stages.record(command[0], "--", *command[1:], "--model_tag=two", launcher=TORCHRUN)
+    assert one["tokens"] == two["tokens"] == 5120
+    assert abs(one["val_bpb"] - two["val_bpb"]) < 1e-3, "the same batch in tokens gives the same model"
+    folder = stages.base / "base_checkpoints"
+    losses = [losses_of(folder / tag) for tag in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0][10] < losses[0][1] - 1
+    meta = json.loads((folder / "two" / "meta_000010.json").read_text(encoding="utf-8"))
+    assert meta["world_size"] == 2
+    assert meta["files"].keys() == {"model_000010.pt", "optim_000010_rank0.pt", "optim_000010_rank1.pt"}
+    refusal = stages.refusal(*command, "--model_tag=two", "--resume")  # trap 30
+    assert "2 ranks" in refusal and "has 1" in refusal
+    row = stages.record("scripts.mid_train", "--", "--model_tag=two", "--compile=0", "--device_batch_size=2", "--num_iterations=2",
+                        launcher=TORCHRUN)
+    assert row["tokens"] == 2 * 2 * 2 * 128
+
+
+def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run_ends(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=200", "--eval_every=0", "--resume")
+    whole = last_json(stages.fork(*command, "--model_tag=whole")[0])
+    command += ("--model_tag=stopped",)
     process = stages.start(*command)
-    log = stages.base / "base_checkpoints" / "stopped" / "log.jsonl"
-    while not (log.exists() and log.read_text(encoding="utf-8").count("\n") > 5) and process.poll() is None:
-        time.sleep(0.05)
+    folder = stages.base / "base_checkpoints" / "stopped"
+    while not ((folder / "log.jsonl").exists() and losses_of(folder)) and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
+    assert process.returncode == 130 and err == "", out + err
     assert "--resume" in out
-    row = stages.record(*command)
-    assert row["steps"] == 400
-    steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").split("\n") if '"loss"' in line]
-    assert steps == list(range(1, 401))  # none lost, none twice
-
-
-def test_trap_31_a_resumed_run_is_the_run_that_was_not_stopped(stages, trained):
-    """Stopped by a budget of fewer steps would be another schedule, so a checkpoint in the middle is taken up instead."""
-    common = ("scripts.base_train", f"--data={stages_text(trained)}", *TINY, "--num_iterations=8", "--save_every=4")
-    whole = stages.record(*common, "--model_tag=whole")
-    folder = stages.base / "base_checkpoints"
-    (folder / "cut").mkdir()
-    for name in ("model_000004.pt", "optim_000004_rank0.pt", "meta_000004.json"):
-        (folder / "cut" / name).write_bytes((folder / "whole" / name).read_bytes())
-    again = stages.record(*common, "--model_tag=cut", "--resume")
-    assert again["val_bpb"] == whole["val_bpb"]
+    again = stages.record(*command)
+    assert again["steps"] == 200 and abs(again["val_bpb"] - whole["val_bpb"]) < 1e-3
+    losses = [losses_of(folder.parent / tag) for tag in ("stopped", "whole")]
+    assert list(losses[0]) == list(range(1, 201)), "no step is lost, none comes twice"
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("words, needle", [
@@ -135,39 +211,41 @@ def test_trap_31_a_resumed_run_is_the_run_that_was_not_stopped(stages, trained):
     (("scripts.base_train", "--depth=four"), "takes int"),
     (("scripts.base_train", "config/none.py"), "does not exist"),
     (("scripts.base_train", "--data=/nowhere"), "/nowhere does not exist"),
-    (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=100000", "--compile=0"), "context"),
+    (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=100000", "--compile=0"), "context of 100000"),
     (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=128", "--total_batch_size=200"), "200"),
+    (("scripts.base_train", "--data={text}", "--depth=1", "--kv_heads=3"), "kv_heads=3"),
+    (("scripts.base_train", "--data={text}", "--minutes=0"), "minutes=0"),
+    (("scripts.chat_sft", "--source=base", "--num_iterations=0"), "num_iterations=0"),
     (("scripts.base_train", "--data={latin}"), "not UTF-8"),
     (("scripts.tok_train", "--data={empty}"), "empty"),
     (("scripts.tok_train", "--data={text}", "--vocab_size=30000"), "30000"),
     (("scripts.base_loss", "--model_tag=none"), "no complete checkpoint"),
+    (("scripts.base_loss", "--model_tag=d1", "--step=3"), "choose from 10"),
     (("scripts.chat_eval", "-a", "juggling"), "juggling"),
     (("scripts.chat_cli", "-p", ""), "empty"),
+    (("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p", "word " * 200), "the context holds 128"),
     (("scripts.mid_train", "--dtype=float16"), "float16"),
 ])
-def test_bad_input_is_one_line_and_status_2(stages, trained, tmp_path, words, needle):
-    (tmp_path / "latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1") * 10)
-    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
-    words = [w.format(text=stages_text(trained), latin=tmp_path / "latin.txt", empty=tmp_path / "empty.txt") for w in words]
-    _, err = stages.run(*words, status=2)
-    assert err.count("\n") == 1 and err.startswith("error: ") and needle in err, err
+def test_bad_input_is_one_line_and_status_2(stages, trained, text, tmp_path, words, needle):
+    latin, empty = tmp_path / "latin.txt", tmp_path / "empty.txt"
+    latin.write_bytes("caf\xe9 au lait".encode("latin-1") * 10)
+    empty.write_text("", encoding="utf-8")
+    assert needle in stages.refusal(*(word.format(text=text, latin=latin, empty=empty) for word in words))
 
 
-def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, tmp_path):
-    import os
-    import shutil
-    empty = Stages(tmp_path / "empty", {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "empty")})
-    assert "tok_train" in empty.run("scripts.base_train", status=2)[1]
-    assert "no base checkpoint" in empty.run("scripts.base_loss", status=2)[1]
-    shutil.copytree(stages.base, tmp_path / "copy")
-    copy = Stages(tmp_path / "copy", {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "copy")})
-    model = tmp_path / "copy" / "base_checkpoints" / "d1" / "model_000010.pt"
-    model.write_bytes(model.read_bytes()[:-7])
-    _, err = copy.run("scripts.base_loss", "--model_tag=d1", status=2)
-    assert "damaged" in err and err.count("\n") == 1
-    ranks = tmp_path / "copy" / "tokenizer" / "ranks.tiktoken"
+def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, text, tmp_path):
+    (tmp_path / "empty").mkdir()
+    empty = Stages(tmp_path / "empty", stages.server)
+    assert "tok_train" in empty.refusal("scripts.base_train")
+    assert "no base checkpoint" in empty.refusal("scripts.base_loss")
+    copy = Stages(tmp_path / "copy", stages.server)
+    shutil.copytree(stages.base, copy.base)
+    base_loss = ("scripts.base_loss", "--model_tag=d1", f"--data={text}")
+    copy.fork("scripts.tok_train", f"--data={text}", "--vocab_size=420")
+    assert "another tokenizer" in copy.refusal(*base_loss)
+    ranks = copy.base / "tokenizer" / "ranks.tiktoken"
     ranks.write_bytes(ranks.read_bytes()[:-9])
-    assert "damaged" in copy.run("scripts.base_loss", "--model_tag=d1", status=2)[1]
-    copy.run("scripts.tok_train", f"--data={stages_text(trained)}", "--vocab_size=420")
-    assert "another tokenizer" in copy.run("scripts.base_loss", "--model_tag=two" if (tmp_path / "copy/base_checkpoints/two").exists()
-                                           else "--model_tag=d1", status=2)[1]
+    assert "ranks.tiktoken is damaged" in copy.refusal(*base_loss)
+    model = copy.base / "base_checkpoints" / "d1" / "model_000010.pt"
+    model.write_bytes(model.read_bytes()[:-7])
+    assert "model_000010.pt is damaged" in copy.refusal(*base_loss)
