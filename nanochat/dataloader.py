@@ -1,8 +1,13 @@
 """From documents to batches: a stream of tokens, each document opened by <|bos|>, cut into rows of T without waste.
 
-The state that comes with a batch says where the *next* one starts: epoch, row group, row, and how many tokens of
-that document are used up. A loader that starts from it goes on with exactly the batches that would have come.
+Rows that follow each other are of one document, and a batch of them would see four documents where it could see sixteen.
+So the stream is read in stretches of several batches, and a stretch's rows are dealt out in random order.
+
+The state that comes with a batch says where the *next* one is: epoch, row group, row and token at which its stretch
+begins, and how many batches of the stretch are dealt. A loader that starts from it goes on with exactly the batches that
+would have come.
 """
+import functools
 import random
 
 import numpy as np
@@ -27,45 +32,59 @@ def _documents(groups, rank, world_size, epoch, group, row):
 
 
 def tokenizing_distributed_data_loader_with_state(tokenizer, B, T, split, data=None, device="cpu", rank=0, world_size=1,
-                                                  state=None, documents_at_once=64):
+                                                  state=None, stretch=16, documents_at_once=64):
     """Endless (inputs (B, T), targets (B, T), state), int64. split: "train" (all shards but the last) or "val"."""
     paths = parquet_paths(data)
     groups = list(iter_row_groups(paths[:-1] if split == "train" else paths[-1:]))
-    epoch, group, row, skip = state or (0, 0, 0, 0)
+    epoch, group, row, skip, dealt = state or (0, 0, 0, 0, 0)
     documents = _documents(groups, rank, world_size, epoch, group, row)
     bos = tokenizer.get_bos_token_id()
-    tokens, places = np.empty(0, np.int64), []  # the buffer; where each document in it lies, and how many tokens of it are left
-    need = B * T + 1
+    tokens, places = np.empty(0, np.int64), []  # the buffer; [place, tokens used, tokens left] of each document in it
+    count = stretch * B * T
     while True:
-        while len(tokens) < need:
+        while len(tokens) <= count:  # the last target is one token further, the next stretch's first input
             some = [next(documents) for _ in range(documents_at_once)]
             encoded = tokenizer.encode([text for _, text in some], prepend=bos)
+            pieces = [tokens]
             for (place, _), ids in zip(some, encoded):
-                ids = np.array(ids[skip:], dtype=np.int64)
-                places.append([place, skip, len(ids)])
-                tokens, skip = np.concatenate((tokens, ids)) if len(ids) else tokens, 0
-        batch = torch.from_numpy(tokens[:need].copy())
-        tokens = tokens[need - 1:]  # the last target is the next batch's first input
-        used = need - 1
+                pieces.append(np.array(ids[skip:], dtype=np.int64))
+                places.append([place, skip, len(pieces[-1])])
+                skip = 0
+            tokens = np.concatenate(pieces)
+        begin = (*places[0][0], places[0][1])
+        used = count
         while used >= places[0][2]:
             used -= places.pop(0)[2]
-        places[0][1] += used
-        places[0][2] -= used
-        place, skip_here, _ = places[0]
-        batch = batch.to(device, non_blocking=True)
-        yield batch[:-1].view(B, T), batch[1:].view(B, T), (*place, skip_here)
+        places[0][1:] = places[0][1] + used, places[0][2] - used
+        end = (*places[0][0], places[0][1])
+        inputs, targets = (torch.from_numpy(tokens[i:count + i].reshape(-1, T).copy()) for i in (0, 1))
+        tokens = tokens[count:]
+        order = torch.from_numpy(np.random.default_rng(begin).permutation(stretch * B)).split(B)
+        for i in range(dealt, stretch):
+            yield (inputs[order[i]].to(device, non_blocking=True), targets[order[i]].to(device, non_blocking=True),
+                   (*begin, i + 1) if i + 1 < stretch else (*end, 0))
+        dealt = 0
 
 
-def sft_data_generator(tokenizer, task, B, T, device="cpu", rank=0, world_size=1, start=0, seed=1):
-    """Endless (inputs (B, T), targets (B, T), next start) of whole conversations packed into rows.
+def sft_data_generator(tokenizer, task, B, T, device="cpu", rank=0, world_size=1, state=None, seed=1):
+    """Endless (inputs (B, T), targets (B, T), state) of whole conversations packed into rows.
 
     Rows are packed best-fit from a small buffer and padded with <|bos|>, whose targets are ignored (-1), as is all that
     the user says. A conversation longer than a row is cut to it (trap 14). The order is a new shuffle at every epoch.
+    The state is how many conversations this rank has drawn, and which of these still wait in the buffer.
     """
     pad = tokenizer.get_bos_token_id()
-    size = len(task)
-    position, order, order_epoch = start, None, None
-    buffer = []
+
+    @functools.lru_cache(2)  # a buffer holds conversations of two epochs at most
+    def order(epoch):
+        return random.Random(f"{seed} {epoch}").sample(range(len(task)), len(task))
+
+    def render(draw):
+        epoch, i = divmod(draw * world_size + rank, len(task))
+        return draw, *tokenizer.render_conversation(task[order(epoch)[i]], max_tokens=T + 1)
+
+    drawn, waiting = state or (0, ())
+    buffer = [render(draw) for draw in waiting]
     while True:
         inputs = np.full((B, T + 1), pad, np.int64)
         targets = np.full((B, T + 1), -1, np.int64)
@@ -73,20 +92,15 @@ def sft_data_generator(tokenizer, task, B, T, device="cpu", rank=0, world_size=1
             filled = 0
             while True:
                 while len(buffer) < 32:
-                    epoch, index = divmod(position * world_size + rank, size)
-                    if epoch != order_epoch:
-                        order, order_epoch = list(range(size)), epoch
-                        random.Random(f"{seed} {epoch}").shuffle(order)
-                    ids, mask = tokenizer.render_conversation(task[order[index]], max_tokens=T + 1)
-                    buffer.append((ids, mask))
-                    position += 1
-                fits = [i for i, (ids, _) in enumerate(buffer) if len(ids) <= T + 1 - filled]
+                    buffer.append(render(drawn))
+                    drawn += 1
+                fits = [i for i, (_, ids, _) in enumerate(buffer) if len(ids) <= T + 1 - filled]
                 if not fits:
                     break
-                best = max(fits, key=lambda i: (len(buffer[i][0]), -i))
-                ids, mask = buffer.pop(best)
+                _, ids, mask = buffer.pop(max(fits, key=lambda i: (len(buffer[i][1]), -i)))
                 end = filled + len(ids)
                 inputs[b, filled:end] = ids
                 targets[b, filled:end] = np.where(np.array(mask, bool), ids, -1)
                 filled = end
-        yield (torch.from_numpy(inputs[:, :-1].copy()).to(device), torch.from_numpy(targets[:, 1:].copy()).to(device), position)
+        state = drawn, tuple(draw for draw, _, _ in buffer)
+        yield torch.from_numpy(inputs[:, :-1].copy()).to(device), torch.from_numpy(targets[:, 1:].copy()).to(device), state

@@ -30,7 +30,7 @@ model_tag: str = None        # checkpoint folder to read and write; None: the ne
 from_step: int = None        # step of the model to start from; None: its newest
 minutes: float = None        # wall clock of the loop, compiling included; None: 5 on a CPU, one pass of the mixture on a GPU
 num_iterations: int = None   # optimizer steps, in place of minutes
-device_batch_size = 16       # sequences per device and pass
+device_batch_size: int = None  # sequences per device and pass; None: pretraining's per step, at most 16
 total_batch_size: int = None  # tokens per optimizer step; None: one pass of every device
 learning_rate = 0.01         # Muon's, for the matrices; the AdamW groups keep their ratio to it. Flat
 weight_decay = 0.0           # of the matrices
@@ -57,7 +57,7 @@ if dtype:
     model.compute_dtype = compute.dtype  # otherwise the checkpoint's
 folder = checkpoint_dir("mid", origin["tag"])
 meta = {"stage": "mid_train", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": str(model.compute_dtype)[6:],
-        **{key: origin[key] for key in ("model_class", "config", "tokenizer")}}
+        **{key: origin[key] for key in ("model_class", "config", "tokenizer", "total_batch_size")}}
 state = None
 if resume and complete_steps(folder):
     weights, state, saved_meta = read_checkpoint(folder, device=device, rank=rank)
@@ -70,6 +70,7 @@ if resume and complete_steps(folder):
 if compile:
     model.compile_blocks()
 T = model.config.max_seq_len
+device_batch_size = device_batch_size or min(16, max(1, origin["total_batch_size"] // (T * world_size)))
 total_batch_size = total_batch_size or device_batch_size * T * world_size
 if total_batch_size % (device_batch_size * T * world_size):
     raise UserError(f"total_batch_size={total_batch_size} is not a multiple of device_batch_size x context x ranks = "
@@ -89,10 +90,10 @@ if state:
     torch.set_rng_state(state["rng"].cpu())
 
 # data: the mixture, and how often each conversation comes
-mixture = TaskMixture([SimpleSpelling("train", 80_000), SpellingBee("train", 6_000), Arithmetic("train", 18_000), PyDoc("train", "what", 15_000),
+mixture = TaskMixture([SimpleSpelling("train", 80_000), SpellingBee("train", 6_000), Arithmetic("train", 26_000), PyDoc("train", "what", 15_000),
                        PyDoc("train", "module", 4_000), PyDoc("train", "letter", 1_600), *[Identity("train")] * 4])
-loader_position = state["loader"] if state else 0
-loader = sft_data_generator(tokenizer, mixture, device_batch_size, T, device, rank, world_size, loader_position, seed)
+loader_state = state and state["loader"]
+loader = sft_data_generator(tokenizer, mixture, device_batch_size, T, device, rank, world_size, loader_state, seed)
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
 
 # loop
@@ -109,7 +110,7 @@ def log(**row):
 
 
 def save(finished=False):
-    save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_position,
+    save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state,
                                           "rng": torch.get_rng_state()},
                     {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size,
                      "finished": finished}, rank)
@@ -133,7 +134,7 @@ while True:
     elif minutes:
         progress, spare = elapsed / (60 * minutes), 0.5 * durations[-1] / (60 * minutes) if durations else 0
     else:  # one pass through the mixture
-        progress, spare = agree(loader_position * world_size / len(mixture))[0], 0
+        progress, spare = agree(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
     if progress + spare >= 1 or stop.signal:
         break
     if int(4 * progress) > quarter:
@@ -142,7 +143,7 @@ while True:
 
     begin = time.perf_counter()
     batches = [next(loader) for _ in range(accumulation)]
-    loader_position = batches[-1][2]
+    loader_state = batches[-1][2]
     targets_here = sum((targets >= 0).sum() for _, targets, _ in batches)
     count = targets_here.clone()
     if world_size > 1:  # the mean is over the targets of all ranks, wherever they fell

@@ -44,6 +44,11 @@ def load(tokenizer, data, count, B=2, T=16, split="train", **options):
     return list(itertools.islice(loader, count))
 
 
+def load_in_order(*args, **options):
+    """Rows as they follow each other: a stretch of a single one has only one order."""
+    return load(*args, B=1, stretch=1, **options)
+
+
 def stream_of(batches):
     return torch.cat([inputs.flatten() for inputs, _, _ in batches]).tolist()
 
@@ -56,12 +61,22 @@ def documents_as_ids(tokenizer, split, data):
 def test_the_stream_is_all_documents_behind_bos_and_targets_are_one_ahead(tokenizer, data, split):
     ids = sum(documents_as_ids(tokenizer, split, data), [])
     assert len(ids) > 3 * 32
-    batches = load(tokenizer, data, 3 * len(ids) // 32, split=split)  # three epochs, give or take
+    batches = load_in_order(tokenizer, data, 3 * len(ids) // 16, split=split)  # three epochs, give or take
     stream = stream_of(batches)
     assert stream == (ids * 4)[:len(stream)]
     targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
     assert targets[:-1] == stream[1:] and targets[-1] == (ids * 4)[len(stream)]
-    assert all(t.shape == (2, 16) and t.dtype == torch.int64 for batch in batches for t in batch[:2])
+    assert all(t.shape == (1, 16) and t.dtype == torch.int64 for batch in batches for t in batch[:2])
+
+
+def test_the_rows_of_a_stretch_are_dealt_out_once_each_in_an_order_that_changes(tokenizer, data):
+    def rows(batches):
+        return [tuple(a + b) for inputs, targets, _ in batches for a, b in zip(inputs.tolist(), targets.tolist())]
+    in_order = rows(load_in_order(tokenizer, data, 64))
+    dealt = rows(load(tokenizer, data, 16, B=4, stretch=8))
+    assert [sorted(dealt[:32]), sorted(dealt[32:])] == [sorted(in_order[:32]), sorted(in_order[32:64])]
+    places = [in_order[32 * k:32 * k + 32].index(row) for k in (0, 1) for row in dealt[32 * k:32 * k + 32]]
+    assert places[:32] != sorted(places[:32]) and places[:32] != places[32:]
 
 
 def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer, data):
@@ -71,20 +86,20 @@ def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(to
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
 def test_traps_01_and_31_every_saved_place_goes_on_with_the_very_same_batches(tokenizer, data, rank, world_size):
     place = dict(rank=rank, world_size=world_size)
-    batches = load(tokenizer, data, 250, B=1, **place)
+    batches = load(tokenizer, data, 250, B=1, stretch=2, **place)
     states = [state for _, _, state in batches]
     assert states[-1][0] >= 2, "the end of the files was passed twice"
-    assert {state[1] for state in states} == set(range(12)), "a batch began in every row group of every file"
+    assert {state[1] for state in states} == set(range(12)), "a stretch began in every row group of every file"
     assert states == sorted(states) and any(state[3] for state in states)
     for i in range(0, 240, 7):
-        again = load(tokenizer, data, 10, B=1, state=states[i], **place)
+        again = load(tokenizer, data, 10, B=1, stretch=2, state=states[i], **place)
         for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches[i + 1:], again):
             assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2) and state == state_2
 
 
 def first_epoch(tokenizer, data, rank, world_size):
     """The documents that a rank reads in its first epoch, as lists of ids."""
-    batches = load(tokenizer, data, 400, B=1, T=4, rank=rank, world_size=world_size)
+    batches = load_in_order(tokenizer, data, 400, T=4, rank=rank, world_size=world_size)
     end, over = next((i, state[3]) for i, (_, _, state) in enumerate(batches) if state[0] == 1)
     stream, documents = stream_of(batches[:end + 1]), []
     for token in stream[:len(stream) - over]:
@@ -107,7 +122,7 @@ def test_trap_49_two_ranks_share_the_rows_of_a_single_row_group(tokenizer, tmp_p
     for rank in (0, 1):
         ids = sum(tokenizer.encode(texts[rank::2], prepend=tokenizer.get_bos_token_id()), [])
         count = len(ids) // 16
-        assert stream_of(load(tokenizer, folder, count, B=1, split="val", rank=rank, world_size=2)) == ids[:16 * count]
+        assert stream_of(load_in_order(tokenizer, folder, count, split="val", rank=rank, world_size=2)) == ids[:16 * count]
 
 
 def test_trap_49_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
@@ -176,7 +191,7 @@ def test_trap_14_a_conversation_longer_than_a_row_is_cut_and_still_teaches(token
     long = [talk("who?", "the cat sat on the mat and " * 40) for _ in range(40)]
     batches = pack(tokenizer, long + [talk("who?", "a dog")], 60)
     assert all((targets >= 0).sum() > 20 for _, targets, _ in batches)
-    assert batches[-1][2] > 100, "the buffer is not clogged"
+    assert batches[-1][2][0] > 100, "the buffer is not clogged"
 
 
 def test_trap_14_a_question_longer_than_a_row_gives_a_row_without_targets_and_no_error(tokenizer):
@@ -187,21 +202,17 @@ def test_trap_14_a_question_longer_than_a_row_gives_a_row_without_targets_and_no
 def test_two_ranks_draw_different_conversations(tokenizer, talks):
     def drawn(rank):
         ids = set()
-        for inputs, targets, position in pack(tokenizer, talks, 40, rank=rank, world_size=2):
-            if position > 50:
+        for inputs, targets, (count, _) in pack(tokenizer, talks, 40, rank=rank, world_size=2):
+            if count > 50:
                 return ids
             ids |= {tuple(row[:12]) for row, _ in conversations_in(tokenizer, inputs, targets)}
     assert drawn(0) and drawn(1) and not drawn(0) & drawn(1)
 
 
-def test_trap_31_resuming_by_position_repeats_nothing_and_loses_no_more_than_the_buffer(tokenizer, talks):
-    batches = pack(tokenizer, talks, 12)
-    position = batches[3][2]
-    after = pack(tokenizer, talks, 12, start=position)
-    assert after[0][2] > position
-    once_more = pack(tokenizer, talks, 12, start=position)
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(after, once_more))
-    until = [{tuple(ids) for inputs, targets, _ in part for ids, _ in conversations_in(tokenizer, inputs, targets)}
-             for part in (batches[:4], after[:4])]
-    assert not until[0] & until[1], "within an epoch nothing that was trained on comes again"
-    assert position - len(until[0]) <= 32
+def test_trap_31_every_saved_place_goes_on_with_the_very_same_conversations(tokenizer, talks):
+    batches = pack(tokenizer, talks, 60)
+    assert batches[-1][2][0] > 250, "two ends of an epoch were passed"
+    for i in range(0, 50, 7):
+        again = pack(tokenizer, talks, 8, state=batches[i][2])
+        for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches[i + 1:], again):
+            assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2) and state == state_2

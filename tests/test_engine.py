@@ -5,7 +5,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.engine import Engine, fit_conversation, restore_tool_calls, sample
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,8 @@ def scripted_run(tokenizer, expression):
     special, text = tokenizer.encode_special, tokenizer.encode
     call = [special("<|python_start|>"), *text(expression), special("<|python_end|>")]
     reply = [special("<|output_start|>"), *text("84"), special("<|output_end|>")]
-    script = call + [0] * len(reply) + text("It is 84.") + [special("<|assistant_end|>")]  # what it wants during the reply does not count
+    # what it wants to say during the reply does not count
+    script = call + [0] * len(reply) + text("It is 84.") + [special("<|assistant_end|>")]
     model = Scripted(tokenizer, script)
     prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": "12*7"}]})
     model.prompt_length = len(prompt)
@@ -122,6 +123,29 @@ def test_the_tool_runs_inside_and_its_reply_is_forced(tokenizer):
 def test_trap_37_control_tokens_are_not_printed_but_tool_calls_are_readable(tokenizer):
     engine, prompt, _ = scripted_run(tokenizer, "12*7")
     assert engine.generate(prompt, max_new_tokens=40, temperature=0) == "`12*7` → 84\nIt is 84."
+
+
+def scripted(tokenizer, script, prompt_length):
+    model = Scripted(tokenizer, script)
+    model.prompt_length = prompt_length
+    return Engine(model, tokenizer)
+
+
+def test_trap_37_no_control_token_is_printed_wherever_it_comes(tokenizer):
+    names = [name for name in SPECIAL_TOKENS if name not in ("<|bos|>", "<|assistant_end|>")]
+    script = [i for name in names for i in (tokenizer.encode_special(name), *tokenizer.encode("at"))]
+    text = scripted(tokenizer, script, 1).generate([5], max_new_tokens=len(script), temperature=0)
+    assert text.count("at") == len(names)
+    assert "<|" not in text and "|>" not in text
+
+
+def test_trap_34_a_model_that_never_stops_is_stopped_at_the_context(tokenizer):
+    engine = scripted(tokenizer, [5] * 99, 40)
+    stream = engine.stream([9] * 40, max_new_tokens=100, temperature=0)
+    assert "".join(stream) == tokenizer.decode([5] * 24)
+    assert (stream.finish_reason, stream.prompt_tokens, stream.completion_tokens) == ("length", 40, 24)
+    stream = scripted(tokenizer, [5] * 99, 40).stream([9] * 40, max_new_tokens=7, temperature=0)
+    assert len("".join(stream)) == 7 and stream.finish_reason == "length"
 
 
 def test_an_answer_that_comes_back_as_history_is_parts_again():

@@ -17,7 +17,9 @@ from conftest import ROOT, last_json
 TINY = ("--depth=1", "--max_seq_len=128", "--total_batch_size=512", "--compile=0")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
 RECORD = {"stage", "seconds", "machine", "settings"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}  # a second one is no help to matrices as small as these
+# A second thread is no help to matrices as small as these. Compiling the sources of torch's compiler and of sympy takes
+# ten seconds of every stage where an environment forbids Python to keep the result.
+QUICK = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false", "PYTHONDONTWRITEBYTECODE": ""}
 TRAINING = RECORD | {"steps", "tokens", "tokens_per_second", "flops_per_second", "val_bpb", "checkpoint"}
 
 
@@ -36,7 +38,7 @@ def text(tmp_path_factory):
 # fork of that. (It has computed nothing, so there are no threads yet that a fork would lose.)
 FORK_SERVER = """
 import json, os, runpy, sys
-import matplotlib, numpy, pyarrow.parquet, tiktoken, torch
+import matplotlib, numpy, pyarrow.parquet, tiktoken, torch, torch._dynamo
 for line in sys.stdin:
     words, environment, out, err = json.loads(line)
     child = os.fork()
@@ -56,7 +58,7 @@ class Stages:
 
     def __init__(self, base, server):
         self.base, self.server = base, server
-        self.environment = {"NANOCHAT_BASE_DIR": str(base), **ONE_THREAD}
+        self.environment = {"NANOCHAT_BASE_DIR": str(base), **QUICK}
 
     def start(self, *words, launcher=("-m",)):
         return subprocess.Popen([sys.executable, *launcher, *map(str, words)], cwd=ROOT, text=True, encoding="utf-8",
@@ -81,6 +83,9 @@ class Stages:
         assert found == status, out + err
         return out, err
 
+    def fork_record(self, *words):
+        return last_json(self.fork(*words)[0])
+
     def refusal(self, *words):
         """The one line that bad input gets."""
         _, err = self.fork(*words, status=2)
@@ -91,7 +96,7 @@ class Stages:
 @pytest.fixture(scope="module")
 def server():
     """The process that forks."""
-    with subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=ROOT, env={**os.environ, **ONE_THREAD}, text=True,
+    with subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=ROOT, env={**os.environ, **QUICK}, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         yield process
 
@@ -129,9 +134,9 @@ def test_base_train_leaves_its_record_and_a_checkpoint(stages, trained):
 
 
 def test_the_chat_stages_follow(stages, trained, text):
-    row = stages.record("scripts.tok_eval", f"--data={text}")
+    row = stages.fork_record("scripts.tok_eval", f"--data={text}")
     assert RECORD <= row.keys() and row["stage"] == "tok_eval" and row["bytes_per_token"] > 1
-    row = stages.record("scripts.base_loss", f"--data={text}", "--documents=300")
+    row = stages.fork_record("scripts.base_loss", f"--data={text}", "--documents=300")
     assert RECORD <= row.keys() and abs(row["val_bpb"] - trained["val_bpb"]) < 1e-4
     small = ("--compile=0", "--device_batch_size=2", "--num_iterations=3")
     mid = stages.record("scripts.mid_train", *small)
@@ -139,10 +144,11 @@ def test_the_chat_stages_follow(stages, trained, text):
     talk = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
     mine = stages.base / "mine.jsonl"
     mine.write_text(json.dumps(talk) + "\n", encoding="utf-8")
-    sft = stages.record("scripts.chat_sft", f"--custom={mine}", *small)
+    sft = stages.fork_record("scripts.chat_sft", f"--custom={mine}", *small)
     assert TRAINING <= sft.keys() and sft["tokens"] == 3 * 2 * 128
     assert sft["checkpoint"] == str(stages.base / "chatsft_checkpoints" / "d1")
-    score = stages.record("scripts.chat_eval", "-a", "spelling,pydoc,arithmetic", "--items=4", "--max_new_tokens=8")
+    score = stages.fork_record("scripts.chat_eval", "-a", "spelling,pydoc,arithmetic", "--items=4",
+                               "--max_new_tokens=8")
     assert RECORD | {"checkpoint"} <= score.keys()
     for key in ("accuracy", "items", "chance"):
         assert score[key].keys() == {"spelling", "pydoc", "arithmetic"}
@@ -150,9 +156,9 @@ def test_the_chat_stages_follow(stages, trained, text):
     assert score["items"]["pydoc"] == 4 and score["chance"]["pydoc"] == 0.25
     out, _ = stages.run("scripts.chat_cli", "-p", "hello", "--max_tokens=5")
     assert "<|" not in out
-    report = stages.record("nanochat.report")["report"]
+    report = stages.fork_record("nanochat.report")["report"]
     assert "bits per byte" in open(report, encoding="utf-8").read()
-    whole = last_json(stages.fork("nanochat.report", "--speedrun", "--seconds=12.5")[0])
+    whole = stages.fork_record("nanochat.report", "--speedrun", "--seconds=12.5")
     assert whole["stage"] == "speedrun" and whole["seconds"] == 12.5 and whole["val_bpb"] == trained["val_bpb"]
     assert whole["accuracy"].keys() == {"arithmetic", "spelling", "pydoc", "identity"}
     assert os.path.isabs(whole["report"])
@@ -160,12 +166,12 @@ def test_the_chat_stages_follow(stages, trained, text):
 
 @pytest.fixture(scope="module")
 def refrain(tmp_path_factory):
-    """One document of 256 tokens over and over, so that what a rank reads does not depend on the number of ranks.
+    """One document of 128 tokens over and over, so that what a rank reads does not depend on the number of ranks.
 
     Capitals that the tokenizer has not seen are a token each.
     """
     folder = tmp_path_factory.mktemp("refrain")
-    document = "".join(random.Random(1).choices("QXZJKWVU", k=255))
+    document = "".join(random.Random(1).choices("QXZJKWVU", k=127))
     for name, count in (("0.parquet", 40), ("1.parquet", 3)):
         pq.write_table(pa.table({"text": [document] * count}), folder / name, row_group_size=4)
     return folder
@@ -178,7 +184,7 @@ def losses_of(folder):
 
 def test_two_ranks_train_what_one_rank_trains_and_one_cannot_go_on_from_two(stages, refrain):
     command = ("scripts.base_train", f"--data={refrain}", *TINY, "--dtype=float32", "--num_iterations=10")
-    one = last_json(stages.fork(*command, "--model_tag=one")[0])
+    one = stages.fork_record(*command, "--model_tag=one")
     two = stages.record(command[0], "--", *command[1:], "--model_tag=two", launcher=TORCHRUN)
     assert one["tokens"] == two["tokens"] == 5120
     assert abs(one["val_bpb"] - two["val_bpb"]) < 1e-3, "the same batch in tokens gives the same model"
@@ -197,7 +203,7 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_go_on_from_two(stag
 
 def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run_ends(stages, text):
     command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=120", "--eval_every=0", "--resume")
-    whole = last_json(stages.fork(*command, "--model_tag=whole")[0])
+    whole = stages.fork_record(*command, "--model_tag=whole")
     command += ("--model_tag=stopped",)
     process = stages.start(*command)
     folder = stages.base / "base_checkpoints" / "stopped"
@@ -207,7 +213,7 @@ def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err == "", out + err
     assert "--resume" in out
-    again = stages.record(*command)
+    again = stages.fork_record(*command)
     assert again["steps"] == 120 and abs(again["val_bpb"] - whole["val_bpb"]) < 1e-3
     losses = [losses_of(folder.parent / tag) for tag in ("stopped", "whole")]
     assert list(losses[0]) == list(range(1, 121)), "no step is lost, none comes twice"
@@ -218,13 +224,13 @@ def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run
     (("scripts.base_train", "--dept=4"), "did you mean --depth"),
     (("scripts.base_train", "--depth=four"), "takes int"),
     (("scripts.base_train", "config/none.py"), "does not exist"),
-    (("scripts.base_train", "--data=/nowhere"), "/nowhere does not exist"),
+    (("scripts.base_train", "--data=/nowhere", "--compile=0"), "/nowhere does not exist"),
     (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=100000", "--compile=0"), "context of 100000"),
     (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=128", "--total_batch_size=200"), "200"),
     (("scripts.base_train", "--data={text}", "--depth=1", "--kv_heads=3"), "kv_heads=3"),
     (("scripts.base_train", "--data={text}", "--minutes=0"), "minutes=0"),
-    (("scripts.chat_sft", "--source=base", "--num_iterations=0"), "num_iterations=0"),
-    (("scripts.base_train", "--data={latin}"), "not UTF-8"),
+    (("scripts.chat_sft", "--source=base", "--compile=0", "--num_iterations=0"), "num_iterations=0"),
+    (("scripts.base_train", "--data={latin}", "--compile=0"), "not UTF-8"),
     (("scripts.tok_train", "--data={empty}"), "empty"),
     (("scripts.tok_train", "--data={text}", "--vocab_size=30000"), "30000"),
     (("scripts.base_loss", "--model_tag=none"), "no complete checkpoint"),
