@@ -23,14 +23,14 @@ if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
     exit 2
 fi
 
-# What a stage gets. The chat needs a minute of fine-tuning whatever the rest; tokenizer, validation, evaluation and
+# What a stage gets. The chat needs two minutes of training whatever the rest; tokenizer, validation, evaluation and
 # start-up come on top, about a minute and a half on two slow cores.
-share() { awk -v m="$MINUTES" "BEGIN { printf \"%.3f\", ($1) }"; }
+share() { awk -v m="$MINUTES" "BEGIN { base = m > 2 ? 0.65 * m - 1.05 : 0.125 * m; printf \"%.3f\", ($1) }"; }
 base_time=() mid_time=() sft_time=()
 if [ -n "$MINUTES" ]; then
-    base_time=("--minutes=$(share 'm > 1 ? 0.44 * m - 0.4 : 0.04 * m')")
-    mid_time=("--minutes=$(share '0.2 * m')")
-    sft_time=("--minutes=$(share '0.28 * m + 0.6')")
+    base_time=("--minutes=$(share 'base')")
+    mid_time=("--minutes=$(share '0.4 * (m - base)')")
+    sft_time=("--minutes=$(share '0.6 * (m - base)')")
 fi
 
 # What is done is written down, so that a second call goes on where the first one stopped.

@@ -201,10 +201,20 @@ PY
     fi
 }
 
+# Where the environment forbids Python to keep what it has compiled (containers often do), every stage would spend ten
+# seconds on compiling torch's sources anew. They are kept with our other files then, not in the environment.
+setup_bytecode() {
+    if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+        export PYTHONDONTWRITEBYTECODE=""
+        export PYTHONPYCACHEPREFIX="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/pycache"
+    fi
+}
+
 setup_main() {
     local extra="" key stamp
     if [ "${1:-}" = dev ]; then extra=dev; fi
     setup_activate || return 1
+    setup_bytecode
     key="$(setup_key)" || return 1
     for stamp in "$setup_prefix/nanochat-setup-dev" "$setup_prefix/nanochat-setup-$extra"; do
         if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then return 0; fi

@@ -54,8 +54,7 @@ def test_the_training_stages_share_the_minutes(tmp_path, minutes):
     assert [module_of(words) for words in commands] == ON_A_CPU
     budget = minutes_of(commands)
     assert tuple(budget) == TRAINING and all(share > 0 for share in budget.values())
-    extra = 0.6 if float(minutes) < 3 else 0  # fine-tuning needs most of a minute however short the run
-    assert 0.6 * float(minutes) < sum(budget.values()) < float(minutes) + extra
+    assert abs(sum(budget.values()) - float(minutes)) < 0.01
 
 
 def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
