@@ -18,6 +18,12 @@ from nanochat.common import UserError
 from nanochat.muon import DistMuon
 
 
+# A token is looked up together with the one before it, in a table of which several pairs share a row (as in the speedruns
+# of modded-nanogpt). A lookup costs no matmul, and a short run knows each frequent pair long before its layers could.
+PAIR_ROWS = 8       # rows of that table for each token of the vocabulary
+PAIR_STRIDE = 7919  # where the pairs of one first token begin, a prime so that frequent tokens do not meet
+
+
 @dataclass
 class GPTConfig:
     depth: int = 20
@@ -68,9 +74,11 @@ class Attention(nn.Module):
         self.v = Linear(config.width, config.kv_heads * self.head_dim)
         self.out = Linear(config.width, config.width)
 
-    def forward(self, x, cos, sin, layer_cache=None, positions=None):
+    def forward(self, x, value, cos, sin, layer_cache=None, positions=None):
         B, T, C = x.shape
         q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
+        if value is not None:
+            v = v + value.view(v.shape)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         y = causal_attention(q, k, v) if layer_cache is None else cached_attention(q, k, v, layer_cache, positions)
         return self.out(y.reshape(B, T, C))
@@ -87,24 +95,33 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Reads a blend of the stream and of the embeddings x0, so that the first layers need not carry the tokens along."""
     attention_class = Attention
 
     def __init__(self, config):
         super().__init__()
         self.attention = self.attention_class(config)
         self.mlp = MLP(config)
+        self.blend = nn.Parameter(torch.empty(2))
 
-    def forward(self, x, cos, sin, layer_cache=None, positions=None):
-        x = x + self.attention(norm(x), cos, sin, layer_cache, positions)
+    def forward(self, x, x0, value, cos, sin, layer_cache=None, positions=None):
+        x = self.blend[0].to(x.dtype) * x + self.blend[1].to(x.dtype) * x0
+        x = x + self.attention(norm(x), value, cos, sin, layer_cache, positions)
         return x + self.mlp(norm(x))
 
 
 class Cache:
-    """What decoding remembers: one LayerCache a layer, and how many tokens each row holds, (B,)."""
+    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, S + 1)."""
 
-    def __init__(self, layers, batch, device):
+    def __init__(self, layers, batch, length, device):
         self.layers = layers
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+
+    def add(self, idx, positions):
+        """Keep the tokens idx (B, T) at their positions (B, T); returns the token before each, 0 before the first."""
+        self.tokens.scatter_(1, positions + 1, idx)
+        return self.tokens.gather(1, positions)
 
     @property
     def nbytes(self):
@@ -117,6 +134,9 @@ class GPT(nn.Module):
         self.config = config
         rows = -(-config.vocab_size // 64) * 64  # padded for the hardware; the extra rows are never read
         self.embed = nn.Embedding(rows, config.width)
+        self.bigram = nn.Embedding(PAIR_ROWS * rows, config.width)
+        kv_width = config.kv_heads * config.width // config.heads
+        self.values = nn.ModuleDict({str(i): nn.Embedding(rows, kv_width) for i in range(config.depth - 1, -1, -2)})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(config.width, rows)
         self.compute_dtype = torch.float32
@@ -128,6 +148,8 @@ class GPT(nn.Module):
         """Sets every value, so that a model built on the meta device is whole after `to_empty` and this.
 
         embed                     normal, std 1 (it is normalised at once)
+        bigram, values            zero: they say nothing until they have learned to
+        blend                     1 of the stream and .1 of the embeddings
         q, k, v, up               uniform, std 1 / sqrt(width): uniform avoids outliers
         attention.out, mlp.down   zero: every block starts as the identity
         head                      normal, std .001: the first logits are flat
@@ -135,6 +157,8 @@ class GPT(nn.Module):
         """
         c = self.config
         nn.init.normal_(self.embed.weight)
+        for table in (self.bigram, *self.values.values()):
+            nn.init.zeros_(table.weight)
         nn.init.normal_(self.head.weight, std=0.001)
         bound = math.sqrt(3 / c.width)
         for block in self.blocks:
@@ -142,6 +166,7 @@ class GPT(nn.Module):
                 nn.init.uniform_(linear.weight, -bound, bound)
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
+            block.blend.copy_(torch.tensor([1.0, 0.1]))
         self.build_rotary()
 
     def build_rotary(self):
@@ -164,17 +189,21 @@ class GPT(nn.Module):
             if T > self.config.max_seq_len:
                 raise UserError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
+            previous = F.pad(idx, (1, 0))[:, :-1]
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T
             cos, sin = self.cos[0, positions], self.sin[0, positions]  # B, T, 1, D/2
             cache.lengths = cache.lengths + T
-        x = norm(self.embed(idx).to(self.compute_dtype))
+            previous = cache.add(idx, positions)
+        pairs = (previous * PAIR_STRIDE + idx) % self.bigram.num_embeddings
+        x = x0 = norm((self.embed(idx) + self.bigram(pairs)).to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.blocks):
+            value = self.values[str(i)](idx).to(x.dtype) if str(i) in self.values else None
             if cache is None and self.training:
-                x = block(x, cos, sin)
+                x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew
-                x = block.forward(x, cos, sin, cache and cache.layers[i], positions)
+                x = block.forward(x, x0, value, cos, sin, cache and cache.layers[i], positions)
         return norm(x)
 
     def logits(self, x):
@@ -192,14 +221,18 @@ class GPT(nn.Module):
         return loss if reduction == "sum" else loss.view(targets.shape)
 
     def parameters_by_role(self):
-        """{role: [parameters]}: matrix, embedding, head. The roles partition the parameters."""
-        return {"matrix": list(self.blocks.parameters()), "embedding": [self.embed.weight], "head": [self.head.weight]}
+        """{role: [parameters]}: matrix, scalar, embedding, head. The roles partition the parameters."""
+        tables = (self.embed, self.bigram, *self.values.values())
+        inside = list(self.blocks.parameters())
+        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2],
+                "embedding": [table.weight for table in tables], "head": [self.head.weight]}
 
     def setup_optimizers(self, learning_rate=0.02, weight_decay=0.0):
         """[AdamW, Muon]. learning_rate is Muon's; the AdamW groups keep their ratio to it and shrink with width^-0.5."""
         roles = self.parameters_by_role()
         scale = (self.config.width / 768) ** -0.5
         adamw = DistAdamW([{"params": roles["embedding"], "lr": 10 * learning_rate * scale},
+                           {"params": roles["scalar"], "lr": 0.5 * learning_rate},
                            {"params": roles["head"], "lr": 0.2 * learning_rate * scale}], betas=(0.8, 0.95))
         muon = DistMuon(roles["matrix"], lr=learning_rate, weight_decay=weight_decay)
         for group in adamw.param_groups + muon.param_groups:
@@ -208,14 +241,14 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """Training FLOPs a token, 6 N for the matmul weights plus attention's 6 * depth * width * T (causal: half of 12)."""
-        matmul = sum(p.numel() for p in self.blocks.parameters()) + self.config.vocab_size * self.config.width
+        matmul = sum(p.numel() for p in self.parameters_by_role()["matrix"]) + self.config.vocab_size * self.config.width
         return 6 * matmul + 6 * self.config.depth * self.config.width * T
 
     def new_cache(self, B, T):
         c = self.config
         device, D = self.embed.weight.device, c.width // c.heads
         layers = [LayerCache(B, T, c.kv_heads, D, device, self.compute_dtype) for _ in self.blocks]
-        return Cache(layers, B, device)
+        return Cache(layers, B, T, device)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):

@@ -15,11 +15,21 @@ def make_model(depth=2, width=64, heads=4, kv_heads=4, vocab_size=97, T=32):
     return model
 
 
+@torch.no_grad()
+def make_extras_neutral(model):
+    """Take away what the documented model has not: pairs of tokens, value embeddings, and the second look at x0."""
+    for table in (model.bigram, *model.values.values()):
+        table.weight.zero_()
+    for block in model.blocks:
+        block.blend.copy_(torch.tensor([1.0, 0.0]))
+
+
 def test_logits_and_gradients_equal_transformers_nanochat():
     transformers = pytest.importorskip("transformers", reason="the outside opinion needs transformers")
     if not hasattr(transformers, "NanoChatForCausalLM"):
         pytest.skip("this transformers has no NanoChat")
     ours = make_model()
+    make_extras_neutral(ours)
     theirs = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(
         vocab_size=97, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=32, rms_norm_eps=1.19e-7, bos_token_id=0, eos_token_id=1, pad_token_id=2,
@@ -35,12 +45,23 @@ def test_logits_and_gradients_equal_transformers_nanochat():
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(pairs[name][:parameter.size(0)])  # padded rows stay behind
-    idx = torch.randint(97, (3, 20))
+    idx = torch.randint(3, 97, (3, 20))  # theirs learns nothing about its padding, token 2
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
     ours(idx[:, :-1], idx[:, 1:]).backward()
     F.cross_entropy(theirs(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="sum").backward()
     for name, parameter in wanted.items():
         torch.testing.assert_close(pairs[name].grad[:parameter.size(0)], parameter.grad, atol=1e-3, rtol=1e-4)
+
+
+def test_a_token_is_looked_up_alone_and_with_the_one_before_it():
+    model = make_model(depth=0)
+    idx, rows = torch.randint(97, (2, 9)), model.bigram.num_embeddings
+    with torch.no_grad():
+        for ids, logits in zip(idx.tolist(), model(idx)):
+            for before, token, found in zip([0] + ids, ids, logits):
+                x = model.embed.weight[token] + model.bigram.weight[(before * 7919 + token) % rows]
+                x = F.rms_norm(F.rms_norm(x, (64,)), (64,))
+                torch.testing.assert_close(found, 15 * torch.tanh(model.head.weight[:97] @ x / 15))
 
 
 @pytest.mark.parametrize("chunk", [97 * 16, 1 << 20])
@@ -66,6 +87,8 @@ def test_grouped_query_attention_equals_repeated_heads():
     for name in list(state):
         if name.endswith((".k.weight", ".v.weight")):
             state[name] = state[name].view(2, 16, 64).repeat_interleave(2, 0).reshape(64, 64)
+        if name.startswith("values"):
+            state[name] = state[name].view(-1, 2, 16).repeat_interleave(2, 1).reshape(-1, 64)
     full.load_state_dict(state)
     idx = torch.randint(97, (2, 32))
     torch.testing.assert_close(grouped(idx), full(idx))
