@@ -77,8 +77,7 @@ class Attention(nn.Module):
     def forward(self, x, value, cos, sin, layer_cache=None, positions=None):
         B, T, C = x.shape
         q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
-        if value is not None:
-            v = v + value.view(v.shape)
+        v = v + value.view(v.shape)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         y = causal_attention(q, k, v) if layer_cache is None else cached_attention(q, k, v, layer_cache, positions)
         return self.out(y.reshape(B, T, C))
@@ -136,7 +135,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(rows, config.width)
         self.bigram = nn.Embedding(PAIR_ROWS * rows, config.width)
         kv_width = config.kv_heads * config.width // config.heads
-        self.values = nn.ModuleDict({str(i): nn.Embedding(rows, kv_width) for i in range(config.depth - 1, -1, -2)})
+        self.values = nn.ModuleList(nn.Embedding(rows, kv_width) for _ in range((config.depth + 1) // 2))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(config.width, rows)
         self.compute_dtype = torch.float32
@@ -157,7 +156,7 @@ class GPT(nn.Module):
         """
         c = self.config
         nn.init.normal_(self.embed.weight)
-        for table in (self.bigram, *self.values.values()):
+        for table in (self.bigram, *self.values):
             nn.init.zeros_(table.weight)
         nn.init.normal_(self.head.weight, std=0.001)
         bound = math.sqrt(3 / c.width)
@@ -199,7 +198,7 @@ class GPT(nn.Module):
         x = x0 = norm((self.embed(idx) + self.bigram(pairs)).to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.blocks):
-            value = self.values[str(i)](idx).to(x.dtype) if str(i) in self.values else None
+            value = self.values[min(i, len(self.blocks) - 1 - i)](idx).to(x.dtype)  # the first and the last layer share one
             if cache is None and self.training:
                 x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew
@@ -222,7 +221,7 @@ class GPT(nn.Module):
 
     def parameters_by_role(self):
         """{role: [parameters]}: matrix, scalar, embedding, head. The roles partition the parameters."""
-        tables = (self.embed, self.bigram, *self.values.values())
+        tables = (self.embed, self.bigram, *self.values)
         inside = list(self.blocks.parameters())
         return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2],
                 "embedding": [table.weight for table in tables], "head": [self.head.weight]}

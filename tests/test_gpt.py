@@ -18,7 +18,7 @@ def make_model(depth=2, width=64, heads=4, kv_heads=4, vocab_size=97, T=32):
 @torch.no_grad()
 def make_extras_neutral(model):
     """Take away what the documented model has not: pairs of tokens, value embeddings, and the second look at x0."""
-    for table in (model.bigram, *model.values.values()):
+    for table in (model.bigram, *model.values):
         table.weight.zero_()
     for block in model.blocks:
         block.blend.copy_(torch.tensor([1.0, 0.0]))
