@@ -18,10 +18,12 @@ from nanochat.common import UserError
 from nanochat.muon import DistMuon
 
 
-# A token is looked up together with the one before it, in a table of which several pairs share a row (as in the speedruns
-# of modded-nanogpt). A lookup costs no matmul, and a short run knows each frequent pair long before its layers could.
-PAIR_ROWS = 8       # rows of that table for each token of the vocabulary
-PAIR_STRIDE = 7919  # where the pairs of one first token begin, a prime so that frequent tokens do not meet
+# A token is looked up together with the one before it, in a table of which several pairs share a row, and the one before
+# shows through by itself (both as in the speedruns of modded-nanogpt). Lookups cost no matmul, and a short run knows each
+# frequent pair long before its layers could: the larger the table the better (dev/LOG.md), until its optimizer is a burden.
+PAIR_ROWS = 32           # rows of that table for each token of the vocabulary ...
+MOST_PAIR_ROWS = 131072  # ... and at most
+PAIR_STRIDE = 7919       # where the pairs of one first token begin, a prime so that frequent tokens do not meet
 
 
 @dataclass
@@ -133,7 +135,8 @@ class GPT(nn.Module):
         self.config = config
         rows = -(-config.vocab_size // 64) * 64  # padded for the hardware; the extra rows are never read
         self.embed = nn.Embedding(rows, config.width)
-        self.bigram = nn.Embedding(PAIR_ROWS * rows, config.width)
+        self.smear = nn.Parameter(torch.empty(config.width))
+        self.bigram = nn.Embedding(min(PAIR_ROWS * rows, MOST_PAIR_ROWS), config.width)
         kv_width = config.kv_heads * config.width // config.heads
         self.values = nn.ModuleList(nn.Embedding(rows, kv_width) for _ in range((config.depth + 1) // 2))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -147,7 +150,7 @@ class GPT(nn.Module):
         """Sets every value, so that a model built on the meta device is whole after `to_empty` and this.
 
         embed                     normal, std 1 (it is normalised at once)
-        bigram, values            zero: they say nothing until they have learned to
+        bigram, smear, values     zero: they say nothing until they have learned to
         blend                     1 of the stream and .1 of the embeddings
         q, k, v, up               uniform, std 1 / sqrt(width): uniform avoids outliers
         attention.out, mlp.down   zero: every block starts as the identity
@@ -156,8 +159,8 @@ class GPT(nn.Module):
         """
         c = self.config
         nn.init.normal_(self.embed.weight)
-        for table in (self.bigram, *self.values):
-            nn.init.zeros_(table.weight)
+        for silent in (self.smear, self.bigram.weight, *(table.weight for table in self.values)):
+            nn.init.zeros_(silent)
         nn.init.normal_(self.head.weight, std=0.001)
         bound = math.sqrt(3 / c.width)
         for block in self.blocks:
@@ -195,7 +198,8 @@ class GPT(nn.Module):
             cache.lengths = cache.lengths + T
             previous = cache.add(idx, positions)
         pairs = (previous * PAIR_STRIDE + idx) % self.bigram.num_embeddings
-        x = x0 = norm((self.embed(idx) + self.bigram(pairs)).to(self.compute_dtype))
+        x = self.embed(idx) + self.smear * self.embed(previous) + self.bigram(pairs)
+        x = x0 = norm(x.to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.blocks):
             value = self.values[min(i, len(self.blocks) - 1 - i)](idx).to(x.dtype)  # the first and the last layer share one
@@ -223,7 +227,7 @@ class GPT(nn.Module):
         """{role: [parameters]}: matrix, scalar, embedding, head. The roles partition the parameters."""
         tables = (self.embed, self.bigram, *self.values)
         inside = list(self.blocks.parameters())
-        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2],
+        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2] + [self.smear],
                 "embedding": [table.weight for table in tables], "head": [self.head.weight]}
 
     def setup_optimizers(self, learning_rate=0.02, weight_decay=0.0):

@@ -11,15 +11,17 @@ def make_model(depth=2, width=64, heads=4, kv_heads=4, vocab_size=97, T=32):
     model = GPT(GPTConfig(depth, width, heads, kv_heads, vocab_size, T))
     model.init_weights()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.1)
+    torch.nn.init.normal_(model.smear, std=0.5)
     return model
 
 
 @torch.no_grad()
 def make_extras_neutral(model):
-    """Take away what the documented model has not: pairs of tokens, value embeddings, and the second look at x0."""
-    for table in (model.bigram, *model.values):
-        table.weight.zero_()
+    """Take away what the documented model has not: the token before, pairs of tokens, value embeddings, and the second look at x0."""
+    for silent in (model.smear, model.bigram.weight, *(table.weight for table in model.values)):
+        silent.zero_()
     for block in model.blocks:
         block.blend.copy_(torch.tensor([1.0, 0.0]))
 
@@ -60,6 +62,7 @@ def test_a_token_is_looked_up_alone_and_with_the_one_before_it():
         for ids, logits in zip(idx.tolist(), model(idx)):
             for before, token, found in zip([0] + ids, ids, logits):
                 x = model.embed.weight[token] + model.bigram.weight[(before * 7919 + token) % rows]
+                x = x + model.smear * model.embed.weight[before]
                 x = F.rms_norm(F.rms_norm(x, (64,)), (64,))
                 torch.testing.assert_close(found, 15 * torch.tanh(model.head.weight[:97] @ x / 15))
 
