@@ -44,13 +44,10 @@ def tokenizing_distributed_data_loader_with_state(tokenizer, B, T, split, data=N
     while True:
         while len(tokens) <= count:  # the last target is one token further, the next stretch's first input
             some = [next(documents) for _ in range(documents_at_once)]
-            encoded = tokenizer.encode([text for _, text in some], prepend=bos)
-            pieces = [tokens]
-            for (place, _), ids in zip(some, encoded):
-                pieces.append(np.array(ids[skip:], dtype=np.int64))
-                places.append([place, skip, len(pieces[-1])])
-                skip = 0
-            tokens = np.concatenate(pieces)
+            ids, lengths = tokenizer.encode_to_numpy([text for _, text in some], prepend=bos)
+            places += [[place, 0, length] for (place, _), length in zip(some, lengths)]
+            places[-len(some)][1:] = skip, lengths[0] - skip
+            tokens, skip = np.concatenate((tokens, ids[skip:]), dtype=np.int64), 0
         begin = (*places[0][0], places[0][1])
         used = count
         while used >= places[0][2]:

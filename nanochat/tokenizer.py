@@ -2,11 +2,12 @@
 Text to token ids and back, and conversations to the ids that a model trains on.
 
     tokenizer = Tokenizer.train_from_iterator(texts, vocab_size=4096)   # the Rust trainer, once: scripts/tok_train.py
-    tokenizer.save(directory)                                           # two text files, nothing to unpickle
+    tokenizer.save(directory)                                           # three text files, nothing to unpickle
     tokenizer = get_tokenizer()                                         # from then on
 
-A byte-level BPE: every byte is a token, so every string has an encoding. Training is done by `rustbpe`, encoding by
-tiktoken. The pattern that splits text first is the trainer's, and travels with the ranks from then on.
+A byte-level BPE: every byte is a token, so every string has an encoding. Training and encoding are done by `rustbpe`.
+The pattern that splits text first is the trainer's, and travels with the ranks from then on: tiktoken with the two gives
+the same ids, and so does Hugging Face's `tokenizers` with the third file.
 
 Special tokens cannot be written. `encode` treats all text as ordinary text, also text that reads "<|bos|>"; control
 ids come from the renderers below and from nowhere else.
@@ -17,9 +18,9 @@ import binascii
 import codecs
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 
-import tiktoken
+import numpy as np
+import rustbpe
 
 from nanochat.common import UserError, atomic_write, get_base_dir
 
@@ -40,59 +41,61 @@ PART_TOKENS = {
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
 
-MAX_CHARS = 200_000             # a longer text is encoded in cuts of this many characters
 RANKS_FILE = "ranks.tiktoken"   # one line per token: its bytes in base64, a space, its rank
+HF_FILE = "tokenizer.json"      # the same for Hugging Face's `tokenizers`; we never read it
 META_FILE = "meta.json"         # written last: the pattern, the special tokens, and the hash of the ranks
 
 
 class Tokenizer:
     """Immutable: made by `train_from_iterator` or `load`."""
 
-    def __init__(self, ranks, pattern, special_tokens=SPECIAL_TOKENS):
-        """ranks: list of bytes, the token of rank i at index i. pattern: the split, a regular expression."""
-        self.pattern = pattern
+    def __init__(self, ranks, pattern=None, special_tokens=SPECIAL_TOKENS):
+        """ranks: list of bytes, the token of rank i at index i. pattern: the split, a regular expression; None: ours."""
+        self.pattern = pattern or rustbpe.Tokenizer().get_pattern()
         self._specials = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         self._special_names = {i: name for name, i in self._specials.items()}
         self._bytes = list(ranks) + [b""] * len(special_tokens)
-        self._encoding = tiktoken.Encoding(
-            name="nanochat",
-            pat_str=pattern,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-            special_tokens=self._specials,
-        )
+        try:
+            self._bpe = rustbpe.Tokenizer.from_tokens(list(ranks), self.pattern)
+        except ValueError as error:
+            raise UserError(f"not a vocabulary: {error}") from None
 
     # ------------------------------------------------------------------ making, saving, loading
 
     @classmethod
-    def train_from_iterator(cls, texts, vocab_size):
+    def train_from_iterator(cls, texts, vocab_size, transition=None):
         """
         Trains on an iterable of strings. vocab_size counts everything: 256 bytes, merges and special tokens.
+        transition: for SuperBPE (arXiv 2503.13423), the share of the vocabulary that is learnt before tokens may hold
+        several words; the texts are then read twice.
         UserError when the texts do not hold enough different pieces for that many tokens, or hold a lone surrogate.
         """
-        import rustbpe  # here, because only training needs the extension module
-
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(f"vocab_size is {vocab_size}, but bytes and special tokens alone are {smallest}: use more")
-        trainer = rustbpe.Tokenizer()
+        merged = vocab_size - len(SPECIAL_TOKENS)
+        bpe = rustbpe.Tokenizer()
         try:
-            trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS))
+            bpe.train_from_iterator(texts, merged if transition is None else max(256, round(transition * merged)))
+            if transition is not None:
+                bpe.train_superwords(texts, merged)
         except UnicodeEncodeError as error:
             raise UserError(f"the training text is not valid Unicode ({error}): remove lone surrogates") from None
-        ranks = [token for token, _ in trainer.get_mergeable_ranks()]
+        ranks = [token for token, _ in bpe.get_mergeable_ranks()]
         yielded = len(ranks) + len(SPECIAL_TOKENS)
         if yielded < vocab_size:
             raise UserError(
                 f"the data yields a vocabulary of {yielded}, {vocab_size} was asked for: "
                 f"use --vocab_size={yielded} or less, or give more text"
             )
-        return cls(ranks, trainer.get_pattern())
+        return cls(ranks, bpe.get_pattern())
 
     def save(self, directory):
-        """Writes the two text files into `directory` (a Path). An interrupted save is noticed by the next load."""
+        """Writes the text files into `directory` (a Path). An interrupted save is noticed by the next load."""
         directory.mkdir(parents=True, exist_ok=True)
         ranks = self._ranks_text()
         atomic_write(directory / RANKS_FILE, ranks)
+        atomic_write(directory / HF_FILE, json.dumps(self.hugging_face(), ensure_ascii=False) + "\n")
         meta = {
             "pattern": self.pattern,
             "special_tokens": list(self._specials),
@@ -130,6 +133,35 @@ class Tokenizer:
         ranks = self._bytes[: len(self._bytes) - len(self._specials)]
         return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
 
+    def hugging_face(self):
+        """
+        The content of Hugging Face's tokenizer.json. Ranks name tokens, its merges name pairs: every pair of tokens that
+        spells a third is listed, in the order of the ranks. Bytes are spelled as GPT-2 did, one character each.
+        """
+        shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+        rest = [b for b in range(256) if b not in shown]
+        spelling = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(rest)}
+        spell = lambda token: "".join(spelling[b] for b in token)
+        ranks = self._bytes[: len(self._bytes) - len(self._specials)]
+        known = set(ranks)
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        return {
+            "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+            "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                              "normalized": False, "special": True} for name, i in self._specials.items()],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
+                byte_level]},
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                "vocab": {spell(token): rank for rank, token in enumerate(ranks)},
+                "merges": [[spell(token[:cut]), spell(token[cut:])] for token in ranks for cut in range(1, len(token))
+                           if token[:cut] in known and token[cut:] in known],
+            },
+        }
+
     @property
     def fingerprint(self):
         """16 hex digits that differ between any two tokenizers; checkpoints record it."""
@@ -165,22 +197,22 @@ class Tokenizer:
         Ids of a string, or a list of ids for each of a list of strings (in num_threads threads). All text is ordinary
         text. prepend, append: an id to put before and after each. UserError for lone surrogates, which UTF-8 lacks.
         """
-        if isinstance(text, str):
-            rows = [self._encode_text(text)]
-        else:
-            with ThreadPoolExecutor(num_threads) as pool:  # tiktoken releases the GIL
-                rows = list(pool.map(self._encode_text, text))
-        head = [] if prepend is None else [prepend]
-        tail = [] if append is None else [append]
-        if head or tail:
-            rows = [head + row + tail for row in rows]
+        texts = [text] if isinstance(text, str) else text
+        ids, lengths = self.encode_to_numpy(texts, prepend, num_threads)
+        rows, end = [], 0
+        for length in lengths:
+            begin, end = end, end + length
+            rows.append(ids[begin:end].tolist() + ([] if append is None else [append]))
         return rows[0] if isinstance(text, str) else rows
 
-    def _encode_text(self, text):
-        check_unicode(text)  # tiktoken would replace the surrogate silently
-        # A million spaces in a row overflow the stack of tiktoken's regex engine, so that long texts are cut.
-        cuts = [text[at : at + MAX_CHARS] for at in range(0, len(text), MAX_CHARS)]
-        return [i for cut in cuts for i in self._encoding.encode_ordinary(cut)]
+    def encode_to_numpy(self, texts, prepend=None, num_threads=2):
+        """The ids of all texts one after another, an array of uint32, and how many each has: (N,), list. See encode."""
+        try:
+            ids, lengths = self._bpe.encode_batch(texts, num_threads, prepend)
+        except UnicodeEncodeError as error:
+            character = f"U+{ord(error.object[error.start]):04X}"
+            raise UserError(f"character {error.start} of the text is a lone surrogate ({character}): remove it") from None
+        return np.frombuffer(ids, dtype=np.uint32), lengths
 
     def decode(self, ids):
         """Text of the ordinary tokens; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -282,15 +314,6 @@ class StreamDecoder:
 def get_tokenizer():
     """The tokenizer of this base directory."""
     return Tokenizer.load(get_base_dir() / "tokenizer")
-
-
-def check_unicode(text):
-    """UserError when a string holds a lone surrogate, half of a UTF-16 pair that stands for no character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        at = error.start
-        raise UserError(f"character {at} of the text is a lone surrogate (U+{ord(text[at]):04X}): remove it") from None
 
 
 def as_parts(content):

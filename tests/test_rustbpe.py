@@ -1,6 +1,7 @@
-"""The BPE trainer against a slow Python twin, Hugging Face's trainer, and the traps it could fall into."""
+"""BPE training and encoding against slow Python twins, Hugging Face and tiktoken, and the traps they could fall into."""
 import itertools
 import json
+import os
 import random
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import regex
 import rustbpe
@@ -127,13 +129,151 @@ def test_first_256_ranks_are_the_bytes_in_gpt2_order():
     assert tokens_of(train(["abc"], 256)) == [bytes([b]) for b in BYTE_ORDER]
 
 
-def test_encode_equals_tiktoken():
+def real_text(n_chars):
+    """Documents of the folder of real data, where there is one."""
+    folder = os.environ.get("NANOCHAT_TEST_DATA")
+    if not folder:
+        pytest.skip("NANOCHAT_TEST_DATA names no folder of real text")
+    texts = []
+    for path in sorted(Path(folder, "text").rglob("*.parquet")):
+        for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
+            texts.append(text[:n_chars])
+            n_chars -= len(texts[-1])
+            if n_chars <= 0:
+                return texts
+    return texts
+
+
+def tiktoken_of(tokenizer):
+    return tiktoken.Encoding("test", pat_str=tokenizer.get_pattern(), special_tokens={},
+                             mergeable_ranks=dict(tokenizer.get_mergeable_ranks()))
+
+
+@pytest.fixture(scope="module")
+def superwords():
+    tokenizer = train(stdlib_text(300_000), 800)
+    tokenizer.train_superwords(iter(stdlib_text(300_000)), 2000)
+    return tokenizer
+
+
+SUPERWORDS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]{2,}[\r\n/]*| +(?!\S)"
+ODD = ["", "'", "'s", "'S it'll I'VE 'streets 'ſ 'Ve\u0345", "a'", " \t x", "\n\n  \n x", "  ", " \u00a0\u3000", "\r\n\r", "\t\t!",
+       "1234567", " 12", "½²³ ٣٤", "!!!\n\n//x", " !", " !!", " !\n", "/ / //", "  !!", "a  b   c", "a \n", "日本語12日", "e\u0301é"]
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, SUPERWORDS + rf"|(?:(?!{SUPERWORDS})[\s\S])+"])
+def test_the_scanners_split_as_the_patterns_say(pattern):
+    rng = random.Random(12)
+    texts = ODD + [random_text(rng, 400) for _ in range(100)] + stdlib_text(300_000)
+    texts += ["".join(rng.choices("ab' s1!/\n \t", k=60)) for _ in range(2000)]
+    for text in texts:
+        by_hand = rustbpe.Tokenizer.split(text, pattern)
+        assert by_hand == rustbpe.Tokenizer.split(text, pattern, by_hand=False)
+        assert "".join(by_hand) == text
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, SUPERWORDS + rf"|(?:(?!{SUPERWORDS})[\s\S])+"])
+def test_the_scanners_split_real_text_as_the_patterns_say(pattern):
+    for text in real_text(10_000_000):
+        assert rustbpe.Tokenizer.split(text, pattern) == rustbpe.Tokenizer.split(text, pattern, by_hand=False)
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_encode_equals_tiktoken(superwords, words):
     rng = random.Random(9)
-    tokenizer = train(stdlib_text(200_000), 1000)
-    ranks = dict(tokenizer.get_mergeable_ranks())
-    encoding = tiktoken.Encoding("test", pat_str=tokenizer.get_pattern(), mergeable_ranks=ranks, special_tokens={})
-    for text in stdlib_text(20_000) + [random_text(rng, 200) for _ in range(20)]:
+    tokenizer = train(stdlib_text(200_000), 1000) if words else superwords
+    encoding = tiktoken_of(tokenizer)
+    texts = ODD + stdlib_text(400_000) + [random_text(rng, 400) for _ in range(100)]
+    texts += ["".join(rng.choices("ab", k=rng.randrange(300))) for _ in range(100)]
+    for text in texts:
         assert tokenizer.encode(text) == encoding.encode_ordinary(text)
+
+
+def test_encode_equals_tiktoken_on_real_text():
+    texts = real_text(20_000_000)
+    tokenizer = train(texts[:200], 8000)
+    encoding = tiktoken_of(tokenizer)
+    assert all(tokenizer.encode(text) == encoding.encode_ordinary(text) for text in texts)
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "7", "\n", "=", "é", "ab"])
+def test_a_megabyte_of_one_thing_is_no_trouble(unit):
+    """The same at a length where tiktoken is asked, and a megabyte gives back what went in."""
+    tokenizer = train([unit * n for n in (1, 2, 3, 5, 9, 17)] * 3, 262)
+    for n in (90, 101, 1000, 5003):
+        assert tokenizer.encode(unit * n) == tiktoken_of(tokenizer).encode_ordinary(unit * n)
+    tokens = tokens_of(tokenizer)
+    text = unit * (1_000_000 // len(unit))
+    assert b"".join(tokens[i] for i in tokenizer.encode(text)) == text.encode("utf-8")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_batch_is_its_texts_in_order(threads):
+    tokenizer = train(stdlib_text(100_000), 500)
+    texts = stdlib_text(50_000) + ["", "a"]
+    ids, lengths = tokenizer.encode_batch(texts, threads)
+    rows = [tokenizer.encode(text) for text in texts]
+    assert lengths == [len(row) for row in rows]
+    assert memoryview(ids).cast("I").tolist() == sum(rows, [])
+    ids, lengths = tokenizer.encode_batch(texts, threads, 499)
+    assert memoryview(ids).cast("I").tolist() == sum([[499] + row for row in rows], [])
+    assert tokenizer.encode_batch([], threads) == (b"", [])
+
+
+def slow_superwords(texts, tokens, vocab_size):
+    """The twin of the second stage: the first stage's merges in order, then on, counting every pair afresh."""
+    tokens, ranks = list(tokens), {token: rank for rank, token in enumerate(tokens)}
+    rows = []
+    for text in texts:
+        for piece in regex.findall(SUPERWORDS + rf"|(?:(?!{SUPERWORDS})[\s\S])+", text):
+            parts = [bytes([b]) for b in piece.encode("utf-8")]
+            while len(parts) > 1:
+                joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+                best = joined.index(min(joined))
+                if joined[best] == len(ranks):
+                    break
+                parts[best : best + 2] = [parts[best] + parts[best + 1]]
+            ids = [ranks[part] for part in parts]
+            rows += [ids[i : i + 128] for i in range(0, len(ids), 128)]
+    while len(tokens) < vocab_size:
+        pairs = Counter(pair for ids in rows for pair in zip(ids, ids[1:]))
+        best = None
+        for a, b in pairs:
+            token = tokens[a] + tokens[b]
+            if b": " in token or len([word for word in token.split(b" ") if word]) > 4:
+                continue
+            best = min(best or (0, 0, 0), (-pairs[a, b], a, b))
+        if best is None:
+            break
+        a, b = best[1:]
+        if tokens[a] + tokens[b] not in tokens:
+            tokens.append(tokens[a] + tokens[b])
+        new = tokens.index(tokens[a] + tokens[b])
+        for ids in rows:
+            i = 0
+            while i < len(ids) - 1:
+                if (ids[i], ids[i + 1]) == (a, b):
+                    ids[i : i + 2] = [new]
+                i += 1
+    return tokens
+
+
+def test_superwords_equal_the_slow_twin_and_hold_several_words():
+    texts = stdlib_text(50_000)
+    tokenizer = train(texts, 400)
+    first = tokens_of(tokenizer)
+    tokenizer.train_superwords(iter(texts), 520)
+    assert tokens_of(tokenizer) == slow_superwords(texts, first, 520)
+    assert any(b" " in token.strip() for token in tokens_of(tokenizer)[400:])
+
+
+def test_superwords_stop_at_four_words_and_at_a_colon():
+    texts = ["Answer: one two three four five six seven. "] * 50
+    tokenizer = train(texts, 290)
+    tokenizer.train_superwords(iter(texts), 5000)
+    tokens = tokens_of(tokenizer)
+    assert max(len(token.split()) for token in tokens) == 4
+    assert not any(b": " in token for token in tokens)
 
 
 def test_order_and_batching_of_documents_do_not_matter():
@@ -175,6 +315,16 @@ def test_bad_input(texts, vocab_size, pattern, error):
 def test_untrained_encode_is_an_error():
     with pytest.raises(ValueError, match="train"):
         rustbpe.Tokenizer().encode("a")
+
+
+@pytest.mark.parametrize("tokens, pattern, error", [
+    ([b"a"], PATTERN, "no token for the byte 0"),
+    ([bytes([b]) for b in range(256)] + [b"ab", b"ab"], PATTERN, "ranks 256 and 257 are the same"),
+    ([bytes([b]) for b in range(256)], "(", "pattern is not valid"),
+])
+def test_a_vocabulary_with_a_hole_or_a_duplicate_is_refused(tokens, pattern, error):
+    with pytest.raises(ValueError, match=error):
+        rustbpe.Tokenizer.from_tokens(tokens, pattern)
 
 
 def test_error_in_the_iterator_comes_through():

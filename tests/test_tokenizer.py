@@ -11,7 +11,7 @@ from conftest import ROOT, last_json
 from test_rustbpe import random_text, stdlib_text
 
 from nanochat.common import UserError
-from nanochat.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, StreamDecoder, Tokenizer, get_tokenizer
+from nanochat.tokenizer import HF_FILE, META_FILE, RANKS_FILE, SPECIAL_TOKENS, StreamDecoder, Tokenizer, get_tokenizer
 
 VOCAB_SIZE = 1000
 
@@ -66,7 +66,7 @@ def test_trap_08_one_split_pattern(tokenizer, tmp_path):
 
 def test_trap_09_artifact_is_text(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([META_FILE, RANKS_FILE])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([META_FILE, RANKS_FILE, HF_FILE])
     lines = (tmp_path / RANKS_FILE).read_text(encoding="ascii").splitlines()
     tokens = [tokenizer.id_to_bytes(i) for i in range(len(lines))]
     assert [base64.b64decode(line.split()[0]) for line in lines] == tokens
@@ -99,6 +99,39 @@ def test_fingerprints_differ(tokenizer):
     ranks = [tokenizer.id_to_bytes(i) for i in range(VOCAB_SIZE - len(SPECIAL_TOKENS))]
     assert Tokenizer(ranks, tokenizer.pattern).fingerprint == tokenizer.fingerprint
     assert Tokenizer(ranks, r"[\s\S]").fingerprint != tokenizer.fingerprint
+
+
+@pytest.fixture(scope="module")
+def superbpe():
+    return Tokenizer.train_from_iterator(stdlib_text(300_000), 2000, transition=0.4)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "superbpe"])
+def test_hugging_face_reads_our_file_and_finds_the_same_ids(request, tmp_path, kind):
+    hf = pytest.importorskip("tokenizers")
+    tokenizer, rng = request.getfixturevalue(kind), random.Random(11)
+    tokenizer.save(tmp_path)
+    other = hf.Tokenizer.from_file(str(tmp_path / HF_FILE))
+    assert other.get_vocab_size() == tokenizer.get_vocab_size()
+    assert all(other.token_to_id(name) == tokenizer.encode_special(name) for name in SPECIAL_TOKENS)
+    texts = stdlib_text(200_000) + ["日本語 🚀 né 12345"] + [random_text(rng, 200) for _ in range(30)]
+    for text, ids in zip(texts, tokenizer.encode(texts)):
+        assert other.encode(text).ids == ids and other.decode(ids) == text
+
+
+def test_superbpe_needs_fewer_tokens_and_gives_all_text_back(superbpe):
+    plain = Tokenizer.train_from_iterator(stdlib_text(300_000), 2000)
+    texts = stdlib_text(300_000)
+    rows = superbpe.encode(texts)
+    assert [superbpe.decode(row) for row in rows] == texts
+    assert sum(map(len, rows)) < 0.95 * sum(map(len, plain.encode(texts)))
+
+
+def test_a_mixed_corpus_trains_and_comes_back():
+    texts = ["Der Turm ist hoch. Die Straße auch.", "塔は高い。", "башня высокая", "برج بلند است", "def f(x): return x", "👍🏽🇨🇦"] * 20
+    for transition in (None, 0.5):
+        tokenizer = Tokenizer.train_from_iterator(texts, 330, transition=transition)
+        assert [tokenizer.decode(row) for row in tokenizer.encode(texts)] == texts
 
 
 def damage(name, change):
@@ -153,7 +186,7 @@ def test_trap_10_lone_surrogates_are_rejected(tokenizer):
 
 
 def test_trap_10_white_space_of_any_length(tokenizer):
-    """A million spaces overflow tiktoken's regex engine, whose panic no `except Exception` would catch."""
+    """A million spaces overflow a backtracking regex engine, whose panic no `except Exception` would catch."""
     for text in (" " * 1_000_000 + "x", "x" + "\n " * 300_000, "=" * 500_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -3,27 +3,34 @@
 //! Text is first split into pieces (about: words), and merges never cross a piece. So a corpus shrinks to a table of
 //! unique pieces with their counts, which is a hundred times smaller, and the two halves of the work are:
 //!
-//! 1. `count_pieces`: split and count. Nearly all of the time, and parallel over documents.
+//! 1. `count_pieces`: split and count. Most of the time, and parallel over documents.
 //! 2. `train`: merge the most frequent pair of neighbours until the vocabulary is full. Serial by nature, but each step
 //!    touches only the pieces that hold the pair: the counts of all pairs are kept up to date by differences, and a
 //!    heap finds the next one. Its entries are lazy: a count that fell since it was pushed is corrected when it surfaces.
 //!
 //! Ids of the single bytes are in GPT-2's order (printable ones first), and of two pairs with equal counts the smaller
 //! pair of ids wins. With both, merges are those of Hugging Face's BpeTrainer, which the tests check.
+//!
+//! SuperBPE (arXiv 2503.13423) goes on from there with pieces of several words: they start as the ids that the first
+//! stage gives them, and the same loop merges on, except for what `superword` forbids.
 
 use std::cmp::Reverse;
-use std::collections::hash_map::Entry;
 use std::collections::BinaryHeap;
 
-use fancy_regex::Regex;
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
 
+use crate::encode::Encoder;
+use crate::split::{pack, slot, Splitter, PACKED};
+
 pub type Pair = (u32, u32);
-pub type Counts = FxHashMap<Box<str>, u64>;
+pub type Counts = FxHashMap<Box<[u8]>, u64>;
 
 /// Called again and again with how far a long loop is: (done, of). An error stops the loop and is handed on.
 pub type Tick<'a, E> = &'a mut dyn FnMut(usize, usize) -> Result<(), E>;
+
+/// Each merge of the second stage walks through the pieces that hold its pair: long ones are cut to so many ids.
+pub const LONGEST: usize = 128;
 
 /// The 256 bytes in GPT-2's order: those that print as themselves in Latin-1, then the others.
 pub fn byte_order() -> Vec<u8> {
@@ -33,22 +40,16 @@ pub fn byte_order() -> Vec<u8> {
 }
 
 /// Adds the pieces of all texts to `counts`. An error is a pattern that backtracks without end.
-pub fn count_pieces(texts: &[String], pattern: &Regex, counts: &mut Counts) -> Result<(), String> {
-    // One chunk per task, so that each has a few large tables to merge and not hundreds of small ones. The tables
-    // borrow their keys from the texts: only a piece that is new to the whole corpus is copied.
-    let chunk = texts.len().div_ceil(4 * rayon::current_num_threads()).max(1);
-    let tables: Vec<FxHashMap<&str, u64>> = texts
-        .par_chunks(chunk)
-        // The regex keeps a pool of scratch memory; with a clone per task no two threads contend for it.
-        .map_with(pattern.clone(), |pattern, texts| {
-            let mut table = FxHashMap::default();
-            for text in texts {
-                for piece in pattern.find_iter(text) {
-                    *table.entry(piece.map_err(|e| e.to_string())?.as_str()).or_insert(0) += 1;
-                }
-            }
-            Ok(table)
-        })
+pub fn count_pieces<T>(texts: &[T], splitter: &Splitter, counts: &mut Counts) -> Result<(), String>
+where
+    T: AsRef<str> + Sync,
+{
+    // A table for each thread. They borrow their keys from the texts: only a piece that is new to the corpus is copied.
+    let share = texts.len().div_ceil(rayon::current_num_threads()).max(1);
+    let tables: Vec<_> = texts
+        .par_chunks(share)
+        // The regex keeps a pool of scratch memory; with a clone for each thread no two contend for it.
+        .map_with(splitter.clone(), |splitter, texts| count_share(texts, splitter))
         .collect::<Result<_, String>>()?;
     for table in tables {
         for (piece, count) in table {
@@ -63,8 +64,44 @@ pub fn count_pieces(texts: &[String], pattern: &Regex, counts: &mut Counts) -> R
     Ok(())
 }
 
+/// The pieces of a few texts and how often each occurs.
+///
+/// Frequent pieces are counted in a small table in the processor's cache, where another piece may push them out to the
+/// large one.
+fn count_share<'t, T: AsRef<str>>(texts: &'t [T], splitter: &Splitter) -> Result<FxHashMap<&'t [u8], u64>, String> {
+    const BITS: u32 = 14;
+    let mut table: FxHashMap<&[u8], u64> = FxHashMap::default();
+    let mut recent: Vec<(u128, &[u8], u64)> = vec![(0, &[], 0); 1 << BITS];
+    for text in texts {
+        let text = text.as_ref();
+        let bytes = text.as_bytes();
+        splitter.for_each(text, |piece| {
+            let slice = &bytes[piece.clone()];
+            if slice.len() > PACKED {
+                *table.entry(slice).or_insert(0) += 1;
+                return;
+            }
+            let packed = pack(bytes, piece);
+            let slot = &mut recent[slot(packed, BITS)];
+            if slot.0 == packed && slot.1.len() == slice.len() {
+                slot.2 += 1;
+            } else {
+                let (_, old, count) = std::mem::replace(slot, (packed, slice, 1));
+                if count > 0 {
+                    *table.entry(old).or_insert(0) += count;
+                }
+            }
+        })?;
+    }
+    for (_, piece, count) in recent.into_iter().filter(|entry| entry.2 > 0) {
+        *table.entry(piece).or_insert(0) += count;
+    }
+    Ok(table)
+}
+
 /// All unique pieces in one flat array of ids; a piece shrinks in place as its pairs merge.
-struct Pieces {
+#[derive(Default)]
+pub struct Pieces {
     ids: Vec<u32>,
     start: Vec<usize>,
     len: Vec<u32>,
@@ -72,15 +109,37 @@ struct Pieces {
 }
 
 impl Pieces {
-    fn new(counts: &Counts, id_of_byte: &[u32; 256]) -> Self {
-        let mut pieces = Pieces { ids: vec![], start: vec![], len: vec![], count: vec![] };
+    /// Pieces of single bytes, ids by `byte_order`.
+    pub fn of_bytes(counts: &Counts) -> Self {
+        let mut id_of_byte = [0; 256];
+        for (id, byte) in byte_order().into_iter().enumerate() {
+            id_of_byte[byte as usize] = id as u32;
+        }
+        let mut pieces = Pieces::default();
         for (piece, &count) in counts {
-            pieces.start.push(pieces.ids.len());
-            pieces.len.push(piece.len() as u32);
-            pieces.count.push(count as i64);
-            pieces.ids.extend(piece.bytes().map(|b| id_of_byte[b as usize]));
+            pieces.add(piece.iter().map(|&b| id_of_byte[b as usize]), count);
         }
         pieces
+    }
+
+    /// Pieces of the tokens that `encoder` has, whatever its split; long ones are cut.
+    pub fn of_tokens(counts: &Counts, encoder: &Encoder) -> Self {
+        let each: Vec<(&Box<[u8]>, &u64)> = counts.iter().collect();
+        let encoded: Vec<Vec<u32>> = each.par_iter().map(|(piece, _)| encoder.merge_all(piece)).collect();
+        let mut pieces = Pieces::default();
+        for (ids, (_, &count)) in encoded.iter().zip(each) {
+            for part in ids.chunks(LONGEST) {
+                pieces.add(part.iter().copied(), count);
+            }
+        }
+        pieces
+    }
+
+    fn add(&mut self, ids: impl Iterator<Item = u32>, count: u64) {
+        self.start.push(self.ids.len());
+        self.ids.extend(ids);
+        self.len.push((self.ids.len() - self.start[self.start.len() - 1]) as u32);
+        self.count.push(count as i64);
     }
 
     fn ids(&self, i: usize) -> &[u32] {
@@ -115,88 +174,83 @@ impl Pieces {
     }
 }
 
-/// The tokens of a vocabulary of `vocab_size` (256 bytes and merges), by rank. Fewer when nothing is left to merge.
-pub fn train<E>(counts: &Counts, vocab_size: usize, tick: Tick<E>) -> Result<Vec<Vec<u8>>, E> {
-    let mut tokens: Vec<Vec<u8>> = byte_order().into_iter().map(|b| vec![b]).collect();
-    let mut id_of_byte = [0; 256];
-    for (id, token) in tokens.iter().enumerate() {
-        id_of_byte[token[0] as usize] = id as u32;
-    }
-    let mut id_of_token: FxHashMap<Vec<u8>, u32> = tokens.iter().cloned().zip(0..).collect();
-    let mut pieces = Pieces::new(counts, &id_of_byte);
+/// A pair of neighbours: how often it occurs in the corpus, and which pieces hold it (or once did).
+#[derive(Default)]
+struct Neighbours {
+    count: i64,
+    pieces: Vec<u32>,
+}
 
-    // Of each pair: how often it occurs in the corpus, and which pieces hold it (or once did).
-    let mut pair_count: FxHashMap<Pair, i64> = FxHashMap::default();
-    let mut pair_pieces: FxHashMap<Pair, Vec<u32>> = FxHashMap::default();
-    for i in 0..pieces.count.len() {
-        for w in pieces.ids(i).windows(2) {
-            let pair = (w[0], w[1]);
-            *pair_count.entry(pair).or_insert(0) += pieces.count[i];
-            remember(pair_pieces.entry(pair), i as u32);
+impl Neighbours {
+    /// Counts piece `i`. Pieces come in order, so that a repetition can only be the last entry.
+    fn add(&mut self, i: u32, weight: i64) {
+        self.count += weight;
+        if self.pieces.last() != Some(&i) {
+            self.pieces.push(i);
         }
     }
-    let mut heap: BinaryHeap<(i64, Reverse<Pair>)> = pair_count.iter().map(|(&p, &c)| (c, Reverse(p))).collect();
+}
 
+/// Adds merges to `tokens` until there are `vocab_size` or nothing is left that is `allowed`.
+pub fn train<E>(
+    mut pieces: Pieces,
+    tokens: &mut Vec<Vec<u8>>,
+    vocab_size: usize,
+    allowed: impl Fn(&[u8]) -> bool,
+    tick: Tick<E>,
+) -> Result<(), E> {
+    let mut id_of_token: FxHashMap<Vec<u8>, u32> = tokens.iter().cloned().zip(0..).collect();
+    let mut pairs: FxHashMap<Pair, Neighbours> = FxHashMap::default();
+    for i in 0..pieces.count.len() {
+        for w in pieces.ids(i).windows(2) {
+            pairs.entry((w[0], w[1])).or_default().add(i as u32, pieces.count[i]);
+        }
+    }
+    let mut heap: BinaryHeap<(i64, Reverse<Pair>)> = pairs.iter().map(|(&p, n)| (n.count, Reverse(p))).collect();
+
+    let first = tokens.len();
     while tokens.len() < vocab_size {
-        tick(tokens.len() - 256, vocab_size - 256)?;
+        tick(tokens.len() - first, vocab_size - first)?;
         let Some((count, Reverse(pair))) = heap.pop() else { break };
-        let now = pair_count[&pair];
+        let now = pairs.get(&pair).map_or(0, |n| n.count);
         if now < count {
             if now > 0 {
                 heap.push((now, Reverse(pair)));
             }
             continue;
         }
+        let bytes = [&tokens[pair.0 as usize][..], &tokens[pair.1 as usize][..]].concat();
+        if !allowed(&bytes) {
+            continue;
+        }
 
         // Two pairs can spell the same token (a+bc, ab+c); it keeps one id, or encoding by rank could not reach both.
-        let bytes = [&tokens[pair.0 as usize][..], &tokens[pair.1 as usize][..]].concat();
         let new = *id_of_token.entry(bytes).or_insert_with_key(|bytes| {
             tokens.push(bytes.clone());
             tokens.len() as u32 - 1
         });
 
         let mut came: Vec<Pair> = vec![];
-        for i in pair_pieces.remove(&pair).unwrap_or_default() {
+        for i in pairs.remove(&pair).unwrap_or_default().pieces {
             let weight = pieces.count[i as usize];
             pieces.merge(i as usize, pair, new, |changed, sign| {
-                *pair_count.entry(changed).or_insert(0) += sign * weight;
                 if sign > 0 {
+                    pairs.entry(changed).or_default().add(i, weight);
                     came.push(changed);
-                    remember(pair_pieces.entry(changed), i);
+                } else if let Some(neighbours) = pairs.get_mut(&changed) {
+                    neighbours.count -= weight;
                 }
             });
         }
-        pair_count.insert(pair, 0);
         came.sort_unstable();
         came.dedup();
-        heap.extend(came.into_iter().map(|p| (pair_count[&p], Reverse(p))).filter(|&(count, _)| count > 0));
+        heap.extend(came.into_iter().map(|p| (pairs.get(&p).map_or(0, |n| n.count), Reverse(p))).filter(|c| c.0 > 0));
     }
-    Ok(tokens)
+    Ok(())
 }
 
-/// Adds piece `i` to a pair's list. Pieces come in order, so that a repetition can only be the last entry.
-fn remember(list: Entry<Pair, Vec<u32>>, i: u32) {
-    let list = list.or_default();
-    if list.last() != Some(&i) {
-        list.push(i);
-    }
-}
-
-/// Ids of a text: in each piece, again and again the pair with the lowest rank. Slow and obvious; inference is
-/// tiktoken's, and the tests hold the two against each other.
-pub fn encode(text: &str, pattern: &Regex, ranks: &FxHashMap<Vec<u8>, u32>) -> Result<Vec<u32>, String> {
-    let mut ids = vec![];
-    for piece in pattern.find_iter(text) {
-        let piece = piece.map_err(|e| e.to_string())?;
-        let mut parts: Vec<Vec<u8>> = piece.as_str().bytes().map(|b| vec![b]).collect();
-        while let Some((_, i)) = (1..parts.len())
-            .filter_map(|i| ranks.get(&[&parts[i - 1][..], &parts[i][..]].concat()).map(|&rank| (rank, i)))
-            .min()
-        {
-            let right = parts.remove(i);
-            parts[i - 1].extend(right);
-        }
-        ids.extend(parts.iter().map(|part| ranks[part]));
-    }
-    Ok(ids)
+/// What SuperBPE lets a token be: at most four words, and nothing across ": ", which separates a question's
+/// "Answer:" from the answer.
+pub fn superword(token: &[u8]) -> bool {
+    token.split(|&b| b == b' ').filter(|word| !word.is_empty()).count() <= 4 && !token.windows(2).any(|w| w == b": ")
 }

@@ -1,0 +1,169 @@
+"""
+The speed of our tokenizer beside others, on the same text, in the same run: ratios, since machines differ four-fold.
+
+    python -m scripts.tok_benchmark
+    python -m scripts.tok_benchmark --data=notes/ --vocab_size=4096
+
+Training: the published `rustbpe` wheel, which is fetched into a folder of its own, and Hugging Face's `tokenizers`.
+Encoding: tiktoken and `tokenizers`, with our vocabulary. Each figure is the median of `repeats`; each training runs in a
+process of its own (the wheel's module has our name), which also tells its peak memory.
+"""
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import tiktoken
+
+from nanochat.common import UserError, finish_stage, get_base_dir, print0
+from nanochat.configurator import configure
+from nanochat.dataset import iter_documents
+from nanochat.tokenizer import Tokenizer
+
+data: str = None         # file or folder of text; None: the shards that nanochat.dataset made
+megabytes = 70           # of text to train on
+encode_megabytes = 10    # of text to encode
+vocab_size = 32768       # tokens, the 256 bytes among them
+repeats = 5              # of each measurement
+threads = 2              # for training, and for the second figure of encoding
+settings = configure(globals())
+
+# What each trainer runs: reads texts, trains, prints a JSON line. Memory is the growth of the process's peak.
+PRELUDE = """
+import hashlib, json, resource, sys, time
+texts = json.load(open(sys.argv[1], encoding="utf-8"))
+vocab_size, pattern = int(sys.argv[2]), sys.argv[3]
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def say(tokens):
+    digest = hashlib.sha256(repr(sorted(tokens)).encode()).hexdigest()
+    print(json.dumps({"seconds": time.perf_counter() - begin, "memory": peak() - before, "tokens": digest}))
+"""
+RUSTBPE = PRELUDE + """
+import rustbpe
+before, begin = peak(), time.perf_counter()
+tokenizer = rustbpe.Tokenizer()
+tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=pattern)
+say([bytes(token) for token, _ in tokenizer.get_mergeable_ranks()])
+"""
+HUGGING_FACE = PRELUDE + """
+import tokenizers as hf
+tokenizer = hf.Tokenizer(hf.models.BPE())
+tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence([
+    hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"),
+    hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                 initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+before, begin = peak(), time.perf_counter()
+tokenizer.train_from_iterator(texts, trainer)
+shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+spelled = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
+say([bytes(spelled[c] for c in token) for token in tokenizer.get_vocab()])
+"""
+
+
+def fetch_wheel():
+    """The folder that holds the published wheel."""
+    folder = get_base_dir() / "rustbpe_wheel"
+    if not (folder / "rustbpe").exists():
+        for installer in (["uv", "pip", "install", "--python", sys.executable], [sys.executable, "-m", "pip", "install"]):
+            try:
+                subprocess.run([*installer, "--quiet", "--no-deps", "--target", str(folder), "rustbpe"], check=True)
+                return folder
+            except (OSError, subprocess.CalledProcessError):
+                continue
+        raise UserError("the published rustbpe wheel could not be installed: check the network or pip's index")
+    return folder
+
+
+def read_texts(split, limit):
+    texts, left = [], limit
+    for text in iter_documents(split, data):
+        texts.append(text)
+        left -= len(text.encode("utf-8"))
+        if left <= 0:
+            break
+    return texts
+
+
+def train_once(program, path):
+    environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+    environment.pop("PYTHONPATH", None)
+    if program == "wheel":
+        environment["PYTHONPATH"] = str(wheel)
+    code = HUGGING_FACE if program == "tokenizers" else RUSTBPE
+    run = subprocess.run([sys.executable, "-c", code, path, str(vocab_size), pattern],
+                         env=environment, cwd=get_base_dir(), stdout=subprocess.PIPE, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"training with {program} failed")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def seconds_of(work):
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+started = time.perf_counter()
+wheel = fetch_wheel()
+pattern = Tokenizer([bytes([b]) for b in range(256)]).pattern
+trainers = ["ours", "wheel"]
+try:
+    import tokenizers as hf
+    trainers.append("tokenizers")
+except ImportError:
+    hf = None
+    print0("without Hugging Face's tokenizers, which is not installed")
+
+# training
+texts = read_texts("train", megabytes * 1_000_000)
+n_bytes = sum(len(text.encode("utf-8")) for text in texts)
+path = get_base_dir() / "tok_benchmark.json"
+path.write_text(json.dumps(texts), encoding="utf-8")
+print0(f"training: {n_bytes / 1e6:.1f} MB, {vocab_size} tokens, {threads} threads, {repeats} runs each")
+runs = {name: [] for name in trainers}
+for i, name in itertools.product(range(repeats), trainers):  # in turn, so that a slow minute hits all of them
+    runs[name].append(train_once(name, str(path)))
+    print0(f"  {name:<11} {runs[name][-1]['seconds']:6.2f} s  {runs[name][-1]['memory'] / 1e6:6.0f} MB")
+path.unlink()
+train_seconds = {name: statistics.median(run["seconds"] for run in runs[name]) for name in trainers}
+train_memory = {name: statistics.median(run["memory"] for run in runs[name]) for name in trainers}
+digests = {name: {run["tokens"] for run in runs[name]} for name in trainers}
+
+# encoding, with the vocabulary that we have just learnt to make
+tokenizer = Tokenizer.train_from_iterator(texts, vocab_size)
+tokens = {tokenizer.id_to_bytes(i): i for i in range(tokenizer.get_bos_token_id())}
+other = tiktoken.Encoding("ours", pat_str=tokenizer.pattern, mergeable_ranks=tokens, special_tokens={})
+sample = read_texts("train", encode_megabytes * 1_000_000)
+sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
+encoders = {
+    "ours": lambda: tokenizer.encode_to_numpy(sample, num_threads=1),
+    "ours, lists": lambda: tokenizer.encode(sample, num_threads=1),
+    f"ours, {threads} threads": lambda: tokenizer.encode_to_numpy(sample, num_threads=threads),
+    "tiktoken": lambda: [other.encode_ordinary(text) for text in sample],
+}
+theirs = [other.encode_ordinary(text) for text in sample]
+ids_identical = tokenizer.encode(sample) == theirs
+if hf:
+    reader = hf.Tokenizer.from_str(json.dumps(tokenizer.hugging_face()))
+    encoders["tokenizers"] = lambda: reader.encode_batch(sample)
+    ids_identical &= [encoding.ids for encoding in reader.encode_batch(sample)] == theirs
+print0(f"encoding: {sample_bytes / 1e6:.1f} MB")
+times = {name: [] for name in encoders}
+for i, name in itertools.product(range(repeats), encoders):
+    times[name].append(seconds_of(encoders[name]))
+encode_rate = {name: sample_bytes / statistics.median(times[name]) for name in encoders}
+for name, rate in encode_rate.items():
+    print0(f"  {name:<16} {rate / 1e6:7.1f} MB/s")
+
+finish_stage("tok_benchmark", time.perf_counter() - started, settings,
+             train_seconds=train_seconds, train_memory=train_memory, encode_bytes_per_second=encode_rate,
+             train_ratio=train_seconds["wheel"] / train_seconds["ours"],
+             train_memory_ratio=train_memory["ours"] / train_memory["wheel"],
+             encode_ratio=encode_rate["ours"] / encode_rate["tiktoken"],
+             encode_two_threads_gain=encode_rate[f"ours, {threads} threads"] / encode_rate["ours"],
+             merges_identical=len(set().union(*digests.values())) == 1, ids_identical=ids_identical)
