@@ -11,6 +11,7 @@ process of its own (the wheel's module has our name), which also tells its peak 
 import itertools
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -33,8 +34,8 @@ settings = configure(globals())
 
 # What each trainer runs: reads texts, trains, prints a JSON line. Memory is the growth of the process's peak.
 PRELUDE = """
-import hashlib, json, resource, sys, time
-texts = json.load(open(sys.argv[1], encoding="utf-8"))
+import hashlib, json, pickle, resource, sys, time
+texts = pickle.load(open(sys.argv[1], "rb"))
 vocab_size, pattern = int(sys.argv[2]), sys.argv[3]
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -122,8 +123,8 @@ except ImportError:
 # training
 texts = read_texts("train", megabytes * 1_000_000)
 n_bytes = sum(len(text.encode("utf-8")) for text in texts)
-path = get_base_dir() / "tok_benchmark.json"
-path.write_text(json.dumps(texts), encoding="utf-8")
+path = get_base_dir() / "tok_benchmark.pickle"  # our own, for the processes below; reading it leaves no peak behind
+path.write_bytes(pickle.dumps(texts))
 print0(f"training: {n_bytes / 1e6:.1f} MB, {vocab_size} tokens, {threads} threads, {repeats} runs each")
 runs = {name: [] for name in trainers}
 for i, name in itertools.product(range(repeats), trainers):  # in turn, so that a slow minute hits all of them

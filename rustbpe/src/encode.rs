@@ -15,8 +15,8 @@ use crate::split::{pack, slot, Splitter, PACKED};
 
 const NONE: u32 = u32::MAX;
 const LONG: usize = 100; // pieces of more bytes use the heap
-const CACHED_IDS: usize = 7;
-const CACHE_BITS: u32 = 15;
+const CACHED_IDS: usize = 3; // with these a place in the table has 32 bytes
+const CACHE_BITS: u32 = 16;
 
 /// A packed piece and its ids.
 #[derive(Clone, Copy)]
@@ -71,6 +71,7 @@ impl Encoder {
     /// Appends the ids of `text` to `ids`. An error is a pattern that backtracks without end.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), String> {
         let mut scratch = self.borrow();
+        ids.reserve(text.len() / 3);
         let text_bytes = text.as_bytes();
         let done = self.splitter.for_each(text, |piece| {
             if piece.len() > PACKED {
@@ -80,7 +81,7 @@ impl Encoder {
             let slot = slot(packed, CACHE_BITS);
             let seen = &scratch.seen[slot];
             if seen.packed == packed && seen.bytes == bytes {
-                return ids.extend_from_slice(&seen.ids[..seen.count as usize]);
+                return seen.ids[..seen.count as usize].iter().for_each(|&id| ids.push(id));
             }
             let from = ids.len();
             self.encode_piece(&text_bytes[piece], &mut scratch, ids);

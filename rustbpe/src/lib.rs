@@ -202,8 +202,7 @@ fn encode_rows(
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(text) = texts.get(i) else { return Ok::<_, String>(mine) };
-            let mut ids = Vec::with_capacity(text.len() / 3);
-            ids.extend(prepend);
+            let mut ids: Vec<u32> = prepend.into_iter().collect();
             encoder.encode(text, &mut ids)?;
             mine.push((i, ids));
         }
