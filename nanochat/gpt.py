@@ -1,7 +1,9 @@
 """The GPT: rotary embeddings, QK norm, untied head, ReLU-squared MLP, RMSNorm without parameters, softcapped logits.
 
-One dial: depth. Width is 64 * depth, heads of 128 (64 when the model is small), and the rest follows. This file is
-single-device code; compiling and sharding are applied from outside.
+One dial: depth. Width is 64 * depth, heads of 128 (64 when the model is small), and the rest follows. On top of that come
+lookups, which cost no matmul: the token before and the pair of both at the entrance, values by token and a second look
+at the entrance in every layer. Without them it is the documented nanochat, and a test holds it to transformers' class. This
+file is single-device code; compiling and sharding are applied from outside.
 
 Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
@@ -96,7 +98,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Reads a blend of the stream and of the embeddings x0, so that the first layers need not carry the tokens along."""
+    """Reads a blend of the stream and of the embeddings x0 (as nanochat does): early layers need not carry them along."""
     attention_class = Attention
 
     def __init__(self, config):
@@ -137,6 +139,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(rows, config.width)
         self.smear = nn.Parameter(torch.empty(config.width))
         self.bigram = nn.Embedding(min(PAIR_ROWS * rows, MOST_PAIR_ROWS), config.width)
+        # value embeddings (arXiv 2410.17897), one table for the first and the last layer, and so on inwards
         kv_width = config.kv_heads * config.width // config.heads
         self.values = nn.ModuleList(nn.Embedding(rows, kv_width) for _ in range((config.depth + 1) // 2))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -202,7 +205,7 @@ class GPT(nn.Module):
         x = x0 = norm(x.to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.blocks):
-            value = self.values[min(i, len(self.blocks) - 1 - i)](idx).to(x.dtype)  # the first and the last layer share one
+            value = self.values[min(i, len(self.blocks) - 1 - i)](idx).to(x.dtype)
             if cache is None and self.training:
                 x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew

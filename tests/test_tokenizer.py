@@ -350,6 +350,33 @@ def test_tok_train_and_tok_eval(run_module, tmp_path, monkeypatch):
     assert get_tokenizer().fingerprint == before
 
 
+def test_superbpe_from_the_command_line(run_module, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(stdlib_text(300_000)), encoding="utf-8")
+    base, data = tmp_path / "base", f"--data={tmp_path / 'text.txt'}"
+    for wrong in ("--transition=t90k", "--transition=1.5"):
+        bad = run_module("scripts.tok_train", data, "--superbpe=1", wrong, base=base)
+        assert bad.returncode == 2 and "share of the vocabulary" in bad.stderr
+    train = run_module("scripts.tok_train", data, "--superbpe=1", "--transition=t80k", "--vocab_size=1000", base=base)
+    assert train.returncode == 0, train.stderr
+    evaluation = run_module("scripts.tok_eval", data, base=base)
+    assert evaluation.returncode == 0, evaluation.stderr
+    record = last_json(evaluation.stdout)
+    assert record["superwords"] > 0.05
+    assert record["beside"]["val"]["ours"] > 1.02 * record["beside"]["val"]["plain BPE"]
+
+
+def test_tok_benchmark_compares_the_same_merges_and_ids(run_module, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(stdlib_text(600_000)), encoding="utf-8")
+    run = run_module("scripts.tok_benchmark", f"--data={tmp_path / 'text.txt'}", "--vocab_size=600", "--repeats=1",
+                     base=tmp_path / "base")
+    if run.returncode == 2 and "wheel could not be installed" in run.stderr:
+        pytest.skip("the published wheel cannot be had")
+    assert run.returncode == 0, run.stderr
+    record = last_json(run.stdout)
+    assert record["merges_identical"] and record["ids_identical"]
+    assert all(record[key] > 0 for key in ("train_ratio", "encode_ratio", "encode_two_threads_gain"))
+
+
 def test_validation_text_never_trains_the_tokenizer(run_module, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq

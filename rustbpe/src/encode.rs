@@ -16,7 +16,7 @@ use crate::split::{pack, slot, Splitter, PACKED};
 const NONE: u32 = u32::MAX;
 const LONG: usize = 100; // pieces of more bytes use the heap
 const CACHED_IDS: usize = 3; // with these a place in the table has 32 bytes
-const CACHE_BITS: u32 = 16;
+const CACHE_BITS: u32 = 17;
 
 /// A packed piece and its ids.
 #[derive(Clone, Copy)]
@@ -81,7 +81,9 @@ impl Encoder {
             let slot = slot(packed, CACHE_BITS);
             let seen = &scratch.seen[slot];
             if seen.packed == packed && seen.bytes == bytes {
-                return seen.ids[..seen.count as usize].iter().for_each(|&id| ids.push(id));
+                let end = ids.len() + seen.count as usize;
+                ids.extend_from_slice(&seen.ids); // a fixed number, with no loop to mispredict
+                return ids.truncate(end);
             }
             let from = ids.len();
             self.encode_piece(&text_bytes[piece], &mut scratch, ids);
