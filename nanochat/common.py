@@ -175,6 +175,32 @@ def append_metrics(row):
         file.write(json.dumps(row) + "\n")
 
 
+def open_logger(name, folder, settings):
+    """A function (step, row) that shows a row's numbers in tensorboard (in `folder`) or wandb, or that does nothing.
+
+    name: tensorboard, wandb or empty. Where the program is not installed one line says so, and the run goes on.
+    """
+    if name not in ("", "tensorboard", "wandb"):
+        raise UserError(f"logger={name} is not supported: choose tensorboard or wandb, or none")
+    if not name or get_dist_info()[1] != 0:
+        return lambda step, row: None
+
+    def numbers(row):
+        return {key: value for key, value in row.items() if isinstance(value, (int, float))}
+
+    try:
+        if name == "wandb":
+            import wandb
+            run = wandb.init(project="nanochat", name=folder.name, config=settings)
+            return lambda step, row: run.log(numbers(row), step=step)
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder / "tensorboard")
+        return lambda step, row: [writer.add_scalar(key, value, step) for key, value in numbers(row).items()]
+    except ImportError:
+        print0(f"{name} is not installed, going on without it (log.jsonl in {folder} has the same numbers)")
+        return lambda step, row: None
+
+
 def finish_stage(stage, seconds, settings, **fields):
     """End a stage: one JSON line at column 0 of standard output, and the same line in $NANOCHAT_BASE_DIR/metrics.jsonl.
 

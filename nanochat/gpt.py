@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from nanochat.adamw import DistAdamW
 from nanochat.attention import LayerCache, cached_attention, causal_attention
 from nanochat.common import UserError
+from nanochat.hardware import is_out_of_memory
 from nanochat.muon import DistMuon
 
 
@@ -245,10 +246,13 @@ class GPT(nn.Module):
             group["initial_lr"] = group["lr"]
         return [adamw, muon]
 
+    def matmul_parameters(self):
+        """How many weights a token is multiplied with: the matrices and the head, not the tables."""
+        return sum(p.numel() for p in self.parameters_by_role()["matrix"]) + self.config.vocab_size * self.config.width
+
     def flops_per_token(self, T):
-        """Training FLOPs a token, 6 N for the matmul weights plus attention's 6 * depth * width * T (causal: half of 12)."""
-        matmul = sum(p.numel() for p in self.parameters_by_role()["matrix"]) + self.config.vocab_size * self.config.width
-        return 6 * matmul + 6 * self.config.depth * self.config.width * T
+        """Training FLOPs a token, 6 a weight plus attention's 6 * depth * width * T (causal: half of 12)."""
+        return 6 * self.matmul_parameters() + 6 * self.config.depth * self.config.width * T
 
     def new_cache(self, B, T):
         c = self.config
@@ -301,3 +305,28 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dw * grad, None, None, None
+
+
+def accumulate_gradients(model, batches, scale, rows):
+    """Forward and backward through all of `batches`, `rows` sequences at a time, or fewer where memory runs out.
+
+    batches: list of (inputs (B, T), targets (B, T), ...). scale: what each summed loss is multiplied by, a number or 0-D.
+    Returns (the loss times scale, 0-D; the rows that fitted). A step that ran out of memory is begun anew.
+    """
+    while True:
+        try:
+            loss = torch.zeros((), device=batches[0][0].device)
+            for inputs, targets, *_ in batches:
+                for x, y in zip(inputs.split(rows), targets.split(rows)):
+                    part = model(x, y) * scale
+                    part.backward()
+                    loss += part.detach()
+            return loss, rows
+        except (RuntimeError, MemoryError) as error:
+            if rows == 1 or not is_out_of_memory(error):
+                raise
+        # after the except clause, whose traceback held on to the tensors
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        rows = (rows + 1) // 2
+        print(f"out of memory: going on with {rows} sequences at a time, which changes nothing but the speed", flush=True)

@@ -58,10 +58,10 @@ def preferred_dtype(device_type):
     return "bfloat16" if device_type == "cpu" and instruction_set() in ("amx", "avx512_bf16") else "float32"
 
 
-def measure_matmul_flops(device, dtype, seconds=0.5):
-    """FLOP/s of a matmul of the training shapes (4096 x 512 @ 512 x 2048, wider on a GPU): best of several short runs."""
+def measure_matmul_flops(device, dtype, seconds=0.5, shape=None):
+    """FLOP/s of a matmul, shape (m, k, n) for (m, k) @ (k, n): best of several short runs. None: a shape like training's."""
     import torch
-    m, k, n = (8192, 8192, 8192) if device.type == "cuda" else (4096, 512, 2048)
+    m, k, n = shape or ((8192, 8192, 8192) if device.type == "cuda" else (4096, 512, 2048))
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
     out = torch.empty(m, n, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -73,6 +73,13 @@ def measure_matmul_flops(device, dtype, seconds=0.5):
         sync()
         best = max(best, 2 * m * k * n / (time.perf_counter() - start))
     return best
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a device's memory, or the machine's own, is used up. (CUDA alone has a class for it.)"""
+    import torch
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in said or "can't allocate memory" in said
 
 
 def raise_malloc_thresholds():

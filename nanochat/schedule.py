@@ -39,8 +39,3 @@ CPU_PLANS = [
 def cpu_plan(flops):
     """(depth, max_seq_len, total_batch_size) for a CPU run of so many FLOPs."""
     return next(row[1:] for row in reversed(CPU_PLANS) if flops >= row[0])
-
-
-def horizon_tokens(matmul_parameters, ratio=20):
-    """Tokens of a compute-optimal run: `ratio` a parameter (Chinchilla, arXiv 2203.15556)."""
-    return ratio * matmul_parameters

@@ -16,15 +16,15 @@ import torch
 
 from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, read_checkpoint,
                                          save_checkpoint)
-from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, print0
+from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_logger, print0
 from nanochat.configurator import configure
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPTConfig, accumulate_gradients
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.schedule import cpu_plan, default_minutes, horizon_tokens, lr_multiplier, muon_momentum
+from nanochat.schedule import cpu_plan, default_minutes, lr_multiplier, muon_momentum
 from nanochat.tokenizer import get_tokenizer
 
 # settings
@@ -34,8 +34,10 @@ depth: int = None            # layers; width is 64 x depth and the rest follows.
 kv_heads: int = None         # key/value heads; None: as many as query heads, fewer is grouped-query attention
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, from the minutes on a CPU
 minutes: float = None        # wall clock of the loop, compiling included, evaluation not; None: 5 on a CPU
-num_iterations: int = None   # optimizer steps, in place of minutes; None: 20 tokens a parameter on a GPU
-device_batch_size: int = None  # sequences per device and pass; halve it when memory runs out, accumulation makes up. None: 32 on a GPU
+num_iterations: int = None   # optimizer steps, in place of minutes
+target_flops: float = None   # or so many FLOPs of training in all
+target_param_data_ratio: float = None  # or so many tokens for each parameter of a matmul. None of the four: 20 of these on a GPU
+device_batch_size: int = None  # sequences per device and pass, halved by itself when memory runs out; accumulation makes up. None: 32 on a GPU
 total_batch_size: int = None   # tokens per optimizer step; None: 524288 on a GPU, from the minutes on a CPU
 learning_rate = 0.02         # Muon's, for the matrices; the AdamW groups keep their ratio to it
 weight_decay = 0.0           # of the matrices
@@ -46,6 +48,7 @@ dtype = ""                   # float32 or bfloat16; empty: what the hardware is 
 compile = True               # compile the blocks
 eval_every: int = None       # steps between validations and samples; None: at each quarter of the run
 save_every = 1000            # steps between checkpoints; the last step is always saved
+logger = ""                  # tensorboard or wandb, where installed, besides log.jsonl in the checkpoint's folder
 resume = False               # go on from the newest checkpoint of this tag
 seed = 42                    # of the initial weights
 settings = configure(globals())
@@ -76,13 +79,16 @@ elif resume:
     print0("nothing to resume: starting from step 0")
 
 # what the budget buys
-if any(budget is not None and budget <= 0 for budget in (minutes, num_iterations)):
-    raise UserError(f"minutes={minutes} and num_iterations={num_iterations}: a budget must be above zero")
-if minutes is None and num_iterations is None:
+budgets = {name: settings[name] for name in ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
+           if settings[name] is not None}
+if len(budgets) > 1 or any(budget <= 0 for budget in budgets.values()):
+    raise UserError(f"{', '.join(f'{name}={budget}' for name, budget in budgets.items())}: give one budget, above zero")
+if not budgets:
     minutes = default_minutes(device.type)
+    target_param_data_ratio = None if minutes else 20
 if meta:  # a resumed run keeps its shape
     depth, max_seq_len, total_batch_size = meta["config"]["depth"], meta["config"]["max_seq_len"], meta["total_batch_size"]
-planned = cpu_plan(agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if on_cpu else (20, 2048, 524288)
+planned = cpu_plan(target_flops or agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if on_cpu else (20, 2048, 524288)
 depth, max_seq_len = depth or planned[0], max_seq_len or planned[1]
 row_tokens = max_seq_len * world_size
 total_batch_size = total_batch_size or max(1, planned[2] // row_tokens) * row_tokens
@@ -104,11 +110,13 @@ model = build_model(meta, device)
 if state:
     model.load_state_dict(weights)
 if compile:
+    print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
 parameters = sum(p.numel() for p in model.parameters())
 flops_per_token = model.flops_per_token(max_seq_len)
-if num_iterations is None and minutes is None:
-    num_iterations = horizon_tokens(flops_per_token // 6) // total_batch_size
+if target_flops or target_param_data_ratio:
+    tokens = target_flops / flops_per_token if target_flops else target_param_data_ratio * model.matmul_parameters()
+    num_iterations = max(1, round(tokens / total_batch_size))
 horizon = f"{num_iterations} steps" if num_iterations else f"{minutes:g} minutes"
 print0(f"depth {depth}, width {model.config.width}, {parameters:,} parameters, vocabulary {model.config.vocab_size}, "
        f"context {max_seq_len}, {total_batch_size} tokens a step, {horizon}")
@@ -131,13 +139,15 @@ for text in iter_documents("train", data):
 else:
     raise UserError(f"the context of {max_seq_len} tokens is longer than the training text of {length}: lower --max_seq_len")
 validation = list(itertools.islice(iter_documents("val", data), 300))  # the same on every rank
-loader_state = state and state["loader"]
+loader_state, rows_at_once = state and state["loader"], device_batch_size
+batches = [next(loader) for _ in range(accumulation)]
 
 # loop
 step, elapsed = meta["step"], meta["elapsed"]
 first_step, quarter, val_bpb = step, int(4 * (step / num_iterations if num_iterations else elapsed / 60 / minutes)), None
 durations, shown, stop = [], 0.0, StopRequest()
 folder.mkdir(parents=True, exist_ok=True)
+send_to_logger = open_logger(logger, folder, settings)
 log_file = open(folder / "log.jsonl", "a" if step else "w", encoding="utf-8") if rank == 0 else None
 
 
@@ -145,6 +155,7 @@ def log(**row):
     if rank == 0:
         log_file.write(json.dumps({"step": step, "tokens": step * total_batch_size, "seconds": round(elapsed, 2), **row}) + "\n")
         log_file.flush()
+        send_to_logger(step, row)
 
 
 def save(finished=False):
@@ -180,12 +191,8 @@ while True:
         show_samples()
 
     begin = time.perf_counter()
-    loss = torch.zeros((), device=device)
-    for _ in range(accumulation):
-        inputs, targets, loader_state = next(loader)
-        part = model(inputs, targets) / (accumulation * targets.numel())
-        part.backward()
-        loss += part.detach()
+    loss, rows_at_once = accumulate_gradients(model, batches, 1 / (rows * max_seq_len), rows_at_once)
+    loader_state = batches[-1][2]
     squares = sum(optimizer.reduce() for optimizer in optimizers)  # every rank holds another share of the gradient
     if world_size > 1:
         both = torch.stack((squares, loss / world_size))
@@ -201,10 +208,13 @@ while True:
                 group["momentum"] = muon_momentum(step)
         optimizer.step(scale)
     model.zero_grad(set_to_none=True)
+    batches = [next(loader) for _ in range(accumulation)]  # while the device works
     loss = loss.item()  # waits for the device
     durations.append(time.perf_counter() - begin)
     elapsed += durations[-1]
     step += 1
+    if compile and len(durations) == 1 and durations[0] > 2:
+        print0(f"the first step took {durations[0]:.0f} s with compiling; the result is kept for the next run")
 
     if step == first_step + 3:
         gc.collect()

@@ -12,10 +12,11 @@ import time
 import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, read_checkpoint, save_checkpoint
-from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, print0
+from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_logger, print0
 from nanochat.configurator import configure
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
+from nanochat.gpt import accumulate_gradients
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.schedule import default_minutes, lr_multiplier
 from tasks.arithmetic import Arithmetic
@@ -40,6 +41,7 @@ device_type = ""             # cuda, mps or cpu; empty: the best that is here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 compile = True               # compile the blocks
 save_every = 1000            # steps between checkpoints; the last step is always saved
+logger = ""                  # tensorboard or wandb, where installed, besides log.jsonl in the checkpoint's folder
 resume = False               # go on from the newest checkpoint of this tag
 seed = 43                    # of the order of the conversations
 settings = configure(globals())
@@ -70,6 +72,7 @@ if resume and complete_steps(folder):
         meta = saved_meta
         model.load_state_dict(weights)
 if compile:
+    print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
 T = model.config.max_seq_len
 device_batch_size = device_batch_size or min(16, max(1, origin["total_batch_size"] // (T * world_size)))
@@ -97,12 +100,14 @@ mixture = TaskMixture([SimpleSpelling("train", 80_000), SpellingBee("train", 6_0
                        *([CustomJSON(custom)] * 10 if custom else [])])
 loader_state = state and state["loader"]
 loader = sft_data_generator(tokenizer, mixture, device_batch_size, T, device, rank, world_size, loader_state, seed)
+batches, rows_at_once = [next(loader) for _ in range(accumulation)], device_batch_size
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
 
 # loop
 step, elapsed, quarter = meta["step"], meta["elapsed"], 0
 first_step, durations, shown, stop = step, [], 0.0, StopRequest()
 folder.mkdir(parents=True, exist_ok=True)
+send_to_logger = open_logger(logger, folder, settings)
 log_file = open(folder / "log.jsonl", "a" if step else "w", encoding="utf-8") if rank == 0 else None
 
 
@@ -110,6 +115,7 @@ def log(**row):
     if rank == 0:
         log_file.write(json.dumps({"step": step, "tokens": step * total_batch_size, "seconds": round(elapsed, 2), **row}) + "\n")
         log_file.flush()
+        send_to_logger(step, row)
 
 
 def save(finished=False):
@@ -145,20 +151,16 @@ while True:
         show_samples()
 
     begin = time.perf_counter()
-    batches = [next(loader) for _ in range(accumulation)]
-    loader_state = batches[-1][2]
     targets_here = sum((targets >= 0).sum() for _, targets, _ in batches)
     count = targets_here.clone()
     if world_size > 1:  # the mean is over the targets of all ranks, wherever they fell
         torch.distributed.all_reduce(count)
-    loss = torch.zeros((), device=device)
-    for inputs, targets, _ in batches:
-        part = model(inputs, targets) * (world_size / count.clamp(min=1))  # the optimizers average over ranks
-        part.backward()
-        loss += part.detach() / world_size
+    scale = world_size / count.clamp(min=1)  # the optimizers average over ranks
+    loss, rows_at_once = accumulate_gradients(model, batches, scale, rows_at_once)
+    loader_state = batches[-1][2]
     squares = sum(optimizer.reduce() for optimizer in optimizers)
     if world_size > 1:
-        both = torch.stack((squares, loss))
+        both = torch.stack((squares, loss / world_size))
         torch.distributed.all_reduce(both)
         squares, loss = both
     rate = lr_multiplier(progress, warmup=0, warmdown=1)
@@ -168,10 +170,13 @@ while True:
         if count > 0:  # a batch without a single target teaches nothing
             optimizer.step()
     model.zero_grad(set_to_none=True)
+    batches = [next(loader) for _ in range(accumulation)]  # while the device works
     loss = loss.item()
     durations.append(time.perf_counter() - begin)
     elapsed += durations[-1]
     step += 1
+    if compile and len(durations) == 1 and durations[0] > 2:
+        print0(f"the first step took {durations[0]:.0f} s with compiling; the result is kept for the next run")
 
     if step == first_step + 3:
         gc.collect()

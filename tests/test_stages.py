@@ -164,6 +164,19 @@ def test_the_chat_stages_follow(stages, trained, text):
     assert os.path.isabs(whole["report"])
 
 
+def test_the_four_budgets_and_the_loggers(stages, trained, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--model_tag=budget", "--eval_every=0")
+    weights = 12 * 64 * 64 + 430 * 64  # of one layer and of the head
+    flops = 6 * weights + 6 * 64 * 128
+    row = stages.fork_record(*command, f"--target_flops={3 * 512 * flops}", "--logger=wandb")
+    assert row["steps"] == 3 and row["settings"]["num_iterations"] is None
+    out, _ = stages.fork(*command, "--target_param_data_ratio=0.02", "--logger=tensorboard")
+    assert last_json(out)["steps"] == round(0.02 * weights / 512)
+    assert "tensorboard is not installed" in out or list(stages.base.glob("base_checkpoints/budget/tensorboard/*"))
+    row = stages.fork_record(*command, "--minutes=0.02")
+    assert row["steps"] > 3 and row["train_seconds"] < 30
+
+
 @pytest.fixture(scope="module")
 def refrain(tmp_path_factory):
     """One document of 128 tokens over and over, so that what a rank reads does not depend on the number of ranks.
@@ -229,6 +242,8 @@ def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run
     (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=128", "--total_batch_size=200"), "200"),
     (("scripts.base_train", "--data={text}", "--depth=1", "--kv_heads=3"), "kv_heads=3"),
     (("scripts.base_train", "--data={text}", "--minutes=0"), "minutes=0"),
+    (("scripts.base_train", "--data={text}", "--minutes=1", "--target_flops=1e9"), "give one budget"),
+    (("scripts.base_train", "--data={text}", *TINY, "--num_iterations=1", "--logger=paper"), "logger=paper"),
     (("scripts.chat_sft", "--source=base", "--compile=0", "--num_iterations=0"), "num_iterations=0"),
     (("scripts.base_train", "--data={latin}", "--compile=0"), "not UTF-8"),
     (("scripts.tok_train", "--data={empty}"), "empty"),
@@ -263,3 +278,13 @@ def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, text, t
     model = copy.base / "base_checkpoints" / "d1" / "model_000010.pt"
     model.write_bytes(model.read_bytes()[:-7])
     assert "model_000010.pt is damaged" in copy.refusal(*base_loss)
+
+
+def test_train_benchmark_measures_both_sides(stages):
+    command = ("scripts.train_benchmark", "--depth=1", "--vocab_size=300", "--max_seq_len=16", "--device_batch_size=2", "--steps=4",
+               "--repeats=1", "--compile=0")
+    row = stages.record(*command)
+    assert row["tokens_per_second"]["ours"] > 0 and 0 < row["share_of_matmul_rate"] < 1
+    if "theirs" in row["tokens_per_second"]:
+        assert row["ratio"] == row["tokens_per_second"]["ours"] / row["tokens_per_second"]["theirs"]
+    assert "at least 4 steps" in stages.refusal("scripts.train_benchmark", "--steps=3")
