@@ -8,9 +8,17 @@
 #
 # Ctrl+C saves; the same command goes on from there. Everything is written under NANOCHAT_BASE_DIR (~/.cache/nanochat).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ $# -gt 0 ]; then
+    if [[ "$1" == -h || "$1" == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
+    echo "error: speedrun.sh takes no arguments, but variables before it: MINUTES=3 bash speedrun.sh" >&2
+    exit 2
+fi
 DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
-if [ -n "$DATA" ]; then DATA="$(cd "$(dirname "$DATA")" && pwd)/$(basename "$DATA")"; fi
+refuse() { echo "error: $*" >&2; exit 2; }
+if [ -n "$DATA" ] && [ ! -e "$DATA" ]; then refuse "DATA=$DATA does not exist: name a file or a folder"; fi
+case "$DATA" in "" | /*) ;; *) DATA="$PWD/$DATA" ;; esac
+case "$GPUS" in *[!0-9]*) refuse "GPUS=$GPUS is not a number of GPUs" ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if [ -z "$DRY_RUN" ]; then
     source scripts/setup.sh || exit 1
@@ -18,10 +26,7 @@ if [ -z "$DRY_RUN" ]; then
 fi
 GPUS="${GPUS:-0}"
 if [ "$GPUS" = 0 ]; then MINUTES="${MINUTES:-15}"; fi
-if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
-    echo "error: MINUTES=$MINUTES is not a number of minutes" >&2
-    exit 2
-fi
+if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ && "${MINUTES:-1}" =~ [1-9] ]]; then refuse "MINUTES=$MINUTES is not a number of minutes above zero"; fi
 
 # What a stage gets. The chat needs two minutes of training whatever the rest; tokenizer, validation, evaluation and
 # start-up come on top, about a minute and a half on two slow cores.
@@ -38,7 +43,7 @@ base_dir="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 state="$base_dir/speedrun.state"
 plan="plan minutes=$MINUTES data=$DATA gpus=$GPUS"
 if [ -z "$DRY_RUN" ]; then
-    mkdir -p "$base_dir"
+    mkdir -p "$base_dir" 2>/dev/null || refuse "cannot create $base_dir: set NANOCHAT_BASE_DIR to a folder you can write"
     if [ "$(head -n 1 "$state" 2>/dev/null)" = "$plan" ]; then
         echo "speedrun: going on where the last one stopped ($state)"
     else
@@ -83,8 +88,8 @@ if [ -n "$DATA" ]; then data=("--data=$DATA"); fi
 if [ "$GPUS" -gt 0 ] && [ -z "$MINUTES" ]; then depth=(--depth=20); fi
 
 if [ -z "$DATA" ]; then
-    # 561 M parameters x 20 tokens x 4.8 characters is 216 shards of 250 M characters
-    if [ "$GPUS" -gt 0 ]; then stage dataset python -m nanochat.dataset --source=fineweb -n 240
+    # 435 M weights in matmuls x 20 tokens x 4.8 characters is 167 shards of 250 M characters
+    if [ "$GPUS" -gt 0 ]; then stage dataset python -m nanochat.dataset --source=fineweb -n 180
     else stage dataset python -m nanochat.dataset --source=local; fi
 fi
 stage tok_train python -m scripts.tok_train ${data[@]+"${data[@]}"}

@@ -49,7 +49,7 @@ class DistAdamW(torch.optim.Optimizer):
                 wait.wait()
             for p in params:
                 self.shards[p] /= self.world_size
-        return sum((self.shards[p].square().sum() for p in params), torch.zeros(()))
+        return sum((torch.linalg.vector_norm(self.shards[p]).square() for p in params), torch.zeros(()))
 
     @torch.no_grad()
     def step(self, scale=1.0):

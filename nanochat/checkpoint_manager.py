@@ -7,7 +7,6 @@
 A step without its meta file does not exist. `latest` is decided from meta files, never from a model file's name.
 Numbers count completed optimizer steps.
 """
-import io
 import json
 import time
 from pathlib import Path
@@ -15,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info, sha256
+from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir, get_dist_info, sha256
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
 MODEL_CLASSES = {"gpt": GPT}  # a checkpoint names its class
 FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
+STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 
 
 def checkpoint_dir(source, model_tag):
@@ -29,6 +28,11 @@ def checkpoint_dir(source, model_tag):
     if source not in FOLDERS:
         raise UserError(f"source={source} is not a stage: choose from {', '.join(FOLDERS)}")
     return get_base_dir() / FOLDERS[source] / model_tag
+
+
+def advice(source):
+    """How to come by a checkpoint of a stage."""
+    return f"run python -m {STAGES[source]} first" if source in STAGES else f"no stage makes {source} checkpoints yet"
 
 
 def save_checkpoint(dir, step, model, optimizer, meta, rank):
@@ -45,9 +49,8 @@ def save_checkpoint(dir, step, model, optimizer, meta, rank):
         files[f"optim_{step:06d}_rank{rank}.pt"] = optimizer
     hashes = {}
     for name, state in files.items():
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        atomic_write(dir / name, buffer.getvalue())
+        with atomic_file(dir / name) as file:
+            torch.save(state, file)
         hashes[name] = sha256(dir / name)
     world_size = get_dist_info()[3]
     if world_size > 1:
@@ -77,7 +80,7 @@ def read_checkpoint(dir, step=None, device="cpu", rank=None):
     steps = complete_steps(dir)
     if not steps:
         source = next((s for s, folder in FOLDERS.items() if folder == Path(dir).parent.name), "base")
-        raise UserError(f"no complete checkpoint in {dir}: run python -m {STAGES[source]} first, or name another --model_tag")
+        raise UserError(f"no complete checkpoint in {dir}: {advice(source)}, or name another --model_tag")
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"step {step} is not in {dir}: choose from {', '.join(map(str, steps))}")
@@ -98,6 +101,15 @@ def read_checkpoint(dir, step=None, device="cpu", rank=None):
     return load(f"model_{step:06d}.pt"), optimizer, meta
 
 
+def load_optimizers(optimizers, states):
+    """The state of each optimizer from a checkpoint; rate and weight decay stay those of this run's settings."""
+    for optimizer, state in zip(optimizers, states):
+        own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, own):
+            group.update(values)
+
+
 def find_model_tag(source, missing_ok=False):
     """The tag of a stage's most recently completed checkpoint. None, or UserError, where there is none."""
     metas = (get_base_dir() / FOLDERS[source]).glob("*/meta_*.json") if source in FOLDERS else []
@@ -106,7 +118,7 @@ def find_model_tag(source, missing_ok=False):
         return None
     if newest is None:
         where = checkpoint_dir(source, "")
-        raise UserError(f"no {source} checkpoint under {where}: run python -m {STAGES[source]} first")
+        raise UserError(f"no {source} checkpoint under {where}: {advice(source)}")
     return newest.parent.name
 
 

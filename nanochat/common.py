@@ -68,6 +68,11 @@ def atomic_write(path, data):
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+def fraction(text):
+    """A number in [0, 1) that depends on nothing but `text`: whoever sorts or splits by it does so the same way for ever."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+
+
 def sha256(path):
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -99,14 +104,14 @@ def print0(*args, **kwargs):
 def compute_init(device_type="", dtype="", seed=42):
     """Choose device and compute dtype, join the process group under torchrun, seed. Returns a Compute tuple.
 
-    device_type: cuda, mps or cpu; empty picks the best that is there. dtype: float32 or bfloat16; empty lets the hardware decide.
+    device_type: cuda, mps or cpu; empty is cuda where there is one, else cpu (mps on request: nobody has tried it). dtype: float32 or bfloat16; empty lets the hardware decide.
     """
     import torch
     import torch.distributed as dist
-    from nanochat.hardware import preferred_dtype
+    from nanochat.hardware import bind_workers, preferred_dtype
     is_dist, rank, local_rank, world_size = get_dist_info()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device_type = device_type or next(name for name, there in available.items() if there)
+    device_type = device_type or ("cuda" if available["cuda"] else "cpu")
     if not available.get(device_type):
         raise UserError(f"device_type={device_type} is not available here: choose from {[n for n in available if available[n]]}")
     dtype = dtype or preferred_dtype(device_type)
@@ -118,6 +123,8 @@ def compute_init(device_type="", dtype="", seed=42):
         torch.set_float32_matmul_precision("high")
     if device_type == "cpu" and is_dist:  # torchrun leaves one thread to a rank: share out all cores
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if device_type == "cpu" and not is_dist:
+        bind_workers()
     torch.manual_seed(seed)
     if is_dist and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
@@ -136,8 +143,12 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        """No step is to come: from here on a signal ends the process at once."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         if self.signal:

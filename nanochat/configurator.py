@@ -76,6 +76,8 @@ def configure(namespace, argv=None, aliases={}):
             near = difflib.get_close_matches(name, declared, n=1)
             raise UserError(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them all"))
         settings[name] = _convert(name, declared[name][0], value)
+        if settings[name] is None and namespace[name] is not None:
+            raise UserError(f"--{name} takes {declared[name][0].__name__}, not None")
 
     words = list(sys.argv[1:] if argv is None else argv)
     while words:
@@ -96,12 +98,19 @@ def configure(namespace, argv=None, aliases={}):
                 value = words.pop(0) if words else None
             assign(name, value)
         elif not Path(word).is_file():
-            raise UserError(f"config file {word} does not exist; settings are written --name=value")
+            raise UserError(f"config file '{word}' does not exist: settings are written --name=value, and text with spaces goes in quotes")
         else:
             for name, value in _read_config(word):
                 assign(name, value)
     namespace.update(settings)
     return settings
+
+
+def require(settings, lowest, *names):
+    """UserError where one of these settings is a number below `lowest`. None passes."""
+    for name in names:
+        if settings[name] is not None and not settings[name] >= lowest:
+            raise UserError(f"{name}={settings[name]} must be at least {lowest}")
 
 
 def _read_config(path):

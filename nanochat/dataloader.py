@@ -1,6 +1,6 @@
 """From documents to batches: a stream of tokens, each document opened by <|bos|>, cut into rows of T without waste.
 
-Rows that follow each other are of one document, and a batch of them would see four documents where it could see sixteen.
+Rows that follow each other are of one document: a batch of sixteen such rows would show some four documents.
 So the stream is read in stretches of several batches, and a stretch's rows are dealt out in random order.
 
 The state that comes with a batch says where the *next* one is: epoch, row group, row and token at which its stretch

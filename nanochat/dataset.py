@@ -27,7 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, atomic_file, atomic_write, finish_stage, get_base_dir, print0, sha256
+from nanochat.common import UserError, atomic_file, atomic_write, finish_stage, fraction, get_base_dir, print0, sha256
 from nanochat.configurator import configure
 
 source: str = None  # local, installed or fineweb; None: fineweb where -n is given, else local
@@ -55,12 +55,14 @@ def parquet_paths(data=None):
             raise UserError(f"no text in {folder}: run python -m nanochat.dataset first, or give --data=PATH")
         return _folder_paths(folder)
     path = Path(data).expanduser().absolute()
+    if not str(data).strip():
+        raise UserError("the data path is empty: name a file or a folder")
     if not path.exists():
-        raise UserError(f"data path {data} does not exist")
+        raise UserError(f"data path {data} does not exist: name a file or a folder of .txt, .md, .jsonl or .parquet")
     if (path / "index.json").exists():
         return _folder_paths(path)
     files, skipped = _user_files(path)
-    if len(files) > 1 and all(file.suffix == ".parquet" and file.parent == path for file in files):
+    if len(files) > 1 and all(file.suffix.lower() == ".parquet" and file.parent == path for file in files):
         return _folder_paths(path)
     return _folder_paths(_convert(path, files, skipped))
 
@@ -69,8 +71,11 @@ def _folder_paths(folder):
     """The files of `folder` as pinned in its index.json, or else sorted by name; checked."""
     index = folder / "index.json"
     if index.exists():
-        pinned = json.loads(index.read_text(encoding="utf-8"))
-        names = pinned["files"] + [pinned["validation"]]
+        try:
+            pinned = json.loads(index.read_text(encoding="utf-8"))
+            names = [*pinned["files"], pinned["validation"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is damaged: delete it and run the same python -m nanochat.dataset again") from error
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise UserError(f"{len(missing)} of {len(names)} files are missing in {folder}, {missing[0]} first: "
@@ -181,12 +186,12 @@ def _write_shards(folder, prefix, train, validation, **fields):
 def _user_files(path):
     """(files we can read, number of files we cannot) at a file or below a folder; hidden ones do not count."""
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: convert or rename it")
         return [path], 0
     every = [file for file in sorted(path.rglob("*"))
              if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    files = [file for file in every if file.suffix in SUFFIXES]
+    files = [file for file in every if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files")
     return files, len(every) - len(files)
@@ -194,14 +199,14 @@ def _user_files(path):
 
 def _read_user_file(path):
     """The documents of one file of the user's, a list of str."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         _rows(path)
         return [text for _, index in iter_row_groups([path]) for text in read_row_group(path, index)]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows puts a mark before the text
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): convert it, as in iconv -f latin1 -t utf-8") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return split_document(text)
     documents = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): it also breaks at U+2028 inside a string
@@ -244,7 +249,7 @@ def _convert(path, files, skipped):
         return folder
     if skipped:
         print0(f"{path}: skipped {skipped} files that are none of {', '.join(SUFFIXES)}")
-    files.sort(key=lambda file: _fraction(str(file.relative_to(path))))
+    files.sort(key=lambda file: fraction(str(file.relative_to(path))))
     documents = [text for file in files for text in _read_user_file(file) if text.strip()]
     if sum(map(len, documents)) < 2:
         raise UserError(f"{path} is empty: there is no text in it to train on")
@@ -272,11 +277,6 @@ def _convert(path, files, skipped):
 
 VALIDATION_SHARE = 0.04     # of the files; about 500 documents
 SKIPPED_FOLDERS = frozenset(("test", "tests", "idle_test", "testing", "_vendor", "site-packages", "dist-packages", "__pycache__"))
-
-
-def _fraction(name):
-    """A number in [0, 1) that depends on nothing but the text `name`."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
 def python_files(packages=("stdlib", "numpy", "torch")):
@@ -345,12 +345,12 @@ def collect_local(packages=("stdlib", "numpy", "torch")):
     and what repeats it is dropped from training. Documents are ordered by a hash, so that any beginning of the training
     text is a fair sample of it: a run on a small machine sees little more.
     """
-    files = sorted(python_files(packages), key=lambda file: _fraction(file[1]))
+    files = sorted(python_files(packages), key=lambda file: fraction(file[1]))
     seen, train, validation, table = Seen(), [], [], {}
     for number, (origin, name, path) in enumerate(files):
         if number % 1000 == 0:
             print0(f"reading sources: {number} of {len(files)} files")
-        held_out = _fraction(name) < VALIDATION_SHARE
+        held_out = fraction(name) < VALIDATION_SHARE
         row = table.setdefault(origin, {"documents": 0, "mb": 0.0, "dropped": 0})
         for i, text in enumerate(_documents_of(name, path)):
             if not _is_prose_or_code(text) or seen.repeats(text):
@@ -358,7 +358,7 @@ def collect_local(packages=("stdlib", "numpy", "torch")):
                 continue
             row["documents"] += 1
             row["mb"] += len(text) / 1e6
-            (validation if held_out else train).append((_fraction(f"{name}:{i}"), text))
+            (validation if held_out else train).append((fraction(f"{name}:{i}"), text))
     for row in table.values():
         row["mb"] = round(row["mb"], 2)
     return [text for _, text in sorted(train)], [text for _, text in sorted(validation)], table
@@ -372,11 +372,13 @@ def build_local(name="local"):
     files = python_files(packages)
     key = hashlib.sha256(json.dumps([3, [(n, path.stat().st_size) for _, n, path in files]]).encode()).hexdigest()[:16]
     index = folder / "index.json"
-    if index.exists():
+    try:
         old = json.loads(index.read_text(encoding="utf-8"))
-        if old.get("key") == key and set(old.get("sha256", ())) <= {path.name for path in folder.iterdir()} and "sha256" in old:
+        if old["key"] == key and all(sha256(folder / file) == digest for file, digest in old["sha256"].items()):
             print0(f"{folder} is up to date")
             return old
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # nothing there, or nothing whole
     train, validation, table = collect_local(packages)
     print0(f"writing {len(train)} documents to train on, {len(validation)} for validation to {folder}")
     _write_shards(folder, name, train, validation, source=name, key=key, origins=table,
@@ -449,8 +451,7 @@ def download_fineweb(shards, workers=4):
     folder = get_base_dir() / "base_data"
     folder.mkdir(exist_ok=True)
     names = [f"shard_{i:05d}.parquet" for i in (*range(shards), LAST_SHARD)]
-    index = {"source": "fineweb", "files": names[:-1], "validation": names[-1]}
-    atomic_write(folder / "index.json", json.dumps(index, indent=1))
+    index = json.dumps({"source": "fineweb", "files": names[:-1], "validation": names[-1]}, indent=1)
     todo = [name for name in names if not (folder / name).exists()]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     failed, stop = {}, threading.Event()
@@ -459,6 +460,8 @@ def download_fineweb(shards, workers=4):
         why = download(f"{endpoint}/datasets/{REPOSITORY}/resolve/main/{name}", folder / name, stop)
         if why:
             failed[name] = why
+        else:
+            atomic_write(folder / "index.json", index)  # from the first shard on this is what the folder holds
         left = sum(not (folder / n).exists() for n in todo)
         print0(f"{name} {'failed: ' + why if why else 'done'}, {len(todo) - left} of {len(todo)}")
 
@@ -469,6 +472,8 @@ def download_fineweb(shards, workers=4):
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+    if not todo:
+        atomic_write(folder / "index.json", index)
     return failed
 
 
@@ -477,6 +482,8 @@ def main():
     start = time.time()
     kind = source or ("fineweb" if shards is not None else "local")
     if kind in ("local", "installed"):
+        if shards is not None:
+            raise UserError(f"-n is for --source=fineweb: {kind} text is always taken whole")
         index = build_local(kind)
         fields = {"origins": index["origins"], "documents": index["documents"]}
     elif kind == "fineweb":

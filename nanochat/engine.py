@@ -3,6 +3,7 @@
 Rows of a batch start at different lengths and end at different times; each keeps its own position in the cache. When a
 row closes a Python call, the engine runs the expression and feeds the tool's reply into that row, token by token.
 """
+import bisect
 import re
 
 import torch
@@ -30,9 +31,13 @@ def fit_conversation(tokenizer, messages, max_tokens):
     """The newest messages whose rendering fits max_tokens: the oldest exchanges go first, a system message stays."""
     messages = [restore_tool_calls(message) for message in messages]
     system, turns = messages[:1] if messages[0]["role"] == "system" else [], [m for m in messages if m["role"] != "system"]
-    while len(turns) > 1 and len(tokenizer.render_for_completion({"messages": system + turns})) > max_tokens:
-        turns = turns[2:]
-    return system + turns
+
+    def fits(dropped):
+        return len(tokenizer.render_for_completion({"messages": system + turns[dropped:]})) <= max_tokens
+
+    choices = range(0, max(1, len(turns)), 2)  # halved again and again: one after another takes minutes for a long conversation
+    place = bisect.bisect_left(choices, True, key=fits)
+    return system + turns[choices[min(place, len(choices) - 1)]:]
 
 
 def sample(logits, temperature, top_k, generator):
@@ -43,8 +48,15 @@ def sample(logits, temperature, top_k, generator):
         values, ids = logits.topk(min(top_k, logits.numel()))
     else:
         values, ids = logits, torch.arange(logits.numel(), device=logits.device)
-    probabilities = torch.softmax(values.float() / temperature, -1).cpu()
+    probabilities = torch.softmax((values.float() - values.max()) / temperature, -1).cpu()
     return int(ids[int(torch.multinomial(probabilities, 1, generator=generator))])
+
+
+def check_sampling(temperature, top_k, max_new_tokens):
+    """UserError for values that sample nothing."""
+    if not temperature >= 0 or top_k < 0 or max_new_tokens < 1:
+        raise UserError(f"temperature={temperature}, top_k={top_k}, max_tokens={max_new_tokens}: the first two must not be negative "
+                        "(0: the likeliest token; all tokens), and the last must be at least 1")
 
 
 class Row:
@@ -75,6 +87,7 @@ class Engine:
 
         The same prompt and seed give the same tokens alone and in a batch: every row has a generator of its own.
         """
+        check_sampling(temperature, top_k, max_new_tokens)
         prompts = [self._read(p) for p in prompts]
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         rows = [Row(seed) for _ in prompts]

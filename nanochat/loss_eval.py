@@ -19,14 +19,16 @@ def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, wor
     rows = sorted(rows, key=len)[rank::world_size]
     was_training = model.training
     model.eval()
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = 0.0
     for start in range(0, len(rows), batch_size):
         part = rows[start:start + batch_size]
         longest = max(map(len, part))
         inputs = torch.tensor([r[:-1] + [0] * (longest - len(r)) for r in part], device=device)
         targets = torch.tensor([r[1:] + [-1] * (longest - len(r)) for r in part], device=device)
-        nats += model(inputs, targets, reduction="none").double().sum()
+        nats += model(inputs, targets, reduction="none").sum().item()
     model.train(was_training)
     if world_size > 1:
-        dist.all_reduce(nats)
-    return nats.item() / math.log(2) / sum(len(d.encode("utf-8")) for d in documents)
+        total = torch.tensor(nats, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        nats = total.item()
+    return nats / math.log(2) / sum(len(d.encode("utf-8")) for d in documents)

@@ -38,7 +38,7 @@ class DistMuon(torch.optim.Optimizer):
             by_shape.setdefault(tuple(p.shape), []).append(p)
         groups = [{"params": same, "lr": lr, "momentum": momentum, "weight_decay": weight_decay} for same in by_shape.values()]
         super().__init__(groups, {})
-        _, self.rank, _, self.world_size = get_dist_info()
+        _, _, _, self.world_size = get_dist_info()
         self.owned = {}  # group index -> averaged gradients of the matrices that this rank owns
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class DistMuon(torch.optim.Optimizer):
             wait.wait()
         for gradients in self.owned.values():
             gradients /= self.world_size
-        return sum((g.square().sum() for g in self.owned.values()), torch.zeros(()))
+        return sum((torch.linalg.vector_norm(g).square() for g in self.owned.values()), torch.zeros(()))
 
     @torch.no_grad()
     def step(self, scale=1.0):

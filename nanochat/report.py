@@ -319,7 +319,7 @@ def blocks(stages, total, pictures):
                [(task, percent(fraction), interval(fraction, chat.get("items", {}).get(task)),
                  percent(chat.get("chance", {}).get(task)), str(chat.get("items", {}).get(task, "unknown")))
                 for task, fraction in chat["accuracy"].items()])
-        yield ("text", "Items that training never saw, each answered once. Chance is what guessing would get; "
+        yield ("text", "Items that no training conversation asked, each answered once. Chance is what guessing would get; "
                        "where it is 0 %, the answer has to be produced and not chosen.")
 
     measured = [(name, f"{row['val_bpb']:.4f}") for name, row in stages.items() if row.get("val_bpb") is not None]
@@ -330,8 +330,10 @@ def blocks(stages, total, pictures):
     if measured:
         yield ("heading", "Validation bits per byte")
         yield ("table", ["stage", "bits per byte"], measured)
-        yield ("text", "Bits the model needs for each raw byte of validation text that it never trained on: 8 is a "
-                       "model that knows nothing, lower is better. It compares runs with different tokenizers, too.")
+        guessing = (f" Guessing every token at random costs {math.log2(tokenizer['vocab_size']) / tokenizer['bytes_per_token']:.2f}."
+                    if tokenizer and {"vocab_size", "bytes_per_token"} <= tokenizer.keys() else "")
+        yield ("text", "Bits the model needs for each raw byte of validation text that it never trained on: lower is better, "
+                       f"and runs with different tokenizers compare.{guessing}")
     if tokenizer:
         yield ("heading", "Tokenizer")
         bytes_per_token = tokenizer.get("bytes_per_token")

@@ -3,7 +3,6 @@
 Progress is the share of the budget that is used, whatever the budget counts: minutes or steps. A run on a budget of
 time therefore always finishes its warm-down, however slow the machine turned out to be.
 """
-import os
 
 
 def lr_multiplier(progress, warmup=0.02, warmdown=0.6, final=0.02):

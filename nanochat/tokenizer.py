@@ -111,6 +111,8 @@ class Tokenizer:
             meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
             text = (directory / RANKS_FILE).read_bytes()
             pattern, specials, digest = meta["pattern"], meta["special_tokens"], meta["ranks_sha256"]
+            if not isinstance(pattern, str) or not isinstance(specials, list):
+                raise TypeError
         except FileNotFoundError:
             raise UserError(f"no tokenizer in {directory}: {remedy}") from None
         except (ValueError, KeyError, TypeError):   # not JSON, not UTF-8, or JSON of another shape

@@ -1,6 +1,6 @@
 """Bits per byte of a base model on validation text, and samples.
 
-    python -m scripts.base_loss                      # the newest base model, on the text that it was trained beside
+    python -m scripts.base_loss                      # the newest base model, on what nanochat.dataset holds for validation
     python -m scripts.base_loss --data=notes/ --documents=50
 """
 import itertools
@@ -8,7 +8,7 @@ import time
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import compute_cleanup, compute_init, finish_stage, print0
-from nanochat.configurator import configure
+from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.hardware import raise_malloc_thresholds
@@ -23,6 +23,7 @@ split = "val"            # train or val
 documents = 300          # how many, whole
 device_type = ""         # cuda, mps or cpu; empty: the best that is here
 settings = configure(globals())
+require(settings, 1, "documents")
 
 PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
 

@@ -14,10 +14,10 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, read_checkpoint,
-                                         save_checkpoint)
+from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, load_optimizers,
+                                         read_checkpoint, save_checkpoint)
 from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_logger, print0
-from nanochat.configurator import configure
+from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
@@ -53,6 +53,7 @@ resume = False               # go on from the newest checkpoint of this tag
 seed = 42                    # of the initial weights
 settings = configure(globals())
 
+BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
 PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
 
 # compute
@@ -60,7 +61,7 @@ started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
-on_cpu = device.type == "cpu"
+on_gpu = device.type == "cuda"
 matmul_rate = measure_matmul_flops(device, compute.dtype)
 print0(f"{world_size} x {device.type}, {str(compute.dtype)[6:]}, matmul {matmul_rate / 1e9:,.0f} GFLOP/s a device")
 
@@ -73,14 +74,18 @@ if resume and tag and complete_steps(checkpoint_dir("base", tag)):
     if meta["finished"]:
         print0(f"the newest checkpoint of {tag} is a finished run: starting from step 0")
         weights = state = meta = None
+    elif not (model_tag or depth) and (meta["tokenizer"] != tokenizer.fingerprint
+                                       or any(meta["settings"].get(name) != settings[name] for name in ("data", *BUDGETS))):
+        print0(f"the newest checkpoint, of {tag}, is of another run: starting from step 0")
+        weights = state = meta = None
     elif meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{tag} was trained with another tokenizer: train again without --resume")
 elif resume:
     print0("nothing to resume: starting from step 0")
 
 # what the budget buys
-budgets = {name: settings[name] for name in ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
-           if settings[name] is not None}
+require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size")
+budgets = {name: settings[name] for name in BUDGETS if settings[name] is not None}
 if len(budgets) > 1 or any(budget <= 0 for budget in budgets.values()):
     raise UserError(f"{', '.join(f'{name}={budget}' for name, budget in budgets.items())}: give one budget, above zero")
 if not budgets:
@@ -88,20 +93,20 @@ if not budgets:
     target_param_data_ratio = None if minutes else 20
 if meta:  # a resumed run keeps its shape
     depth, max_seq_len, total_batch_size = meta["config"]["depth"], meta["config"]["max_seq_len"], meta["total_batch_size"]
-planned = cpu_plan(target_flops or agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if on_cpu else (20, 2048, 524288)
+planned = cpu_plan(target_flops or agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if not on_gpu else (20, 2048, 524288)
 depth, max_seq_len = depth or planned[0], max_seq_len or planned[1]
 row_tokens = max_seq_len * world_size
 total_batch_size = total_batch_size or max(1, planned[2] // row_tokens) * row_tokens
 if total_batch_size % row_tokens:
     raise UserError(f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = {max_seq_len} x {world_size}")
 rows = total_batch_size // row_tokens  # sequences per rank and step
-device_batch_size = min(device_batch_size or (16 if on_cpu else 32), rows)
+device_batch_size = min(device_batch_size or (32 if on_gpu else 16), rows)
 if rows % device_batch_size:
     raise UserError(f"device_batch_size={device_batch_size} does not divide the {rows} sequences that a rank has per step")
 accumulation = rows // device_batch_size
 
 # model
-folder = checkpoint_dir("base", model_tag or f"d{depth}")
+folder = checkpoint_dir("base", tag if meta else model_tag or f"d{depth}")
 if not meta:
     config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads)
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
@@ -124,8 +129,7 @@ print0(f"depth {depth}, width {model.config.width}, {parameters:,} parameters, v
 # optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
 if state:
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    load_optimizers(optimizers, state["optimizers"])
     torch.set_rng_state(state["rng"].cpu())
 
 # data
@@ -177,11 +181,11 @@ def show_samples():
 
 model.train()
 while True:
-    elapsed, stop.signal = agree(elapsed, stop.signal)
+    elapsed, stopped = agree(elapsed, stop.signal)
     progress = step / num_iterations if num_iterations else elapsed / (60 * minutes)
     # the last step is the one after which another would not fit
     spare = 0 if num_iterations or not durations else 0.5 * durations[-1] / (60 * minutes)
-    if progress + spare >= 1 or stop.signal:
+    if progress + spare >= 1 or stopped:
         break
     if (eval_every and step > first_step and step % eval_every == 0) or (eval_every is None and int(4 * progress) > quarter):
         quarter = int(4 * progress)
@@ -222,21 +226,22 @@ while True:
         gc.disable()  # a collection would stall the loop for half a second
     if elapsed - shown >= 5 or step <= first_step + 1:
         shown = elapsed
-        speed = total_batch_size / statistics.median(durations[-20:])
-        left = (num_iterations - step) * durations[-1] if num_iterations else 60 * minutes - elapsed
+        typical = statistics.median(durations[-20:])
+        speed, left = total_batch_size / typical, max(0, (num_iterations - step) * typical if num_iterations else 60 * minutes - elapsed)
         print0(f"step {step:5d} | {100 * progress:3.0f} % | loss {loss:.4f} | rate {rate:.2f} | norm {norm:.2f} | {speed:,.0f} tok/s | "
                f"{100 * flops_per_token * speed / world_size / matmul_rate:.0f} % of matmul rate | {left / 60:.1f} min left")
     log(loss=loss, lr=learning_rate * rate, grad_norm=norm.item())
     if save_every and step % save_every == 0:
         save()
 
-if stop.signal:
+if stopped:
     save()
     print0(f"saved step {step} in {folder}: the same command with --resume goes on")
     compute_cleanup()
-    raise SystemExit(128 + int(stop.signal))
+    raise SystemExit(128 + int(stopped))
 
 # the last step: validate, save, say
+stop.release()
 save()  # before evaluation, which may run out of memory
 val_bpb = evaluate_bpb(model, tokenizer, validation, device, rank=rank, world_size=world_size)
 log(val_bpb=val_bpb, documents=len(validation))

@@ -83,6 +83,7 @@ def main():
     once = [question(prompt)] if prompt is not None else None
     compute = compute_init(device_type, dtype)
     model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+    model.compute_dtype = compute.dtype  # the checkpoint's may be another machine's
     engine = Engine(model, tokenizer)
     if once:
         answer(engine, tokenizer, once)

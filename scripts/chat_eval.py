@@ -10,7 +10,7 @@ import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, finish_stage, print0
-from nanochat.configurator import configure
+from nanochat.configurator import configure, require
 from nanochat.engine import Engine
 from nanochat.hardware import raise_malloc_thresholds
 from tasks.arithmetic import Arithmetic
@@ -28,6 +28,7 @@ batch_size = 64        # answered at a time
 max_new_tokens = 96    # of an answer
 device_type = ""       # cuda, mps or cpu; empty: the best that is here
 settings = configure(globals(), aliases={"a": "tasks"})
+require(settings, 1, "items", "batch_size", "max_new_tokens")
 
 TASKS = {
     "arithmetic": lambda: Arithmetic("test", size=items),

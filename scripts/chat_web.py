@@ -15,7 +15,7 @@ import uvicorn
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
-from nanochat.engine import Engine
+from nanochat.engine import Engine, check_sampling
 from nanochat.server import create_app
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
@@ -41,9 +41,11 @@ def listen(host, port):
 
 
 def main():
+    check_sampling(temperature, top_k, max_tokens)
     with listen(host, port) as listener:
         compute = compute_init(device_type, dtype)
         model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+        model.compute_dtype = compute.dtype  # the checkpoint's may be another machine's
         app = create_app(Engine(model, tokenizer), tokenizer, f"nanochat-{source}", temperature, top_k, max_tokens)
         shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
         print0(f"open http://{shown}:{listener.getsockname()[1]} to chat; Ctrl+C ends the server")

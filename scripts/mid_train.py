@@ -3,7 +3,7 @@
     python -m scripts.mid_train --minutes=2
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
-The rate is flat and lower than pretraining's was; fine-tuning takes it down to zero on the same kind of text.
+The rate is flat, half of pretraining's peak; fine-tuning takes it down on the same kind of text.
 """
 import gc
 import json
@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, read_checkpoint, save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_optimizers, read_checkpoint, save_checkpoint
 from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_logger, print0
-from nanochat.configurator import configure
+from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
 from nanochat.gpt import accumulate_gradients
@@ -73,6 +73,7 @@ if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
 T = model.config.max_seq_len
+require(settings, 1, "device_batch_size", "total_batch_size")
 device_batch_size = device_batch_size or min(16, max(1, origin["total_batch_size"] // (T * world_size)))
 total_batch_size = total_batch_size or device_batch_size * T * world_size
 if total_batch_size % (device_batch_size * T * world_size):
@@ -88,8 +89,7 @@ if minutes is None and num_iterations is None:
 # optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
 if state:
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    load_optimizers(optimizers, state["optimizers"])
     torch.set_rng_state(state["rng"].cpu())
 
 # data: the mixture, and how often each conversation comes
@@ -134,22 +134,21 @@ def show_samples():
 
 
 while True:
-    elapsed, stop.signal = agree(elapsed, stop.signal)
+    elapsed, stopped = agree(elapsed, stop.signal)
     if num_iterations:
         progress, spare = step / num_iterations, 0
     elif minutes:
         progress, spare = elapsed / (60 * minutes), 0.5 * durations[-1] / (60 * minutes) if durations else 0
     else:  # one pass through the mixture
         progress, spare = agree(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
-    if progress + spare >= 1 or stop.signal:
+    if progress + spare >= 1 or stopped:
         break
     if int(4 * progress) > quarter:
         quarter = int(4 * progress)
         show_samples()
 
     begin = time.perf_counter()
-    targets_here = sum((targets >= 0).sum() for _, targets, _ in batches)
-    count = targets_here.clone()
+    count = sum((targets >= 0).sum() for _, targets, _ in batches)
     if world_size > 1:  # the mean is over the targets of all ranks, wherever they fell
         torch.distributed.all_reduce(count)
     scale = world_size / count.clamp(min=1)  # the optimizers average over ranks
@@ -181,22 +180,27 @@ while True:
         gc.disable()  # a collection would stall the loop for half a second
     if elapsed - shown >= 5 or step <= first_step + 1:
         shown = elapsed
-        speed = total_batch_size / statistics.median(durations[-20:])
+        typical = statistics.median(durations[-20:])
+        speed, left = total_batch_size / typical, elapsed * (1 / max(progress, 1e-3) - 1)  # of one pass
+        if num_iterations or minutes:
+            left = max(0, (num_iterations - step) * typical if num_iterations else 60 * minutes - elapsed)
         print0(f"step {step:5d} | {100 * progress:3.0f} % | loss {loss:.4f} | rate {rate:.2f} | {speed:,.0f} tok/s | "
-               f"{elapsed / 60 * (1 / max(progress, 1e-3) - 1):.1f} min left")
+               f"{left / 60:.1f} min left")
     log(loss=loss, lr=learning_rate * rate, grad_norm=squares.sqrt().item())
     if save_every and step % save_every == 0:
         save()
 
-if stop.signal:
+if stopped:
     save()
     print0(f"saved step {step} in {folder}: the same command with --resume goes on")
     compute_cleanup()
-    raise SystemExit(128 + int(stop.signal))
+    raise SystemExit(128 + int(stopped))
 
 # the last step: save, sample, say
-save(finished=True)
+stop.release()
+save()
 show_samples()
+save(finished=True)
 speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
 finish_stage("mid_train", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,
              tokens_per_second=speed, flops_per_second=speed * flops_per_token, matmul_flops_per_second=matmul_rate * world_size,

@@ -42,7 +42,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 if sys.platform == "linux":
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: reading the texts is nobody's business
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: what reading the texts took does not count
 def say(tokens):
     seconds, memory = time.perf_counter() - begin, peak() - before
     print(json.dumps({"seconds": seconds, "memory": memory, "tokens": [token.hex() for token in tokens]}))

@@ -17,7 +17,7 @@ import time
 import tiktoken
 
 from nanochat.common import finish_stage, get_dist_info, print0
-from nanochat.configurator import configure
+from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from tasks.arithmetic import Arithmetic
@@ -26,6 +26,7 @@ from tasks.identity import Identity
 data: str = None    # file or folder of text; None: the shards that nanochat.dataset made
 documents = 300     # documents to read of each split
 settings = configure(globals())
+require(settings, 1, "documents")
 
 SAMPLES = {
     "prose": "The old lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down which ships "

@@ -32,7 +32,7 @@ STORIES = {
 THINGS = ("apples", "books", "coins", "pens", "stamps", "cards", "eggs", "stones", "cups", "shells", "letters", "tickets")
 NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
                 "seventeen eighteen nineteen twenty").split()
-SIGNS = {"+": "+", "-": "-", "*": "**x×"}  # how a user writes them; two in four products with an asterisk
+SIGNS = {"+": "+", "-": "-", "*": "**x×"}  # how a user writes them; half of the products with an asterisk
 RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 

@@ -3,18 +3,12 @@
 A conversation is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}; the content of an
 assistant message is text, or a list of parts {"type": "text" | "python" | "python_output", "text": ...}.
 """
-import hashlib
 import random
 import re
 
-from nanochat.common import UserError
+from nanochat.common import UserError, fraction
 
 TEST_SHARE = 0.1
-
-
-def fraction(text):
-    """A number in [0, 1) that depends on nothing but `text`."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
 def split_of(item):
@@ -43,18 +37,16 @@ def answer_text(parts):
 def last_number(text):
     """The last whole number of a text as an int, or None. `1,000`, `1000` and `1000.0` are one number."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.replace("\N{MINUS SIGN}", "-"))
-    value = float(found[-1].replace(",", "")) if found else None
-    return int(value) if value is not None and value == int(value) else None
+    whole, _, rest = found[-1].replace(",", "").partition(".") if found else ("", "", "")
+    return int(whole) if found and len(whole) < 100 and not rest.strip("0") else None
 
 
 class Task:
     """Conversations `start` to `stop` of a data set. Subclasses give num_examples(), get_example(i) and evaluate().
 
-    eval_type: "generative" (the answer is generated) or "categorical" (the best of conversation["letters"] is picked).
     chance: the share of right answers that guessing gives.
     """
 
-    eval_type = "generative"
     chance = 0.0
 
     def __init__(self, start=0, stop=None):

@@ -31,7 +31,7 @@ class CustomJSON(Task):
     def __init__(self, path, **slice_):
         super().__init__(**slice_)
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         except OSError as error:
             raise UserError(f"cannot read conversations from {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

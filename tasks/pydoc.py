@@ -95,14 +95,17 @@ def _from_import(name):
 
 
 def _harvest():
-    """[{"name", "sentence"}] of all objects, the shorter names first where a sentence comes twice."""
+    """[{"name", "sentence", "homes"}] of all objects, the shorter names first where a sentence comes twice."""
     pairs = []
     for _, name, path in python_files(("stdlib",)):
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if "._" not in "." + module and module.partition(".")[0] not in SKIPPED_MODULES and "-" not in module:
-            pairs += _from_source(module, path)
+            pairs += ((module, *pair) for pair in _from_source(module, path))
     for module in MODULES_IN_C + PACKAGES:
-        pairs += _from_import(module)
+        pairs += ((module, *pair) for pair in _from_import(module))
+    homes = Counter(own for own, _ in {(name.rpartition(".")[2], module) for module, name, _ in pairs
+                                       if name.rpartition(".")[0] in (module, "")})  # how many modules have that name
+    pairs = [pair for _, *pair in pairs]
     seen, names, rows = set(), set(), []
     for name, doc in sorted(pairs, key=lambda pair: (pair[0].count("."), pair[0])):
         sentence = first_sentence(doc) if doc else ""
@@ -110,7 +113,7 @@ def _harvest():
         if sentence and key not in seen and name not in names:
             seen.add(key)
             names.add(name)
-            rows.append({"name": name, "sentence": sentence})
+            rows.append({"name": name, "sentence": sentence, "homes": homes[name.rpartition(".")[2]]})
     return rows
 
 
@@ -151,12 +154,11 @@ class PyDoc(Task):
         self.split, self.form = check_split(split), form
         objects = all_objects()
         if form == "module":
-            counts = Counter(row["name"].rpartition(".")[2] for row in objects)
-            objects = [row for row in objects if row["name"].count(".") == 1 and counts[row["name"].rpartition(".")[2]] == 1]
+            objects = [row for row in objects if row["name"].count(".") == 1 and row.get("homes", 1) == 1]
         self.objects = sorted((row for row in objects if split_of(row["name"]) == split), key=lambda row: fraction(row["name"]))
         self.size = len(self.objects) if size is None else size
         if form in ("choice", "letter"):
-            self.eval_type, self.chance = "categorical", 1 / len(LETTERS)
+            self.chance = 1 / len(LETTERS)
 
     def num_examples(self):
         return self.size if self.split == "train" else min(self.size, len(self.objects))

@@ -43,8 +43,6 @@ def all_words():
 class SimpleSpelling(Task):
     """`size` words to spell, in the order of a hash. Training words come again, in other phrases, when `size` exceeds them."""
 
-    templates = SPELL
-
     def __init__(self, split, size=1000, **slice_):
         super().__init__(**slice_)
         self.split, self.size = check_split(split), size

@@ -56,7 +56,7 @@ def test_settings_in_every_spelling(script, tmp_path):
     (["--dpth=4"], "unknown setting --dpth; did you mean --depth?"),
     (["--CONSTANT=4"], "unknown setting"), (["--later=4"], "unknown setting"),
     (["--depth=four"], "--depth takes int, not 'four'"), (["--depth=1.5"], "--depth takes int"), (["--rate=True"], "--rate takes float"),
-    (["--depth"], "--depth needs a value"), (["none.py"], "none.py does not exist"),
+    (["--depth"], "--depth needs a value"), (["--rate=None"], "--rate takes float, not None"), (["none.py"], "'none.py' does not exist"),
 ])
 def test_bad_settings(script, words, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):

@@ -366,3 +366,29 @@ def test_bad_settings_exit_with_2_and_one_line(arguments, words, base):
     run = subprocess.run([sys.executable, "-m", "nanochat.dataset", *arguments], capture_output=True, text=True)
     assert run.returncode == 2 and words in run.stderr and len(run.stderr.strip().split("\n")) == 1
     assert not list(base.rglob("*.json"))
+
+
+def test_a_damaged_or_shortened_build_is_made_again(sources, base):
+    folder = base / "base_data"
+    index = build_local()
+    (folder / "index.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="index.json is damaged"):
+        dataset.parquet_paths()
+    assert build_local()["sha256"] == index["sha256"]
+    shard = folder / index["files"][0]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    assert build_local()["sha256"] == index["sha256"]
+    assert len(dataset.parquet_paths()) == len(index["files"]) + 1
+
+
+def test_a_download_that_brings_nothing_leaves_the_text_that_was_there(sources, base, hub):
+    build_local()
+    before = dataset.parquet_paths()
+    hub.files.clear()
+    assert len(download_fineweb(1)) == 2
+    assert dataset.parquet_paths() == before
+
+
+def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(tmp_path, base):
+    (tmp_path / "my.JSONL").write_text('\ufeff{"text": "one two three"}\n{"text": "four"}\n', encoding="utf-8")
+    assert [*iter_documents("train", tmp_path / "my.JSONL")][0].startswith("one")

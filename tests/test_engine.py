@@ -162,3 +162,20 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(tokeniz
     assert fitted[0]["role"] == "system" and fitted[1]["role"] == "user" and fitted[-1] == messages[-1]
     assert 2 < len(fitted) < len(messages)
     assert len(tokenizer.render_for_completion({"messages": fitted})) <= 60
+
+
+def test_a_long_conversation_is_shortened_in_few_attempts(tokenizer, monkeypatch):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(4001)]
+    asked, render = [], tokenizer.render_for_completion
+    monkeypatch.setattr(tokenizer, "render_for_completion", lambda c: asked.append(1) or render(c))
+    kept = fit_conversation(tokenizer, messages, 128)
+    assert len(asked) < 15 and kept == messages[-len(kept):] and kept[0]["role"] == "user"
+    assert len(render({"messages": kept})) <= 128 < len(render({"messages": messages[-len(kept) - 2:]}))
+
+
+def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engine):
+    logits, generator = torch.randn(50) * 5, torch.Generator().manual_seed(1)
+    assert sample(logits, 1e-40, 50, generator) == int(logits.argmax())
+    for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"max_new_tokens": 0}):
+        with pytest.raises(UserError, match="must not be negative"):
+            engine.generate("abc", **wrong)

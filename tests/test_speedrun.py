@@ -61,7 +61,7 @@ def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
     commands = dry_run(tmp_path, GPUS="8")
     modules = [module_of(words) for words in commands]
     assert modules == [*ON_A_CPU[:4], "scripts.base_loss", *ON_A_CPU[4:]]
-    assert commands[0][2:] == ["nanochat.dataset", "--source=fineweb", "-n", "240"]
+    assert commands[0][2:] == ["nanochat.dataset", "--source=fineweb", "-n", "180"]
     for words in commands:
         if module_of(words).removeprefix("scripts.") in (*TRAINING, "base_loss", "chat_eval"):
             assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=8", "-m"]
@@ -190,3 +190,27 @@ def test_each_new_run_is_marked_in_the_metrics_and_a_resumed_one_is_not(sandbox)
     assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8") == '{"stage": "start"}\n'
     sandbox.run()
     assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").count("start") == 2
+
+
+def test_arguments_are_refused_and_help_is_given():
+    run = subprocess.run(["bash", "speedrun.sh", "MINUTES=3"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "MINUTES=3 bash speedrun.sh" in run.stderr and run.stderr.count("\n") == 1
+    run = subprocess.run(["bash", "speedrun.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "DRY_RUN=1" in run.stdout and "set -e" not in run.stdout
+
+
+@pytest.mark.parametrize("variables, needle", [
+    ({"DATA": "nowhere/x"}, "DATA=nowhere/x does not exist"), ({"MINUTES": "0"}, "above zero"), ({"MINUTES": "soon"}, "above zero"),
+    ({"GPUS": "two"}, "GPUS=two")])
+def test_bad_variables_are_one_line_before_anything_is_written(tmp_path, variables, needle):
+    environment = {**os.environ, "DRY_RUN": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
+    run = subprocess.run(["bash", "speedrun.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and needle in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / "base").exists()
+
+
+def test_data_is_found_from_where_the_user_stands(tmp_path):
+    (tmp_path / "notes.txt").write_text("text", encoding="utf-8")
+    environment = {**os.environ, "DRY_RUN": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "DATA": "notes.txt"}
+    run = subprocess.run(["bash", str(ROOT / "speedrun.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and f"--data={tmp_path}/notes.txt" in run.stdout
