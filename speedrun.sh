@@ -8,13 +8,10 @@
 #
 # Ctrl+C saves; the same command goes on from there. Everything is written under NANOCHAT_BASE_DIR (~/.cache/nanochat).
 set -euo pipefail
-if [ $# -gt 0 ]; then
-    if [[ "$1" == -h || "$1" == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
-    echo "error: speedrun.sh takes no arguments, but variables before it: MINUTES=3 bash speedrun.sh" >&2
-    exit 2
-fi
-DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
 refuse() { echo "error: $*" >&2; exit 2; }
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
+if [ $# -gt 0 ]; then refuse "speedrun.sh takes no arguments, but variables before it: MINUTES=3 bash speedrun.sh"; fi
+DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
 if [ -n "$DATA" ] && [ ! -e "$DATA" ]; then refuse "DATA=$DATA does not exist: name a file or a folder"; fi
 case "$DATA" in "" | /*) ;; *) DATA="$PWD/$DATA" ;; esac
 case "$GPUS" in *[!0-9]*) refuse "GPUS=$GPUS is not a number of GPUs" ;; esac

@@ -104,7 +104,8 @@ def print0(*args, **kwargs):
 def compute_init(device_type="", dtype="", seed=42):
     """Choose device and compute dtype, join the process group under torchrun, seed. Returns a Compute tuple.
 
-    device_type: cuda, mps or cpu; empty is cuda where there is one, else cpu (mps on request: nobody has tried it). dtype: float32 or bfloat16; empty lets the hardware decide.
+    device_type: cuda, mps or cpu; empty is cuda where there is one, else cpu (mps on request: nobody has tried it).
+    dtype: float32 or bfloat16; empty lets the hardware decide.
     """
     import torch
     import torch.distributed as dist
@@ -121,12 +122,16 @@ def compute_init(device_type="", dtype="", seed=42):
     if device_type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if device_type == "cpu" and is_dist:  # torchrun leaves one thread to a rank: share out all cores
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if device_type == "cpu" and not is_dist:
-        bind_workers()
+    if device_type == "cpu":
+        if is_dist:  # torchrun leaves one thread to a rank: share out all cores
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        else:
+            bind_workers()
     torch.manual_seed(seed)
     if is_dist and not dist.is_initialized():
+        # Imported later (optimizers do it), this keeps the group as a default argument: the group's threads then outlive
+        # compute_cleanup, and one that wants the interpreter while that ends aborts the process.
+        import torch.distributed.nn
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return Compute(is_dist, rank, local_rank, world_size, device, getattr(torch, dtype))
 

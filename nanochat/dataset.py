@@ -54,9 +54,9 @@ def parquet_paths(data=None):
         if not any(folder.glob("*.parquet")) and not (folder / "index.json").exists():
             raise UserError(f"no text in {folder}: run python -m nanochat.dataset first, or give --data=PATH")
         return _folder_paths(folder)
-    path = Path(data).expanduser().absolute()
     if not str(data).strip():
         raise UserError("the data path is empty: name a file or a folder")
+    path = Path(data).expanduser().absolute()
     if not path.exists():
         raise UserError(f"data path {data} does not exist: name a file or a folder of .txt, .md, .jsonl or .parquet")
     if (path / "index.json").exists():

@@ -25,7 +25,7 @@ def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, wor
         longest = max(map(len, part))
         inputs = torch.tensor([r[:-1] + [0] * (longest - len(r)) for r in part], device=device)
         targets = torch.tensor([r[1:] + [-1] * (longest - len(r)) for r in part], device=device)
-        nats += model(inputs, targets, reduction="none").sum().item()
+        nats += model(inputs, targets, reduction="none").cpu().double().sum().item()  # on mps there is no float64
     model.train(was_training)
     if world_size > 1:
         total = torch.tensor(nats, dtype=torch.float64, device=device)

@@ -46,6 +46,13 @@ HF_FILE = "tokenizer.json"      # the same for Hugging Face's `tokenizers`; we n
 META_FILE = "meta.json"         # written last: the pattern, the special tokens, and the hash of the ranks
 
 
+def byte_spelling():
+    """{byte: character} as GPT-2 wrote bytes into text: those that print in Latin-1 as themselves, the others from U+0100 on."""
+    prints = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+    rest = [b for b in range(256) if b not in prints]
+    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
 class Tokenizer:
     """Immutable: made by `train_from_iterator` or `load`."""
 
@@ -140,9 +147,7 @@ class Tokenizer:
         The content of Hugging Face's tokenizer.json. Ranks name tokens, its merges name pairs: every pair of tokens that
         spells a third is listed, in the order of the ranks. Bytes are spelled as GPT-2 did, one character each.
         """
-        shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
-        rest = [b for b in range(256) if b not in shown]
-        spelling = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(rest)}
+        spelling = byte_spelling()
         spell = lambda token: "".join(spelling[b] for b in token)
         ranks = self._bytes[: len(self._bytes) - len(self._specials)]
         known = set(ranks)

@@ -21,7 +21,7 @@ step: int = None         # step; None: the newest
 data: str = None         # parquet folder or your own text; None: what python -m nanochat.dataset made
 split = "val"            # train or val
 documents = 300          # how many, whole
-device_type = ""         # cuda, mps or cpu; empty: the best that is here
+device_type = ""         # cuda, mps or cpu; empty: cuda where there is one, else cpu
 settings = configure(globals())
 require(settings, 1, "documents")
 

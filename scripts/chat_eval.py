@@ -26,7 +26,7 @@ step: int = None       # step; None: the newest
 items = 256            # held-out items a task
 batch_size = 64        # answered at a time
 max_new_tokens = 96    # of an answer
-device_type = ""       # cuda, mps or cpu; empty: the best that is here
+device_type = ""       # cuda, mps or cpu; empty: cuda where there is one, else cpu
 settings = configure(globals(), aliases={"a": "tasks"})
 require(settings, 1, "items", "batch_size", "max_new_tokens")
 

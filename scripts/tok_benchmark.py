@@ -22,7 +22,7 @@ import tiktoken
 from nanochat.common import UserError, finish_stage, get_base_dir, print0
 from nanochat.configurator import configure
 from nanochat.dataset import iter_documents
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, byte_spelling
 
 data: str = None         # file or folder of text; None: the shards that nanochat.dataset made
 megabytes = 70           # of text to train on
@@ -45,14 +45,14 @@ if sys.platform == "linux":
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: what reading the texts took does not count
 def say(tokens):
     seconds, memory = time.perf_counter() - begin, peak() - before
-    print(json.dumps({"seconds": seconds, "memory": memory, "tokens": [token.hex() for token in tokens]}))
+    print(json.dumps({"seconds": seconds, "memory": memory, "tokens": tokens()}))
 """
 RUSTBPE = PRELUDE + """
 import rustbpe
 before, begin = peak(), time.perf_counter()
 tokenizer = rustbpe.Tokenizer()
 tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=pattern)
-say([bytes(token) for token, _ in tokenizer.get_mergeable_ranks()])
+say(lambda: [bytes(token).hex() for token, _ in tokenizer.get_mergeable_ranks()])
 """
 HUGGING_FACE = PRELUDE + """
 import tokenizers as hf
@@ -64,10 +64,7 @@ trainer = hf.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
                                  initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
 before, begin = peak(), time.perf_counter()
 tokenizer.train_from_iterator(texts, trainer)
-shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
-spelled = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in shown)}
-vocabulary = tokenizer.get_vocab()
-say([bytes(spelled[c] for c in token) for token in sorted(vocabulary, key=vocabulary.get)])
+say(lambda: sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id))
 """
 
 
@@ -139,6 +136,9 @@ path.unlink()
 train_seconds = {name: statistics.median(run["seconds"] for run in runs[name]) for name in trainers}
 train_memory = {name: statistics.median(run["memory"] for run in runs[name]) for name in trainers}
 learnt = {name: runs[name][0]["tokens"] for name in trainers}  # by rank
+if hf:
+    byte_of = {character: byte for byte, character in byte_spelling().items()}
+    learnt["tokenizers"] = [bytes(byte_of[c] for c in token).hex() for token in learnt["tokenizers"]]
 # The wheel breaks ties by another rule, which may end in a token or two of difference; tokenizers has ours.
 wheel_differs = len(set(learnt["ours"]) - set(learnt["wheel"]))
 merges_identical = learnt["ours"] == learnt[trainers[-1]] if hf else wheel_differs == 0

@@ -12,7 +12,7 @@ import time
 import torch
 
 from nanochat.common import UserError, finish_stage, get_base_dir, get_dist_info, print0
-from nanochat.configurator import configure
+from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.hardware import measure_matmul_flops, preferred_dtype
 from nanochat.tokenizer import Tokenizer
@@ -25,8 +25,7 @@ transition = "0.4"      # share of the vocabulary learnt before that; t80k and t
 doc_cap = 10_000        # characters of a document that count; one huge document must not decide the vocabulary
 settings = configure(globals())
 
-if max_chars is not None and max_chars < 1 or doc_cap < 1:
-    raise UserError(f"max_chars is {max_chars}, doc_cap {doc_cap}: both must be positive")
+require(settings, 1, "max_chars", "doc_cap")
 if get_dist_info()[1] != 0:
     raise SystemExit(0)  # under torchrun one process trains; the others have nothing to wait for
 

@@ -1,11 +1,15 @@
 """Both optimizers against torch's own, and one rank against several."""
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from conftest import ROOT
 from nanochat.adamw import DistAdamW
 from nanochat.muon import DistMuon, orthogonalize
 
@@ -79,3 +83,35 @@ def test_trap_13_and_23_gloo_ranks_agree_with_one(tmp_path, ranks):
     for rank in range(ranks):
         for ours, one in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), wanted):
             torch.testing.assert_close(ours, one, atol=1e-6, rtol=1e-5)
+
+
+GROUP_OF_ONE = """
+import pathlib, torch
+from nanochat.common import compute_cleanup, compute_init
+from nanochat.adamw import DistAdamW
+
+def threads():
+    return [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+
+compute_init("cpu", "float32")
+parameter = torch.nn.Parameter(torch.ones(4))
+optimizer = DistAdamW([parameter])
+parameter.sum().backward()
+optimizer.reduce()
+optimizer.step()
+torch.distributed.barrier()
+during = threads()
+compute_cleanup()
+print([sum("gloo" in name for name in names) for names in (during, threads())])
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc to read the threads' names from")
+def test_no_thread_of_the_process_group_outlives_it():
+    """One that did and wanted the interpreter while that was ending took a finished run down with SIGABRT, now and then."""
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    result = subprocess.run([sys.executable, "-c", GROUP_OF_ONE], cwd=ROOT, env={**os.environ, **environment},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    during, after = json.loads(result.stdout)
+    assert during > 0 == after
