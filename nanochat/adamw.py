@@ -38,7 +38,7 @@ class DistAdamW(torch.optim.Optimizer):
         if self.world_size == 1:
             self.shards = {p: p.grad.reshape(-1).float() for p in params}
         else:
-            waits = []
+            self.shards, waits = {}, []
             for p in params:
                 size = -(-p.numel() // self.world_size)
                 padded = F.pad(p.grad.reshape(-1).float(), (0, size * self.world_size - p.numel()))

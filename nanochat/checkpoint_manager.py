@@ -5,21 +5,35 @@
                                            meta_000500.json         written last, with the hash of each file above
 
 A step without its meta file does not exist. `latest` is decided from meta files, never from a model file's name.
-Numbers count completed optimizer steps.
+Numbers count completed optimizer steps. Of the complete steps a run keeps the newest few, the best by validation and the
+last one before its rate began to fall, from which a longer run can go on.
+
+    python -m nanochat.checkpoint_manager DIR            # lists the steps: size, validation, complete or why not
+    python -m nanochat.checkpoint_manager DIR --verify   # reads every file and compares its hash
+    python -m nanochat.checkpoint_manager DIR --prune    # deletes what a run would not have kept
+    python -m nanochat.checkpoint_manager DIR --rescue   # goes on with training, with safe settings (emergency_training.sh)
 """
+import argparse
+import fcntl
 import json
+import os
+import re
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir, get_dist_info, sha256
+from nanochat.common import (UserError, agree, atomic_file, atomic_write, get_base_dir, get_dist_info, install_error_hook, print0,
+                             sha256)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
 MODEL_CLASSES = {"gpt": GPT}  # a checkpoint names its class
 FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+KEEP = 3  # the newest complete steps that stay
+STEP_FILE = re.compile(r"(?:meta|model|optim)_(\d+)(?:_rank\d+)?\.(?:json|pt)")
 STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 
 
@@ -35,10 +49,11 @@ def advice(source):
     return f"run python -m {STAGES[source]} first" if source in STAGES else f"no stage makes {source} checkpoints yet"
 
 
-def save_checkpoint(dir, step, model, optimizer, meta, rank):
+def save_checkpoint(dir, step, model, optimizer, meta, rank, keep=KEEP):
     """Save one step; every rank calls it. model: the module; optimizer: this rank's state (a dict), or None; meta: dict for JSON.
 
-    Order: all files under their names by rename, all ranks meet, then rank 0 writes the meta file with the hashes.
+    Order: all files under their names by rename, all ranks meet, then rank 0 writes the meta file with the hashes, and
+    prunes the folder to `keep`.
     """
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
@@ -60,45 +75,117 @@ def save_checkpoint(dir, step, model, optimizer, meta, rank):
     if rank == 0:
         atomic_write(dir / f"meta_{step:06d}.json",
                      json.dumps({**meta, "step": step, "saved": time.time(), "world_size": world_size, "files": hashes}, indent=1))
+        prune(dir, keep)
+
+
+def lock_folder(dir, rank):
+    """Hold `dir` for this run until the process ends, however it does. UserError where another run holds it.
+
+    The kernel drops the lock (flock) with the process, so that nothing stale is left after a kill. Keep what is returned.
+    """
+    if rank != 0:
+        return None
+    Path(dir).mkdir(parents=True, exist_ok=True)
+    file = open(Path(dir) / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"process {file.read().strip() or '?'} is training into {dir}: stop it, or name another --model_tag") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def read_metas(dir):
+    """{step: meta, or a line that says why the step is not complete} of all steps in `dir`, in the order in which they were saved."""
+    dir, found = Path(dir), {}
+    for step in sorted({int(match[1]) for path in dir.glob("*_[0-9]*") if (match := STEP_FILE.fullmatch(path.name))}):
+        path = dir / f"meta_{step:06d}.json"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            missing = [name for name in meta["files"] if not (dir / name).exists()]
+            found[step] = f"{missing[0]} is missing" if missing else {**meta, "saved": float(meta["saved"]), "step": step}
+        except FileNotFoundError:
+            found[step] = f"{path.name} is missing: the run ended while it saved"
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            found[step] = f"{path.name} is damaged ({type(error).__name__})"
+    return dict(sorted(found.items(), key=lambda item: item[1]["saved"] if isinstance(item[1], dict) else 0))
 
 
 def complete_steps(dir):
     """Steps in `dir` whose meta file is readable and whose other files are there, in the order in which they were saved."""
-    steps = []
-    for path in Path(dir).glob("meta_*.json"):
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            if all((path.parent / name).exists() for name in meta["files"]):
-                steps.append((meta["saved"], meta["step"]))
-        except (ValueError, KeyError, TypeError, OSError):
-            continue  # a damaged meta file: that step is not whole
-    return [step for _, step in sorted(steps)]
+    return [step for step, meta in read_metas(dir).items() if isinstance(meta, dict)]
+
+
+def step_before_decay(dir):
+    """The newest step of `dir` that was saved before its run's rate began to fall."""
+    steps = [step for step, meta in read_metas(dir).items() if isinstance(meta, dict) and meta.get("before_decay")]
+    if not steps:
+        raise UserError(f"no checkpoint in {dir} is from before the rate fell, so that none can be extended: train anew")
+    return steps[-1]
+
+
+def is_extended(dir, factor):
+    """Whether the newest complete step of `dir` is of a run that was extended by `factor` and has not ended."""
+    meta = ([None] + [meta for meta in read_metas(dir).values() if isinstance(meta, dict)])[-1]
+    return bool(meta) and not meta["finished"] and meta["settings"].get("extend") == factor
+
+
+def prune(dir, keep=KEEP):
+    """Delete every complete step of `dir` but the newest `keep`, the best by validation and the newest before a decay.
+
+    Returns the steps that went. Steps that are not complete stay, for somebody may still want to look at them.
+    """
+    metas = [meta for meta in read_metas(dir).values() if isinstance(meta, dict)]
+    judged = [meta for meta in metas if meta.get("val_bpb") is not None]
+    stay = metas[-keep:] + [meta for meta in metas if meta.get("before_decay")][-1:]
+    stay += [min(judged, key=lambda meta: meta["val_bpb"])] if judged else []
+    gone = [meta for meta in metas if meta not in stay]
+    for meta in gone:
+        (Path(dir) / f"meta_{meta['step']:06d}.json").unlink()  # first: from here on the step does not exist
+        for name in meta["files"]:
+            (Path(dir) / name).unlink()
+    return [meta["step"] for meta in gone]
 
 
 def read_checkpoint(dir, step=None, device="cpu", rank=None):
-    """(weights, optimizer state of `rank` or None, meta) of a step of `dir`, the newest complete one by default; hashes are checked."""
-    steps = complete_steps(dir)
+    """(weights, optimizer state of `rank` or None, meta) of a step of `dir`; None: the newest that is complete and undamaged.
+
+    Every rank calls it with the same step, and all take the same one. Hashes are checked before anything is read.
+    """
+    dir, metas = Path(dir), read_metas(dir)
+    steps = [number for number, meta in metas.items() if isinstance(meta, dict)]
+    for number in metas.keys() - set(steps):
+        print0(f"step {number} of {dir} is ignored: {metas[number]}")
     if not steps:
-        source = next((s for s, folder in FOLDERS.items() if folder == Path(dir).parent.name), "base")
+        source = next((s for s, folder in FOLDERS.items() if folder == dir.parent.name), "base")
         raise UserError(f"no complete checkpoint in {dir}: {advice(source)}, or name another --model_tag")
-    step = steps[-1] if step is None else step
-    if step not in steps:
+    if step is not None and step not in steps:
         raise UserError(f"step {step} is not in {dir}: choose from {', '.join(map(str, steps))}")
-    meta = json.loads((Path(dir) / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
-
-    def load(name):
-        path = Path(dir) / name
-        if sha256(path) != meta["files"][name]:
-            raise UserError(f"{path} is damaged (its hash differs from the meta file's): choose another --step or train again")
-        return torch.load(path, map_location=device, weights_only=True)
-
-    optimizer = None
-    if rank is not None:
-        name = f"optim_{step:06d}_rank{rank}.pt"
-        if meta["world_size"] != get_dist_info()[3] or name not in meta["files"]:
+    for number in reversed(steps) if step is None else [step]:
+        meta = metas[number]
+        names = [f"model_{number:06d}.pt"] + ([f"optim_{number:06d}_rank{rank}.pt"] if rank is not None else [])
+        if rank is not None and (meta["world_size"] != get_dist_info()[3] or names[-1] not in meta["files"]):
             raise UserError(f"the checkpoint was saved by {meta['world_size']} ranks, this run has {get_dist_info()[3]}: resume with as many")
-        optimizer = load(name)
-    return load(f"model_{step:06d}.pt"), optimizer, meta
+        bad = [name for name in names if sha256(dir / name) != meta["files"][name]]
+        if not agree(len(bad))[0]:
+            states = [torch.load(dir / name, map_location=device, weights_only=True) for name in names]
+            return states[0], states[1] if rank is not None else None, meta
+        damage = f"{dir / bad[0] if bad else 'a file of another rank'} is damaged (its hash differs from the meta file's)"
+        print0(f"step {number} is ignored: {damage}")
+    raise UserError(f"{damage}: choose another --step or train again")
+
+
+def named_checkpoint(name, dir):
+    """(folder, step) of what a user calls a checkpoint: a step of `dir`, or the path of one of a step's files."""
+    if name.isdigit():
+        return Path(dir), int(name)
+    match = STEP_FILE.fullmatch(Path(name).name)
+    if not match or not Path(name).exists():
+        raise UserError(f"{name} is no checkpoint: give a step, or the path of a file such as {Path(dir) / 'meta_000500.json'}")
+    return Path(name).absolute().parent, int(match[1])
 
 
 def load_optimizers(optimizers, states):
@@ -110,10 +197,15 @@ def load_optimizers(optimizers, states):
             group.update(values)
 
 
+def newest_meta(*sources):
+    """Path of the meta file written last by any of these stages, or None."""
+    paths = [path for source in sources for path in (get_base_dir() / FOLDERS[source]).glob("*/meta_*.json")]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def find_model_tag(source, missing_ok=False):
     """The tag of a stage's most recently completed checkpoint. None, or UserError, where there is none."""
-    metas = (get_base_dir() / FOLDERS[source]).glob("*/meta_*.json") if source in FOLDERS else []
-    newest = max(metas, key=lambda path: path.stat().st_mtime, default=None)
+    newest = newest_meta(source) if source in FOLDERS else None
     if newest is None and missing_ok:
         return None
     if newest is None:
@@ -147,3 +239,55 @@ def build_model(meta, device):
     model.init_weights()
     model.compute_dtype = getattr(torch, meta["dtype"])
     return model
+
+
+SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}  # and half the learning rate
+
+
+def rescue(dir):
+    """Start the stage that wrote the newest complete step of `dir` again from that step, with safe settings. Does not return."""
+    meta = ([None] + [meta for meta in read_metas(dir).values() if isinstance(meta, dict)])[-1]
+    if not meta or meta["finished"]:
+        raise UserError(f"no unfinished run has a complete checkpoint in {dir}: name the folder of the sick run")
+    before = meta["settings"]
+    changed = {**SAFE, "learning_rate": before["learning_rate"] / 2}
+    settings = {**before, **changed, "resume": False, "extend": None, "resume_from_checkpoint": f"{dir / 'meta_'}{meta['step']:06d}.json"}
+    words = [f"--{name}={value}" for name, value in settings.items() if value not in (None, "")]
+    print0(f"going on from step {meta['step']} of {dir} with " + ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in changed.items()))
+    os.execv(sys.executable, [sys.executable, "-m", f"scripts.{meta['stage']}", *words])
+
+
+def main():
+    install_error_hook()
+    parser = argparse.ArgumentParser(prog="python -m nanochat.checkpoint_manager", description="List the checkpoints of a folder.")
+    parser.add_argument("dir", nargs="?", help="a folder of checkpoints; without one, that of the checkpoint saved last")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash; damage ends with status 1")
+    parser.add_argument("--prune", action="store_true", help=f"delete all but the newest {KEEP}, the best, and the one before the decay")
+    parser.add_argument("--rescue", action="store_true", help="go on with training from the newest step, with safe settings")
+    options = parser.parse_args()
+    newest = newest_meta(*FOLDERS)
+    options.dir = Path(options.dir or newest and newest.parent or checkpoint_dir("base", "d4")).absolute()
+    if not options.dir.is_dir():
+        raise UserError(f"{options.dir} is not a folder: name one that holds checkpoints")
+    if options.rescue:
+        rescue(options.dir)
+    if options.prune:
+        lock = lock_folder(options.dir, 0)  # noqa: F841 - held while we delete
+        print(f"deleted steps: {', '.join(map(str, prune(options.dir))) or 'none'}")
+    damaged = False
+    for step, meta in read_metas(options.dir).items():
+        if not isinstance(meta, dict):
+            print(f"{step:8d}  {'':>10}  {'':>8}  incomplete: {meta}")
+            continue
+        size = sum((options.dir / name).stat().st_size for name in meta["files"])
+        bad = [name for name, digest in meta["files"].items() if options.verify and sha256(options.dir / name) != digest]
+        damaged = damaged or bool(bad)
+        words = ["DAMAGED: " + ", ".join(bad) if bad else "verified" if options.verify else "complete",
+                 *["finished"] * bool(meta.get("finished")), *["before the decay"] * bool(meta.get("before_decay"))]
+        bpb = meta.get("val_bpb")
+        print(f"{step:8d}  {size / 1e6:7.1f} MB  {f'{bpb:.4f}' if bpb else '':>8}  {', '.join(words)}")
+    raise SystemExit(int(damaged))
+
+
+if __name__ == "__main__":
+    main()

@@ -166,7 +166,7 @@ def agree(*numbers):
     """The largest of each number over all ranks, so that every rank takes the same decision."""
     import torch
     import torch.distributed as dist
-    if get_dist_info()[3] == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     values = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -189,6 +189,17 @@ def machine():
 def append_metrics(row):
     with open(get_base_dir() / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def open_log(folder, step):
+    """folder/log.jsonl, open for rows after `step`. What an interrupted run wrote beyond the step from which we go on is cut off."""
+    path, kept = folder / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.exists() else []:
+        if json.loads(line)["step"] > step:
+            break
+        kept.append(line + "\n")
+    atomic_write(path, "".join(kept))
+    return open(path, "a", encoding="utf-8")
 
 
 def open_logger(name, folder, settings):

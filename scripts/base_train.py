@@ -14,14 +14,15 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, load_optimizers,
-                                         read_checkpoint, save_checkpoint)
-from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_logger, print0
+from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended, load_optimizers,
+                                         lock_folder, named_checkpoint, read_checkpoint, save_checkpoint, step_before_decay)
+from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, accumulate_gradients
+from nanochat.guard import Guard
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.schedule import cpu_plan, default_minutes, lr_multiplier, muon_momentum
@@ -48,8 +49,12 @@ dtype = ""                   # float32 or bfloat16; empty: what the hardware is 
 compile = True               # compile the blocks
 eval_every: int = None       # steps between validations and samples; None: at each quarter of the run
 save_every = 1000            # steps between checkpoints; the last step is always saved
+save_minutes = 10.0          # minutes between checkpoints, besides
+keep = 3                     # newest checkpoints that stay; the best, and the last before the rate falls, stay besides
 logger = ""                  # tensorboard or wandb, where installed, besides log.jsonl in the checkpoint's folder
 resume = False               # go on from the newest checkpoint of this tag
+resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
+extend: float = None         # or from where its rate began to fall, toward a horizon so many times as long
 seed = 42                    # of the initial weights
 settings = configure(globals())
 
@@ -68,9 +73,17 @@ print0(f"{world_size} x {device.type}, {str(compute.dtype)[6:]}, matmul {matmul_
 # what to go on from
 tokenizer = get_tokenizer()
 weights = state = meta = None
+resume = resume or bool(resume_from_checkpoint or extend)
 tag = model_tag or (f"d{depth}" if depth else resume and find_model_tag("base", missing_ok=True))
-if resume and tag and complete_steps(checkpoint_dir("base", tag)):
-    weights, state, meta = read_checkpoint(checkpoint_dir("base", tag), device=device, rank=rank)
+folder = checkpoint_dir("base", tag or "")
+extending = extend and not is_extended(folder, extend)  # otherwise the run goes on that did so before
+if resume_from_checkpoint or extending:
+    folder, from_step = named_checkpoint(resume_from_checkpoint, folder) if resume_from_checkpoint else (folder, step_before_decay(folder))
+    weights, state, meta = read_checkpoint(folder, from_step, device, rank)
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{folder} was trained with another tokenizer: bring that one back")
+elif resume and tag and complete_steps(folder):
+    weights, state, meta = read_checkpoint(folder, device=device, rank=rank)
     if meta["finished"]:
         print0(f"the newest checkpoint of {tag} is a finished run: starting from step 0")
         weights = state = meta = None
@@ -88,9 +101,13 @@ require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_s
 budgets = {name: settings[name] for name in BUDGETS if settings[name] is not None}
 if len(budgets) > 1 or any(budget <= 0 for budget in budgets.values()):
     raise UserError(f"{', '.join(f'{name}={budget}' for name, budget in budgets.items())}: give one budget, above zero")
+if extend is not None and (extend <= 1 or budgets):
+    raise UserError(f"extend={extend} must be above 1, and takes no other budget: it multiplies that of the run before")
 if not budgets:
-    minutes = default_minutes(device.type)
-    target_param_data_ratio = None if minutes else 20
+    budgets = {"minutes": default_minutes(device.type)} if default_minutes(device.type) else {"target_param_data_ratio": 20}
+    if resume and meta:  # a resumed run keeps its budget
+        budgets = {name: budget * (extend if extending else 1) for name, budget in meta["budgets"].items()}
+    minutes, num_iterations, target_flops, target_param_data_ratio = map(budgets.get, BUDGETS)
 if meta:  # a resumed run keeps its shape
     depth, max_seq_len, total_batch_size = meta["config"]["depth"], meta["config"]["max_seq_len"], meta["total_batch_size"]
 planned = cpu_plan(target_flops or agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if not on_gpu else (20, 2048, 524288)
@@ -106,11 +123,13 @@ if rows % device_batch_size:
 accumulation = rows // device_batch_size
 
 # model
-folder = checkpoint_dir("base", tag if meta else model_tag or f"d{depth}")
 if not meta:
+    folder = checkpoint_dir("base", model_tag or f"d{depth}")
     config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads)
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
             "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "elapsed": 0.0}
+meta["budgets"] = budgets
+lock = lock_folder(folder, rank)
 model = build_model(meta, device)
 if state:
     model.load_state_dict(weights)
@@ -122,6 +141,7 @@ flops_per_token = model.flops_per_token(max_seq_len)
 if target_flops or target_param_data_ratio:
     tokens = target_flops / flops_per_token if target_flops else target_param_data_ratio * model.matmul_parameters()
     num_iterations = max(1, round(tokens / total_batch_size))
+num_iterations = num_iterations and round(num_iterations)  # extended, it may have become a fraction
 horizon = f"{num_iterations} steps" if num_iterations else f"{minutes:g} minutes"
 print0(f"depth {depth}, width {model.config.width}, {parameters:,} parameters, vocabulary {model.config.vocab_size}, "
        f"context {max_seq_len}, {total_batch_size} tokens a step, {horizon}")
@@ -150,9 +170,11 @@ batches = [next(loader) for _ in range(accumulation)]
 step, elapsed = meta["step"], meta["elapsed"]
 first_step, quarter, val_bpb = step, int(4 * (step / num_iterations if num_iterations else elapsed / 60 / minutes)), None
 durations, shown, stop = [], 0.0, StopRequest()
-folder.mkdir(parents=True, exist_ok=True)
+guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
+good_steps = [step] if state else []  # checkpoints to go back to
+saved, decaying = elapsed, step > 0 and (step / num_iterations if num_iterations else elapsed / 60 / minutes) > 1 - warmdown
 send_to_logger = open_logger(logger, folder, settings)
-log_file = open(folder / "log.jsonl", "a" if step else "w", encoding="utf-8") if rank == 0 else None
+log_file = open_log(folder, step) if rank == 0 else None
 
 
 def log(**row):
@@ -163,10 +185,13 @@ def log(**row):
 
 
 def save(finished=False):
+    global saved
+    saved = elapsed
+    good_steps.append(step)
     save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state,
                                           "rng": torch.get_rng_state()},
-                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size,
-                     "val_bpb": val_bpb, "finished": finished}, rank)
+                    {**meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
+                     "val_bpb": val_bpb, "before_decay": not decaying, "finished": finished}, rank, keep)
 
 
 def show_samples():
@@ -187,6 +212,10 @@ while True:
     spare = 0 if num_iterations or not durations else 0.5 * durations[-1] / (60 * minutes)
     if progress + spare >= 1 or stopped:
         break
+    if step not in (first_step, *good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes or
+                              not decaying and progress >= 1 - warmdown):
+        save()
+    decaying = progress >= 1 - warmdown
     if (eval_every and step > first_step and step % eval_every == 0) or (eval_every is None and int(4 * progress) > quarter):
         quarter = int(4 * progress)
         bpb = evaluate_bpb(model, tokenizer, validation[:30], device, rank=rank, world_size=world_size)
@@ -202,21 +231,37 @@ while True:
         both = torch.stack((squares, loss / world_size))
         torch.distributed.all_reduce(both)
         squares, loss = both
-    norm = squares.sqrt()
-    scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip else 1.0
-    rate = lr_multiplier(progress, warmdown=warmdown)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
-        optimizer.step(scale)
-    model.zero_grad(set_to_none=True)
     batches = [next(loader) for _ in range(accumulation)]  # while the device works
-    loss = loss.item()  # waits for the device
+    loss, norm = loss.item(), squares.sqrt().item()  # waits for the device
+    verdict, reason = guard.verdict(loss, norm)
+    rate = lr_multiplier(progress, warmdown=warmdown) * rate_scale
+    if verdict == "ok":
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+                if "momentum" in group:
+                    group["momentum"] = muon_momentum(step)
+            optimizer.step(min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0)
+        step += 1
+    model.zero_grad(set_to_none=True)
     durations.append(time.perf_counter() - begin)
     elapsed += durations[-1]
-    step += 1
+    if verdict != "ok":
+        print0(f"step {step + 1}: {reason}: {verdict}")
+        log(skipped=reason, verdict=verdict)
+        if verdict == "skip":
+            continue
+        if len(good_steps) > 1 and step == good_steps[-1]:
+            good_steps.pop()  # not a single good step since: that one is sick itself
+        sick = verdict == "stop" or not good_steps
+        if sick:
+            break
+        step, rate_scale = good_steps[-1], rate_scale / 2
+        weights, state, _ = read_checkpoint(folder, step, device, rank)
+        model.load_state_dict(weights)
+        load_optimizers(optimizers, state["optimizers"])
+        print0(f"back to step {step}, with other data and {rate_scale:g} times the rate")
+        continue
     if compile and len(durations) == 1 and durations[0] > 2:
         print0(f"the first step took {durations[0]:.0f} s with compiling; the result is kept for the next run")
 
@@ -230,10 +275,14 @@ while True:
         speed, left = total_batch_size / typical, max(0, (num_iterations - step) * typical if num_iterations else 60 * minutes - elapsed)
         print0(f"step {step:5d} | {100 * progress:3.0f} % | loss {loss:.4f} | rate {rate:.2f} | norm {norm:.2f} | {speed:,.0f} tok/s | "
                f"{100 * flops_per_token * speed / world_size / matmul_rate:.0f} % of matmul rate | {left / 60:.1f} min left")
-    log(loss=loss, lr=learning_rate * rate, grad_norm=norm.item())
-    if save_every and step % save_every == 0:
-        save()
+    log(loss=loss, lr=learning_rate * rate, grad_norm=norm)
 
+if sick:
+    print0(f"stopping, for the run does not recover; last seen: {reason}. " + (
+        f"Step {good_steps[-1]} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings"
+        if good_steps else "Nothing was saved yet: try again with a lower --learning_rate"))
+    compute_cleanup()
+    raise SystemExit(1)
 if stopped:
     save()
     print0(f"saved step {step} in {folder}: the same command with --resume goes on")

@@ -11,12 +11,14 @@ import time
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, load_model, load_optimizers, read_checkpoint, save_checkpoint
-from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_logger, print0
+from nanochat.checkpoint_manager import (checkpoint_dir, complete_steps, load_model, load_optimizers, lock_folder, named_checkpoint,
+                                         read_checkpoint, save_checkpoint)
+from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
 from nanochat.gpt import accumulate_gradients
+from nanochat.guard import Guard
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.schedule import default_minutes, lr_multiplier
 from tasks.arithmetic import Arithmetic
@@ -35,14 +37,18 @@ device_batch_size: int = None  # sequences per device and pass; None: pretrainin
 total_batch_size: int = None  # tokens per optimizer step; None: one pass of every device
 learning_rate = 0.01         # Muon's, for the matrices; the AdamW groups keep their ratio to it. Falls to 2 %
 weight_decay = 0.0           # of the matrices
+grad_clip = 0.0              # largest gradient norm; 0 does not clip
 source = "mid"               # stage to start from: mid or base
 custom: str = None           # your own conversations, jsonl, a list of messages a line; each comes 10 times
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 compile = True               # compile the blocks
 save_every = 1000            # steps between checkpoints; the last step is always saved
+save_minutes = 10.0          # minutes between checkpoints, besides
+keep = 3                     # newest checkpoints that stay
 logger = ""                  # tensorboard or wandb, where installed, besides log.jsonl in the checkpoint's folder
 resume = False               # go on from the newest checkpoint of this tag
+resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 seed = 43                    # of the order of the conversations
 settings = configure(globals())
 
@@ -65,7 +71,11 @@ folder = checkpoint_dir("sft", origin["tag"])
 meta = {"stage": "chat_sft", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": str(model.compute_dtype)[6:],
         **{key: origin[key] for key in ("model_class", "config", "tokenizer", "total_batch_size")}}
 state = None
-if resume and complete_steps(folder):
+if resume_from_checkpoint:
+    folder, step = named_checkpoint(resume_from_checkpoint, folder)
+    weights, state, meta = read_checkpoint(folder, step, device, rank)
+    model.load_state_dict(weights)
+elif resume and complete_steps(folder):
     weights, state, saved_meta = read_checkpoint(folder, device=device, rank=rank)
     if saved_meta["finished"] or saved_meta["origin"] != meta["origin"]:
         print0("the newest checkpoint is of a finished run or of another start: starting from step 0")
@@ -73,6 +83,7 @@ if resume and complete_steps(folder):
     else:
         meta = saved_meta
         model.load_state_dict(weights)
+lock = lock_folder(folder, rank)
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
@@ -108,9 +119,11 @@ print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a 
 # loop
 step, elapsed, quarter = meta["step"], meta["elapsed"], 0
 first_step, durations, shown, stop = step, [], 0.0, StopRequest()
-folder.mkdir(parents=True, exist_ok=True)
+guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
+good_steps = [step] if state else []  # checkpoints to go back to
+saved = elapsed
 send_to_logger = open_logger(logger, folder, settings)
-log_file = open(folder / "log.jsonl", "a" if step else "w", encoding="utf-8") if rank == 0 else None
+log_file = open_log(folder, step) if rank == 0 else None
 
 
 def log(**row):
@@ -121,10 +134,13 @@ def log(**row):
 
 
 def save(finished=False):
+    global saved
+    saved = elapsed
+    good_steps.append(step)
     save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state,
                                           "rng": torch.get_rng_state()},
-                    {**meta, "settings": settings, "elapsed": elapsed, "tokens": step * total_batch_size,
-                     "finished": finished}, rank)
+                    {**meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
+                     "finished": finished}, rank, keep)
 
 
 def show_samples():
@@ -148,6 +164,8 @@ while True:
         progress, spare = agree(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
     if progress + spare >= 1 or stopped:
         break
+    if step not in (first_step, *good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes):
+        save()
     if int(4 * progress) > quarter:
         quarter = int(4 * progress)
         show_samples()
@@ -164,18 +182,36 @@ while True:
         both = torch.stack((squares, loss / world_size))
         torch.distributed.all_reduce(both)
         squares, loss = both
-    rate = lr_multiplier(progress, warmup=0, warmdown=1)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-        if count > 0:  # a batch without a single target teaches nothing
-            optimizer.step()
-    model.zero_grad(set_to_none=True)
     batches = [next(loader) for _ in range(accumulation)]  # while the device works
-    loss = loss.item()
+    loss, norm = loss.item(), squares.sqrt().item()  # waits for the device
+    verdict, reason = guard.verdict(loss, norm)
+    rate = lr_multiplier(progress, warmup=0, warmdown=1) * rate_scale
+    if verdict == "ok":
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+            if count > 0:  # a batch without a single target teaches nothing
+                optimizer.step(min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0)
+        step += 1
+    model.zero_grad(set_to_none=True)
     durations.append(time.perf_counter() - begin)
     elapsed += durations[-1]
-    step += 1
+    if verdict != "ok":
+        print0(f"step {step + 1}: {reason}: {verdict}")
+        log(skipped=reason, verdict=verdict)
+        if verdict == "skip":
+            continue
+        if len(good_steps) > 1 and step == good_steps[-1]:
+            good_steps.pop()  # not a single good step since: that one is sick itself
+        sick = verdict == "stop" or not good_steps
+        if sick:
+            break
+        step, rate_scale = good_steps[-1], rate_scale / 2
+        weights, state, _ = read_checkpoint(folder, step, device, rank)
+        model.load_state_dict(weights)
+        load_optimizers(optimizers, state["optimizers"])
+        print0(f"back to step {step}, with other data and {rate_scale:g} times the rate")
+        continue
     if compile and len(durations) == 1 and durations[0] > 2:
         print0(f"the first step took {durations[0]:.0f} s with compiling; the result is kept for the next run")
 
@@ -191,10 +227,14 @@ while True:
             left = max(0, (num_iterations - step) * typical if num_iterations else 60 * minutes - elapsed)
         print0(f"step {step:5d} | {100 * progress:3.0f} % | loss {loss:.4f} | rate {rate:.2f} | {speed:,.0f} tok/s | "
                f"{left / 60:.1f} min left")
-    log(loss=loss, lr=learning_rate * rate, grad_norm=squares.sqrt().item())
-    if save_every and step % save_every == 0:
-        save()
+    log(loss=loss, lr=learning_rate * rate, grad_norm=norm)
 
+if sick:
+    print0(f"stopping, for the run does not recover; last seen: {reason}. " + (
+        f"Step {good_steps[-1]} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings"
+        if good_steps else "Nothing was saved yet: try again with a lower --learning_rate"))
+    compute_cleanup()
+    raise SystemExit(1)
 if stopped:
     save()
     print0(f"saved step {step} in {folder}: the same command with --resume goes on")

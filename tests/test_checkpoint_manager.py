@@ -1,13 +1,19 @@
 """A checkpoint is whole or not there, says what is wrong with it in one line, and comes back as it went."""
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
+from conftest import ROOT
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, load_model,
-                                         read_checkpoint, save_checkpoint)
+from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
+                                         prune, read_checkpoint, read_metas, save_checkpoint)
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
 
@@ -219,3 +225,139 @@ def test_trap_32_loading_runs_no_code_from_the_file(folder, meta, tmp_path, monk
     with pytest.raises(Exception, match="(?i)weights.only"):
         read_checkpoint(folder)
     assert not (tmp_path / "ran-on-load").exists()
+
+
+def test_the_newest_the_best_and_the_last_before_the_decay_stay(folder, meta):
+    for step, bpb in ((1, 2.0), (2, 1.5), (3, None), (4, 1.7), (5, None), (6, None), (7, None)):
+        save(folder, step, {**meta, "val_bpb": bpb, "before_decay": step < 5})
+    assert complete_steps(folder) == [2, 4, 5, 6, 7]
+    assert prune(folder, 1) == [5, 6] and complete_steps(folder) == [2, 4, 7]
+    assert {int(path.name.split("_")[1][:6]) for path in folder.glob("*_0*")} == {2, 4, 7}, "no file of the others is left"
+
+
+def test_two_runs_never_share_a_folder(folder):
+    held = lock_folder(folder, 0)
+    message = error_of(lock_folder, folder, 0)
+    assert str(os.getpid()) in message and str(folder) in message and "--model_tag" in message
+    assert lock_folder(folder, 1) is None, "the other ranks of a run follow rank 0"
+    held.close()
+    lock_folder(folder, 0).close()
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_step_is_named_and_the_one_before_is_taken(folder, meta, capsys):
+    for step in (5, 9, 12):
+        save(folder, step, meta)
+    flip_a_byte(folder / "optim_000009_rank0.pt")
+    flip_a_byte(folder / "model_000012.pt")
+    (folder / "model_000020.pt").write_bytes(b"of a run that was killed")
+    assert read_checkpoint(folder, rank=0)[2]["step"] == 5
+    out = capsys.readouterr().out
+    assert "model_000012.pt is damaged" in out and "optim_000009_rank0.pt is damaged" in out
+    assert "step 20" in out and "meta_000020.json is missing" in out
+    assert read_checkpoint(folder)[2]["step"] == 9, "whoever needs the weights alone may have step 9"
+    assert "is damaged" in error_of(read_checkpoint, folder, 12)
+
+
+def test_the_command_lists_verifies_and_prunes(folder, meta):
+    def command(*words, status=0):
+        result = subprocess.run([sys.executable, "-m", "nanochat.checkpoint_manager", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == status, result.stdout + result.stderr
+        return result.stdout + result.stderr
+    for step in (1, 2, 3):
+        save(folder, step, meta)
+    (folder / "meta_000004.json").write_text("{", encoding="utf-8")
+    lines = command(folder).splitlines()
+    assert len(lines) == 4 and "meta_000004.json is damaged" in lines[0] and all("2.2500  complete" in line for line in lines[1:])
+    assert command(folder, "--verify").count("verified") == 3
+    flip_a_byte(folder / "model_000002.pt")
+    assert "DAMAGED: model_000002.pt" in command(folder, "--verify", status=1)
+    held = lock_folder(folder, 0)
+    assert "is training into" in command(folder, "--prune", status=2)
+    held.close()
+    assert "deleted steps: none" in command(folder, "--prune")
+    assert "not a folder" in command(folder / "none", status=2)
+
+
+def in_a_child(action):
+    """Fork, run action() there, and return the status (a negative signal's number); the child sees nothing of pytest's ending."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(9)
+    return child
+
+
+def must_be_whole(folder):
+    """Every step that counts as complete reads back with its hashes."""
+    for step in complete_steps(folder):
+        for name, digest in read_metas(folder)[step]["files"].items():
+            assert checkpoint_manager.sha256(folder / name) == digest, (step, name)
+    return complete_steps(folder)
+
+
+def test_killed_at_every_write_sync_and_rename_a_save_leaves_the_step_before_it(folder, meta):
+    model, optimizers = make(meta, 1)
+    save(folder, 1, meta, model=model, optimizers=optimizers)
+    moments = [(os, "fsync"), (os, "replace"), (os, "chmod"), (torch, "save"), (checkpoint_manager, "atomic_write")]
+    died = 0
+    for module, name in moments:
+        for count in (1, 2, 3):
+            def save_and_die():
+                real, calls = getattr(module, name), iter(range(1, 99))
+
+                def call(*arguments, **options):
+                    if next(calls) == count:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*arguments, **options)
+                setattr(module, name, call)
+                save(folder, 2, meta, model=model, optimizers=optimizers)
+            status = os.waitstatus_to_exitcode(os.waitpid(in_a_child(save_and_die), 0)[1])
+            died += status == -signal.SIGKILL
+            assert must_be_whole(folder) == ([1] if status else [1, 2])
+            for path in folder.glob("*_000002*"):
+                path.unlink()
+    assert died == 12, "of three files each is synced, made readable and renamed, two are saved by torch, one is the meta file"
+
+
+def test_killed_at_a_hundred_random_moments_all_complete_steps_are_whole(folder, meta):
+    model, optimizers = make(meta, 1)
+    save(folder, 0, meta, model=model, optimizers=optimizers)
+    begin = time.perf_counter()
+    save(folder, 0, meta, model=model, optimizers=optimizers)
+    duration, moment, newest = time.perf_counter() - begin, random.Random(1), 0
+
+    def save_for_ever():
+        for step in range(newest + 1, newest + 99):
+            save(folder, step, meta, model=model, optimizers=optimizers)
+    for _ in range(100):
+        child = in_a_child(save_for_ever)
+        time.sleep(3 * duration * moment.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        steps = must_be_whole(folder)
+        assert steps and steps[-1] >= newest, "what was complete once stays, or a newer one does"
+        newest = steps[-1]
+    assert newest > 10
+
+
+@pytest.mark.parametrize("number, message", [(28, "No space left on device"), (5, "Input/output error"), (30, "Read-only file system")])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_the_steps_before(folder, meta, monkeypatch, number, message, call):
+    save(folder, 5, meta)
+
+    def fail(*arguments):
+        raise OSError(number, message)
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=message):
+        save(folder, 9, meta)
+    monkeypatch.undo()
+    assert must_be_whole(folder) == [5] and not list(folder.glob("*.tmp"))

@@ -11,8 +11,10 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from conftest import ROOT, last_json
+from nanochat.checkpoint_manager import complete_steps
 
 TINY = ("--depth=1", "--max_seq_len=128", "--total_batch_size=512", "--compile=0")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
@@ -46,6 +48,10 @@ for line in sys.stdin:
         os.environ.update(environment)
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if "FAULTS" in environment:
+            sys.path.append("tests")
+            import faults
+            faults.install()
         sys.argv = words
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         sys.exit()
@@ -73,18 +79,19 @@ class Stages:
     def record(self, *words, **options):
         return last_json(self.run(*words, **options)[0])
 
-    def fork(self, *words, status=0):
-        """As run(), faster."""
+    def fork(self, *words, status=0, faults=None):
+        """As run(), faster; with batches that go wrong as faults.py says."""
         files = [self.base / "forked.out", self.base / "forked.err"]
-        self.server.stdin.write(json.dumps([list(map(str, words)), self.environment, *map(str, files)]) + "\n")
+        environment = {**self.environment, **({"FAULTS": json.dumps(faults)} if faults else {})}
+        self.server.stdin.write(json.dumps([list(map(str, words)), environment, *map(str, files)]) + "\n")
         self.server.stdin.flush()
         found = int(self.server.stdout.readline())
         out, err = (file.read_text(encoding="utf-8") for file in files)
         assert found == status, out + err
         return out, err
 
-    def fork_record(self, *words):
-        return last_json(self.fork(*words)[0])
+    def fork_record(self, *words, **options):
+        return last_json(self.fork(*words, **options)[0])
 
     def refusal(self, *words):
         """The one line that bad input gets."""
@@ -125,8 +132,9 @@ def test_base_train_leaves_its_record_and_a_checkpoint(stages, trained):
     assert trained["steps"] == 10 and trained["tokens"] == 5120 and 0 < trained["val_bpb"] < 8
     folder = stages.base / "base_checkpoints" / "d1"
     assert trained["checkpoint"] == str(folder)
-    files = {"model_000010.pt", "optim_000010_rank0.pt", "meta_000010.json", "log.jsonl"}
-    assert {p.name for p in folder.iterdir()} == files
+    files = {f"{name}_0000{step}{end}" for step in ("04", "10")  # the last, and the last before the rate fell
+             for name, end in (("model", ".pt"), ("optim", "_rank0.pt"), ("meta", ".json"))}
+    assert {p.name for p in folder.iterdir()} == files | {"log.jsonl", ".lock"}
     meta = json.loads((folder / "meta_000010.json").read_text(encoding="utf-8"))
     assert meta["settings"] == trained["settings"] and meta["settings"]["num_iterations"] == 10
     rows = (stages.base / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
@@ -214,6 +222,111 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_go_on_from_two(stag
     assert row["tokens"] == 2 * 2 * 2 * 128
 
 
+def weights_of(folder, step):
+    return torch.load(folder / f"model_{step:06d}.pt", weights_only=True)
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_trap_26_a_batch_of_nan_is_left_out_and_the_run_is_the_one_that_never_had_it(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=8", "--eval_every=0")
+    folder = stages.base / "base_checkpoints"
+    assert stages.fork_record(*command, "--model_tag=nan", faults={"3": "nan"})["steps"] == 8
+    assert stages.fork_record(*command, "--model_tag=missing", faults={"3": "missing"})["steps"] == 8
+    assert same_weights(weights_of(folder / "nan", 8), weights_of(folder / "missing", 8))
+    skipped = [row for row in rows_of(folder / "nan") if "skipped" in row]
+    assert len(skipped) == 1 and skipped[0]["step"] == 2 and "nan" in skipped[0]["skipped"]
+
+
+def test_trap_26_nan_on_one_of_two_ranks_is_skipped_by_both(stages, text, monkeypatch):
+    monkeypatch.setitem(stages.environment, "FAULTS", json.dumps({"3": "nan", "30": "spike"}))
+    row = stages.record("scripts.base_train", "--", f"--data={text}", *TINY, "--num_iterations=40", "--eval_every=0", "--model_tag=ranks",
+                        launcher=(*TORCHRUN, "tests.faults"))
+    folder = stages.base / "base_checkpoints" / "ranks"
+    assert row["steps"] == 40
+    assert [(row["step"], row["verdict"]) for row in rows_of(folder) if "skipped" in row] == [(2, "skip"), (28, "skip")]
+    assert all(value.isfinite().all() for value in weights_of(folder, 40).values())
+
+
+def test_sick_weights_go_back_to_the_last_good_checkpoint_at_half_the_rate(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10", "--eval_every=0", "--save_every=3")
+    out, _ = stages.fork(*command, "--model_tag=sick", faults={"6": "sick"})
+    assert "back to step 4" in out, "the one before the decay is newer than that of step 3"
+    folder = stages.base / "base_checkpoints" / "sick"
+    assert [row["verdict"] for row in rows_of(folder) if "skipped" in row] == ["skip"] * 4 + ["roll back"]
+    meta = json.loads((folder / "meta_000010.json").read_text(encoding="utf-8"))
+    assert meta["finished"] and meta["rate_scale"] == 0.5
+    assert all(value.isfinite().all() for value in weights_of(folder, 10).values())
+
+
+def test_a_run_that_does_not_recover_stops_and_the_emergency_run_goes_on(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10", "--eval_every=0", "--save_every=3", "--model_tag=ill")
+    folder = stages.base / "base_checkpoints" / "ill"
+    out, err = stages.fork(*command, status=1, faults={str(number): "nan" for number in range(8, 999)})
+    assert "does not recover" in out and f"emergency_training.sh {folder}" in out, out + err
+    assert complete_steps(folder)[-1] == 6
+    result = subprocess.run(["bash", "emergency_training.sh", str(folder)], cwd=ROOT, env={**os.environ, **stages.environment},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "learning_rate=0.01 (was 0.02)" in result.stdout and "grad_clip=1.0 (was 0.0)" in result.stdout
+    row = last_json(result.stdout)
+    assert row["steps"] == 10 and row["checkpoint"] == str(folder) and row["settings"]["data"] == str(text)
+    empty = subprocess.run(["bash", "emergency_training.sh", str(stages.base)], cwd=ROOT, env={**os.environ, **stages.environment},
+                           capture_output=True, text=True)
+    assert empty.returncode == 2 and "name the folder of the sick run" in empty.stderr
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_a_quiet_one(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=60", "--eval_every=0", "--save_every=4")
+    stages.fork_record(*command, "--model_tag=quiet")
+    folder = stages.base / "base_checkpoints" / "killed"
+    for steps in (10, 30):
+        process = stages.start(*command, "--model_tag=killed", "--resume")
+        while not ((folder / "log.jsonl").exists() and max(losses_of(folder), default=0) >= steps) and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert 0 < complete_steps(folder)[-1] < 60
+    stages.fork_record(*command, "--model_tag=killed", "--resume")
+    assert same_weights(weights_of(folder, 60), weights_of(folder.parent / "quiet", 60))
+    assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, 61)), "no row is lost, none comes twice"
+
+
+def test_extend_goes_on_from_before_the_decay_without_a_jump_of_the_rate(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--eval_every=0", "--model_tag=longer")
+    folder = stages.base / "base_checkpoints" / "longer"
+    assert "can be extended" in stages.refusal(*command, "--extend=2")
+    assert stages.fork_record(*command, "--num_iterations=10")["steps"] == 10
+    assert "takes no other budget" in stages.refusal(*command, "--num_iterations=10", "--extend=2")
+    assert stages.fork_record(*command, "--extend=2.0")["steps"] == 20
+    rates = [row["lr"] for row in rows_of(folder) if "loss" in row]
+    assert len(rates) == 20 and rates[1:8] == [0.02] * 7 and all(a >= b for a, b in zip(rates[1:], rates[2:]))
+
+
+def test_resume_from_a_named_checkpoint(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=9", "--eval_every=0", "--save_every=2", "--keep=9", "--model_tag=named")
+    stages.fork_record(*command)
+    folder = stages.base / "base_checkpoints" / "named"
+    whole = weights_of(folder, 9)
+    for name in ("2", folder / "model_000006.pt"):
+        out, _ = stages.fork(*command, f"--resume_from_checkpoint={name}")
+        assert same_weights(weights_of(folder, 9), whole)
+    assert "choose from" in stages.refusal(*command, "--resume_from_checkpoint=77")
+    assert "is no checkpoint" in stages.refusal(*command, "--resume_from_checkpoint=/none")
+    mid = ("scripts.mid_train", "--model_tag=named", "--compile=0", "--num_iterations=6", "--save_every=2", "--device_batch_size=2")
+    stages.fork_record(*mid)
+    folder = stages.base / "mid_checkpoints" / "named"
+    whole = weights_of(folder, 6)
+    stages.fork_record(*mid, "--resume_from_checkpoint=2")
+    assert same_weights(weights_of(folder, 6), whole)
+
+
 def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run_ends(stages, text):
     command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=120", "--eval_every=0", "--resume")
     whole = stages.fork_record(*command, "--model_tag=whole")
@@ -249,7 +362,7 @@ def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run
     (("scripts.tok_train", "--data={empty}"), "empty"),
     (("scripts.tok_train", "--data={text}", "--vocab_size=30000"), "30000"),
     (("scripts.base_loss", "--model_tag=none"), "no complete checkpoint"),
-    (("scripts.base_loss", "--model_tag=d1", "--step=3"), "choose from 10"),
+    (("scripts.base_loss", "--model_tag=d1", "--step=3"), "choose from 4, 10"),
     (("scripts.chat_eval", "-a", "juggling"), "juggling"),
     (("scripts.chat_cli", "-p", ""), "empty"),
     (("scripts.chat_cli", "-p", "What", "is"), "goes in quotes"),
@@ -289,9 +402,12 @@ def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, text, t
     ranks = copy.base / "tokenizer" / "ranks.tiktoken"
     ranks.write_bytes(ranks.read_bytes()[:-9])
     assert "ranks.tiktoken is damaged" in copy.refusal(*base_loss)
-    model = copy.base / "base_checkpoints" / "d1" / "model_000010.pt"
-    model.write_bytes(model.read_bytes()[:-7])
-    assert "model_000010.pt is damaged" in copy.refusal(*base_loss)
+    for step in (4, 10):
+        model = copy.base / "base_checkpoints" / "d1" / f"model_{step:06d}.pt"
+        model.write_bytes(model.read_bytes()[:-7])
+    shutil.copytree(stages.base / "tokenizer", copy.base / "tokenizer", dirs_exist_ok=True)
+    assert "model_000004.pt is damaged" in copy.refusal(*base_loss), "the newest that is whole would have been taken"
+    assert "model_000010.pt is damaged" in copy.refusal(*base_loss, "--step=10")
 
 
 def test_train_benchmark_measures_both_sides(stages):
