@@ -1,7 +1,7 @@
 """The GPT: rotary embeddings, QK norm, untied head, ReLU-squared MLP, RMSNorm without parameters, softcapped logits.
 
 One dial: depth. Width is 64 * depth, heads of 128 (64 when the model is small), and the rest follows. On top of that come
-lookups, which cost no matmul: the token before and the pair of both at the entrance, values by token and a second look
+lookups, which cost no matmul: at the entrance the token before, pairs and triples of tokens, values by token and a second look
 at the entrance in every layer. Without them it is the documented nanochat, and a test holds it to transformers' class. This
 file is single-device code; compiling and sharding are applied from outside.
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.adagrad import DistRowAdagrad
 from nanochat.adamw import DistAdamW
 from nanochat.attention import LayerCache, cached_attention, causal_attention
 from nanochat.common import UserError
@@ -21,12 +22,14 @@ from nanochat.hardware import is_out_of_memory
 from nanochat.muon import DistMuon
 
 
-# A token is looked up together with the one before it, in a table of which several pairs share a row, and the one before
-# shows through by itself (both as in the speedruns of modded-nanogpt). Lookups cost no matmul, and a short run knows each
-# frequent pair long before its layers could: the larger the table the better (dev/LOG.md), until its optimizer is a burden.
-PAIR_ROWS = 32           # rows of that table for each token of the vocabulary ...
-MOST_PAIR_ROWS = 131072  # ... and at most
-PAIR_STRIDE = 7919       # where the pairs of one first token begin, a prime so that frequent tokens do not meet
+# A token is looked up together with the one before it, and with the two before it, in tables of which several pairs or triples
+# share a row; the one before shows through by itself, too (the first and last as in the speedruns of modded-nanogpt).
+# Lookups cost no matmul, and a short run knows each frequent pair long before its layers could: the larger the tables
+# the better (dev/LOG.md), until memory and checkpoints are a burden.
+HASHED_ROWS = 64            # rows of each table for each token of the vocabulary ...
+MOST_HASHED_ROWS = 131072   # ... and at most
+STRIDES = 7919, 1000003     # what the token before, and the one before that, is multiplied with: primes keep frequent tokens apart
+HASHED_RATE = 50            # times the matrices' rate
 
 
 @dataclass
@@ -115,17 +118,17 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, S + 1)."""
+    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, S + 2)."""
 
     def __init__(self, layers, batch, length, device):
         self.layers = layers
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(batch, length + 1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, length + 2, dtype=torch.long, device=device)
 
     def add(self, idx, positions):
-        """Keep the tokens idx (B, T) at their positions (B, T); returns the token before each, 0 before the first."""
-        self.tokens.scatter_(1, positions + 1, idx)
-        return self.tokens.gather(1, positions)
+        """Keep the tokens idx (B, T) at their positions (B, T); returns the token before each and the one before that, else 0."""
+        self.tokens.scatter_(1, positions + 2, idx)
+        return self.tokens.gather(1, positions + 1), self.tokens.gather(1, positions)
 
     @property
     def nbytes(self):
@@ -139,7 +142,7 @@ class GPT(nn.Module):
         rows = -(-config.vocab_size // 64) * 64  # padded for the hardware; the extra rows are never read
         self.embed = nn.Embedding(rows, config.width)
         self.smear = nn.Parameter(torch.empty(config.width))
-        self.bigram = nn.Embedding(min(PAIR_ROWS * rows, MOST_PAIR_ROWS), config.width)
+        self.bigram, self.trigram = (nn.Embedding(min(HASHED_ROWS * rows, MOST_HASHED_ROWS), config.width, sparse=True) for _ in range(2))
         # value embeddings (arXiv 2410.17897), one table for the first and the last layer, and so on inwards
         kv_width = config.kv_heads * config.width // config.heads
         self.values = nn.ModuleList(nn.Embedding(rows, kv_width) for _ in range((config.depth + 1) // 2))
@@ -154,7 +157,8 @@ class GPT(nn.Module):
         """Sets every value, so that a model built on the meta device is whole after `to_empty` and this.
 
         embed                     normal, std 1 (it is normalised at once)
-        bigram, smear, values     zero: they say nothing until they have learned to
+        bigram, trigram, values   zero: they say nothing until they have learned to
+        smear                     zero, likewise
         blend                     1 of the stream and .1 of the embeddings
         q, k, v, up               uniform, std 1 / sqrt(width): uniform avoids outliers
         attention.out, mlp.down   zero: every block starts as the identity
@@ -163,7 +167,7 @@ class GPT(nn.Module):
         """
         c = self.config
         nn.init.normal_(self.embed.weight)
-        for silent in (self.smear, self.bigram.weight, *(table.weight for table in self.values)):
+        for silent in (self.smear, self.bigram.weight, self.trigram.weight, *(table.weight for table in self.values)):
             nn.init.zeros_(silent)
         nn.init.normal_(self.head.weight, std=0.001)
         bound = math.sqrt(3 / c.width)
@@ -195,14 +199,16 @@ class GPT(nn.Module):
             if T > self.config.max_seq_len:
                 raise UserError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
-            previous = F.pad(idx, (1, 0))[:, :-1]
+            previous, before = F.pad(idx, (1, 0))[:, :-1], F.pad(idx, (2, 0))[:, :-2]
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T
             cos, sin = self.cos[0, positions], self.sin[0, positions]  # B, T, 1, D/2
             cache.lengths = cache.lengths + T
-            previous = cache.add(idx, positions)
-        pairs = (previous * PAIR_STRIDE + idx) % self.bigram.num_embeddings
-        x = self.embed(idx) + self.smear * self.embed(previous) + self.bigram(pairs)
+            previous, before = cache.add(idx, positions)
+        pairs = previous * STRIDES[0] + idx
+        triples = before * STRIDES[1] + pairs
+        x = self.embed(idx) + self.smear * self.embed(previous)
+        x = x + self.bigram(pairs % self.bigram.num_embeddings) + self.trigram(triples % self.trigram.num_embeddings)
         x = x0 = norm(x.to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.blocks):
@@ -228,23 +234,26 @@ class GPT(nn.Module):
         return loss if reduction == "sum" else loss.view(targets.shape)
 
     def parameters_by_role(self):
-        """{role: [parameters]}: matrix, scalar, embedding, head. The roles partition the parameters."""
-        tables = (self.embed, self.bigram, *self.values)
+        """{role: [parameters]}: matrix, scalar, embedding, hashed, head. The roles partition the parameters."""
+        tables = (self.embed, *self.values)
         inside = list(self.blocks.parameters())
         return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2] + [self.smear],
-                "embedding": [table.weight for table in tables], "head": [self.head.weight]}
+                "embedding": [table.weight for table in tables], "hashed": [self.bigram.weight, self.trigram.weight],
+                "head": [self.head.weight]}
 
     def setup_optimizers(self, learning_rate=0.02, weight_decay=0.0):
-        """[AdamW, Muon]. learning_rate is Muon's; the AdamW groups keep their ratio to it and shrink with width^-0.5."""
+        """[AdamW, Muon, RowAdagrad]. learning_rate is Muon's; the AdamW groups keep their ratio to it and shrink with width^-0.5."""
         roles = self.parameters_by_role()
         scale = (self.config.width / 768) ** -0.5
         adamw = DistAdamW([{"params": roles["embedding"], "lr": 10 * learning_rate * scale},
                            {"params": roles["scalar"], "lr": 0.5 * learning_rate},
                            {"params": roles["head"], "lr": 0.2 * learning_rate * scale}], betas=(0.8, 0.95))
         muon = DistMuon(roles["matrix"], lr=learning_rate, weight_decay=weight_decay)
-        for group in adamw.param_groups + muon.param_groups:
+        adagrad = DistRowAdagrad(roles["hashed"], lr=HASHED_RATE * learning_rate)
+        optimizers = [adamw, muon, adagrad]
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["initial_lr"] = group["lr"]
-        return [adamw, muon]
+        return optimizers
 
     def matmul_parameters(self):
         """How many weights a token is multiplied with: the matrices and the head, not the tables."""

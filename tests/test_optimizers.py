@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from conftest import ROOT
+from nanochat.adagrad import DistRowAdagrad
 from nanochat.adamw import DistAdamW
 from nanochat.muon import DistMuon, orthogonalize
 
@@ -31,6 +32,43 @@ def run(make_optimizer, steps=5, ranks=1, rank=0):
             optimizer.reduce()
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in params])
+
+
+def run_table(ranks=1, rank=0, optimizer=lambda table: DistRowAdagrad([table.weight], lr=0.5), sparse=True):
+    """A table of 11 rows after some steps; each rank looks up its share of the 12 tokens of a step, some of them twice."""
+    table = torch.nn.Embedding(11, 8, sparse=sparse)
+    with torch.no_grad():
+        table.weight.copy_(gradients(99, 0, (11, 8)))
+    optimizer = optimizer(table)
+    for step in range(5):
+        tokens = torch.randint(9, (12,), generator=torch.Generator().manual_seed(step))
+        wanted = gradients(step, 1, (12, 8))
+        (table(tokens) * wanted)[rank::ranks].sum().mul(ranks).backward()
+        if hasattr(optimizer, "reduce"):
+            optimizer.reduce()
+        optimizer.step()
+        table.weight.grad = None
+    return table.weight.detach()
+
+
+class SlowRowAdagrad:
+    """Every row by itself, from a dense gradient."""
+
+    def __init__(self, table):
+        self.table, self.squares = table, [0.0] * len(table.weight)
+
+    @torch.no_grad()
+    def step(self):
+        for i, (row, grad) in enumerate(zip(self.table.weight, self.table.weight.grad)):
+            if grad.any():
+                self.squares[i] += (grad ** 2).mean().item()
+                row -= 0.5 * grad / self.squares[i] ** 0.5
+
+
+def test_row_adagrad_equals_its_slow_twin_and_leaves_other_rows_alone():
+    ours = run_table()
+    torch.testing.assert_close(ours, run_table(optimizer=SlowRowAdagrad, sparse=False), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours[9:], gradients(99, 0, (11, 8))[9:])
 
 
 def test_adamw_equals_torch():
@@ -71,7 +109,7 @@ def _worker(rank, ranks, port, folder):
     dist.init_process_group("gloo")
     adamw = run(lambda p: DistAdamW(p, lr=0.03), ranks=ranks, rank=rank)
     muon = run(lambda p: DistMuon(p, lr=0.02), ranks=ranks, rank=rank)
-    torch.save([adamw, muon], f"{folder}/{rank}.pt")
+    torch.save([adamw, muon, run_table(ranks, rank)], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -79,7 +117,7 @@ def _worker(rank, ranks, port, folder):
 def test_trap_13_and_23_gloo_ranks_agree_with_one(tmp_path, ranks):
     """Neither 96 elements nor three matrices divide by every number of ranks; gloo has neither averages nor futures."""
     mp.start_processes(_worker, (ranks, 29500 + ranks + os.getpid() % 400, str(tmp_path)), nprocs=ranks, start_method="spawn")
-    wanted = [run(lambda p: DistAdamW(p, lr=0.03)), run(lambda p: DistMuon(p, lr=0.02))]
+    wanted = [run(lambda p: DistAdamW(p, lr=0.03)), run(lambda p: DistMuon(p, lr=0.02)), run_table()]
     for rank in range(ranks):
         for ours, one in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), wanted):
             torch.testing.assert_close(ours, one, atol=1e-6, rtol=1e-5)
