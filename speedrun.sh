@@ -27,7 +27,7 @@ if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ && "${MINUTES:-1}" =~ [1-9] ]]; t
 
 # What a stage gets. The chat needs two minutes of training whatever the rest; tokenizer, validation, evaluation and
 # start-up come on top, about a minute and a half on two slow cores.
-share() { awk -v m="$MINUTES" "BEGIN { base = m > 2.4 ? 0.65 * m - 1.05 : 0.2 * m; printf \"%.3f\", ($1) }"; }
+share() { awk -v m="$MINUTES" "BEGIN { base = m > 2.4 ? 0.63 * m - 0.99 : 0.2 * m; printf \"%.3f\", ($1) }"; }
 base_time=() mid_time=() sft_time=()
 if [ -n "$MINUTES" ]; then
     base_time=("--minutes=$(share 'base')")

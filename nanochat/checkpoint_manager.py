@@ -19,11 +19,13 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from nanochat.common import (UserError, agree, atomic_file, atomic_write, get_base_dir, get_dist_info, install_error_hook, print0,
                              sha256)
@@ -50,32 +52,57 @@ def advice(source):
 
 
 def save_checkpoint(dir, step, model, optimizer, meta, rank, keep=KEEP):
-    """Save one step; every rank calls it. model: the module; optimizer: this rank's state (a dict), or None; meta: dict for JSON.
+    """Save one step and wait for it: SaveUnderWay(...).finish(). Every rank calls it."""
+    SaveUnderWay(dir, step, model, optimizer, meta, rank, keep).finish()
 
-    Order: all files under their names by rename, all ranks meet, then rank 0 writes the meta file with the hashes, and
-    prunes the folder to `keep`.
+
+class SaveUnderWay:
+    """A step that a thread writes, from a snapshot, while training goes on.
+
+    model: the module; optimizer: this rank's state (a dict), or None; meta: dict for JSON. Order: all files under their
+    names by rename (here the training may go on), all ranks meet, then rank 0 writes the meta file with the hashes and
+    prunes the folder to `keep`. Ranks meet in finish(), on the main thread, so that no two collectives ever cross.
     """
-    dir = Path(dir)
-    dir.mkdir(parents=True, exist_ok=True)
-    files = {}
-    if rank == 0:
-        files[f"model_{step:06d}.pt"] = model.state_dict()
-    if optimizer is not None:
-        files[f"optim_{step:06d}_rank{rank}.pt"] = optimizer
-    hashes = {}
-    for name, state in files.items():
-        with atomic_file(dir / name) as file:
-            torch.save(state, file)
-        hashes[name] = sha256(dir / name)
-    world_size = get_dist_info()[3]
-    if world_size > 1:
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, hashes)
-        hashes = {name: digest for part in everyone for name, digest in part.items()}
-    if rank == 0:
-        atomic_write(dir / f"meta_{step:06d}.json",
-                     json.dumps({**meta, "step": step, "saved": time.time(), "world_size": world_size, "files": hashes}, indent=1))
-        prune(dir, keep)
+
+    def __init__(self, dir, step, model, optimizer, meta, rank, keep=KEEP):
+        self.dir, self.step, self.meta, self.rank, self.keep = Path(dir), step, dict(meta), rank, keep
+        self.dir.mkdir(parents=True, exist_ok=True)
+        files = {f"model_{step:06d}.pt": model.state_dict()} if rank == 0 else {}
+        if optimizer is not None:
+            files[f"optim_{step:06d}_rank{rank}.pt"] = optimizer
+        files = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), files)
+        self.hashes, self.error = {}, RuntimeError(f"the files of step {step} were not all written")
+        self.thread = threading.Thread(target=self._write, args=(files,), daemon=True)
+        self.thread.start()
+
+    def _write(self, files):
+        try:
+            for name, state in files.items():
+                with atomic_file(self.dir / name) as file:
+                    torch.save(state, file)
+                self.hashes[name] = sha256(self.dir / name)
+            self.error = None
+        except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
+            self.error = error
+
+    def done(self):
+        """Whether this rank's files are written, so that finish() would not wait for them."""
+        return not self.thread.is_alive()
+
+    def finish(self):
+        """Wait for the files of all ranks and make the step complete. Every rank calls it. OSError where one could not be written."""
+        self.thread.join()
+        if self.error:
+            raise self.error
+        hashes, world_size = self.hashes, get_dist_info()[3]
+        if world_size > 1:
+            everyone = [None] * world_size
+            dist.all_gather_object(everyone, hashes)
+            hashes = {name: digest for part in everyone for name, digest in part.items()}
+        if self.rank == 0:
+            atomic_write(self.dir / f"meta_{self.step:06d}.json", json.dumps(
+                {**self.meta, "step": self.step, "saved": time.time(), "world_size": world_size, "files": hashes}, indent=1))
+            prune(self.dir, self.keep)
 
 
 def lock_folder(dir, rank):
@@ -191,7 +218,7 @@ def named_checkpoint(name, dir):
 def load_optimizers(optimizers, states):
     """The state of each optimizer from a checkpoint; rate and weight decay stay those of this run's settings."""
     for optimizer, state in zip(optimizers, states):
-        own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+        own = [{key: group[key] for key in ("initial_lr", "weight_decay") if key in group} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, own):
             group.update(values)

@@ -5,6 +5,7 @@
     python -m scripts.base_train --depth=4 --num_iterations=1000 config/my_machine.py
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
 """
+import faulthandler
 import gc
 import itertools
 import json
@@ -14,8 +15,8 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended, load_optimizers,
-                                         lock_folder, named_checkpoint, read_checkpoint, save_checkpoint, step_before_decay)
+from nanochat.checkpoint_manager import (SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended,
+                                         load_optimizers, lock_folder, named_checkpoint, read_checkpoint, step_before_decay)
 from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
@@ -51,6 +52,7 @@ eval_every: int = None       # steps between validations and samples; None: at e
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay; the best, and the last before the rate falls, stay besides
+hang_minutes = 30.0          # a step that takes longer ends the run, and every rank prints where it stood
 logger = ""                  # tensorboard or wandb, where installed, besides log.jsonl in the checkpoint's folder
 resume = False               # go on from the newest checkpoint of this tag
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
@@ -172,6 +174,7 @@ first_step, quarter, val_bpb = step, int(4 * (step / num_iterations if num_itera
 durations, shown, stop = [], 0.0, StopRequest()
 guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
 good_steps = [step] if state else []  # checkpoints to go back to
+save_under_way = None
 saved, decaying = elapsed, step > 0 and (step / num_iterations if num_iterations else elapsed / 60 / minutes) > 1 - warmdown
 send_to_logger = open_logger(logger, folder, settings)
 log_file = open_log(folder, step) if rank == 0 else None
@@ -184,14 +187,25 @@ def log(**row):
         send_to_logger(step, row)
 
 
+def finish_save():
+    global save_under_way
+    if save_under_way:
+        save_under_way.finish()
+    save_under_way = None
+
+
 def save(finished=False):
-    global saved
+    """Written by a thread while training goes on, unless this is the end."""
+    global saved, save_under_way
+    finish_save()
     saved = elapsed
     good_steps.append(step)
-    save_checkpoint(folder, step, model, {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state,
-                                          "rng": torch.get_rng_state()},
-                    {**meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
-                     "val_bpb": val_bpb, "before_decay": not decaying, "finished": finished}, rank, keep)
+    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state()}
+    save_under_way = SaveUnderWay(folder, step, model, own, {
+        **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
+        "val_bpb": val_bpb, "before_decay": not decaying, "finished": finished}, rank, keep)
+    if finished or stopped:
+        finish_save()
 
 
 def show_samples():
@@ -206,7 +220,10 @@ def show_samples():
 
 model.train()
 while True:
-    elapsed, stopped = agree(elapsed, stop.signal)
+    faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
+    elapsed, stopped, writing = agree(elapsed, stop.signal, bool(save_under_way) and not save_under_way.done())
+    if not writing:
+        finish_save()
     progress = step / num_iterations if num_iterations else elapsed / (60 * minutes)
     # the last step is the one after which another would not fit
     spare = 0 if num_iterations or not durations else 0.5 * durations[-1] / (60 * minutes)
@@ -256,6 +273,7 @@ while True:
         sick = verdict == "stop" or not good_steps
         if sick:
             break
+        finish_save()
         step, rate_scale = good_steps[-1], rate_scale / 2
         weights, state, _ = read_checkpoint(folder, step, device, rank)
         model.load_state_dict(weights)
@@ -277,7 +295,9 @@ while True:
                f"{100 * flops_per_token * speed / world_size / matmul_rate:.0f} % of matmul rate | {left / 60:.1f} min left")
     log(loss=loss, lr=learning_rate * rate, grad_norm=norm)
 
+faulthandler.cancel_dump_traceback_later()
 if sick:
+    finish_save()
     print0(f"stopping, for the run does not recover; last seen: {reason}. " + (
         f"Step {good_steps[-1]} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings"
         if good_steps else "Nothing was saved yet: try again with a lower --learning_rate"))

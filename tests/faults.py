@@ -4,11 +4,13 @@
     spike    gradients a hundred times too large
     sick     the weights become NaN, as after a bad update
     missing  the batch never comes
+    hang     the last rank sleeps
 """
 import json
 import os
 import runpy
 import sys
+import time
 
 import torch
 
@@ -29,8 +31,10 @@ def install():
         fault = faults.get(calls[0])
         if fault == "sick":
             next(model.parameters()).data.fill_(torch.nan)
-        result = accumulate(model, *arguments)
         last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+        if fault == "hang" and last:
+            time.sleep(999)
+        result = accumulate(model, *arguments)
         for p in model.parameters() if fault == "spike" or fault == "nan" and last else ():
             p.grad *= 100 if fault == "spike" else torch.nan
         return result

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from conftest import ROOT
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import (build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
+from nanochat.checkpoint_manager import (SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
                                          prune, read_checkpoint, read_metas, save_checkpoint)
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
@@ -289,6 +290,7 @@ def in_a_child(action):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # OpenMP's others did not come along
             action()
             os._exit(0)
         except BaseException:
@@ -361,3 +363,30 @@ def test_a_disk_that_fails_leaves_the_steps_before(folder, meta, monkeypatch, nu
         save(folder, 9, meta)
     monkeypatch.undo()
     assert must_be_whole(folder) == [5] and not list(folder.glob("*.tmp"))
+
+
+def test_a_save_under_way_is_a_snapshot_and_is_complete_when_finished(folder, meta, monkeypatch):
+    model, optimizers = make(meta)
+    whole = {key: value.clone() for key, value in model.state_dict().items()}
+    gate, real = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: gate.wait(60) and real(*arguments))
+    under_way = SaveUnderWay(folder, 7, model, {"optimizers": [o.state_dict() for o in optimizers]}, meta, 0)
+    train_step(model, optimizers)
+    assert not under_way.done() and complete_steps(folder) == []
+    gate.set()
+    under_way.finish()
+    weights, state, _ = read_checkpoint(folder, rank=0)
+    assert all(torch.equal(weights[key], whole[key]) for key in whole), "what was trained since is not in it"
+    assert not torch.equal(whole["embed.weight"], model.state_dict()["embed.weight"])
+    assert state["optimizers"][0]["state"][0]["step"] == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writer_that_fails_or_dies_is_heard_of_when_the_save_finishes(folder, meta, monkeypatch):
+    model = make(meta, 0)[0]
+    for error, kind in ((OSError(28, "No space left on device"), OSError), (RuntimeError("full"), RuntimeError),
+                        (SystemExit(), RuntimeError)):
+        monkeypatch.setattr(torch, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(kind):
+            SaveUnderWay(folder, 7, model, None, meta, 0).finish()
+    assert complete_steps(folder) == [] and not list(folder.glob("*.tmp"))

@@ -254,6 +254,13 @@ def test_trap_26_nan_on_one_of_two_ranks_is_skipped_by_both(stages, text, monkey
     assert all(value.isfinite().all() for value in weights_of(folder, 40).values())
 
 
+def test_a_rank_that_hangs_ends_the_run_and_says_where_it_stood(stages, text, monkeypatch):
+    monkeypatch.setitem(stages.environment, "FAULTS", json.dumps({"6": "hang"}))
+    _, err = stages.run("scripts.base_train", "--", f"--data={text}", *TINY, "--num_iterations=99", "--eval_every=0", "--model_tag=hung",
+                        "--hang_minutes=0.05", launcher=(*TORCHRUN, "tests.faults"), status=1)
+    assert "Timeout" in err and "faults.py" in err and "in faulty" in err
+
+
 def test_sick_weights_go_back_to_the_last_good_checkpoint_at_half_the_rate(stages, text):
     command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10", "--eval_every=0", "--save_every=3")
     out, _ = stages.fork(*command, "--model_tag=sick", faults={"6": "sick"})
