@@ -3,7 +3,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -11,7 +10,6 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
                                          prune, read_checkpoint, read_metas, save_checkpoint)
@@ -265,15 +263,18 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_is_taken(folder, meta
     assert "is damaged" in error_of(read_checkpoint, folder, 12)
 
 
-def test_the_command_lists_verifies_and_prunes(folder, meta):
+def test_the_command_lists_verifies_and_prunes(folder, meta, monkeypatch, capsys):
     def command(*words, status=0):
-        result = subprocess.run([sys.executable, "-m", "nanochat.checkpoint_manager", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == status, result.stdout + result.stderr
-        return result.stdout + result.stderr
+        monkeypatch.setattr(sys, "argv", ["checkpoint_manager", *map(str, words)])
+        with pytest.raises((SystemExit, UserError)) as end:
+            checkpoint_manager.main()
+        assert (2 if end.type is UserError else end.value.code) == status
+        return capsys.readouterr().out + str(end.value)
+    monkeypatch.setattr(checkpoint_manager, "install_error_hook", lambda: None)
     for step in (1, 2, 3):
         save(folder, step, meta)
     (folder / "meta_000004.json").write_text("{", encoding="utf-8")
-    lines = command(folder).splitlines()
+    lines = command(folder).splitlines()[:-1]
     assert len(lines) == 4 and "meta_000004.json is damaged" in lines[0] and all("2.2500  complete" in line for line in lines[1:])
     assert command(folder, "--verify").count("verified") == 3
     flip_a_byte(folder / "model_000002.pt")
@@ -283,6 +284,7 @@ def test_the_command_lists_verifies_and_prunes(folder, meta):
     held.close()
     assert "deleted steps: none" in command(folder, "--prune")
     assert "not a folder" in command(folder / "none", status=2)
+    assert "name the folder of the sick run" in command(folder.parent, "--rescue", status=2)
 
 
 def in_a_child(action):
@@ -342,7 +344,7 @@ def test_killed_at_a_hundred_random_moments_all_complete_steps_are_whole(folder,
             save(folder, step, meta, model=model, optimizers=optimizers)
     for _ in range(100):
         child = in_a_child(save_for_ever)
-        time.sleep(3 * duration * moment.random())
+        time.sleep(1.5 * duration * moment.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         steps = must_be_whole(folder)
