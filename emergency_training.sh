@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training run that does not recover by itself goes on from its newest undamaged checkpoint with safe settings:
+# A training run that does not recover by itself goes on from its newest complete checkpoint with safe settings:
 #
 #   bash emergency_training.sh                                        # the run that saved last
 #   bash emergency_training.sh ~/.cache/nanochat/base_checkpoints/d4  # this one

@@ -105,6 +105,47 @@ class SaveUnderWay:
             prune(self.dir, self.keep)
 
 
+class Checkpoints:
+    """The checkpoints of one run: the lock on their folder, the save under way, and the steps to go back to.
+
+    resumed_from: the step that the run goes on from, or None. Ranks call save(), finish() and load() alike.
+    """
+
+    def __init__(self, dir, rank, keep=KEEP, resumed_from=None):
+        self.dir, self.rank, self.keep = Path(dir), rank, keep
+        self.lock = lock_folder(dir, rank)
+        self.good_steps = [] if resumed_from is None else [resumed_from]
+        self.under_way = None
+
+    def save(self, step, model, optimizer, meta):
+        """Begin to save; finish() completes it."""
+        self.finish()
+        self.good_steps.append(step)
+        self.under_way = SaveUnderWay(self.dir, step, model, optimizer, meta, self.rank, self.keep)
+
+    def writing(self):
+        """Whether finish() would wait for this rank's files."""
+        return self.under_way is not None and not self.under_way.done()
+
+    def finish(self):
+        if self.under_way:
+            self.under_way.finish()
+        self.under_way = None
+
+    def last_good(self, step):
+        """The step to go back to from `step`, or None."""
+        if len(self.good_steps) > 1 and step == self.good_steps[-1]:
+            self.good_steps.pop()  # not a single good step since: that one is sick itself
+        return self.good_steps[-1] if self.good_steps else None
+
+    def load(self, step, model, optimizers, device):
+        """Take weights and optimizer states of `step` into a model and its optimizers that exist."""
+        self.finish()
+        weights, state, _ = read_checkpoint(self.dir, step, device, self.rank)
+        model.load_state_dict(weights)
+        load_optimizers(optimizers, state["optimizers"])
+
+
 def lock_folder(dir, rank):
     """Hold `dir` for this run until the process ends, however it does. UserError where another run holds it.
 
@@ -141,14 +182,19 @@ def read_metas(dir):
     return dict(sorted(found.items(), key=lambda item: item[1]["saved"] if isinstance(item[1], dict) else 0))
 
 
+def complete_metas(dir):
+    """The meta of each step in `dir` whose meta file is readable and whose other files are there, in the order in which they were saved."""
+    return [meta for meta in read_metas(dir).values() if isinstance(meta, dict)]
+
+
 def complete_steps(dir):
-    """Steps in `dir` whose meta file is readable and whose other files are there, in the order in which they were saved."""
-    return [step for step, meta in read_metas(dir).items() if isinstance(meta, dict)]
+    """Their steps, in that order."""
+    return [meta["step"] for meta in complete_metas(dir)]
 
 
 def step_before_decay(dir):
     """The newest step of `dir` that was saved before its run's rate began to fall."""
-    steps = [step for step, meta in read_metas(dir).items() if isinstance(meta, dict) and meta.get("before_decay")]
+    steps = [meta["step"] for meta in complete_metas(dir) if meta.get("before_decay")]
     if not steps:
         raise UserError(f"no checkpoint in {dir} is from before the rate fell, so that none can be extended: train anew")
     return steps[-1]
@@ -156,8 +202,7 @@ def step_before_decay(dir):
 
 def is_extended(dir, factor):
     """Whether the newest complete step of `dir` is of a run that was extended by `factor` and has not ended."""
-    meta = ([None] + [meta for meta in read_metas(dir).values() if isinstance(meta, dict)])[-1]
-    return bool(meta) and not meta["finished"] and meta["settings"].get("extend") == factor
+    return any(not meta["finished"] and meta["settings"].get("extend") == factor for meta in complete_metas(dir)[-1:])
 
 
 def prune(dir, keep=KEEP):
@@ -165,7 +210,7 @@ def prune(dir, keep=KEEP):
 
     Returns the steps that went. Steps that are not complete stay, for somebody may still want to look at them.
     """
-    metas = [meta for meta in read_metas(dir).values() if isinstance(meta, dict)]
+    metas = complete_metas(dir)
     judged = [meta for meta in metas if meta.get("val_bpb") is not None]
     stay = metas[-keep:] + [meta for meta in metas if meta.get("before_decay")][-1:]
     stay += [min(judged, key=lambda meta: meta["val_bpb"])] if judged else []
@@ -273,9 +318,10 @@ SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}  # and half the
 
 def rescue(dir):
     """Start the stage that wrote the newest complete step of `dir` again from that step, with safe settings. Does not return."""
-    meta = ([None] + [meta for meta in read_metas(dir).values() if isinstance(meta, dict)])[-1]
-    if not meta or meta["finished"]:
+    metas = complete_metas(dir)
+    if not metas or metas[-1]["finished"]:
         raise UserError(f"no unfinished run has a complete checkpoint in {dir}: name the folder of the sick run")
+    meta = metas[-1]
     before = meta["settings"]
     changed = {**SAFE, "learning_rate": before["learning_rate"] / 2}
     settings = {**before, **changed, "resume": False, "extend": None, "resume_from_checkpoint": f"{dir / 'meta_'}{meta['step']:06d}.json"}

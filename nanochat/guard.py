@@ -22,6 +22,13 @@ SKIPS = 5        # in a row, then back
 ROLL_BACKS = 3   # then stop
 
 
+def last_words(reason, folder, good_step):
+    """What a run says that does not recover. good_step: the newest good checkpoint in `folder`, or None."""
+    remedy = "Nothing was saved yet: try again with a lower --learning_rate" if good_step is None else (
+        f"Step {good_step} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings")
+    return f"stopping, for the run does not recover; last seen: {reason}. {remedy}"
+
+
 class Guard:
     def __init__(self):
         self.losses, self.norms = deque(maxlen=MEMORY), deque(maxlen=MEMORY)

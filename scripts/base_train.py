@@ -15,15 +15,15 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended,
-                                         load_optimizers, lock_folder, named_checkpoint, read_checkpoint, step_before_decay)
+from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended,
+                                         load_optimizers, named_checkpoint, read_checkpoint, step_before_decay)
 from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, accumulate_gradients
-from nanochat.guard import Guard
+from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.schedule import cpu_plan, default_minutes, lr_multiplier, muon_momentum
@@ -131,7 +131,6 @@ if not meta:
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
             "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "elapsed": 0.0}
 meta["budgets"] = budgets
-lock = lock_folder(folder, rank)
 model = build_model(meta, device)
 if state:
     model.load_state_dict(weights)
@@ -173,8 +172,7 @@ step, elapsed = meta["step"], meta["elapsed"]
 first_step, quarter, val_bpb = step, int(4 * (step / num_iterations if num_iterations else elapsed / 60 / minutes)), None
 durations, shown, stop = [], 0.0, StopRequest()
 guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
-good_steps = [step] if state else []  # checkpoints to go back to
-save_under_way = None
+checkpoints = Checkpoints(folder, rank, keep, step if state else None)
 saved, decaying = elapsed, step > 0 and (step / num_iterations if num_iterations else elapsed / 60 / minutes) > 1 - warmdown
 send_to_logger = open_logger(logger, folder, settings)
 log_file = open_log(folder, step) if rank == 0 else None
@@ -187,25 +185,16 @@ def log(**row):
         send_to_logger(step, row)
 
 
-def finish_save():
-    global save_under_way
-    if save_under_way:
-        save_under_way.finish()
-    save_under_way = None
-
-
 def save(finished=False):
     """Written by a thread while training goes on, unless this is the end."""
-    global saved, save_under_way
-    finish_save()
+    global saved
     saved = elapsed
-    good_steps.append(step)
     own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state()}
-    save_under_way = SaveUnderWay(folder, step, model, own, {
+    checkpoints.save(step, model, own, {
         **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
-        "val_bpb": val_bpb, "before_decay": not decaying, "finished": finished}, rank, keep)
+        "val_bpb": val_bpb, "before_decay": not decaying, "finished": finished})
     if finished or stopped:
-        finish_save()
+        checkpoints.finish()
 
 
 def show_samples():
@@ -221,15 +210,15 @@ def show_samples():
 model.train()
 while True:
     faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
-    elapsed, stopped, writing = agree(elapsed, stop.signal, bool(save_under_way) and not save_under_way.done())
+    elapsed, stopped, writing = agree(elapsed, stop.signal, checkpoints.writing())
     if not writing:
-        finish_save()
+        checkpoints.finish()
     progress = step / num_iterations if num_iterations else elapsed / (60 * minutes)
     # the last step is the one after which another would not fit
     spare = 0 if num_iterations or not durations else 0.5 * durations[-1] / (60 * minutes)
     if progress + spare >= 1 or stopped:
         break
-    if step not in (first_step, *good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes or
+    if step not in (first_step, *checkpoints.good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes or
                               not decaying and progress >= 1 - warmdown):
         save()
     decaying = progress >= 1 - warmdown
@@ -268,16 +257,12 @@ while True:
         log(skipped=reason, verdict=verdict)
         if verdict == "skip":
             continue
-        if len(good_steps) > 1 and step == good_steps[-1]:
-            good_steps.pop()  # not a single good step since: that one is sick itself
-        sick = verdict == "stop" or not good_steps
+        good_step = checkpoints.last_good(step)
+        sick = verdict == "stop" or good_step is None
         if sick:
             break
-        finish_save()
-        step, rate_scale = good_steps[-1], rate_scale / 2
-        weights, state, _ = read_checkpoint(folder, step, device, rank)
-        model.load_state_dict(weights)
-        load_optimizers(optimizers, state["optimizers"])
+        step, rate_scale = good_step, rate_scale / 2
+        checkpoints.load(step, model, optimizers, device)
         print0(f"back to step {step}, with other data and {rate_scale:g} times the rate")
         continue
     if compile and len(durations) == 1 and durations[0] > 2:
@@ -297,10 +282,8 @@ while True:
 
 faulthandler.cancel_dump_traceback_later()
 if sick:
-    finish_save()
-    print0(f"stopping, for the run does not recover; last seen: {reason}. " + (
-        f"Step {good_steps[-1]} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings"
-        if good_steps else "Nothing was saved yet: try again with a lower --learning_rate"))
+    checkpoints.finish()
+    print0(last_words(reason, folder, good_step))
     compute_cleanup()
     raise SystemExit(1)
 if stopped:

@@ -12,14 +12,14 @@ import time
 
 import torch
 
-from nanochat.checkpoint_manager import (SaveUnderWay, checkpoint_dir, complete_steps, load_model, load_optimizers, lock_folder,
+from nanochat.checkpoint_manager import (Checkpoints, checkpoint_dir, complete_steps, load_model, load_optimizers,
                                          named_checkpoint, read_checkpoint)
 from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
 from nanochat.gpt import accumulate_gradients
-from nanochat.guard import Guard
+from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.schedule import default_minutes, lr_multiplier
 from tasks.arithmetic import Arithmetic
@@ -85,7 +85,6 @@ elif resume and complete_steps(folder):
     else:
         meta = saved_meta
         model.load_state_dict(weights)
-lock = lock_folder(folder, rank)
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
@@ -122,8 +121,7 @@ print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a 
 step, elapsed, quarter = meta["step"], meta["elapsed"], 0
 first_step, durations, shown, stop = step, [], 0.0, StopRequest()
 guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
-good_steps = [step] if state else []  # checkpoints to go back to
-save_under_way = None
+checkpoints = Checkpoints(folder, rank, keep, step if state else None)
 saved = elapsed
 send_to_logger = open_logger(logger, folder, settings)
 log_file = open_log(folder, step) if rank == 0 else None
@@ -136,25 +134,16 @@ def log(**row):
         send_to_logger(step, row)
 
 
-def finish_save():
-    global save_under_way
-    if save_under_way:
-        save_under_way.finish()
-    save_under_way = None
-
-
 def save(finished=False):
     """Written by a thread while training goes on, unless this is the end."""
-    global saved, save_under_way
-    finish_save()
+    global saved
     saved = elapsed
-    good_steps.append(step)
     own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state()}
-    save_under_way = SaveUnderWay(folder, step, model, own, {
+    checkpoints.save(step, model, own, {
         **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
-        "finished": finished}, rank, keep)
+        "finished": finished})
     if finished or stopped:
-        finish_save()
+        checkpoints.finish()
 
 
 def show_samples():
@@ -170,9 +159,9 @@ def show_samples():
 
 while True:
     faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
-    elapsed, stopped, writing = agree(elapsed, stop.signal, bool(save_under_way) and not save_under_way.done())
+    elapsed, stopped, writing = agree(elapsed, stop.signal, checkpoints.writing())
     if not writing:
-        finish_save()
+        checkpoints.finish()
     if num_iterations:
         progress, spare = step / num_iterations, 0
     elif minutes:
@@ -181,7 +170,7 @@ while True:
         progress, spare = agree(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
     if progress + spare >= 1 or stopped:
         break
-    if step not in (first_step, *good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes):
+    if step not in (first_step, *checkpoints.good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes):
         save()
     if int(4 * progress) > quarter:
         quarter = int(4 * progress)
@@ -218,16 +207,12 @@ while True:
         log(skipped=reason, verdict=verdict)
         if verdict == "skip":
             continue
-        if len(good_steps) > 1 and step == good_steps[-1]:
-            good_steps.pop()  # not a single good step since: that one is sick itself
-        sick = verdict == "stop" or not good_steps
+        good_step = checkpoints.last_good(step)
+        sick = verdict == "stop" or good_step is None
         if sick:
             break
-        finish_save()
-        step, rate_scale = good_steps[-1], rate_scale / 2
-        weights, state, _ = read_checkpoint(folder, step, device, rank)
-        model.load_state_dict(weights)
-        load_optimizers(optimizers, state["optimizers"])
+        step, rate_scale = good_step, rate_scale / 2
+        checkpoints.load(step, model, optimizers, device)
         print0(f"back to step {step}, with other data and {rate_scale:g} times the rate")
         continue
     if compile and len(durations) == 1 and durations[0] > 2:
@@ -249,10 +234,8 @@ while True:
 
 faulthandler.cancel_dump_traceback_later()
 if sick:
-    finish_save()
-    print0(f"stopping, for the run does not recover; last seen: {reason}. " + (
-        f"Step {good_steps[-1]} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings"
-        if good_steps else "Nothing was saved yet: try again with a lower --learning_rate"))
+    checkpoints.finish()
+    print0(last_words(reason, folder, good_step))
     compute_cleanup()
     raise SystemExit(1)
 if stopped:

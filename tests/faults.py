@@ -5,10 +5,12 @@
     sick     the weights become NaN, as after a bad update
     missing  the batch never comes
     hang     the last rank sleeps
+    kill     the process is killed, and interrupt: as by Ctrl+C
 """
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 
@@ -19,12 +21,14 @@ from nanochat import dataloader, gpt
 
 def install():
     faults = {int(number): fault for number, fault in json.loads(os.environ["FAULTS"]).items()}
-    read, accumulate, calls = dataloader.tokenizing_distributed_data_loader_with_state, gpt.accumulate_gradients, [0]
+    accumulate, calls = gpt.accumulate_gradients, [0]
 
-    def loader(*arguments):
-        for number, batch in enumerate(read(*arguments), start=1):
-            if faults.get(number) != "missing":
-                yield batch
+    def without_the_missing(read):
+        def loader(*arguments, **options):
+            for number, batch in enumerate(read(*arguments, **options), start=1):
+                if faults.get(number) != "missing":
+                    yield batch
+        return loader
 
     def faulty(model, *arguments):
         calls[0] += 1
@@ -34,12 +38,16 @@ def install():
         last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
         if fault == "hang" and last:
             time.sleep(999)
+        if fault in ("kill", "interrupt"):
+            os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGINT)
         result = accumulate(model, *arguments)
         for p in model.parameters() if fault == "spike" or fault == "nan" and last else ():
             p.grad *= 100 if fault == "spike" else torch.nan
         return result
 
-    dataloader.tokenizing_distributed_data_loader_with_state, gpt.accumulate_gradients = loader, faulty
+    gpt.accumulate_gradients = faulty
+    for name in ("tokenizing_distributed_data_loader_with_state", "sft_data_generator"):
+        setattr(dataloader, name, without_the_missing(getattr(dataloader, name)))
 
 
 if __name__ == "__main__":

@@ -182,9 +182,10 @@ def test_the_newest_tag_is_taken_where_none_is_named(meta, tokenizer):
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_damaged_file_is_named(folder, meta, name, cut):
     save(folder, 5, meta)
-    data = bytearray((folder / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (folder / name).write_bytes(data[:-9] if cut else data)
+    if cut:
+        os.truncate(folder / name, (folder / name).stat().st_size - 9)
+    else:
+        flip_a_byte(folder / name)
     message = error_of(read_checkpoint, folder, rank=0)
     assert str(folder / name) in message and "damaged" in message and "\n" not in message
 
@@ -288,7 +289,7 @@ def test_the_command_lists_verifies_and_prunes(folder, meta, monkeypatch, capsys
 
 
 def in_a_child(action):
-    """Fork, run action() there, and return the status (a negative signal's number); the child sees nothing of pytest's ending."""
+    """Fork, run action() there, and return the child's number; its status is 0, or 9 where the action failed."""
     child = os.fork()
     if child == 0:
         try:
@@ -335,20 +336,19 @@ def test_killed_at_every_write_sync_and_rename_a_save_leaves_the_step_before_it(
 def test_killed_at_a_hundred_random_moments_all_complete_steps_are_whole(folder, meta):
     model, optimizers = make(meta, 1)
     save(folder, 0, meta, model=model, optimizers=optimizers)
-    begin = time.perf_counter()
-    save(folder, 0, meta, model=model, optimizers=optimizers)
-    duration, moment, newest = time.perf_counter() - begin, random.Random(1), 0
+    moment, wait, newest = random.Random(1), 0.02, 0
 
     def save_for_ever():
         for step in range(newest + 1, newest + 99):
             save(folder, step, meta, model=model, optimizers=optimizers)
     for _ in range(100):
         child = in_a_child(save_for_ever)
-        time.sleep(1.5 * duration * moment.random())
+        time.sleep(2 * wait * moment.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         steps = must_be_whole(folder)
         assert steps and steps[-1] >= newest, "what was complete once stays, or a newer one does"
+        wait *= 0.8 if steps[-1] > newest else 1.25  # however fast the machine is, half the children complete a step
         newest = steps[-1]
     assert newest > 10
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -198,9 +197,12 @@ def refrain(tmp_path_factory):
     return folder
 
 
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def losses_of(folder):
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")
-    return {row["step"]: row["loss"] for row in map(json.loads, filter(None, lines)) if "loss" in row}
+    return {row["step"]: row["loss"] for row in rows_of(folder) if "loss" in row}
 
 
 def test_two_ranks_train_what_one_rank_trains_and_one_cannot_go_on_from_two(stages, refrain):
@@ -230,18 +232,29 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+@pytest.fixture(params=["base", "mid", "chatsft"])
+def stage(request, stages, trained, text):
+    """name -> (words that train a tiny model in eight steps, the folder of its checkpoints)."""
+    words = {"base": ("scripts.base_train", f"--data={text}", *TINY, "--eval_every=0"),
+             "mid": ("scripts.mid_train", "--compile=0", "--device_batch_size=2"),
+             "chatsft": ("scripts.chat_sft", "--compile=0", "--device_batch_size=2", "--source=base")}[request.param]
+
+    def named(name):
+        tag = f"{request.param}-{name}"
+        if request.param != "base":  # all start from the same base model
+            (stages.base / "base_checkpoints" / tag).symlink_to("d1")
+        return (*words, "--num_iterations=8", "--save_every=2", f"--model_tag={tag}"), stages.base / f"{request.param}_checkpoints" / tag
+    return named
 
 
-def test_trap_26_a_batch_of_nan_is_left_out_and_the_run_is_the_one_that_never_had_it(stages, text):
-    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=8", "--eval_every=0")
-    folder = stages.base / "base_checkpoints"
-    assert stages.fork_record(*command, "--model_tag=nan", faults={"3": "nan"})["steps"] == 8
-    assert stages.fork_record(*command, "--model_tag=missing", faults={"3": "missing"})["steps"] == 8
-    assert same_weights(weights_of(folder / "nan", 8), weights_of(folder / "missing", 8))
-    skipped = [row for row in rows_of(folder / "nan") if "skipped" in row]
+def test_trap_26_a_batch_of_nan_is_left_out_and_the_run_is_the_one_that_never_had_it(stages, stage):
+    command, folder = stage("nan")
+    assert stages.fork_record(*command, faults={"3": "nan"})["steps"] == 8
+    skipped = [row for row in rows_of(folder) if "skipped" in row]
     assert len(skipped) == 1 and skipped[0]["step"] == 2 and "nan" in skipped[0]["skipped"]
+    command, missing = stage("missing")
+    assert stages.fork_record(*command, faults={"3": "missing"})["steps"] == 8
+    assert same_weights(weights_of(folder, 8), weights_of(missing, 8))
 
 
 def test_trap_26_nan_on_one_of_two_ranks_is_skipped_by_both(stages, text, monkeypatch):
@@ -285,20 +298,16 @@ def test_a_run_that_does_not_recover_stops_and_the_emergency_run_goes_on(stages,
     assert row["steps"] == 10 and row["checkpoint"] == str(folder) and row["settings"]["data"] == str(text)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_a_quiet_one(stages, text):
-    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=60", "--eval_every=0", "--save_every=4")
-    stages.fork_record(*command, "--model_tag=quiet")
-    folder = stages.base / "base_checkpoints" / "killed"
-    for steps in (10, 30):
-        process = stages.start(*command, "--model_tag=killed", "--resume")
-        while not ((folder / "log.jsonl").exists() and max(losses_of(folder), default=0) >= steps) and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        assert 0 < complete_steps(folder)[-1] < 60
-    stages.fork_record(*command, "--model_tag=killed", "--resume")
-    assert same_weights(weights_of(folder, 60), weights_of(folder.parent / "quiet", 60))
-    assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, 61)), "no row is lost, none comes twice"
+def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_a_quiet_one(stages, stage):
+    command, quiet = stage("quiet")
+    stages.fork_record(*command)
+    command, folder = stage("killed")
+    for batch in (6, 4, 2):  # counted from each start
+        stages.fork(*command, "--resume", status=-signal.SIGKILL, faults={str(batch): "kill"})
+        assert complete_steps(folder)
+    stages.fork_record(*command, "--resume")
+    assert same_weights(weights_of(folder, 8), weights_of(quiet, 8))
+    assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, 9)), "no row is lost, none comes twice"
 
 
 def test_extend_goes_on_from_before_the_decay_without_a_jump_of_the_rate(stages, text):
@@ -331,21 +340,16 @@ def test_resume_from_a_named_checkpoint(stages, text):
 
 
 def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run_ends(stages, text):
-    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=120", "--eval_every=0", "--resume")
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=20", "--eval_every=0", "--resume")
     whole = stages.fork_record(*command, "--model_tag=whole")
     command += ("--model_tag=stopped",)
-    process = stages.start(*command)
     folder = stages.base / "base_checkpoints" / "stopped"
-    while not ((folder / "log.jsonl").exists() and losses_of(folder)) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "", out + err
-    assert "--resume" in out
+    out, err = stages.fork(*command, status=130, faults={"7": "interrupt"})
+    assert "Traceback" not in err and "--resume" in out and complete_steps(folder) == [7]
     again = stages.fork_record(*command)
-    assert again["steps"] == 120 and abs(again["val_bpb"] - whole["val_bpb"]) < 1e-3
+    assert again["steps"] == 20 and abs(again["val_bpb"] - whole["val_bpb"]) < 1e-3
     losses = [losses_of(folder.parent / tag) for tag in ("stopped", "whole")]
-    assert list(losses[0]) == list(range(1, 121)), "no step is lost, none comes twice"
+    assert list(losses[0]) == list(range(1, 21)), "no step is lost, none comes twice"
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
