@@ -8,7 +8,7 @@ file is single-device code; compiling and sharding are applied from outside.
 Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -20,12 +20,12 @@ from nanochat.attention import LayerCache, cached_attention, causal_attention
 from nanochat.common import UserError
 from nanochat.hardware import is_out_of_memory
 from nanochat.muon import DistMuon
+from nanochat.ngrams import ORDERS, NGrams, context_keys
 
 
 # A token is looked up together with the one before it, and with the two before it, in tables of which several pairs or triples
 # share a row; the one before shows through by itself, too (the first and last as in the speedruns of modded-nanogpt).
-# Lookups cost no matmul, and a short run knows each frequent pair long before its layers could: the larger the tables
-# the better (dev/LOG.md), until memory and checkpoints are a burden.
+# Lookups cost no matmul, and a short run knows each frequent pair long before its layers could.
 HASHED_ROWS = 64            # rows of each table for each token of the vocabulary ...
 MOST_HASHED_ROWS = 131072   # ... and at most
 STRIDES = 7919, 1000003     # what the token before, and the one before that, is multiplied with: primes keep frequent tokens apart
@@ -42,6 +42,7 @@ class GPTConfig:
     max_seq_len: int = 2048
     softcap: float = 15.0
     rotary_base: float = 10000.0
+    ngrams: int = 0  # how many n-grams of the training text are mixed in
 
     @classmethod
     def from_depth(cls, depth, vocab_size, max_seq_len, kv_heads=None):
@@ -118,17 +119,17 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, S + 2)."""
+    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, S + ORDERS - 1)."""
 
     def __init__(self, layers, batch, length, device):
         self.layers = layers
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(batch, length + 2, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, length + ORDERS - 1, dtype=torch.long, device=device)
 
     def add(self, idx, positions):
-        """Keep the tokens idx (B, T) at their positions (B, T); returns the token before each and the one before that, else 0."""
-        self.tokens.scatter_(1, positions + 2, idx)
-        return self.tokens.gather(1, positions + 1), self.tokens.gather(1, positions)
+        """Keep the tokens idx (B, T) at their positions (B, T); returns them, those before them (else 0), and so on: ORDERS tensors (B, T)."""
+        self.tokens.scatter_(1, positions + ORDERS - 1, idx)
+        return [self.tokens.gather(1, positions + ORDERS - 1 - back) for back in range(ORDERS)]
 
     @property
     def nbytes(self):
@@ -148,6 +149,9 @@ class GPT(nn.Module):
         self.values = nn.ModuleList(nn.Embedding(rows, kv_width) for _ in range((config.depth + 1) // 2))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(config.width, rows)
+        self.ngrams = NGrams(config.ngrams) if config.ngrams else None
+        self.gate = nn.Linear(config.width + 2 * ORDERS, 1 + ORDERS) if config.ngrams else None
+        self.left_out = False  # set where training reads the very text whose n-grams were counted
         self.compute_dtype = torch.float32
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
@@ -162,6 +166,7 @@ class GPT(nn.Module):
         blend                     1 of the stream and .1 of the embeddings
         q, k, v, up               uniform, std 1 / sqrt(width): uniform avoids outliers
         attention.out, mlp.down   zero: every block starts as the identity
+        gate                      zero: network and n-grams of all orders weigh the same
         head                      normal, std .001: the first logits are flat
         cos, sin                  the rotary table for max_seq_len
         """
@@ -170,6 +175,8 @@ class GPT(nn.Module):
         for silent in (self.smear, self.bigram.weight, self.trigram.weight, *(table.weight for table in self.values)):
             nn.init.zeros_(silent)
         nn.init.normal_(self.head.weight, std=0.001)
+        for p in self.gate.parameters() if self.gate else ():
+            nn.init.zeros_(p)
         bound = math.sqrt(3 / c.width)
         for block in self.blocks:
             for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
@@ -192,22 +199,22 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
 
     def features(self, idx, cache=None):
-        """idx (B, T) -> (B, T, C) after the last norm. With a cache, idx continues each row of it."""
+        """idx (B, T) -> ((B, T, C) after the last norm, (B, T, ORDERS) contexts). With a cache, idx continues each row of it."""
         T = idx.size(1)
         positions = None
         if cache is None:
             if T > self.config.max_seq_len:
                 raise UserError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
-            previous, before = F.pad(idx, (1, 0))[:, :-1], F.pad(idx, (2, 0))[:, :-2]
+            newest = [F.pad(idx, (back, 0))[:, :T] for back in range(ORDERS)]
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T
             cos, sin = self.cos[0, positions], self.sin[0, positions]  # B, T, 1, D/2
             cache.lengths = cache.lengths + T
-            previous, before = cache.add(idx, positions)
-        pairs = previous * STRIDES[0] + idx
-        triples = before * STRIDES[1] + pairs
-        x = self.embed(idx) + self.smear * self.embed(previous)
+            newest = cache.add(idx, positions)
+        pairs = newest[1] * STRIDES[0] + idx
+        triples = newest[2] * STRIDES[1] + pairs
+        x = self.embed(idx) + self.smear * self.embed(newest[1])
         x = x + self.bigram(pairs % self.bigram.num_embeddings) + self.trigram(triples % self.trigram.num_embeddings)
         x = x0 = norm(x.to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -217,27 +224,55 @@ class GPT(nn.Module):
                 x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew
                 x = block.forward(x, x0, value, cos, sin, cache and cache.layers[i], positions)
-        return norm(x)
+        return norm(x), torch.stack(list(context_keys(*newest)), -1)
 
-    def logits(self, x):
-        """x (..., C) -> float32 (..., V), softcapped."""
-        z = F.linear(x, self.head.weight[:self.config.vocab_size].to(x.dtype)).float()
-        return self.config.softcap * torch.tanh(z / self.config.softcap)
+    def mixture(self, x, contexts, targets=None):
+        """How far to believe whom: x (N, C), contexts (N, ORDERS) -> the weights' logs, (N, 1 + ORDERS), the network's first.
+
+        With targets (N,): the log of the network's weight, (N,), and the probability that the n-grams give each target, (N,).
+        A context that was never counted has no weight.
+        """
+        totals, kinds, hits = self.ngrams.look_up(contexts, targets, self.left_out and self.training)
+        known = torch.cat((x.float(), totals.log1p() / 8, kinds.log1p() / 8), -1)
+        weights = self.gate(known).masked_fill(F.pad(totals == 0, (1, 0)), -torch.inf).log_softmax(-1)
+        if targets is None:
+            return weights
+        return weights[:, 0], (weights[:, 1:].exp() * hits / totals.clamp(min=1)).sum(-1)
+
+    def drop_ngrams(self):
+        """Leave the network alone, for a purpose to which the counted text is foreign."""
+        self.ngrams = self.gate = None
+        self.config = replace(self.config, ngrams=0)
+
+    def logits(self, x, contexts):
+        """x (N, C), contexts (N, ORDERS) -> float32 (N, V): softcapped, or with n-grams the log of the mixed probabilities."""
+        c = self.config
+        z = F.linear(x, self.head.weight[:c.vocab_size].to(x.dtype)).float()
+        z = c.softcap * torch.tanh(z / c.softcap)
+        if self.ngrams is None:
+            return z
+        weights = self.mixture(x, contexts).exp()
+        return (weights[:, :1] * z.softmax(-1) + self.ngrams.next_tokens(contexts, weights[:, 1:], c.vocab_size)).log()
 
     def forward(self, idx, targets=None, cache=None, reduction="sum"):
-        """idx (B, T). Without targets: logits (B, T, V). With targets (B, T), -1 ignored: the summed loss in nats, or (B, T) for 'none'."""
-        x = self.features(idx, cache)
+        """idx (B, T). Without targets: logits (B, T, V). With targets (B, T), -1 ignored: the summed loss in nats, or (B, T) for 'none'.
+
+        With n-grams the loss is that of the mixture. Its gradient is of that and of the network's own loss, one to one: alone, the
+        mixture's would let the network rest on what the n-grams know (3.5 bits per byte by itself, and a worse mixture).
+        """
+        x, contexts = (part.flatten(0, 1) for part in self.features(idx, cache))
         if targets is None:
-            return self.logits(x)
+            return self.logits(x, contexts).view(*idx.shape, -1)
+        mixed = (None, None) if self.ngrams is None else self.mixture(x, contexts, targets.flatten().clamp(min=0))
         weight = self.head.weight[:self.config.vocab_size]
-        loss = SoftcapCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.softcap, reduction)
+        loss = SoftcapCrossEntropy.apply(x, weight, targets.flatten(), self.config.softcap, reduction, *mixed)
         return loss if reduction == "sum" else loss.view(targets.shape)
 
     def parameters_by_role(self):
         """{role: [parameters]}: matrix, scalar, embedding, hashed, head. The roles partition the parameters."""
         tables = (self.embed, *self.values)
         inside = list(self.blocks.parameters())
-        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2] + [self.smear],
+        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2] + [self.smear, *(self.gate.parameters() if self.gate else ())],
                 "embedding": [table.weight for table in tables], "hashed": [self.bigram.weight, self.trigram.weight],
                 "head": [self.head.weight]}
 
@@ -278,15 +313,20 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     Liger Kernel, arXiv 2410.10989). With z' = c tanh(z / c) and p = softmax(z'):
 
         dL/dz = (p - onehot) * (1 - (z' / c)^2)
+
+    With log_weight (N,), the log of the network's weight in a mixture, and others (N,), what the others give the target, the
+    loss is -log m with m = weight * p[target] + others, and dL/dz is multiplied by 1 + weight * p[target] / m: by the mixture's
+    share and, for the network's own loss, by 1.
     """
     CHUNK = 1 << 20  # logits at a time: a few MB
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, reduction):
+    def forward(ctx, x, weight, targets, cap, reduction, log_weight=None, others=None):
         N, V = x.size(0), weight.size(0)
         w = weight.to(x.dtype)
         wants_grad = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and reduction == "sum"
         losses = torch.empty(N, dtype=torch.float32, device=x.device)
+        shares = torch.zeros_like(losses)  # the network's, of the mixture
         dx = torch.empty_like(x) if wants_grad else None
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wants_grad else None
         rows = max(16, (SoftcapCrossEntropy.CHUNK if x.device.type == "cpu" else 1 << 28) // V)
@@ -298,22 +338,28 @@ class SoftcapCrossEntropy(torch.autograd.Function):
             valid = targets[part] >= 0
             label = targets[part].clamp(min=0)[:, None]
             lse = z.logsumexp(-1, keepdim=True)
-            losses[part] = torch.where(valid, (lse - z.gather(1, label))[:, 0], 0.0)
+            loss = (lse - z.gather(1, label))[:, 0]
+            if others is not None:
+                own = log_weight[part] - loss
+                loss = -torch.log(own.exp() + others[part])
+                shares[part] = (own + loss).exp()
+            losses[part] = torch.where(valid, loss, 0.0)
             if wants_grad:
                 g = z.sub_(lse).exp_()
                 g.scatter_add_(1, label, torch.full_like(lse, -1.0))
-                g.mul_(t.square_().neg_().add_(1)).mul_(valid[:, None])
+                g.mul_(t.square_().neg_().add_(1)).mul_((valid * (1 + shares[part]))[:, None])
                 g = g.to(x.dtype)
                 dx[part] = g @ w
                 dw.addmm_(g.float().T, x[part].float()) if x.device.type == "cpu" and x.dtype == torch.float32 else dw.add_(g.T @ x[part])
         if wants_grad:
-            ctx.save_for_backward(dx, dw)
+            mixed = (-shares, -losses.exp()) if others is not None else ()
+            ctx.save_for_backward(dx, dw, *(d * (targets >= 0) for d in mixed))
         return losses.sum() if reduction == "sum" else losses
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad, None, None, None
+        dx, dw, *mixed = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw * grad, None, None, None, *([d * grad for d in mixed] or (None, None))
 
 
 def accumulate_gradients(model, batches, scale, rows):

@@ -13,6 +13,7 @@ import statistics
 import time
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended,
@@ -26,6 +27,7 @@ from nanochat.gpt import GPTConfig, accumulate_gradients
 from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.ngrams import count
 from nanochat.schedule import cpu_plan, default_minutes, lr_multiplier, muon_momentum
 from nanochat.tokenizer import get_tokenizer
 
@@ -41,6 +43,7 @@ target_flops: float = None   # or so many FLOPs of training in all
 target_param_data_ratio: float = None  # or so many tokens for each parameter of a matmul. None of the four: 20 of these on a GPU
 device_batch_size: int = None  # sequences per device and pass, halved by itself when memory runs out; accumulation makes up. None: 32 on a GPU
 total_batch_size: int = None   # tokens per optimizer step; None: 524288 on a GPU, from the minutes on a CPU
+ngram_tokens: int = None     # tokens of the training text whose n-grams are counted and mixed in; 0: none. None: 32 million on a CPU
 learning_rate = 0.02         # Muon's, for the matrices; the AdamW groups keep their ratio to it
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
@@ -124,16 +127,32 @@ if rows % device_batch_size:
     raise UserError(f"device_batch_size={device_batch_size} does not divide the {rows} sequences that a rank has per step")
 accumulation = rows // device_batch_size
 
-# model
+# model, and the n-grams that it mixes in
+ngrams = None
 if not meta:
+    begin = time.perf_counter()
     folder = checkpoint_dir("base", model_tag or f"d{depth}")
     config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads)
+    if ngram_tokens is None:
+        ngram_tokens = 32_000_000 if device.type == "cpu" else 0
+    texts, ids, length = iter_documents("train", data), [], 0
+    while length < ngram_tokens and (some := list(itertools.islice(texts, 1000))):
+        ids.append(tokenizer.encode_to_numpy(some, prepend=tokenizer.get_bos_token_id())[0])
+        length += len(ids[-1])
+    if ids:
+        print0(f"counting the n-grams of {length:,} tokens")
+        ngrams = count(torch.from_numpy(np.concatenate(ids, dtype=np.int64)))
+        config.ngrams = len(ngrams[0])
+        print0(f"kept {config.ngrams:,} of them in {time.perf_counter() - begin:.1f} s, which count as training time")
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
-            "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "elapsed": 0.0}
+            "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "elapsed": time.perf_counter() - begin}
 meta["budgets"] = budgets
 model = build_model(meta, device)
+model.left_out = True  # each token that we train on is one of those that were counted
 if state:
     model.load_state_dict(weights)
+elif ngrams:
+    model.ngrams.fill(*ngrams)
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()

@@ -55,8 +55,8 @@ def pick_letters(conversations):
     """The most likely of each conversation's letters, as parts, for questions with choices."""
     prompts = [tokenizer.render_for_completion(c) for c in conversations]
     padded = torch.tensor([p + [0] * (max(map(len, prompts)) - len(p)) for p in prompts], device=compute.device)
-    ends = torch.tensor([len(p) - 1 for p in prompts], device=compute.device)
-    logits = model.logits(model.features(padded)[torch.arange(len(prompts)), ends])
+    ends = torch.arange(len(prompts)), torch.tensor([len(p) - 1 for p in prompts], device=compute.device)
+    logits = model.logits(*(part[ends] for part in model.features(padded)))
     letters = [[tokenizer.encode(letter)[0] for letter in c["letters"]] for c in conversations]
     return [[{"type": "text", "text": c["letters"][int(row[ids].argmax())]}] for c, row, ids in zip(conversations, logits, letters)]
 

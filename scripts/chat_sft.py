@@ -9,6 +9,7 @@ import gc
 import json
 import statistics
 import time
+from dataclasses import asdict
 
 import torch
 
@@ -67,11 +68,12 @@ matmul_rate = measure_matmul_flops(device, compute.dtype)
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
 model, tokenizer, origin = load_model(source, device, "train", model_tag, from_step)
+model.drop_ngrams()  # they know the text that was read, not how to answer
 if dtype:
     model.compute_dtype = compute.dtype  # otherwise the checkpoint's
 folder = checkpoint_dir("sft", origin["tag"])
 meta = {"stage": "chat_sft", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": str(model.compute_dtype)[6:],
-        **{key: origin[key] for key in ("model_class", "config", "tokenizer", "total_batch_size")}}
+        "config": asdict(model.config), **{key: origin[key] for key in ("model_class", "tokenizer", "total_batch_size")}}
 state = None
 if resume_from_checkpoint:
     folder, step = named_checkpoint(resume_from_checkpoint, folder)

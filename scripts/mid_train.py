@@ -10,6 +10,7 @@ import gc
 import json
 import statistics
 import time
+from dataclasses import asdict
 
 import torch
 
@@ -63,11 +64,12 @@ matmul_rate = measure_matmul_flops(device, compute.dtype)
 
 # tokenizer and model
 model, tokenizer, origin = load_model("base", device, "train", model_tag, from_step)
+model.drop_ngrams()  # they know the text that was read, not how to answer
 if dtype:
     model.compute_dtype = compute.dtype  # otherwise the checkpoint's
 folder = checkpoint_dir("mid", origin["tag"])
 meta = {"stage": "mid_train", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": str(model.compute_dtype)[6:],
-        **{key: origin[key] for key in ("model_class", "config", "tokenizer", "total_batch_size")}}
+        "config": asdict(model.config), **{key: origin[key] for key in ("model_class", "tokenizer", "total_batch_size")}}
 state = None
 if resume_from_checkpoint:
     folder, step = named_checkpoint(resume_from_checkpoint, folder)

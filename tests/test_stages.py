@@ -213,7 +213,7 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_go_on_from_two(stag
     assert abs(one["val_bpb"] - two["val_bpb"]) < 1e-3, "the same batch in tokens gives the same model"
     folder = stages.base / "base_checkpoints"
     losses = [losses_of(folder / tag) for tag in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0][10] < losses[0][1] - 1
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and losses[0][10] < losses[0][1] / 5
     meta = json.loads((folder / "two" / "meta_000010.json").read_text(encoding="utf-8"))
     assert meta["world_size"] == 2
     assert meta["files"].keys() == {"model_000010.pt", "optim_000010_rank0.pt", "optim_000010_rank1.pt"}
