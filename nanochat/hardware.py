@@ -4,25 +4,29 @@ import os
 import platform
 import re
 import time
+from collections import namedtuple
 from pathlib import Path
 
-# Dense peaks from the vendors' data sheets: bf16 FLOP/s, fp8 FLOP/s, memory bytes/s. Matched by a part of the device's name.
-PEAKS = [  # name            bf16       fp8       bandwidth
-    ("H100 PCIe",          (756e12,   1513e12,   2.0e12)),
-    ("H100",               (989e12,   1979e12,   3.35e12)),
-    ("H200",               (989e12,   1979e12,   4.8e12)),
-    ("A100",               (312e12,   None,      2.0e12)),
-    ("MI350X",             (2307e12,  4614e12,   8.0e12)),
-    ("MI300X",             (1307e12,  2615e12,   5.3e12)),
-    ("7900 XTX",           (122.8e12, None,      0.96e12)),
-    ("RTX 4090",           (165e12,   330e12,    1.01e12)),
-    ("GB10",               (None,     None,      0.273e12)),
-]
+Device = namedtuple("Device", "title memory bandwidth bf16 fp8 unified", defaults=(False,))  # bytes, bytes/s, FLOP/s dense; None: not published
+
+# The vendors' data sheets, without sparsity; a GB is taken as 10^9 bytes everywhere (where HBM means 2^30, there is 7 % more).
+# title: a part of the name by which torch knows the device. unified: the CPU shares the memory.
+DEVICES = {
+    "h100-pcie": Device("H100 PCIe", 80e9, 2.0e12, 756e12, 1513e12),       # NVIDIA H100 Tensor Core GPU data sheet
+    "h100":      Device("H100", 80e9, 3.35e12, 989e12, 1979e12),           # the same, column SXM
+    "h200":      Device("H200", 141e9, 4.8e12, 989e12, 1979e12),           # NVIDIA H200 data sheet
+    "a100":      Device("A100", 80e9, 2.0e12, 312e12, None),               # NVIDIA A100 80GB data sheet; it has no FP8
+    "mi350x":    Device("MI350X", 288e9, 8.0e12, 2307e12, 4614e12),        # AMD Instinct MI350X data sheet
+    "mi300x":    Device("MI300X", 192e9, 5.3e12, 1307e12, 2615e12),        # AMD Instinct MI300X data sheet
+    "7900-xtx":  Device("7900 XTX", 24e9, 0.96e12, 122.8e12, None),        # AMD Radeon RX 7900 XTX specifications; it has no FP8
+    "rtx-4090":  Device("RTX 4090", 24e9, 1.01e12, 165e12, 330e12),        # NVIDIA Ada architecture paper, sums in float32
+    "dgx-spark": Device("GB10", 128e9, 0.273e12, None, None, unified=True),  # NVIDIA DGX Spark data sheet: 1 PFLOP/s of sparse FP4, no more
+}
 
 
 def peak_flops(device_name):
     """Dense bf16 peak of a GPU in FLOP/s, or None where the table does not know it."""
-    return next((peaks[0] for name, peaks in PEAKS if name in device_name), None)
+    return next((device.bf16 for device in DEVICES.values() if device.title in device_name), None)
 
 
 @functools.cache
