@@ -63,7 +63,7 @@ def report(shape, peaks, share, longest, plans, batches):
     """The two tables, and what they rest on."""
     each = " on each device" if devices > 1 else ""
     known = [f"{flops / 1e12:,.0f} TFLOP/s in {kind}" for kind, flops in (("bf16", peaks.bf16), ("fp8", peaks.fp8)) if flops]
-    room = (f"{share:.0%} of the memory are for weights and cache, and the cache has what the weights leave: activations and graphs come off it"
+    room = (f"{100 * share:.0f} % of the memory are for weights and cache, and the cache has what the weights leave: activations and graphs come off it"
             if kv_gib is None else f"The cache has the {kv_gib} GiB that were given")
     if any("FLOP/s" in row["bound_by"].values() for row in plans.values()):
         bound = "Memory bandwidth is the bound, and multiplications where there is a *."
