@@ -55,7 +55,7 @@ class Request:
     def __init__(self, words, limit):
         self.prompt, self.limit = " ".join([*random.choices(WORDS, k=words), TASK]), limit
         self.begin, self.end, self.times = 0.0, 0.0, []     # times: when each piece of text came
-        self.usage, self.status, self.error = {}, None, ""
+        self.usage, self.status, self.error = {}, None, "never sent"
 
     def run(self, base, name):
         body = {"model": name, "messages": [{"role": "user", "content": self.prompt}], "max_tokens": self.limit,
@@ -67,8 +67,8 @@ class Request:
                 self.error = self.read(response) if response.ok else said(response.json())
         except requests.RequestException as error:
             self.error = f"{self.status or 'no answer'} ({type(error).__name__})"
-        except ValueError:
-            self.error = f"{self.status}, and what came is not JSON"
+        except (ValueError, AttributeError, TypeError):
+            self.error = f"{self.status}, and what came has not OpenAI's shape"
         self.end = time.perf_counter()
 
     def read(self, response):
@@ -117,15 +117,14 @@ def find_model(base):
     """The name of the first model that the server lists."""
     try:
         response = requests.get(base + "/models", headers=headers(), timeout=30)
-        if response.status_code in (401, 403):
-            raise UserError(f"{response.status_code} from {base}/models: set OPENAI_API_KEY to the server's key")
-        return response.json()["data"][0]["id"]
-    except requests.ConnectionError as error:
+    except requests.RequestException as error:
         raise ConnectionError(f"no answer from {base}: start a server there, or name another with --url") from error
-    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{base}/models is no list of models: name one with --served_model") from error
+    if response.status_code in (401, 403):
+        raise UserError(f"{response.status_code} from {base}/models: set OPENAI_API_KEY to the server's key")
+    try:
+        return response.json()["data"][0]["id"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{base}/models names no model ({response.status_code}): name one with --served_model") from error
 
 
 def words_for(base, name):
