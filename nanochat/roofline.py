@@ -26,16 +26,16 @@ CACHE_BYTES = {"bf16": 2, "fp8": 1}
 
 # layers; heads of the cache, and numbers that each keeps of a token and layer (keys and values; MLA: one latent for both);
 # parameters that every token uses; parameters of the routed experts and the part of them that a token uses; parameters of
-# the head, which stays in bf16, as does the input table of the same size; the longest context that the deployment here
-# allows; the published dtypes. Norms are left out.
-Model = namedtuple("Model", "title layers kv_heads kv_width dense routed chosen head max_model_len dtypes")
+# the head, which stays in bf16, as does the input table of the same size; the published dtypes; the devices and the longest
+# context of the deployment that this repository has. Norms are left out.
+Model = namedtuple("Model", "title layers kv_heads kv_width dense routed chosen head dtypes devices max_model_len")
 MODELS = {
     # config.json of Qwen/Qwen3-32B: 64 layers of width 5120, 64 heads of 128, 8 of them with keys and values, feed-forward
     # 25600, vocabulary 151936. Published in bf16, FP8 (-FP8) and INT4 (-AWQ).
     "qwen3-32b": Model(
         "Qwen3-32B", layers=64, kv_heads=8, kv_width=2 * 128,
         dense=64 * (2 * 5120 * 64 * 128 + 2 * 5120 * 8 * 128 + 3 * 5120 * 25600), routed=0, chosen=0,
-        head=151936 * 5120, max_model_len=32000, dtypes=("bf16", "fp8", "int4")),
+        head=151936 * 5120, dtypes=("bf16", "fp8", "int4"), devices=1, max_model_len=32000),
     # config.json of deepseek-ai/DeepSeek-R1: 61 layers of width 7168, 128 heads; latents of 1536 (queries) and 512 (keys
     # and values), 128 + 64 numbers a query (the 64 with positions), 128 a value. Feed-forward 18432 in the first 3 layers, then
     # 1 shared and 256 routed experts of 2048, 8 chosen. Vocabulary 129280. Its layer for speculation (14 B more on disk) stays unused.
@@ -43,7 +43,7 @@ MODELS = {
         "DeepSeek-R1", layers=61, kv_heads=1, kv_width=512 + 64,
         dense=61 * (7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168)
         + 3 * 3 * 7168 * 18432 + 58 * (3 * 7168 * 2048 + 256 * 7168),
-        routed=58 * 256 * 3 * 7168 * 2048, chosen=8 / 256, head=129280 * 7168, max_model_len=32768, dtypes=("fp8",)),
+        routed=58 * 256 * 3 * 7168 * 2048, chosen=8 / 256, head=129280 * 7168, dtypes=("fp8",), devices=8, max_model_len=32768),
 }
 
 

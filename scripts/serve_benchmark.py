@@ -42,7 +42,7 @@ ignore_eos = False              # ask for answers of full length: vLLM and SGLan
 timeout = 600                   # seconds without a sign of life after which a request has failed
 model: str = None               # for the roofline: one of serve_plan's models
 device: str = None              # and one of its devices
-devices = 1                     # so many of it
+devices: int = None             # so many of it. None: what the deployment here has
 dtype = ""                      # of the weights: bf16, fp8 or int4. Empty: the first in which the model is published
 
 WORDS = "time year people way day man thing life child world school state family group country hand part place case week".split()
@@ -186,7 +186,7 @@ def summary(everything, clients):
     if model:
         context = (row["input_tokens"] or input) + row["output_tokens"] / 2     # what a request holds on average
         shape = MODELS[model]
-        row["roofline"] = decode_rate(shape, DEVICES[device], dtype or shape.dtypes[0], clients, context, devices)[0]
+        row["roofline"] = decode_rate(shape, DEVICES[device], dtype or shape.dtypes[0], clients, context, devices or shape.devices)[0]
     return row
 
 
@@ -198,8 +198,10 @@ def table(rows):
     yield "| at a time | tokens/s | TTFT, s: median | p95 | between tokens, ms: median | p95 | errors |" + " % of the roofline |" * bool(model)
     yield "|" + "---|" * (8 if model else 7)
     for row in rows:
-        cells = [f"{row['concurrency']}", cell(row.get("tokens_per_second"), 1, 1), cell(row.get("ttft"), 1, 3), cell(row.get("ttft_p95"), 1, 3),
-                 cell(row.get("between_tokens"), 1000, 1), cell(row.get("between_tokens_p95"), 1000, 1), f"{sum(row['errors'].values())} of {row['requests']}"]
+        cells = [f"{row['concurrency']}", cell(row.get("tokens_per_second"), 1, 1),
+                 cell(row.get("ttft"), 1, 3), cell(row.get("ttft_p95"), 1, 3),
+                 cell(row.get("between_tokens"), 1000, 1), cell(row.get("between_tokens_p95"), 1000, 1),
+                 f"{sum(row['errors'].values())} of {row['requests']}"]
         if model:
             cells.append(f"{100 * row['tokens_per_second'] / row['roofline']:.0f} of {row['roofline']:,.1f}" if "roofline" in row else "")
         yield "| " + " | ".join(cells) + " |"
