@@ -337,7 +337,7 @@ wait_ready() {
             say "$elapsed of at most $READY_SECONDS s, waiting $waiting: $(docker logs --tail 1 "$CONTAINER" 2>&1 | tr -d '[:cntrl:]' | cut -c 1-100)"
             shown="$elapsed"
         fi
-        sleep 5
+        sleep 10
     done
 }
 
