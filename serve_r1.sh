@@ -265,30 +265,38 @@ disk() {
     fi
 }
 
-# preflight: names all that is wrong, not only the first thing.
-preflight() {
-    local device available
-    docker_answers
-    if ! command -v curl >/dev/null; then finding "curl is missing: install it"; fi
-    for device in $DEVICES; do
-        if [ ! -e "$SYSTEM_ROOT$device" ]; then finding "$device is missing: load the amdgpu driver, or use the machine with the GPUs"; fi
-    done
-    gpus
-    if ! getent group video >/dev/null 2>&1 || [ -z "$render" ]; then
-        echo "warning: this machine lacks the group video or render, which ROCm's installation makes" >&2
-    fi
-    disk
+host_memory() {
+    local available
     available="$(awk '/^MemAvailable:/ { print int($2 * 1024 / 1e9) }' "$SYSTEM_ROOT/proc/meminfo" 2>/dev/null)" || available=""
     if [ -z "$available" ] || [ "$available" -lt "$MEMORY_GB" ]; then
         finding "${available:-unknown} GB of host memory available, $MEMORY_GB are wanted: end something, or set MEMORY_GB"
     fi
+}
+
+# preflight: names all that is wrong, not only the first thing. What our running container holds is not in its own way.
+preflight() {
+    local device
+    docker_answers
+    if ! command -v curl >/dev/null; then finding "curl is missing: install it"; fi
     read_state
-    if [ -n "$status" ] && [ -z "$owner" ]; then
-        finding "a container named $CONTAINER is there that this script did not make: CONTAINER=another-name, or docker rm -f $CONTAINER"
-    elif [[ "$status" =~ ^(running|restarting|paused)$ ]]; then
+    if [ -n "$owner" ] && [[ "$status" =~ ^(running|restarting|paused)$ ]]; then
         if [ "$owner" != "$label" ]; then finding "$CONTAINER runs with other settings: bash serve_r1.sh stop, then start"; fi
-    elif (exec 3<>"/dev/tcp/${ADDRESS/#0.0.0.0/127.0.0.1}/$PORT") 2>/dev/null; then
-        finding "port $PORT is taken: end what listens there (ss -ltnp), or set PORT"
+    else
+        if [ -n "$status" ] && [ -z "$owner" ]; then
+            finding "a container named $CONTAINER is there that this script did not make: CONTAINER=another-name, or docker rm -f $CONTAINER"
+        fi
+        for device in $DEVICES; do
+            if [ ! -e "$SYSTEM_ROOT$device" ]; then finding "$device is missing: load the amdgpu driver, or use the machine with the GPUs"; fi
+        done
+        if ! getent group video >/dev/null 2>&1 || [ -z "$render" ]; then
+            echo "warning: this machine lacks the group video or render, which ROCm's installation makes" >&2
+        fi
+        gpus
+        disk
+        host_memory
+        if (exec 3<>"/dev/tcp/${ADDRESS/#0.0.0.0/127.0.0.1}/$PORT") 2>/dev/null; then
+            finding "port $PORT is taken: end what listens there (ss -ltnp), or set PORT"
+        fi
     fi
     if [ "$findings" -gt 0 ] && [ -z "$DRY_RUN" ]; then exit 2; fi
 }

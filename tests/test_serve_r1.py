@@ -338,11 +338,19 @@ def test_two_starts_in_a_row_make_one_container_and_a_stop_removes_it(machine):
     assert "ready after 0 s" in machine.run().stdout
     assert [words[1] for words in machine.calls if words[0] == "docker"] == ["version", "container", "image", "pull", "run", "container"]
     assert machine.cache.is_dir()
+    for card in range(8):
+        machine.gpu(card, used=250)     # by the container itself
+    machine.memory(20)
+    machine.disk(5)
     done = machine.run("start", HF_TOKEN="only for downloads")
     assert "there already" in done.stdout and "ready after 0 s" in done.stdout and not machine.docker("run") + machine.docker("pull")
     assert machine.run("status").stdout.endswith(f"ready: {MODEL} at http://127.0.0.1:1/v1\n")
     machine.run("stop")
     assert machine.docker("stop") and machine.docker("rm") and not machine.container.exists()
+    for card in range(8):
+        machine.gpu(card)
+    machine.memory(500)
+    machine.disk(2000)
     assert "nothing to stop" in machine.run("stop").stdout and not machine.docker("stop")
     machine.run()
     assert machine.docker("run")
