@@ -345,7 +345,7 @@ wait_ready() {
             say "$elapsed of at most $READY_SECONDS s, waiting $waiting: $(docker logs --tail 1 "$CONTAINER" 2>&1 | tr -d '[:cntrl:]' | cut -c 1-100)"
             shown="$elapsed"
         fi
-        sleep 10
+        sleep 15
     done
 }
 
@@ -398,7 +398,8 @@ stop() {
 }
 
 status() {
-    local health=(docker container inspect --format '{{.State.Status}}, health {{with .State.Health}}{{.Status}}{{end}}, {{.RestartCount}} restarts, started {{.State.StartedAt}}' "$CONTAINER")
+    local format='{{.State.Status}}, health {{with .State.Health}}{{.Status}}{{end}}, {{.RestartCount}} restarts, started {{.State.StartedAt}}'
+    local health=(docker container inspect --format "$format" "$CONTAINER")
     if [ -n "$DRY_RUN" ]; then
         show "${health[@]}"
         show_ready

@@ -33,7 +33,7 @@ def read(name):
 def write(name, value):
     open(name, "w").write(json.dumps(value))
 
-words, program, scene, clock = sys.argv[1:], os.path.basename(sys.argv[0]), read("scene.json"), read("clock")
+program, words, scene, clock = sys.argv[1], sys.argv[2:], read("scene.json"), read("clock")
 call = {"words": [program, *words], "environment": dict(os.environ)}
 for i, word in enumerate(words):
     if word.startswith("@"):
@@ -109,7 +109,8 @@ class Machine:
         self.tool("getent", '#!/bin/sh\n[ "$2" = render ] && echo render:x:109: || echo video:x:44:\n')
         self.disk(2000)
         for name in ("docker", "curl"):
-            self.tool(name, f'#!{sys.executable} -IS\n{FAKE}')
+            self.tool(name, f'#!/bin/sh\nexec "{sys.executable}" -IS "{folder}/fake.py" {name} "$@"\n')
+        (folder / "fake.py").write_text(FAKE, encoding="utf-8")
         self.clock = folder / "clock"
         self.clock.write_text("1000", encoding="utf-8")
         self.root = folder / "root"
@@ -480,8 +481,8 @@ def test_ready_means_health_and_model_and_a_token(machine):
 
 def test_the_deadline_ends_the_waiting_and_not_the_container(machine):
     machine.set(http={})
-    done = machine.run(status=1, READY_SECONDS="100")
-    assert "not ready after 100 s" in done.stderr and machine.container.exists() and not machine.docker("stop")
+    done = machine.run(status=1, READY_SECONDS="90")
+    assert "not ready after 90 s" in done.stderr and machine.container.exists() and not machine.docker("stop")
     assert "not ready" in machine.run("status", status=1).stderr
     machine.set()
     assert "there already" in machine.run().stdout
