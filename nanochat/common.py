@@ -45,7 +45,7 @@ def get_base_dir():
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A binary file that appears under `path` whole or not at all: temporary name, fsync, rename."""
+    """A binary file that appears under `path` whole or not at all: temporary name, fsync, rename, fsync of the folder."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
     try:
@@ -57,6 +57,11 @@ def atomic_file(path):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's file is for its owner alone
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name outlives a power cut, too
+        finally:
+            os.close(folder)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -2,8 +2,9 @@
 
 One dial: depth. Width is 64 * depth, heads of 128 (64 when the model is small), and the rest follows. On top of that come
 lookups, which cost no matmul: at the entrance the token before, pairs and triples of tokens, values by token and a second look
-at the entrance in every layer. Without them it is the documented nanochat, and a test holds it to transformers' class. This
-file is single-device code; compiling and sharding are applied from outside.
+at the entrance in every layer. At the exit, where the training text is small, counts of its n-grams are mixed in (ngrams.py).
+Without these it is the documented nanochat, and a test holds it to transformers' class. This file is single-device code;
+compiling and sharding are applied from outside.
 
 Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
@@ -271,8 +272,8 @@ class GPT(nn.Module):
     def parameters_by_role(self):
         """{role: [parameters]}: matrix, scalar, embedding, hashed, head. The roles partition the parameters."""
         tables = (self.embed, *self.values)
-        inside = list(self.blocks.parameters())
-        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2] + [self.smear, *(self.gate.parameters() if self.gate else ())],
+        inside, gate = list(self.blocks.parameters()), list(self.gate.parameters()) if self.gate else []
+        return {"matrix": [p for p in inside if p.ndim == 2], "scalar": [p for p in inside if p.ndim < 2] + [self.smear] + gate,
                 "embedding": [table.weight for table in tables], "hashed": [self.bigram.weight, self.trigram.weight],
                 "head": [self.head.weight]}
 

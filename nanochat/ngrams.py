@@ -5,7 +5,7 @@ next as well as the network does by then, and other things well. The model mixes
 each token: Jelinek and Mercer's interpolation (1980) with a network for the weights, as Infini-gram (arXiv 2401.17377) has
 exact counts beside a large one.
 
-All counts are in one sorted array of keys: order (2 bits), hash of the context (44 bits), next token (17 bits).
+All counts are in one sorted array of keys: order (2 bits), hash of the context (43 bits), next token (18 bits).
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 ORDERS = 4              # contexts of one to four tokens
 LEAST = 1, 1, 2, 2      # what was counted less often is forgotten, for each order
-HASH_BITS, NEXT_BITS = 44, 17
+HASH_BITS, NEXT_BITS = 43, 18
 MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, and its bits look random: 2^64 over the golden ratio (Knuth)
 
 

@@ -29,7 +29,7 @@ def default_minutes(device_type):
 CPU_PLANS = [
     (0,       2, 256, 2048),
     (10e12,   2, 256, 4096),
-    (25e12,   3, 256, 4096),
+    (60e12,   3, 256, 4096),
     (200e12,  4, 256, 4096),
     (3000e12, 6, 512, 8192),  # an estimate: no machine of ours was that fast
 ]

@@ -103,6 +103,7 @@ elif resume:
 
 # what the budget buys
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size")
+require(settings, 0, "ngram_tokens")
 budgets = {name: settings[name] for name in BUDGETS if settings[name] is not None}
 if len(budgets) > 1 or any(budget <= 0 for budget in budgets.values()):
     raise UserError(f"{', '.join(f'{name}={budget}' for name, budget in budgets.items())}: give one budget, above zero")

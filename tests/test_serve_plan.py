@@ -100,6 +100,12 @@ def test_the_report_of_r1_says_what_is_on_each_device():
     assert list(tables)[-3:] == ["requests", "1", "64"] and "8 x mi350x" in done.stdout
 
 
+@pytest.mark.parametrize("model, device", [("qwen3-32b", "dgx-spark"), ("deepseek-r1", "mi350x")])
+def test_the_pages_show_what_the_plan_prints(model, device):
+    report, _, _ = run(f"--model={model}", f"--device={device}").stdout.rpartition("\n\n")
+    assert report.count("|") > 30 and report in (ROOT / "docs" / "models" / f"{model}.md").read_text(encoding="utf-8")
+
+
 def test_no_rate_is_given_for_requests_that_the_cache_cannot_hold():
     done = run("--dtype=bf16", "--context=32000", "--concurrency=1,32")
     assert rows(done.stdout)["32"] == ["no room"] and rows(done.stdout)["1"] != ["no room"]

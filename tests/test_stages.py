@@ -362,6 +362,7 @@ def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run
     (("scripts.base_train", "--data={text}", "--depth=1", "--max_seq_len=128", "--total_batch_size=200"), "200"),
     (("scripts.base_train", "--data={text}", "--depth=1", "--kv_heads=3"), "kv_heads=3"),
     (("scripts.base_train", "--data={text}", "--minutes=0"), "minutes=0"),
+    (("scripts.base_train", "--data={text}", "--ngram_tokens=-1"), "ngram_tokens=-1"),
     (("scripts.base_train", "--data={text}", "--minutes=1", "--target_flops=1e9"), "give one budget"),
     (("scripts.base_train", "--data={text}", *TINY, "--num_iterations=1", "--logger=paper"), "logger=paper"),
     (("scripts.chat_sft", "--source=base", "--compile=0", "--num_iterations=0"), "num_iterations=0"),
