@@ -51,11 +51,6 @@ def advice(source):
     return f"run python -m {STAGES[source]} first" if source in STAGES else f"no stage makes {source} checkpoints yet"
 
 
-def save_checkpoint(dir, step, model, optimizer, meta, rank, keep=KEEP):
-    """Save one step and wait for it: SaveUnderWay(...).finish(). Every rank calls it."""
-    SaveUnderWay(dir, step, model, optimizer, meta, rank, keep).finish()
-
-
 class SaveUnderWay:
     """A step that a thread writes, from a snapshot, while training goes on.
 

@@ -94,10 +94,10 @@ class Engine:
         total = min(self.max_seq_len, int(lengths.max()) + max_new_tokens)
         cache = self.model.new_cache(len(prompts), total)
         padded = torch.tensor([p + [0] * (int(lengths.max()) - len(p)) for p in prompts], device=self.device)
-        x, contexts = self.model.features(padded, cache)
+        x, tokens = self.model.features(padded, cache)
         cache.lengths = lengths.clone()  # what lies behind a shorter row is overwritten before it is ever seen
         last = torch.arange(len(rows)), lengths - 1
-        logits = self.model.logits(x[last], contexts[last])
+        logits = self.model.logits(x[last], tokens[last])
         while True:
             for i, row in enumerate(rows):
                 if row.finish_reason is None:
@@ -108,8 +108,8 @@ class Engine:
             yield rows
             if all(row.finish_reason for row in rows):
                 return
-            x, contexts = self.model.features(torch.tensor([[row.tokens[-1]] for row in rows], device=self.device), cache)
-            logits = self.model.logits(x[:, 0], contexts[:, 0])
+            x, tokens = self.model.features(torch.tensor([[row.tokens[-1]] for row in rows], device=self.device), cache)
+            logits = self.model.logits(x[:, 0], tokens[:, 0])
             done = torch.tensor([row.finish_reason is not None for row in rows], device=self.device)
             cache.lengths = torch.where(done, cache.lengths - 1, cache.lengths)  # a finished row stands still
 

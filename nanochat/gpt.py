@@ -21,7 +21,7 @@ from nanochat.attention import LayerCache, cached_attention, causal_attention
 from nanochat.common import UserError
 from nanochat.hardware import is_out_of_memory
 from nanochat.muon import DistMuon
-from nanochat.ngrams import ORDERS, NGrams, context_keys
+from nanochat.ngrams import ORDERS, NGrams
 
 
 # A token is looked up together with the one before it, and with the two before it, in tables of which several pairs or triples
@@ -200,7 +200,7 @@ class GPT(nn.Module):
             block.compile(dynamic=False)
 
     def features(self, idx, cache=None):
-        """idx (B, T) -> ((B, T, C) after the last norm, (B, T, ORDERS) contexts). With a cache, idx continues each row of it."""
+        """idx (B, T) -> ((B, T, C) after the last norm, (B, T, ORDERS) the newest tokens there). With a cache, idx continues each row of it."""
         T = idx.size(1)
         positions = None
         if cache is None:
@@ -225,19 +225,23 @@ class GPT(nn.Module):
                 x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew
                 x = block.forward(x, x0, value, cos, sin, cache and cache.layers[i], positions)
-        return norm(x), torch.stack(list(context_keys(*newest)), -1)
+        return norm(x), torch.stack(newest, -1)
 
-    def mixture(self, x, contexts, targets=None):
-        """How far to believe whom: x (N, C), contexts (N, ORDERS) -> the weights' logs, (N, 1 + ORDERS), the network's first.
-
-        With targets (N,): the log of the network's weight, (N,), and the probability that the n-grams give each target, (N,).
-        A context that was never counted has no weight.
+    def gate_weights(self, x, totals, kinds):
+        """How far to believe whom: x (N, C) and, of each context, how often and with how many next tokens it was counted, (N, ORDERS)
+        -> the logs of the weights, (N, 1 + ORDERS), the network's first. A context that was never counted has no weight.
         """
-        totals, kinds, hits = self.ngrams.look_up(contexts, targets, self.left_out and self.training)
-        known = torch.cat((x.float(), totals.log1p() / 8, kinds.log1p() / 8), -1)
-        weights = self.gate(known).masked_fill(F.pad(totals == 0, (1, 0)), -torch.inf).log_softmax(-1)
-        if targets is None:
-            return weights
+        weights = self.gate(torch.cat((x.float(), totals.log1p() / 8, kinds.log1p() / 8), -1))
+        return weights.masked_fill(F.pad(totals == 0, (1, 0)), -torch.inf).log_softmax(-1)
+
+    def mixture(self, x, tokens, targets):
+        """x (N, C), tokens (N, ORDERS), targets (N,) -> the log of the network's weight and the probability that the n-grams give
+        each target, (N,) both. (None, None) where there are no n-grams.
+        """
+        if self.ngrams is None:
+            return None, None
+        totals, kinds, hits = self.ngrams.look_up(tokens, targets.clamp(min=0), self.left_out and self.training)
+        weights = self.gate_weights(x, totals, kinds)
         return weights[:, 0], (weights[:, 1:].exp() * hits / totals.clamp(min=1)).sum(-1)
 
     def drop_ngrams(self):
@@ -245,15 +249,16 @@ class GPT(nn.Module):
         self.ngrams = self.gate = None
         self.config = replace(self.config, ngrams=0)
 
-    def logits(self, x, contexts):
-        """x (N, C), contexts (N, ORDERS) -> float32 (N, V): softcapped, or with n-grams the log of the mixed probabilities."""
+    def logits(self, x, tokens):
+        """x (N, C), tokens (N, ORDERS) -> float32 (N, V): softcapped, or with n-grams the log of the mixed probabilities."""
         c = self.config
         z = F.linear(x, self.head.weight[:c.vocab_size].to(x.dtype)).float()
         z = c.softcap * torch.tanh(z / c.softcap)
         if self.ngrams is None:
             return z
-        weights = self.mixture(x, contexts).exp()
-        return (weights[:, :1] * z.softmax(-1) + self.ngrams.next_tokens(contexts, weights[:, 1:], c.vocab_size)).log()
+        _, begin, end, totals = self.ngrams.spans(tokens)
+        weights = self.gate_weights(x, totals, end - begin).exp()
+        return (weights[:, :1] * z.softmax(-1) + self.ngrams.next_tokens(begin, end, totals, weights[:, 1:], c.vocab_size)).log()
 
     def forward(self, idx, targets=None, cache=None, reduction="sum"):
         """idx (B, T). Without targets: logits (B, T, V). With targets (B, T), -1 ignored: the summed loss in nats, or (B, T) for 'none'.
@@ -261,11 +266,11 @@ class GPT(nn.Module):
         With n-grams the loss is that of the mixture. Its gradient is of that and of the network's own loss, one to one: alone, the
         mixture's would let the network rest on what the n-grams know (3.5 bits per byte by itself, and a worse mixture).
         """
-        x, contexts = (part.flatten(0, 1) for part in self.features(idx, cache))
+        x, tokens = (part.flatten(0, 1) for part in self.features(idx, cache))
         if targets is None:
-            return self.logits(x, contexts).view(*idx.shape, -1)
-        mixed = (None, None) if self.ngrams is None else self.mixture(x, contexts, targets.flatten().clamp(min=0))
+            return self.logits(x, tokens).view(*idx.shape, -1)
         weight = self.head.weight[:self.config.vocab_size]
+        mixed = self.mixture(x, tokens, targets.flatten())
         loss = SoftcapCrossEntropy.apply(x, weight, targets.flatten(), self.config.softcap, reduction, *mixed)
         return loss if reduction == "sum" else loss.view(targets.shape)
 

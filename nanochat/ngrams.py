@@ -58,24 +58,25 @@ class NGrams(nn.Module):
         self.keys.copy_(keys)
         self.cumulative.copy_(torch.cat((counts.new_zeros(1), counts)).cumsum(0))
 
-    def spans(self, contexts):
-        """contexts (N, ORDERS) -> (begin, end, totals): where the n-grams of each stand, and how often it was counted."""
+    def spans(self, tokens):
+        """tokens (N, ORDERS), the newest first -> (contexts, begin, end, totals), (N, ORDERS) each: the key of what the newest 1, 2, ...
+        of them are as a context, where its n-grams stand, and how often it was counted.
+        """
+        contexts = torch.stack(list(context_keys(*tokens.unbind(-1))), -1)
         begin = torch.searchsorted(self.keys, contexts)
         end, known = begin.clone(), self.keys[begin.clamp(max=len(self.keys) - 1)] >> NEXT_BITS == contexts >> NEXT_BITS
         end[known] = torch.searchsorted(self.keys, contexts[known] + (1 << NEXT_BITS))
-        return begin, end, self.cumulative[end] - self.cumulative[begin]
+        return contexts, begin, end, self.cumulative[end] - self.cumulative[begin]
 
-    def look_up(self, contexts, targets, left_out=False):
-        """contexts (N, ORDERS), targets (N,) or None -> (totals, kinds, hits or None), (N, ORDERS) each: how often each context was
-        counted, with how many different next tokens, and how often with the target.
+    def look_up(self, tokens, targets, left_out=False):
+        """tokens (N, ORDERS), targets (N,) -> (totals, kinds, hits), (N, ORDERS) each: how often each context was counted, with how
+        many different next tokens, and how often with the target.
 
         left_out: as if this occurrence of the target had not been counted, for a text that was (Ney, Essen and Kneser, 1995);
         otherwise the gate would learn to trust a context that was seen here and nowhere else.
         """
-        begin, end, totals = self.spans(contexts)
+        contexts, begin, end, totals = self.spans(tokens)
         kinds = end - begin
-        if targets is None:
-            return totals, kinds, None
         known, hits = kinds > 0, torch.zeros_like(totals)
         wanted = (contexts | targets[:, None])[known]
         at = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
@@ -87,12 +88,11 @@ class NGrams(nn.Module):
             totals, kinds, hits = totals - gone, kinds - forgotten.long(), hits - gone
         return totals, kinds, hits
 
-    def next_tokens(self, contexts, weights, V):
-        """The probabilities of the next token, (N, V): of each context (N, ORDERS) its shares of counts times its weight (N, ORDERS)."""
-        begin, end, totals = (x.flatten() for x in self.spans(contexts))
-        kinds = end - begin
+    def next_tokens(self, begin, end, totals, weights, V):
+        """The probabilities of the next token, (N, V): the shares of counts of each context's span times its weight, (N, ORDERS) all."""
+        kinds, orders = (end - begin).flatten(), weights.size(-1)
         row = torch.repeat_interleave(torch.arange(len(kinds), device=kinds.device), kinds)
-        at = torch.arange(len(row), device=row.device) - (kinds.cumsum(0) - kinds)[row] + begin[row]
-        share = (self.cumulative[at + 1] - self.cumulative[at]) / totals[row] * weights.flatten()[row]
-        place = (row // contexts.size(-1)) * V + (self.keys[at] & ((1 << NEXT_BITS) - 1))
-        return share.new_zeros(len(contexts) * V).index_add_(0, place, share).view(-1, V)
+        at = torch.arange(len(row), device=row.device) - (kinds.cumsum(0) - kinds)[row] + begin.flatten()[row]
+        share = (self.cumulative[at + 1] - self.cumulative[at]) / totals.flatten()[row] * weights.flatten()[row]
+        place = (row // orders) * V + (self.keys[at] & ((1 << NEXT_BITS) - 1))
+        return share.new_zeros(len(weights) * V).index_add_(0, place, share).view(-1, V)

@@ -67,6 +67,18 @@ class FakeEngine:
         return FakeStream(self, prompt, max_new_tokens)
 
 
+def type_lines(monkeypatch, lines):
+    """Answer the prompt with the lines, each a text or an exception that comes there."""
+    script = iter(lines)
+
+    def typed(_):
+        line = next(script)
+        if isinstance(line, type):
+            raise line
+        return line
+    monkeypatch.setattr("builtins.input", typed)
+
+
 @contextlib.contextmanager
 def serve(engine):
     """Serve the engine on a free port of this machine; yields the server's address."""

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from chat_fakes import FakeEngine, FakeTokenizer
+from chat_fakes import FakeEngine, FakeTokenizer, type_lines
 
 from nanochat.common import UserError
 from scripts import chat_cli, chat_web
@@ -13,14 +13,7 @@ from scripts import chat_cli, chat_web
 
 def converse(engine, monkeypatch, capsys, *lines):
     """Type the lines at the prompt, each a text or an exception; returns what was printed and the prompts as text."""
-    script = iter(lines)
-
-    def typed(_):
-        line = next(script)
-        if isinstance(line, type):
-            raise line
-        return line
-    monkeypatch.setattr("builtins.input", typed)
+    type_lines(monkeypatch, lines)
     chat_cli.chat(engine, FakeTokenizer())
     return capsys.readouterr().out, ["".join(map(chr, call["prompt"])) for call in engine.calls]
 

@@ -9,7 +9,7 @@ import sys
 import threading
 
 import pytest
-from chat_fakes import FakeEngine, serve
+from chat_fakes import FakeEngine, serve, type_lines
 from stream_fakes import Reply, play, vllm
 
 from conftest import ROOT
@@ -47,14 +47,7 @@ def terminal(monkeypatch):
 def converse(monkeypatch, capsys):
     """converse(server, line, ..., words=()) -> what was printed. A line is typed at the prompt, or an exception that comes there."""
     def run(server, *lines, words=()):
-        script = iter(lines)
-
-        def typed(_):
-            line = next(script)
-            if isinstance(line, type):
-                raise line
-            return line
-        monkeypatch.setattr("builtins.input", typed)
+        type_lines(monkeypatch, lines)
         assert chat.main([f"--url={server.address}", *words]) == 0
         return capsys.readouterr().out
     return run

@@ -12,7 +12,7 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
-                                         prune, read_checkpoint, read_metas, save_checkpoint)
+                                         prune, read_checkpoint, read_metas)
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def train_step(model, optimizers):
 def save(folder, step, meta, world_size=1, rank=0, model=None, optimizers=()):
     model = model or make(meta, 0)[0]
     state = {"optimizers": [o.state_dict() for o in optimizers], "loader": (1, 2, 3, 4), "rng": torch.get_rng_state()}
-    save_checkpoint(folder, step, model, state, meta, rank)
+    SaveUnderWay(folder, step, model, state, meta, rank).finish()
 
 
 def error_of(function, *arguments, **options):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ngrams import LEAST, ORDERS, NGrams, context_keys, count
+from nanochat.ngrams import LEAST, ORDERS, NGrams, count
 
 V = 11
 
@@ -34,10 +34,10 @@ def make_ngrams(ids):
 
 
 def contexts_of(ids):
-    """The contexts (T - 1, ORDERS) of all tokens but the last, as keys and as tuples."""
+    """The newest tokens (T - 1, ORDERS) at each token but the last, and the contexts that they make as tuples."""
     shifted = [F.pad(ids, (back, 0))[:len(ids) - 1] for back in range(ORDERS)]
     tuples = [[tuple(context[:order + 1]) for order in range(ORDERS)] for context in zip(*(tokens.tolist() for tokens in shifted))]
-    return torch.stack(list(context_keys(*shifted)), -1), tuples
+    return torch.stack(shifted, -1), tuples
 
 
 def make_model(ids):
@@ -56,8 +56,8 @@ def test_counts_are_those_of_a_dictionary(ids):
     assert len(ngrams.keys) == sum(map(len, twin.values())) and (ngrams.keys.diff() > 0).all()
     unseen = torch.tensor([V - 2, V - 2, V - 2, V - 2, V - 2, V - 2, 1])
     for text in (ids, unseen):
-        contexts, tuples = contexts_of(text)
-        totals, kinds, hits = ngrams.look_up(contexts, text[1:])
+        newest, tuples = contexts_of(text)
+        totals, kinds, hits = ngrams.look_up(newest, text[1:])
         for row, (names, token) in enumerate(zip(tuples, text[1:].tolist())):
             for order, name in enumerate(names):
                 after = twin.get(name, {})
@@ -66,8 +66,8 @@ def test_counts_are_those_of_a_dictionary(ids):
 
 def test_leaving_a_token_out_is_counting_the_text_without_it(ids):
     """Without one occurrence of the n-grams that end there, what is left is what a dictionary of the others keeps."""
-    contexts, tuples = contexts_of(ids)
-    left = make_ngrams(ids).look_up(contexts, ids[1:], left_out=True)
+    newest, tuples = contexts_of(ids)
+    left = make_ngrams(ids).look_up(newest, ids[1:], left_out=True)
     everything = Counter((name, token) for names, token in zip(tuples, ids[1:].tolist()) for name in names)
     for row in range(0, len(tuples), 7):
         for order, name in enumerate(tuples[row]):
@@ -78,9 +78,10 @@ def test_leaving_a_token_out_is_counting_the_text_without_it(ids):
 
 
 def test_next_tokens_are_the_weighted_shares(ids):
-    twin, (contexts, tuples) = dictionary(ids), contexts_of(ids)
-    weights = torch.rand(contexts.shape)
-    found = make_ngrams(ids).next_tokens(contexts, weights, V)
+    twin, (newest, tuples) = dictionary(ids), contexts_of(ids)
+    weights = torch.rand(newest.shape)
+    ngrams = make_ngrams(ids)
+    found = ngrams.next_tokens(*ngrams.spans(newest)[1:], weights, V)
     wanted = torch.zeros(len(tuples), V)
     for row, names in enumerate(tuples):
         for order, name in enumerate(names):
