@@ -35,7 +35,8 @@ if [ -n "$MINUTES" ]; then
     sft_time=("--minutes=$(share '0.6 * (m - base)')")
 fi
 
-# What is done is written down, so that a second call goes on where the first one stopped.
+# A second call goes on where the first one stopped: what was begun stands in the state, and a stage that ended left its record
+# in metrics.jsonl, with the run that it was part of.
 base_dir="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 state="$base_dir/speedrun.state"
 plan="plan minutes=$MINUTES data=$DATA gpus=$GPUS"
@@ -44,9 +45,11 @@ if [ -z "$DRY_RUN" ]; then
     if [ "$(head -n 1 "$state" 2>/dev/null)" = "$plan" ]; then
         echo "speedrun: going on where the last one stopped ($state)"
     else
-        echo "$plan" >"$state"
+        printf '%s\n' "$plan" "run $(date +%s)-$$" >"$state"
         echo '{"stage": "start"}' >>"$base_dir/metrics.jsonl"
     fi
+    NANOCHAT_RUN="$(awk '$1 == "run" { print $2 }' "$state")"
+    export NANOCHAT_RUN
 fi
 
 trap : INT TERM  # a stage that is interrupted saves and says so; the script then stops below
@@ -61,7 +64,7 @@ stage() {
         echo
         return
     fi
-    if grep -qx "done $name" "$state"; then return; fi
+    if grep -qs "^{\"stage\": \"$name\", .*\"run\": \"$NANOCHAT_RUN\"" "$base_dir/metrics.jsonl"; then return; fi
     if grep -qx "begun $name" "$state" && [[ "$name" == base_train || "$name" == mid_train || "$name" == chat_sft ]]; then
         set -- "$@" --resume
     fi
@@ -74,7 +77,6 @@ stage() {
         echo "speedrun: stopped in $name (status $status). The same command goes on from there." >&2
         exit "$status"
     fi
-    echo "done $name" >>"$state"
 }
 
 run=(python -m)

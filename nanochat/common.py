@@ -236,11 +236,12 @@ def open_logger(name, folder, settings):
 def finish_stage(stage, seconds, settings, **fields):
     """End a stage: one JSON line at column 0 of standard output, and the same line in $NANOCHAT_BASE_DIR/metrics.jsonl.
 
-    seconds: wall clock of the whole stage. settings: what configure() returned. Rank 0 only.
+    seconds: wall clock of the whole stage. settings: what configure() returned. Rank 0 only. A stage of a speedrun names the run,
+    so that a second call of speedrun.sh knows what is done.
     """
     if get_dist_info()[1] != 0:
         return
     row = {"stage": stage, "seconds": round(seconds, 2), "machine": machine(), "settings": settings, **fields,
-           "time": datetime.datetime.now().isoformat(timespec="seconds")}
+           "time": datetime.datetime.now().isoformat(timespec="seconds"), "run": os.environ.get("NANOCHAT_RUN")}
     append_metrics(row)
     print(json.dumps(row), flush=True)

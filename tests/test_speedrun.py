@@ -105,9 +105,11 @@ FAKE_PYTHON = r"""#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo 0; exit; fi   # how many GPUs there are
 printf '%q ' "$@" >>"$CALLS"
 echo >>"$CALLS"
+record() { echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" >>"$NANOCHAT_BASE_DIR/metrics.jsonl"; }
 case "$2" in
-    "${STOP_IN:-nowhere}") exit "${STATUS:-1}" ;;
+    "${STOP_IN:-nowhere}") if [ -n "${RECORDED:-}" ]; then record "$@"; fi; exit "${STATUS:-1}" ;;
     nanochat.report) echo '{"stage": "speedrun"}' ;;
+    *) record "$@" ;;
 esac
 """
 
@@ -166,6 +168,21 @@ def test_an_interrupted_training_stage_is_resumed_and_what_was_done_is_not_done_
     assert [words[1] for words in calls if "--resume" in words] == [module]
 
 
+def test_a_stage_that_was_killed_after_its_record_is_not_done_again(sandbox):
+    """It would be trained a second time, on the budget of the first."""
+    sandbox.run(status=137, STOP_IN="scripts.base_train", STATUS="137", RECORDED="1")
+    assert modules(sandbox.run()[0]) == ON_A_CPU[ON_A_CPU.index("scripts.mid_train"):]
+
+
+def test_a_record_of_another_run_does_not_count(sandbox):
+    """One may try a stage by hand before going on."""
+    sandbox.run(status=130, STOP_IN="scripts.base_train", STATUS="130")
+    with open(sandbox.base / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"stage": "base_train", "run": null}\n{"stage": "base_train", "run": "1763750000-1"}\n')
+    calls, _ = sandbox.run()
+    assert calls[0][1] == "scripts.base_train" and "--resume" in calls[0]
+
+
 @pytest.mark.parametrize("stage", ["tok_train", "tok_eval", "chat_eval"])
 def test_other_stages_simply_run_again_whatever_the_data_is_called(sandbox, tmp_path, stage):
     data = tmp_path / "base_train notes for chat_sft"
@@ -187,7 +204,7 @@ def test_another_budget_or_other_data_begin_anew(sandbox, tmp_path):
 def test_each_new_run_is_marked_in_the_metrics_and_a_resumed_one_is_not(sandbox):
     sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130")
     sandbox.run()
-    assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8") == '{"stage": "start"}\n'
+    assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").count("start") == 1
     sandbox.run()
     assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").count("start") == 2
 
