@@ -7,17 +7,16 @@
 #     bash serve_r1.sh throughput       # generated tokens a second, from the server's counter over 10 seconds
 #     bash serve_r1.sh test             # one request and its answer
 #     bash serve_r1.sh stop
-#     bash serve_r1.sh --dry-run VERB   # print every command and do nothing; works on any machine
+#     bash serve_r1.sh --dry-run VERB   # print every command that it would run and do nothing; works on any machine
 #     bash serve_r1.sh start -- --max-num-seqs 64       # words after -- go to `vllm serve`
 #
 # Every setting below is a variable: MAX_MODEL_LEN=8192 PORT=9000 bash serve_r1.sh start. A second start finds the container
 # and waits on. Exit code 2: nothing was begun, and the line says what to change; 1: it was begun and failed.
 set -euo pipefail
 export LC_ALL=C    # a point in numbers, plain ranges in patterns
-refuse() { echo "error: $*" >&2; exit 2; }
+refuse() { local line="$*"; echo "error: ${line//[[:cntrl:]]/?}" >&2; exit 2; }
 fail() { echo "error: $*" >&2; exit 1; }
 say() { echo "serve_r1: $*"; }
-if [ -z "${HF_CACHE:-}" ]; then HF_CACHE="${HF_HOME:-${HOME:-/root}/.cache/huggingface}"; fi
 render="$(getent group render 2>/dev/null | cut -d: -f3)" || render=""
 
 # What is served. Where empty is allowed, empty leaves the flag out.
@@ -46,6 +45,7 @@ HIP_FORCE_DEV_KERNARG="${HIP_FORCE_DEV_KERNARG-1}"  # as documented; this image 
 TORCH_BLAS_PREFER_HIPBLASLT="${TORCH_BLAS_PREFER_HIPBLASLT-1}"  # as documented
 
 # docker run
+HF_CACHE="${HF_CACHE:-${HF_HOME:-${HOME:-/root}/.cache/huggingface}}"  # documented: nothing mounted, so that every new container downloads 163 shards again
 NETWORK="${NETWORK:-host}"                          # as documented. On any other network the port is published at ADDRESS
 DEVICES="${DEVICES:-/dev/kfd /dev/dri}"             # as documented
 GPU_GROUPS="${GPU_GROUPS-video${render:+ $render}}" # documented: none. These own the devices; render by the host's number, images may lack the name
@@ -53,17 +53,21 @@ IPC="${IPC-host}"                                   # documented: none, so 64 MB
 SECCOMP="${SECCOMP-unconfined}"                     # documented: none. docker's filter forbids the memory placement calls of ROCm
 RESTARTS="${RESTARTS:-3}"                           # documented: none. After so many deaths in a row it stays down
 HEALTH_START="${HEALTH_START:-30m}"                 # documented: no health check. While loading takes this long, failing it does not count
+HEALTH_INTERVAL="${HEALTH_INTERVAL:-30s}"           # then it is asked this often ...
+HEALTH_RETRIES="${HEALTH_RETRIES:-3}"               # ... and unhealthy after so many failures in a row
+STOP_SECONDS="${STOP_SECONDS:-60}"                  # documented: none, so docker's 10. What requests under way have to end
 LOG_SIZE="${LOG_SIZE:-100m}"                        # documented: none, so a log that grows for ever
 LOG_FILES="${LOG_FILES:-5}"
 
 # This script
 READY_SECONDS="${READY_SECONDS:-1800}"              # start waits this long, and can be called again
-DISK_GB="${DISK_GB:-700}"                           # the weights: 163 shards of about 4.3 GB; what the cache has already is taken off
+DISK_GB="${DISK_GB:-700}"                           # the weights: 163 shards of about 4.3 GB, so within 2 %; what the cache has already is taken off
 MEMORY_GB="${MEMORY_GB:-64}"                        # host memory that eight workers need while loading: an estimate
-PROMPT="${PROMPT:-What is 12 times 7? Explain in one sentence.}"
-MAX_TOKENS="${MAX_TOKENS:-2048}"                    # of `test`. Documented: 100, which ends in the middle of the thinking
+PROMPT="${PROMPT:-What is 12 times 7?}"             # of `test`, as documented
+MAX_TOKENS="${MAX_TOKENS:-2048}"                    # of it. Documented: 100, which ends in the middle of the thinking
 SYSTEM_ROOT="${SYSTEM_ROOT:-}"                      # tests look for /dev, /proc and /sys under another folder
 DRY_RUN="${DRY_RUN:-}"
+if [ "$DRY_RUN" = 0 ]; then DRY_RUN=""; fi
 
 verb="" extra=()
 while [ $# -gt 0 ]; do
@@ -90,26 +94,35 @@ whole() {
 }
 whole PORT 1 65535
 whole TENSOR_PARALLEL_SIZE 1 64
-whole MAX_MODEL_LEN 1 163840    # what R1 was trained for
+whole MAX_MODEL_LEN 1 163840    # what R1's configuration allows
 whole RESTARTS 0 100
 whole LOG_FILES 1 1000
+whole HEALTH_RETRIES 1 1000
+whole STOP_SECONDS 0 86400
 whole READY_SECONDS 1 999999
 whole DISK_GB 0 999999
 whole MEMORY_GB 0 999999
 whole MAX_TOKENS 1 163840
 if ! [[ "$ADDRESS" =~ ^[A-Za-z0-9.-]+$ ]]; then refuse "ADDRESS=$ADDRESS is neither an IPv4 address nor a host's name"; fi
+if [ "$NETWORK" != host ] && [[ "$ADDRESS" == *[!0-9.]* ]]; then refuse "ADDRESS=$ADDRESS must be an IPv4 address where NETWORK is not host"; fi
+for name in HEALTH_START HEALTH_INTERVAL; do
+    if ! [[ "${!name}" =~ ^[1-9][0-9]*[smh]$ ]]; then refuse "$name=${!name} is no time such as 30s, 5m or 1h"; fi
+done
+if ! [[ "$LOG_SIZE" =~ ^[1-9][0-9]*[kmg]$ ]]; then refuse "LOG_SIZE=$LOG_SIZE is no size such as 100m"; fi
 if ! [[ "$CONTAINER" =~ ^[A-Za-z0-9][A-Za-z0-9_.-]+$ ]]; then refuse "CONTAINER=$CONTAINER is no name for a container: letters, digits, _ . -"; fi
 case "$BLOCK_SIZE" in *[!0-9]*) refuse "BLOCK_SIZE=$BLOCK_SIZE is not a number of tokens; empty leaves it to vLLM" ;; esac
 case "$PREFIX_CACHING" in 0 | 1 | "") ;; *) refuse "PREFIX_CACHING=$PREFIX_CACHING must be 0, 1 or empty" ;; esac
 case "$TRUST_REMOTE_CODE" in 0 | 1 | "") ;; *) refuse "TRUST_REMOTE_CODE=$TRUST_REMOTE_CODE must be 0 or 1" ;; esac
 case "$VLLM_API_KEY" in *[!!-~]*) refuse "VLLM_API_KEY must be printable ASCII without spaces" ;; esac
 case "$HF_CACHE" in *:*) refuse "HF_CACHE=$HF_CACHE has a colon, which docker takes for the end of the path" ;; /*) ;; *) HF_CACHE="$PWD/$HF_CACHE" ;; esac
-case "$ADDRESS" in
-    127.* | localhost) ;;
-    *) if [ -z "$VLLM_API_KEY" ]; then refuse "ADDRESS=$ADDRESS lets others in: set VLLM_API_KEY to a long secret, or keep 127.0.0.1"; fi ;;
-esac
-for setting in "$IMAGE" "$MODEL" "$REVISION" "$HF_CACHE" "$PROMPT" "$ALLOWED_ORIGINS" ${extra[@]+"${extra[@]}"}; do
-    case "$setting" in *[[:cntrl:]]*) refuse "no line breaks or control characters in a setting: $(printf %q "$setting")" ;; esac
+if ! [[ "$ADDRESS" =~ ^(127(\.[0-9]{1,3}){3}|localhost)$ ]] && [ -z "$VLLM_API_KEY" ]; then
+    refuse "ADDRESS=$ADDRESS lets others in: set VLLM_API_KEY to a long secret, or keep 127.0.0.1"
+fi
+for name in IMAGE MODEL REVISION HF_CACHE HF_TOKEN PROMPT ALLOWED_ORIGINS REASONING_PARSER NETWORK DEVICES GPU_GROUPS IPC SECCOMP \
+    NCCL_MIN_NCHANNELS VLLM_ROCM_USE_AITER HIP_FORCE_DEV_KERNARG TORCH_BLAS_PREFER_HIPBLASLT extra; do
+    given="${!name-}"
+    if [ "$name" = extra ]; then given="${extra[*]-}"; fi
+    case "$given" in *[[:cntrl:]]*) refuse "a line break or control character in ${name/#extra/the words after --}: leave it out" ;; esac
 done
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +147,7 @@ if [ -n "$HIP_FORCE_DEV_KERNARG" ]; then options+=(--env "HIP_FORCE_DEV_KERNARG=
 if [ -n "$TORCH_BLAS_PREFER_HIPBLASLT" ]; then options+=(--env "TORCH_BLAS_PREFER_HIPBLASLT=$TORCH_BLAS_PREFER_HIPBLASLT"); fi
 if [ -n "$VLLM_API_KEY" ]; then options+=(--env VLLM_API_KEY); export VLLM_API_KEY; fi
 options+=(--health-cmd "python3 -c \"import urllib.request as u; u.urlopen('http://$health_address:$PORT/health', timeout=5)\""
-    --health-interval 30s --health-timeout 10s --health-retries 3 --health-start-period "$HEALTH_START")
+    --health-interval "$HEALTH_INTERVAL" --health-timeout 10s --health-retries "$HEALTH_RETRIES" --health-start-period "$HEALTH_START")
 if [ "$RESTARTS" = 0 ]; then options+=(--restart no); else options+=(--restart "on-failure:$RESTARTS"); fi
 options+=(--log-driver json-file --log-opt "max-size=$LOG_SIZE" --log-opt "max-file=$LOG_FILES")
 options+=(--entrypoint "")                          # some images begin with `vllm serve` themselves
@@ -155,6 +168,8 @@ if [ -n "$HF_TOKEN" ]; then options+=(--env HF_TOKEN); export HF_TOKEN; fi
 if [ -z "$REVISION" ] && [ -s "$cached/refs/main" ]; then serve+=(--revision "$(head -n 1 "$cached/refs/main")"); fi
 run=(docker run --detach --label "nanochat.serve_r1=$label" "${options[@]}" "$IMAGE" "${serve[@]}")
 inspect=(docker container inspect --format '{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}} {{index .Config.Labels "nanochat.serve_r1"}}' "$CONTAINER")
+
+last_line=(docker logs --tail 1 "$CONTAINER")
 
 json() { printf '"%s"' "$(printf %s "$1" | sed 's/[\\"]/\\&/g')"; }
 one_token="{\"model\": $(json "$MODEL"), \"prompt\": \"1\", \"max_tokens\": 1}"
@@ -197,7 +212,7 @@ show_request() {
     local words key=""
     ask "$@"
     # shellcheck disable=SC2016  # the secret's name is printed, never the secret
-    if [ -n "$VLLM_API_KEY" ]; then key=' --header "Authorization: Bearer $VLLM_API_KEY"'; fi
+    if [ -n "$VLLM_API_KEY" ]; then key=' --header @<(printf "Authorization: Bearer %s\n" "$VLLM_API_KEY")'; fi
     echo "$(show "${words[@]}")$key"
 }
 
@@ -252,13 +267,16 @@ gpus() {
 }
 
 disk() {
-    local folder="$HF_CACHE" free have=0 need
+    local folder="$HF_CACHE" free have="" need
     while [ ! -d "$folder" ]; do folder="$(dirname "$folder")"; done
     if [ ! -w "$folder" ]; then finding "cannot write to $folder: set HF_CACHE to a folder you can write"; fi
-    if [ -d "$cached" ]; then have="$(du -sk "$cached" | cut -f1)"; fi
-    free="$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')"
-    need=$((DISK_GB * 1000000000 / 1024 - have))
-    if [ "$need" -gt "$free" ]; then
+    if [ -d "$cached" ]; then have="$(du -sk "$cached" 2>/dev/null | cut -f1)" || true; fi
+    free="$(df -Pk "$folder" 2>/dev/null | awk 'NR == 2 { print $4 }')" || true
+    need=$((DISK_GB * 1000000000 / 1024 - ${have:-0}))
+    if [ "$need" -lt $((DISK_GB * 20000000 / 1024)) ]; then need=0; fi
+    if [ -z "$free" ]; then
+        finding "df does not say how much is free in $folder: set HF_CACHE to a folder on a disk of this machine"
+    elif [ "$need" -gt "$free" ]; then
         finding "$((free * 1024 / 1000000000)) GB are free in $folder, $((need * 1024 / 1000000000)) GB are still to come: make room or set HF_CACHE"
     elif [ "$need" -gt 0 ] && [ -z "$DRY_RUN" ]; then
         say "up to $((need * 1024 / 1000000000)) GB are still to be downloaded into $HF_CACHE: an hour and a half at 1 Gbit/s for all of R1"
@@ -294,6 +312,9 @@ preflight() {
         gpus
         disk
         host_memory
+        if [ -z "$REVISION" ] && [ ! -s "$cached/refs/main" ]; then
+            echo "warning: REVISION is empty and nothing is downloaded yet: whatever $MODEL's main is now will run; REVISION=COMMIT pins it" >&2
+        fi
         if (exec 3<>"/dev/tcp/${ADDRESS/#0.0.0.0/127.0.0.1}/$PORT") 2>/dev/null; then
             finding "port $PORT is taken: end what listens there (ss -ltnp), or set PORT"
         fi
@@ -342,7 +363,7 @@ wait_ready() {
             fail "not ready after $elapsed s, waiting $waiting. It goes on loading: start again to go on waiting, logs to see why, stop to end it"
         fi
         if [ $((elapsed - shown)) -ge 30 ]; then
-            say "$elapsed of at most $READY_SECONDS s, waiting $waiting: $(docker logs --tail 1 "$CONTAINER" 2>&1 | tr -d '[:cntrl:]' | cut -c 1-100)"
+            say "$elapsed of at most $READY_SECONDS s, waiting $waiting: $("${last_line[@]}" 2>&1 | tr -d '[:cntrl:]' | cut -c 1-100)"
             shown="$elapsed"
         fi
         sleep 15
@@ -362,28 +383,35 @@ counter() {
 
 start() {
     preflight
+    local folder=(mkdir -p "$HF_CACHE") known=(docker image inspect "$IMAGE") pull=(docker pull "$IMAGE") remove=(docker rm "$CONTAINER")
+    case "$status" in
+        running | restarting | paused) if [ -z "$DRY_RUN" ]; then say "$CONTAINER is there already ($status)"; fi ;;
+        *)
+            if [ -n "$DRY_RUN" ]; then
+                show "${folder[@]}"
+                show "${known[@]}"
+                show "${pull[@]}"                       # unless the line before found it
+                if [ -n "$status" ]; then show "${remove[@]}"; fi
+                show "${run[@]}"
+            else
+                "${folder[@]}"
+                if ! "${known[@]}" >/dev/null 2>&1; then "${pull[@]}" || fail "could not pull $IMAGE"; fi
+                if [ -n "$status" ]; then "${remove[@]}" >/dev/null || fail "could not remove the old, stopped $CONTAINER"; fi
+                say "$(show "${run[@]}")"
+                "${run[@]}" >/dev/null || fail "docker could not start the container: the line above says why"
+            fi ;;
+    esac
     if [ -n "$DRY_RUN" ]; then
-        show mkdir -p "$HF_CACHE"
-        show docker pull "$IMAGE"
-        show "${run[@]}"
         show "${inspect[@]}"
         show_ready
-        return
+        show "${last_line[@]}"
+    else
+        wait_ready
     fi
-    case "$status" in
-        running | restarting | paused) say "$CONTAINER is there already ($status)" ;;
-        *)
-            mkdir -p "$HF_CACHE"
-            if ! docker image inspect "$IMAGE" >/dev/null 2>&1; then docker pull "$IMAGE" || fail "could not pull $IMAGE"; fi
-            if [ -n "$status" ]; then docker rm "$CONTAINER" >/dev/null || fail "could not remove the old, stopped $CONTAINER"; fi
-            say "$(show "${run[@]}")"
-            "${run[@]}" >/dev/null || fail "docker could not start the container: the line above says why" ;;
-    esac
-    wait_ready
 }
 
 stop() {
-    local halt=(docker stop -t 60 "$CONTAINER") remove=(docker rm "$CONTAINER")
+    local halt=(docker stop -t "$STOP_SECONDS" "$CONTAINER") remove=(docker rm "$CONTAINER")
     if [ -n "$DRY_RUN" ]; then
         show "${halt[@]}"
         show "${remove[@]}"
@@ -392,20 +420,21 @@ stop() {
     read_state
     if [ -z "$status" ]; then say "no container $CONTAINER: nothing to stop"; return; fi
     if [ -z "$owner" ]; then refuse "this script did not make the container $CONTAINER: docker stop $CONTAINER, if it is yours"; fi
-    say "stopping $CONTAINER, requests under way have 60 s"
+    say "stopping $CONTAINER, requests under way have $STOP_SECONDS s"
     { "${halt[@]}" && "${remove[@]}"; } >/dev/null || fail "docker could not stop $CONTAINER"
     say "stopped and removed; the weights stay in $HF_CACHE"
 }
 
 status() {
     local format='{{.State.Status}}, health {{with .State.Health}}{{.Status}}{{end}}, {{.RestartCount}} restarts, started {{.State.StartedAt}}'
-    local health=(docker container inspect --format "$format" "$CONTAINER")
+    local said health=(docker container inspect --format "$format" "$CONTAINER")
     if [ -n "$DRY_RUN" ]; then
         show "${health[@]}"
         show_ready
         return
     fi
-    say "$CONTAINER: $("${health[@]}" 2>/dev/null || echo "no such container")"
+    said="$("${health[@]}" 2>/dev/null)" || said="no such container"
+    say "$CONTAINER: $said"
     if ! answers; then fail "not ready, waiting $waiting (status $code)"; fi
     say "ready: $MODEL at $url/v1"
 }
@@ -437,7 +466,7 @@ throughput() {
 test_request() {
     if [ -n "$DRY_RUN" ]; then show_request 600 /v1/chat/completions "$question"; return; fi
     request 600 /v1/chat/completions "$question"
-    echo "$body"
+    if [ -n "$body" ]; then echo "$body"; fi
     if [ "$code" != 200 ]; then fail "no answer from $url (status $code): bash serve_r1.sh status"; fi
     if has '"finish_reason": "stop"'; then return; fi
     if has '"finish_reason": "length"'; then fail "the answer was cut at $MAX_TOKENS tokens: set MAX_TOKENS higher"; fi
@@ -446,7 +475,7 @@ test_request() {
 
 if [ "$verb" != start ] && [ -z "$DRY_RUN" ]; then   # start's preflight has these, among others
     case "$verb" in throughput | test) ;; *) docker_answers ;; esac
-    if ! command -v curl >/dev/null; then finding "curl is missing: install it"; fi
+    case "$verb" in stop | logs) ;; *) if ! command -v curl >/dev/null; then finding "curl is missing: install it"; fi ;; esac
     if [ "$findings" -gt 0 ]; then exit 2; fi
 fi
 case "$verb" in test) test_request ;; *) "$verb" ;; esac

@@ -13,12 +13,13 @@ on top. (Speculation gets past it, since a step then yields more than one token.
 choice of k, a batch reads on average, if all are chosen equally often,
 
     (4) R * (1 - (1 - k / R) ** B)
+
+and fewer where its tokens choose alike, so that there a real rate may lie above the bound.
 """
 import math
 from collections import namedtuple
 
 from nanochat.common import UserError
-from nanochat.hardware import DEVICES
 
 # Bytes of a weight. Scales: none worth counting for fp8's blocks of 128 x 128; int4 (AWQ) has 16 + 4 bits for 128 weights.
 WEIGHT_BYTES = {"bf16": 2, "fp8": 1, "int4": (4 + 20 / 128) / 8}

@@ -7,18 +7,23 @@ Chat in the terminal with any server that speaks OpenAI's API: vLLM, ollama, lla
     OPENAI_API_KEY=... python scripts/chat.py               # a server that wants a key
 
 quit ends the conversation, clear starts it afresh. Ctrl+C ends the answer under way; at the prompt it ends the program.
-What a model thinks before it answers is dim, and no part of the conversation. This file needs `requests` and nothing else
-of this repository, so that it may be copied to wherever one sits.
+What a model thinks before it answers is dim, and no part of the conversation. (Where only the closing </think> comes, it was shown
+as the answer by then, and where that is cut off, it is taken for one.) This file needs `requests` (pip install requests) and nothing else of this repository, so
+that it may be copied to wherever one sits.
 """
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
 import time
 
-import requests
+try:
+    import requests
+except ImportError:
+    sys.exit("error: this needs the package requests: pip install requests")
 
 TRIES = 3                               # of a request whose answer has not begun
 TIMEOUT = (10, 600)                     # seconds to connect, and between two pieces: a long prompt is silent at first
@@ -129,13 +134,18 @@ class Answer:
     def read(self, response):
         """Yield (is it a thought, text). Servers send thoughts in a field of their own, whose name differs, or in the text."""
         for event in events(response):
-            for choice in event.get("choices") or []:
-                delta = choice.get("delta") or {}
-                thought, text = delta.get("reasoning_content") or delta.get("reasoning") or "", delta.get("content") or ""
-                self.begun |= bool(thought or text)
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
-                yield True, self.cleaners[0].feed(thought)
-                yield from self.thoughts.feed(self.cleaners[1].feed(text))
+            try:
+                for choice in event.get("choices") or []:
+                    delta = choice.get("delta") or {}
+                    thought, text = delta.get("reasoning_content") or delta.get("reasoning") or "", delta.get("content") or ""
+                    self.begun |= bool(thought or text)
+                    self.finish_reason = choice.get("finish_reason") or self.finish_reason
+                    if thought and self.thoughts.state == "start":
+                        self.thoughts.state = "answer"      # this server parts them, so that a tag in the text is text
+                    yield True, self.cleaners[0].feed(thought)
+                    yield from self.thoughts.feed(self.cleaners[1].feed(text))
+            except (AttributeError, TypeError) as error:
+                raise ServerError("the server sent an event that has not OpenAI's shape") from error
         yield from self.thoughts.feed(self.cleaners[1].feed("", last=True), last=True)
         if self.finish_reason is None:
             raise ServerError("the stream ended before the answer did", again=1)
@@ -157,8 +167,8 @@ class Server:
     def __init__(self, url):
         self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.session = requests.Session()
-        if os.environ.get("OPENAI_API_KEY"):
-            self.session.headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        if key := os.environ.get("OPENAI_API_KEY"):
+            self.session.headers["Authorization"] = f"Bearer {key}"
 
     def request(self, method, path, **options):
         """The response. ServerError for every status but 200."""
@@ -213,9 +223,10 @@ class Screen:
 
 def ask(server, body):
     """Show the answer as it comes and return it. Until it has begun, a failure that may pass is tried again."""
-    screen, answer, mark = Screen(), Answer(), ""
+    screen, mark = Screen(), ""
     try:
         for attempt in range(1, TRIES + 1):
+            answer = Answer()
             try:
                 with server.request("POST", "/chat/completions", json=body, stream=True) as response:
                     for thought, text in answer.read(response):
@@ -276,8 +287,14 @@ def arguments(words):
     parser.add_argument("--max_tokens", "--max-tokens", type=int, help="longest answer; without it the server decides")
     parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token; without it the server decides")
     found = parser.parse_args(words)
-    if not re.match(r"https?://[^/]", found.url):
-        parser.error(f"--url={found.url} must begin with http:// or https://")
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", found.url):
+        parser.error(f"--url={found.url} must be an address such as http://localhost:8000")
+    if not re.fullmatch("[!-~]*", os.environ.get("OPENAI_API_KEY", "")):
+        parser.error("OPENAI_API_KEY must be printable ASCII without spaces")
+    if found.max_tokens is not None and found.max_tokens < 1:
+        parser.error(f"--max_tokens={found.max_tokens} must be at least 1")
+    if found.temperature is not None and not 0 <= found.temperature < math.inf:
+        parser.error(f"--temperature={found.temperature} must be a number from 0")
     if found.once is not None and not found.once.strip():
         parser.error('the question is empty: write --once "your question"')
     return found
@@ -312,4 +329,8 @@ if __name__ == "__main__":
         stream.reconfigure(errors="replace")    # half a character must not end the program
     with contextlib.suppress(ImportError):
         import readline     # noqa: F401, input() then has a history and can be edited
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:     # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import threading
@@ -43,7 +44,7 @@ timeout = 600                   # seconds without a sign of life after which a r
 model: str = None               # for the roofline: one of serve_plan's models
 device: str = None              # and one of its devices
 devices: int = None             # so many of it. None: what the deployment here has
-dtype = ""                      # of the weights: bf16, fp8 or int4. Empty: the first in which the model is published
+dtype = ""                      # of its weights there: bf16, fp8 or int4. May be empty where the model is published in one alone
 
 WORDS = "time year people way day man thing life child world school state family group country hand part place case week".split()
 TASK = "Tell a long story with these words."
@@ -91,7 +92,7 @@ class Request:
         return "" if finish_reason else "cut: the stream ended without a finish_reason"
 
     def tokens(self):
-        return self.usage.get("completion_tokens", len(self.times))
+        return self.usage.get("completion_tokens") or len(self.times)
 
 
 def headers():
@@ -99,9 +100,10 @@ def headers():
 
 
 def said(body):
-    """What an error says: OpenAI's shape, or mere text."""
+    """What an error says, on one line without escapes: OpenAI's shape, or mere text."""
     error = body.get("error") or body.get("detail") or body
-    return " ".join(str(error.get("message", error) if isinstance(error, dict) else error).split())[:200]
+    text = str(error.get("message", error) if isinstance(error, dict) else error)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 
 
 def raise_error(request):
@@ -121,6 +123,8 @@ def find_model(base):
         raise ConnectionError(f"no answer from {base}: start a server there, or name another with --url") from error
     if response.status_code in (401, 403):
         raise UserError(f"{response.status_code} from {base}/models: set OPENAI_API_KEY to the server's key")
+    if response.status_code >= 500:
+        raise ConnectionError(f"{response.status_code} from {base}/models: the server's log may say why")
     try:
         return response.json()["data"][0]["id"]
     except (ValueError, LookupError, TypeError) as error:
@@ -135,7 +139,7 @@ def words_for(base, name):
         probe.run(base, name)
         if probe.error:
             raise_error(probe)
-    tokens = [probe.usage.get("prompt_tokens", 0) for probe in probes]
+    tokens = [probe.usage.get("prompt_tokens") or 0 for probe in probes]
     if tokens[1] <= tokens[0]:
         return input
     return max(1, few + round((input - tokens[0]) * (many - few) / (tokens[1] - tokens[0])))
@@ -176,11 +180,11 @@ def summary(everything, clients):
     tokens = sum(request.tokens() for request in whole)
     first = [request.times[0] - request.begin for request in whole if request.times]
     between = [later - sooner for request in whole for sooner, later in itertools.pairwise(request.times)]
-    prompts = [request.usage["prompt_tokens"] for request in whole if "prompt_tokens" in request.usage]
+    prompts = [request.usage["prompt_tokens"] for request in whole if request.usage.get("prompt_tokens")]
     row |= {"tokens_per_second": tokens / (max(r.end for r in whole) - min(r.begin for r in everything)),
             "output_tokens": tokens / len(whole), "input_tokens": statistics.mean(prompts) if prompts else None,
             "pieces": sum(len(request.times) for request in whole) / len(whole),
-            "tokens_from_usage": all("completion_tokens" in request.usage for request in whole),
+            "tokens_from_usage": all(request.usage.get("completion_tokens") for request in whole),
             "ttft": statistics.median(first) if first else None, "ttft_p95": percentile(first, 0.95),
             "between_tokens": statistics.median(between) if between else None, "between_tokens_p95": percentile(between, 0.95)}
     if model:
@@ -210,14 +214,17 @@ def table(rows):
 def main(settings):
     require(settings, 1, "input", "output", "rounds", "devices", "timeout")
     batches = numbers(concurrency, "concurrency")
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"url={url} must begin with http:// or https://")
-    if (model is None) != (device is None):
-        raise UserError("the roofline needs --model and --device, both or neither")
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+        raise UserError(f"url={url} must be an address such as http://localhost:8000")
+    if not re.fullmatch("[!-~]*", os.environ.get("OPENAI_API_KEY", "")):
+        raise UserError("OPENAI_API_KEY must be printable ASCII without spaces")
+    if (model is None) != (device is None) or model is None and (dtype or devices):
+        raise UserError("the roofline needs --model and --device; without both, --dtype and --devices are for nothing")
     if model:
         look_up(DEVICES, device, "device")
         kinds = look_up(MODELS, model, "model").dtypes
-        look_up(dict.fromkeys(kinds), dtype or kinds[0], "dtype")
+        if dtype or len(kinds) > 1:
+            look_up(dict.fromkeys(kinds), dtype, "dtype")
     started = time.perf_counter()
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     name = served_model or find_model(base)

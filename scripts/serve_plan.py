@@ -22,7 +22,7 @@ dtype = ""                  # of the weights: bf16, fp8 or int4. Empty: all in w
 kv_dtype = "bf16"           # of the cache: bf16 or fp8
 utilization: float = None   # part of the memory for weights and cache. None: 0.7 where the CPU shares it, else 0.9
 kv_gib: float = None        # GiB of cache on each device, as an engine's log tells. None: all that the weights leave
-max_model_len: int = None   # longest context. None: what the deployment here sets
+max_model_len: int = None   # longest context. None: 32,000 (qwen3-32b) and 32,768, as the deployments here in fp8
 context = 1024              # tokens that each request holds while its rate is computed
 concurrency = "1,2,4,8,16,32"   # requests at a time
 
@@ -73,7 +73,8 @@ def report(shape, peaks, count, share, longest, plans, batches):
            f"{', '.join(known) or 'FLOP/s not published'}{each}. All figures are computed, none is measured.")
     yield memory_table(plans, longest, each)
     yield f"A token takes {cache_bytes(shape, kv_dtype, count) / 1024:,.1f} KiB of cache{each}. {room}."
-    yield f"Tokens/s of all requests together, at most, each holding {context:,} tokens. {bound}"
+    even = ", if all experts are chosen equally often" if shape.routed else ""
+    yield f"Tokens/s of all requests together, at most{even}, each holding {context:,} tokens. {bound}"
     yield rate_table(plans, batches)
 
 
@@ -85,12 +86,16 @@ def main(settings):
     kinds = [look_up({kind: kind for kind in shape.dtypes}, dtype, "dtype")] if dtype else shape.dtypes
     share = utilization if utilization is not None else 0.7 if peaks.unified else 0.9
     count, longest, batches = devices or shape.devices, max_model_len or shape.max_model_len, numbers(concurrency, "concurrency")
+    if share > 1:
+        raise UserError(f"utilization={share} is a part of the memory, at most 1")
+    if context > longest:
+        raise UserError(f"context={context} is longer than max_model_len={longest}: lower the one or raise the other")
     plans = {kind: plan(shape, peaks, count, kind, share, longest, batches) for kind in kinds}
     if not any(row["cache_tokens"] for row in plans.values()):
         raise UserError(f"{shape.title} in {' or '.join(kinds)} leaves no cache on {count} x {device}: "
-                        "raise --devices or --utilization, or lower --kv_gib")
+                        + ("raise --devices or --utilization" if kv_gib is None else f"--kv_gib={kv_gib} must be above 0 and fit beside the weights"))
     print("\n\n".join(report(shape, peaks, count, share, longest, plans, batches)) + "\n")
-    print(json.dumps({"stage": "serve_plan", "settings": settings, "devices": count, "utilization": share, "max_model_len": longest,
+    print(json.dumps({"settings": settings, "devices": count, "utilization": share, "max_model_len": longest,
                       "cache_bytes_per_token": cache_bytes(shape, kv_dtype, count), "plans": plans}))
 
 

@@ -183,6 +183,11 @@ def test_thoughts_whose_opening_tag_was_in_the_prompt_are_no_part_of_the_convers
     assert contents(server)[1] == [("user", "one"), ("assistant", "Hello!"), ("user", "two")]
 
 
+def test_a_tag_in_the_text_is_text_where_the_server_parts_the_thoughts(once):
+    with play(vllm({"reasoning_content": "hm"}, "It is </think>", ", yes.")) as server:
+        assert once(server) == (0, "It is </think>, yes.\n", "")
+
+
 def test_thoughts_that_used_up_the_tokens_leave_no_trace(converse, terminal):
     with play(vllm("<think>hm", finish="length")) as server:
         out = converse(server, "one", "two", "quit")
@@ -243,7 +248,7 @@ def test_a_cut_answer_leaves_no_trace_in_the_conversation(converse, waits):
     (Reply({"error": "later"}, status=502, headers={"Retry-After": "9999"}), 60), (Reply([], cut=True), 1), (Reply(vllm(finish=None)), 1),
 ])
 def test_before_the_first_token_a_passing_failure_is_tried_again(once, waits, failure, wait):
-    with play(failure, failure, vllm("Hello")) as server:
+    with play(failure, failure, vllm("<think>hm</think>Hello")) as server:
         status, out, err = once(server)
     assert (status, out) == (0, "Hello\n") and waits == [wait, wait] and err.count("trying again") == 2 and len(server.asked) == 3
 
@@ -259,6 +264,7 @@ def test_after_three_tries_it_gives_up(once, waits):
     (Reply({"detail": [{"loc": ["body"], "msg": "bad"}]}, status=422), "422: "),
     (Reply([b"<html>"], status=500), "500: Internal Server Error"),
     (Reply([b'data: {"error": {"message": "out of memory"}}\n\n']), "out of memory"), (Reply([b"data: {oops\n\n"]), "not JSON"), (Reply([b"data: []\n\n"]), "[]"),
+    (Reply([b'data: {"choices": [{"delta": "x"}]}\n\n']), "not OpenAI's shape"), (Reply([b'data: {"choices": [1]}\n\n']), "not OpenAI's shape"),
 ])
 def test_other_failures_are_told_at_once_and_the_conversation_goes_on(converse, once, waits, reply, said):
     with play(reply) as server:
@@ -362,13 +368,32 @@ def test_half_a_character_does_not_end_the_program():
 
 
 @pytest.mark.parametrize("words, hint", [
-    (["--url=localhost:8000"], "http://"), (["--once", " "], "--once"), (["--promt=x"], "--promt"), (["--max_tokens=many"], "max_tokens"),
+    (["--url=localhost:8000"], "http://"), (["--url=http://"], "http://"), (["--url=http://a b"], "http://"), (["--once", " "], "--once"),
+    (["--promt=x"], "--promt"), (["--max_tokens=many"], "max_tokens"), (["--max_tokens=0"], "max_tokens"), (["--temperature=nan"], "temperature"),
+    (["--temperature=-1"], "temperature"),
 ])
 def test_bad_input_is_one_line_and_status_2(words, hint, capsys):
     with pytest.raises(SystemExit) as end:
         chat.main(words)
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: ") and hint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["k€", "k\r", "two words"])
+def test_a_key_that_no_header_can_carry_is_named(monkeypatch, capsys, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit) as end:
+        chat.main([])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: OPENAI_API_KEY must be")
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    with play(vllm(*["word "] * 9)) as server:
+        process = start(server, "--once", "hello")
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1 and process.stderr.read() == ""
+        process.stderr.close()
+        process.stdin.close()
 
 
 def test_a_server_that_is_not_there_is_one_line_and_status_1(once, waits):

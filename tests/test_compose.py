@@ -1,5 +1,6 @@
 """compose.yaml and the commands in docs/models: right by schema, by vLLM's flags, and safe to start on a shared memory."""
 import json
+import os
 import re
 import shlex
 import shutil
@@ -84,14 +85,14 @@ def test_ollama_is_one_with_the_known_hole_closed():
     assert tuple(map(int, version.split("."))) >= (0, 17, 1)
 
 
-@pytest.mark.parametrize("profile, weights", [("fp8", 32.8e9), ("bf16", 65.6e9)])
+@pytest.mark.parametrize("profile, weights", [("fp8", 34.3e9), ("bf16", 65.6e9)])
 def test_the_memory_of_all_that_runs_together_is_below_the_whole(profile, weights):
     running = started(profile)
     vllm, ollama = running[PROFILES[profile]], running["ollama"]
     share = float(flag(vllm, "gpu-memory-utilization"))
     assert re.fullmatch(r"\d+g", ollama["mem_limit"])
     assert share + int(ollama["mem_limit"][:-1]) * 2**30 / BYTES < 1
-    assert weights + int(flag(vllm, "kv-cache-memory-bytes")) < share * BYTES, "weights and cache fit into vLLM's share"
+    assert weights + int(flag(vllm, "kv-cache-memory-bytes")) < share * BYTES, "weights and cache fit into what must be free at the start"
 
 
 @pytest.mark.parametrize("name", PROFILES.values())
@@ -141,6 +142,21 @@ def vllm_commands(page):
                 words = shlex.split(line)
                 found.append((version and (int(version[1]), int(version[2])), words[words.index("vllm"):]))
     return found
+
+
+def test_the_words_that_the_page_hands_on_and_the_upgrade_are_flags_of_their_version():
+    def serve(*words, **variables):
+        done = subprocess.run(["bash", "serve_r1.sh", "--dry-run", *words], cwd=ROOT, env={"PATH": os.environ["PATH"], "HOME": "/home/me", **variables},
+                              capture_output=True, text=True)
+        line = next(line for line in done.stdout.splitlines() if line.startswith("docker run"))
+        return shlex.split(line)[shlex.split(line).index("vllm"):]
+
+    page = (ROOT / "docs" / "models" / "deepseek-r1.md").read_text(encoding="utf-8")
+    handed_on = re.findall(r"serve_r1\.sh start -- ([^`\n]+)", page)
+    assert handed_on
+    for words in handed_on:
+        assert problems(serve("start", "--", *words.split()), (0, 11)) == []
+    assert "BLOCK_SIZE= bash serve_r1.sh" in page and problems(serve(BLOCK_SIZE=""), (0, 19)) == [] and problems(serve(), (0, 19)) != []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -41,13 +41,13 @@ def probes_then(*replies):
 def test_our_own_server_is_measured(benchmark):
     engine = FakeEngine()
     with serve(engine) as address:
-        out, record = benchmark(address, "--concurrency=1,3", "--input=120", "--output=5", "--rounds=2")
+        out, record = benchmark(address, "--concurrency=1,3", "--input=64", "--output=5", "--rounds=2")
     assert record["stage"] == "serve_benchmark" and record["served_model"] == MODEL
     assert [(row["concurrency"], row["requests"], row["errors"]) for row in record["rows"]] == [(1, 2, {}), (3, 6, {})]
     assert len(engine.calls) == 2 + 2 + 6
     for row in record["rows"]:
         assert row["output_tokens"] == 5 and row["pieces"] == 5 and row["tokens_from_usage"]
-        assert 100 < row["input_tokens"] < 140, "words differ in length, and this tokenizer's tokens are characters"
+        assert 44 < row["input_tokens"] < 84, "words differ in length, and this tokenizer's tokens are characters"
         assert row["tokens_per_second"] > 0 and 0 < row["ttft"] <= row["ttft_p95"] and 0 <= row["between_tokens"] <= row["between_tokens_p95"]
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert [line.count("|") for line in table] == [8] * 4 and table[2].startswith("| 1 |") and table[3].endswith("| 0 of 6 |")
@@ -107,7 +107,7 @@ def test_failures_of_every_kind_are_counted_and_nothing_else_of_them(benchmark):
 @pytest.mark.parametrize("reply, error, said", [
     (Reply({"error": {"message": "the prompt is too long"}}, status=400), UserError, "400: the prompt is too long: try smaller --input"),
     (Reply({"error": "Unauthorized"}, status=401), UserError, "OPENAI_API_KEY"),
-    (Reply({"error": {"message": "loading"}}, status=503), ConnectionError, "loading"),
+    (Reply({"error": {"message": "load\x1b[31ming"}}, status=503), ConnectionError, r"load \[31ming"),
     (Reply(vllm("a", finish=None), cut=True), ConnectionError, "200"),
 ])
 def test_a_server_that_answers_nothing_ends_the_program(benchmark, reply, error, said):
@@ -153,6 +153,28 @@ def test_pieces_are_timed_when_they_come_not_when_the_answer_ends(chunked):
     assert request.error == "" and len(request.times) == 2
 
 
+def test_a_usage_without_numbers_is_no_usage(benchmark):
+    null = b'data: {"choices": [], "usage": {"prompt_tokens": null, "completion_tokens": null}}\n\n'
+    with play([*vllm("a", "b")[:-1], null]) as server:
+        row = benchmark(server.address, "--concurrency=1", "--rounds=1", "--input=9")[1]["rows"][0]
+    assert row["output_tokens"] == 2 and not row["tokens_from_usage"] and row["input_tokens"] is None
+
+
+def test_a_server_whose_list_of_models_fails_is_no_bad_input(benchmark, monkeypatch):
+    broken = serve_benchmark.requests.Response()
+    broken.status_code = 500
+    monkeypatch.setattr(serve_benchmark.requests, "get", lambda *_, **__: broken)
+    with pytest.raises(ConnectionError, match="500"):
+        benchmark("http://localhost:1")
+
+
+@pytest.mark.parametrize("key", ["k€", "k\r", "two words"])
+def test_a_key_that_no_header_can_carry_is_named(benchmark, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with play(vllm("a")) as server, pytest.raises(UserError, match="OPENAI_API_KEY"):
+        benchmark(server.address)
+
+
 def test_percentiles_are_values_that_were_seen():
     values = list(range(1, 101))
     assert serve_benchmark.percentile(values[::-1], 0.95) == 95 and serve_benchmark.percentile([7], 0.95) == 7
@@ -162,6 +184,7 @@ def test_percentiles_are_values_that_were_seen():
 @pytest.mark.parametrize("words, hint", [
     (["--concurrency=one"], "1,8,32"), (["--output=0"], "output"), (["--rounds=0"], "rounds"), (["--model=qwen3-32b"], "--device"),
     (["--model=qwen3-32b", "--device=pc"], "dgx-spark"), (["--model=deepseek-r1", "--device=mi350x", "--dtype=int4"], "fp8"), (["--url=localhost:8000"], "http://"),
+    (["--url=http://"], "http://"), (["--model=qwen3-32b", "--device=dgx-spark"], "dtype.*bf16, fp8, int4"), (["--dtype=fp8"], "--model"), (["--devices=2"], "--model"),
 ])
 def test_bad_input_is_refused_before_anything_is_sent(benchmark, words, hint):
     with play(vllm("a")) as server, pytest.raises(UserError, match=hint):

@@ -75,6 +75,8 @@ if words[0] == "run":
     write("container.json", {"began": clock, "label": label.partition("=")[2]})
     end("0123abcd\n")
 if there is None:
+    if words[:2] == ["container", "inspect"]:
+        print()                              # as docker does
     sys.stderr.write("Error: No such container\n")
     sys.exit(1)
 if words[:2] == ["container", "inspect"]:
@@ -150,7 +152,8 @@ class Machine:
         """The finished process of serve_r1.sh. `calls`: what it asked of docker and curl, as lists of words."""
         self.calls_file.write_text("", encoding="utf-8")
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "FAKES": str(self.folder),
-                       "SYSTEM_ROOT": str(self.root), "HF_CACHE": str(self.cache), "PORT": "1", **variables}   # nobody listens on 1
+                       "SYSTEM_ROOT": str(self.root), "HF_CACHE": str(self.cache), "PORT": "1", "REVISION": "c0ffee",  # nobody listens on 1
+                       **variables}
         done = subprocess.run(["bash", str(ROOT / "serve_r1.sh"), *words], cwd=self.folder, env=environment, timeout=120,
                               capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == status, done.stdout + done.stderr
@@ -232,6 +235,7 @@ SETTINGS = [   # (variable, value, words), in runs that do not contradict themse
     [("NETWORK", "bridge", ["--network", "bridge", "--publish", "127.0.0.1:8000:8000"]), ("NETWORK", "bridge", ["--host", "0.0.0.0"]),
      ("DEVICES", "/dev/kfd /dev/dri/renderD128", ["--device", "/dev/kfd", "--device", "/dev/dri/renderD128"]),
      ("HF_HOME", "/h", ["--volume", "/h:/root/.cache/huggingface"]), ("HEALTH_START", "1h", ["--health-start-period", "1h"]),
+     ("HEALTH_INTERVAL", "5s", ["--health-interval", "5s"]), ("HEALTH_RETRIES", "9", ["--health-retries", "9"]),
      ("LOG_SIZE", "1g", ["--log-opt", "max-size=1g"]), ("LOG_FILES", "2", ["--log-opt", "max-file=2"])]]
 
 
@@ -258,6 +262,7 @@ def test_a_dry_run_asks_docker_for_nothing_but_what_is_there(machine, verb):
     assert done.stdout and all(shlex.split(line)[0] in ("docker", "curl", "mkdir", "sleep") for line in done.stdout.splitlines())
     assert all(words[1] in ("version", "container") for words in machine.calls)
     assert machine.run(verb, DRY_RUN="1").stdout == done.stdout
+    assert machine.run(verb, "--dry-run", DRY_RUN="0").stdout == done.stdout
     assert not machine.cache.exists() and not machine.container.exists()
 
 
@@ -268,14 +273,24 @@ def test_a_dry_run_works_without_docker_and_curl(tmp_path, verb):
     assert dry_run(verb, PATH=str(tmp_path)) == dry_run(verb, GPU_GROUPS="video")
 
 
+def without_status(calls):
+    return [words[:-2] if words[-2:-1] == ["--write-out"] else words for words in calls]
+
+
 def test_what_a_dry_run_prints_is_what_is_run(machine):
+    """Also beside a stopped container of ours, which is removed, and a running one, which is waited for."""
     settings = {"MODEL": f"/models/{AWKWARD}", "VLLM_ROCM_USE_AITER": AWKWARD}
-    printed = [shlex.split(line) for line in machine.run("--dry-run", **settings).stdout.splitlines()]
-    machine.set(http={**READY, "/v1/models": [[0, 200, json.dumps({"data": [{"id": settings["MODEL"]}]})]]})
-    machine.run("start", "--", **settings)
-    asked = [words[:-2] if words[-2:-1] == ["--write-out"] else words for words in machine.calls]
-    for words in printed:
-        assert words in asked or words[0] == "mkdir", words
+    listed = {**READY, "/health": [[30, 200, ""]], "/v1/models": [[0, 200, json.dumps({"data": [{"id": settings["MODEL"]}]})]]}
+    for life, status in ((None, 0), ("exited", 1), ("running", 0)):     # the new one ends at once, too
+        machine.set(http=listed, **({"life": [[0, life, 0, 0]]} if life else {}))
+        printed = [shlex.split(line) for line in machine.run("--dry-run", **settings).stdout.splitlines()]
+        machine.run("start", status=status, **settings)
+        asked = [words for words in without_status(machine.calls) if words[1] != "version" and "--tail" not in words]
+        assert all(words in printed for words in asked), asked
+        assert all(words in asked for words in printed if words[0] == "docker" and "--tail" not in words), printed
+        assert [["docker", verb] in [words[:2] for words in asked] for verb in ("pull", "rm", "run")] == [life != "running", life == "exited", life != "running"]
+    assert ["docker", "logs", "--tail", "1", "deepseek-r1"] in printed and ["docker", "logs", "--tail", "1", "deepseek-r1"] in machine.calls
+    assert all(words in asked for words in printed if words[0] == "curl")
     assert json.loads(asked[-1][-1])["model"] == settings["MODEL"]
 
 
@@ -299,10 +314,18 @@ def test_help_shows_the_verbs(machine):
     ("PORT", "0"), ("PORT", "65536"), ("PORT", "http"), ("PORT", "08"), ("PORT", "1\n2"), ("MAX_MODEL_LEN", "163841"), ("MAX_MODEL_LEN", "-1"),
     ("TENSOR_PARALLEL_SIZE", "0"), ("RESTARTS", "many"), ("READY_SECONDS", "1.5"), ("LOG_FILES", "99999999999999999999"), ("BLOCK_SIZE", "one"),
     ("PREFIX_CACHING", "yes"), ("TRUST_REMOTE_CODE", "yes"), ("ADDRESS", "::"), ("ADDRESS", "a b"), ("CONTAINER", "-x"), ("CONTAINER", "a b"),
-    ("VLLM_API_KEY", "two words"), ("HF_CACHE", "/a:b"), ("IMAGE", "x\ny"), ("PROMPT", "x\x1b[2J"), ("ADDRESS", "0.0.0.0"), ("ADDRESS", "10.0.0.1")])
+    ("VLLM_API_KEY", "two words"), ("HF_CACHE", "/a:b"), ("IMAGE", "x\ny"), ("PROMPT", "x\x1b[2J"), ("ADDRESS", "0.0.0.0"), ("ADDRESS", "10.0.0.1"),
+    ("ADDRESS", "127.evil.example"), ("DEVICES", "/dev/kfd\n/x"), ("SECCOMP", "\t"), ("HEALTH_START", "30"), ("HEALTH_INTERVAL", "0s"), ("LOG_SIZE", "big"),
+    ("STOP_SECONDS", "1m"), ("HEALTH_RETRIES", "0")])
 def test_a_bad_setting_is_one_line_before_anything_is_asked(machine, variable, value):
     done = machine.run("--dry-run", status=2, **{variable: value})
-    assert done.stderr.startswith("error: ") and variable in done.stderr.replace("control characters", variable) and not machine.calls
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert variable in done.stderr and not machine.calls
+
+
+def test_off_the_hosts_network_a_port_is_published_at_an_address_and_not_at_a_name(machine):
+    assert "must be an IPv4 address" in machine.run("--dry-run", status=2, NETWORK="bridge", ADDRESS="localhost").stderr
+    assert "the words after --" in machine.run("start", "--", "a\nb", status=2).stderr
 
 
 def test_a_relative_cache_is_no_volume_name(machine):
@@ -329,7 +352,7 @@ def test_secrets_are_on_no_command_line_and_in_no_output(machine, verb):
             assert has(record["words"], "--env", "HF_TOKEN") and has(record["words"], "--env", "VLLM_API_KEY")
             assert {name: record["environment"][name] for name in secrets} == secrets
     if verb in ("status", "throughput", "test"):
-        assert '--header "Authorization: Bearer $VLLM_API_KEY"' in printed
+        assert '--header @<(printf "Authorization: Bearer %s\\n" "$VLLM_API_KEY")' in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,22 +451,32 @@ def test_what_the_cache_holds_need_not_fit_on_the_disk_again(machine):
     blobs.mkdir(parents=True)
     machine.tool("du", f"#!/bin/sh\necho {689 * 10**9 // 1024}\n")
     machine.disk(20)
-    assert "up to 11 GB are still to be downloaded" in machine.run().stdout
+    assert "still to be downloaded" not in machine.run().stdout, "all is there: 700 GB is the sum of rounded shards"
     machine.run("stop")
     machine.disk(5)
+    machine.run()
+    machine.run("stop")
+    machine.tool("du", f"#!/bin/sh\necho {600 * 10**9 // 1024}\nexit 1\n")     # one folder may not be read
     assert "5 GB are free" in machine.run(status=2).stderr
+    machine.disk(200)
+    assert "up to 100 GB are still to be downloaded" in machine.run().stdout
+
+
+def test_a_disk_of_unknown_size_is_a_finding(machine):
+    machine.tool("df", "#!/bin/sh\nexit 1\n")
+    assert "df does not say" in machine.run(status=2).stderr and "docker run" in machine.run("--dry-run").stdout
 
 
 def test_the_first_download_pins_the_revision_and_that_is_no_other_setting(machine):
-    machine.run()
-    assert "--revision" not in docker_run(machine.calls)
+    done = machine.run(REVISION="")
+    assert "--revision" not in docker_run(machine.calls) and "warning: REVISION is empty" in done.stderr
     refs = machine.cache / "hub" / "models--deepseek-ai--DeepSeek-R1" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("0f" * 20, encoding="utf-8")
-    machine.run()
+    machine.run(REVISION="")
     assert not machine.docker("run")
     machine.run("stop")
-    machine.run()
+    machine.run(REVISION="")
     assert docker_run(machine.calls)[-2:] == ["--revision", "0f" * 20]
     machine.run("stop")
     machine.run(REVISION="main")
@@ -556,10 +589,16 @@ def test_the_test_request_wants_a_whole_answer(machine, code, body, status, need
 
 def test_logs_follow_the_container(machine):
     machine.foreign_container()
-    assert "Loading" in machine.run("logs").stdout
+    (machine.bin / "curl").unlink()     # of no use here
+    assert "Loading" in machine.run("logs", PATH=f"{machine.bin}:/usr/bin:/bin").stdout
     assert machine.calls[-1] == ["docker", "logs", "--tail", "100", "--follow", "deepseek-r1"]
     machine.container.unlink()
     assert "bash serve_r1.sh start" in machine.run("logs", status=2).stderr
+
+
+def test_without_a_container_the_status_is_one_line_and_a_test_request_prints_nothing(machine):
+    assert machine.run("status", status=1).stdout == "serve_r1: deepseek-r1: no such container\n"
+    assert machine.run("test", status=1).stdout == ""
 
 
 @pytest.mark.parametrize("verb", ["stop", "status", "logs"])

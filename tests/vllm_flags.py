@@ -27,7 +27,7 @@ FLAGS = [
     ("--quantization",             str,    ("fp8", "awq", "awq_marlin", "gptq"),     (0, 6),    None),
     ("--reasoning-parser",         str,    ("deepseek_r1", "qwen3"),                 (0, 9),    None),
     ("--revision",                 str,    r"[0-9A-Za-z._/-]+",                      (0, 3),    None),
-    ("--rope-scaling",             json,   dict,                                     (0, 3),    (0, 11)),
+    ("--rope-scaling",             json,   dict,                                     (0, 3),    (0, 10)),   # 0.11.0 has it, 0.11.2 not
     ("--swap-space",               float,  range(0, 256),                            (0, 3),    (0, 17)),
     ("--tensor-parallel-size",     int,    (1, 2, 4, 8, 16),                         (0, 3),    None),
     ("--trust-remote-code",        SWITCH, None,                                     (0, 3),    None),
