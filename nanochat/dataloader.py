@@ -55,6 +55,8 @@ def tokenizing_distributed_data_loader_with_state(tokenizer, B, T, split, data=N
         places[0][1:] = places[0][1] + used, places[0][2] - used
         end = (*places[0][0], places[0][1])
         inputs, targets = (torch.from_numpy(tokens[i:count + i].reshape(-1, T).copy()) for i in (0, 1))
+        if torch.device(device).type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()  # so that copying them waits for nothing
         tokens = tokens[count:]
         order = torch.from_numpy(np.random.default_rng(begin).permutation(stretch * B)).split(B)
         for i in range(dealt, stretch):

@@ -2,7 +2,8 @@
 
 One dial: depth. Width is 64 * depth, heads of 128 (64 when the model is small), and the rest follows. On top of that come
 lookups, which cost no matmul: at the entrance the token before, pairs and triples of tokens, values by token and a second look
-at the entrance in every layer. At the exit, where the training text is small, counts of its n-grams are mixed in (ngrams.py).
+at the entrance in every layer. At the exit, where the training text is small, counts of its n-grams and of the text at hand are
+mixed in (ngrams.py).
 Without these it is the documented nanochat, and a test holds it to transformers' class. This file is single-device code;
 compiling and sharding are applied from outside.
 
@@ -21,7 +22,7 @@ from nanochat.attention import LayerCache, cached_attention, causal_attention
 from nanochat.common import UserError
 from nanochat.hardware import is_out_of_memory
 from nanochat.muon import DistMuon
-from nanochat.ngrams import ORDERS, NGrams
+from nanochat.ngrams import ORDERS, PARTS, REACH, NGrams
 
 
 # A token is looked up together with the one before it, and with the two before it, in tables of which several pairs or triples
@@ -120,17 +121,17 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, S + ORDERS - 1)."""
+    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, reach - 1 + S), -1 before the first."""
 
-    def __init__(self, layers, batch, length, device):
-        self.layers = layers
+    def __init__(self, layers, batch, length, reach, device):
+        self.layers, self.reach = layers, reach
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(batch, length + ORDERS - 1, dtype=torch.long, device=device)
+        self.tokens = torch.full((batch, reach - 1 + length), -1, dtype=torch.int32, device=device)
 
     def add(self, idx, positions):
-        """Keep the tokens idx (B, T) at their positions (B, T); returns them, those before them (else 0), and so on: ORDERS tensors (B, T)."""
-        self.tokens.scatter_(1, positions + ORDERS - 1, idx)
-        return [self.tokens.gather(1, positions + ORDERS - 1 - back) for back in range(ORDERS)]
+        """Keep the tokens idx (B, T) at their positions (B, T); returns the last ones up to each, (B, T, reach)."""
+        self.tokens.scatter_(1, positions + self.reach - 1, idx.int())
+        return self.tokens.unfold(1, self.reach, 1)[torch.arange(len(idx), device=idx.device)[:, None], positions]
 
     @property
     def nbytes(self):
@@ -151,7 +152,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(config.width, rows)
         self.ngrams = NGrams(config.ngrams) if config.ngrams else None
-        self.gate = nn.Linear(config.width + 2 * ORDERS, 1 + ORDERS) if config.ngrams else None
+        self.gate = nn.Linear(config.width + PARTS + ORDERS, 1 + PARTS) if config.ngrams else None
         self.left_out = False  # set where training reads the very text whose n-grams were counted
         self.compute_dtype = torch.float32
         self.register_buffer("cos", None, persistent=False)
@@ -167,7 +168,7 @@ class GPT(nn.Module):
         blend                     1 of the stream and .1 of the embeddings
         q, k, v, up               uniform, std 1 / sqrt(width): uniform avoids outliers
         attention.out, mlp.down   zero: every block starts as the identity
-        gate                      zero: network and n-grams of all orders weigh the same
+        gate                      zero: the network and all counts weigh the same
         head                      normal, std .001: the first logits are flat
         cos, sin                  the rotary table for max_seq_len
         """
@@ -199,23 +200,29 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
 
+    @property
+    def reach(self):
+        """How many tokens, up to one, are looked at where it is looked up."""
+        return 3 if self.ngrams is None else max(ORDERS, min(self.config.max_seq_len, REACH))
+
     def features(self, idx, cache=None):
-        """idx (B, T) -> ((B, T, C) after the last norm, (B, T, ORDERS) the newest tokens there). With a cache, idx continues each row of it."""
+        """idx (B, T) -> ((B, T, C) after the last norm, the last tokens up to each (B, T, reach)). With a cache, idx continues each row of it."""
         T = idx.size(1)
         positions = None
         if cache is None:
             if T > self.config.max_seq_len:
                 raise UserError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
-            newest = [F.pad(idx, (back, 0))[:, :T] for back in range(ORDERS)]
+            tokens = F.pad(idx.int(), (self.reach - 1, 0), value=-1).unfold(1, self.reach, 1)  # a view
         else:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T
             cos, sin = self.cos[0, positions], self.sin[0, positions]  # B, T, 1, D/2
             cache.lengths = cache.lengths + T
-            newest = cache.add(idx, positions)
-        pairs = newest[1] * STRIDES[0] + idx
-        triples = newest[2] * STRIDES[1] + pairs
-        x = self.embed(idx) + self.smear * self.embed(newest[1])
+            tokens = cache.add(idx, positions)
+        before, before_that = (tokens[..., -back].clamp(min=0).long() for back in (2, 3))
+        pairs = before * STRIDES[0] + idx
+        triples = before_that * STRIDES[1] + pairs
+        x = self.embed(idx) + self.smear * self.embed(before)
         x = x + self.bigram(pairs % self.bigram.num_embeddings) + self.trigram(triples % self.trigram.num_embeddings)
         x = x0 = norm(x.to(self.compute_dtype))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -225,17 +232,17 @@ class GPT(nn.Module):
                 x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew
                 x = block.forward(x, x0, value, cos, sin, cache and cache.layers[i], positions)
-        return norm(x), torch.stack(newest, -1)
+        return norm(x), tokens
 
     def gate_weights(self, x, totals, kinds):
-        """How far to believe whom: x (N, C) and, of each context, how often and with how many next tokens it was counted, (N, ORDERS)
-        -> the logs of the weights, (N, 1 + ORDERS), the network's first. A context that was never counted has no weight.
+        """How far to believe whom: x (N, C) and, of each context, how often it was counted (N, PARTS) and with how many next tokens
+        (N, ORDERS) -> the logs of the weights, (N, 1 + PARTS), the network's first. A context that was never counted has no weight.
         """
         weights = self.gate(torch.cat((x.float(), totals.log1p() / 8, kinds.log1p() / 8), -1))
         return weights.masked_fill(F.pad(totals == 0, (1, 0)), -torch.inf).log_softmax(-1)
 
     def mixture(self, x, tokens, targets):
-        """x (N, C), tokens (N, ORDERS), targets (N,) -> the log of the network's weight and the probability that the n-grams give
+        """x (N, C), tokens (N, reach), targets (N,) -> the log of the network's weight and the probability that the n-grams give
         each target, (N,) both. (None, None) where there are no n-grams.
         """
         if self.ngrams is None:
@@ -250,15 +257,15 @@ class GPT(nn.Module):
         self.config = replace(self.config, ngrams=0)
 
     def logits(self, x, tokens):
-        """x (N, C), tokens (N, ORDERS) -> float32 (N, V): softcapped, or with n-grams the log of the mixed probabilities."""
+        """x (N, C), tokens (N, reach) -> float32 (N, V): softcapped, or with n-grams the log of the mixed probabilities."""
         c = self.config
         z = F.linear(x, self.head.weight[:c.vocab_size].to(x.dtype)).float()
         z = c.softcap * torch.tanh(z / c.softcap)
         if self.ngrams is None:
             return z
-        _, begin, end, totals = self.ngrams.spans(tokens)
-        weights = self.gate_weights(x, totals, end - begin).exp()
-        return (weights[:, :1] * z.softmax(-1) + self.ngrams.next_tokens(begin, end, totals, weights[:, 1:], c.vocab_size)).log()
+        found = self.ngrams.find(tokens)
+        weights = self.gate_weights(x, found.totals, found.kinds).exp()
+        return (weights[:, :1] * z.softmax(-1) + self.ngrams.next_tokens(tokens, found, weights[:, 1:], c.vocab_size)).log()
 
     def forward(self, idx, targets=None, cache=None, reduction="sum"):
         """idx (B, T). Without targets: logits (B, T, V). With targets (B, T), -1 ignored: the summed loss in nats, or (B, T) for 'none'.
@@ -308,7 +315,7 @@ class GPT(nn.Module):
         c = self.config
         device, D = self.embed.weight.device, c.width // c.heads
         layers = [LayerCache(B, T, c.kv_heads, D, device, self.compute_dtype) for _ in self.blocks]
-        return Cache(layers, B, T, device)
+        return Cache(layers, B, T, self.reach, device)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
@@ -324,7 +331,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     loss is -log m with m = weight * p[target] + others, and dL/dz is multiplied by 1 + weight * p[target] / m: by the mixture's
     share and, for the network's own loss, by 1.
     """
-    CHUNK = 1 << 20  # logits at a time: a few MB
+    CHUNK = 1 << 20  # logits at a time, 4 MB; at least 128 rows, for each chunk adds to the whole of the head's gradient
 
     @staticmethod
     def forward(ctx, x, weight, targets, cap, reduction, log_weight=None, others=None):
@@ -335,7 +342,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         shares = torch.zeros_like(losses)  # the network's, of the mixture
         dx = torch.empty_like(x) if wants_grad else None
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wants_grad else None
-        rows = max(16, (SoftcapCrossEntropy.CHUNK if x.device.type == "cpu" else 1 << 28) // V)
+        rows = max(128, (SoftcapCrossEntropy.CHUNK if x.device.type == "cpu" else 1 << 28) // V)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             t = x[part] @ w.T

@@ -30,7 +30,7 @@ def orthogonalize(G, steps=5):
 
 
 class DistMuon(torch.optim.Optimizer):
-    """Nesterov momentum mu, decoupled weight decay, rate scaled by sqrt(max(1, rows / columns))."""
+    """Nesterov momentum mu, rate scaled by sqrt(max(1, rows / columns)); decoupled weight decay where it goes the update's way (arXiv 2510.12402)."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
         by_shape = {}
@@ -75,7 +75,9 @@ class DistMuon(torch.optim.Optimizer):
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             updates = self._gather(update)
             for p, u in zip(params, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u.to(p.dtype), alpha=rate)
+                if group["weight_decay"]:
+                    p.sub_(p * (u * p > 0), alpha=group["lr"] * group["weight_decay"])
+                p.sub_(u.to(p.dtype), alpha=rate)
 
     def _pad(self, stack):
         missing = -stack.size(0) % self.world_size

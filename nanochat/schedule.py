@@ -3,6 +3,7 @@
 Progress is the share of the budget that is used, whatever the budget counts: minutes or steps. A run on a budget of
 time therefore always finishes its warm-down, however slow the machine turned out to be.
 """
+import math
 
 
 def lr_multiplier(progress, warmup=0.02, warmdown=0.6, final=0.02):
@@ -33,6 +34,16 @@ CPU_PLANS = [
     (200e12,  4, 256, 4096),
     (3000e12, 6, 512, 8192),  # an estimate: no machine of ours was that fast
 ]
+
+
+def gpu_plan(depth, vocab_size):
+    """(batch in tokens, weight decay) of a GPU run of that depth and its documented horizon, 20 tokens a weight.
+
+    The batch grows with the tokens of the run to the power .383 (Power Lines, arXiv 2505.13738) from the documented 524,288 at depth
+    20, in powers of two; the decay falls with the depth squared from .2 at depth 12, as nanochat has it.
+    """
+    weights = [12 * d * (64 * d) ** 2 + 64 * d * v for d, v in ((depth, vocab_size), (20, 32768))]
+    return 2 ** round(19 + 0.383 * math.log2(weights[0] / weights[1])), 0.2 * (12 / depth) ** 2
 
 
 def cpu_plan(flops):

@@ -19,7 +19,7 @@ import torch
 
 from nanochat.common import UserError, compute_init, finish_stage, print0
 from nanochat.configurator import configure
-from nanochat.gpt import GPT, GPTConfig, accumulate_gradients
+from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy, accumulate_gradients
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 
 # settings
@@ -90,7 +90,7 @@ def measure_own_shapes(config, device, compute_dtype):
     """FLOP/s of the model's own matmuls, one after another: what a step that did nothing else would reach."""
     C, rows = config.width, min(4096, device_batch_size * max_seq_len)
     shapes = [(C, C)] * 4 * depth + [(C, 4 * C), (4 * C, C)] * depth + [(C, config.vocab_size)]
-    rates = {(k, n): measure_matmul_flops(device, compute_dtype, 0.5, (rows if n <= 4 * C else 512, k, n)) for k, n in set(shapes)}
+    rates = {(k, n): measure_matmul_flops(device, compute_dtype, 0.5, (rows if n <= 4 * C else max(128, SoftcapCrossEntropy.CHUNK // n), k, n)) for k, n in set(shapes)}
     return sum(k * n for k, n in shapes) / sum(k * n / rates[k, n] for k, n in shapes)
 
 
@@ -103,8 +103,8 @@ if side:
     raise SystemExit
 
 sides = ["ours", "theirs"]
-if not importlib.util.find_spec("transformers"):
-    print0("without transformers, which is not installed: ours alone")
+if not (importlib.util.find_spec("transformers") and importlib.util.find_spec("transformers.models.nanochat")):
+    print0("without transformers' NanoChatForCausalLM, which is not installed (pip install 'transformers>=5'): ours alone")
     sides.remove("theirs")
 compute = compute_init(device_type, dtype)
 config = GPTConfig.from_depth(depth, vocab_size, max_seq_len)

@@ -12,7 +12,7 @@ from nanochat.common import UserError, atomic_file, atomic_write
 from nanochat.configurator import configure
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.schedule import CPU_PLANS, cpu_plan, lr_multiplier, muon_momentum
+from nanochat.schedule import CPU_PLANS, cpu_plan, gpu_plan, lr_multiplier, muon_momentum
 from nanochat.tokenizer import Tokenizer
 
 SCRIPT = '''"""What it does."""
@@ -108,6 +108,14 @@ def test_trap_15_and_16_the_rate_never_rises_after_warm_up_nor_leaves_0_to_1():
 def test_more_compute_never_plans_a_smaller_model():
     plans = [cpu_plan(flops) for flops in (0, 1e12, 30e12, 100e12, 1e16)]
     assert plans == sorted(plans) and plans[0] == CPU_PLANS[0][1:]
+
+
+def test_the_depth_of_a_gpu_run_gives_its_batch_and_its_decay():
+    plans = {depth: gpu_plan(depth, 32768) for depth in (4, 12, 20, 32)}
+    assert plans[20] == (524288, pytest.approx(0.072)) and plans[12] == (262144, pytest.approx(0.2))
+    batches, decays = zip(*plans.values())
+    assert list(batches) == sorted(batches) and batches[0] == 131072 and batches[-1] == 1048576
+    assert list(decays) == sorted(decays, reverse=True)
 
 
 def test_bits_per_byte_against_a_slow_twin_and_for_any_batch():

@@ -1,4 +1,4 @@
-"""Counts against a dictionary, and the mixture against its definition."""
+"""Counts of the training text and of the text at hand against dictionaries, and the mixture against its definition."""
 from collections import Counter, defaultdict
 
 import pytest
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.ngrams import LEAST, ORDERS, NGrams, count
+from nanochat.ngrams import LEAST, ORDERS, PARTS, REPEATS, NGrams, count
 
 V = 11
+S = 24  # how far back
 
 
 @pytest.fixture
@@ -33,11 +34,16 @@ def make_ngrams(ids):
     return ngrams
 
 
-def contexts_of(ids):
-    """The newest tokens (T - 1, ORDERS) at each token but the last, and the contexts that they make as tuples."""
-    shifted = [F.pad(ids, (back, 0))[:len(ids) - 1] for back in range(ORDERS)]
-    tuples = [[tuple(context[:order + 1]) for order in range(ORDERS)] for context in zip(*(tokens.tolist() for tokens in shifted))]
-    return torch.stack(shifted, -1), tuples
+def windows(ids):
+    """The last tokens (T - 1, S) at each token but the last, and the contexts that they make as tuples."""
+    tokens = F.pad(ids, (S - 1, 0), value=-1).unfold(0, S, 1)[:-1]
+    return tokens, [[tuple(max(0, row[-1 - back]) for back in range(order + 1)) for order in range(ORDERS)] for row in tokens.tolist()]
+
+
+def continuations(row, order):
+    """What came, in the last S tokens, after each earlier place where the newest `order` tokens stood."""
+    row = [token for token in row if token >= 0]
+    return Counter(row[i] for i in range(1, len(row)) if i >= order and row[i - order:i] == row[len(row) - order:])
 
 
 def make_model(ids):
@@ -56,18 +62,27 @@ def test_counts_are_those_of_a_dictionary(ids):
     assert len(ngrams.keys) == sum(map(len, twin.values())) and (ngrams.keys.diff() > 0).all()
     unseen = torch.tensor([V - 2, V - 2, V - 2, V - 2, V - 2, V - 2, 1])
     for text in (ids, unseen):
-        newest, tuples = contexts_of(text)
-        totals, kinds, hits = ngrams.look_up(newest, text[1:])
+        tokens, tuples = windows(text)
+        totals, kinds, hits = ngrams.look_up(tokens, text[1:])
         for row, (names, token) in enumerate(zip(tuples, text[1:].tolist())):
             for order, name in enumerate(names):
                 after = twin.get(name, {})
                 assert (totals[row, order], kinds[row, order], hits[row, order]) == (sum(after.values()), len(after), after.get(token, 0))
 
 
+def test_repeats_are_those_of_a_dictionary(ids):
+    tokens, _ = windows(ids)
+    totals, _, hits = make_ngrams(ids).look_up(tokens, ids[1:])
+    for row, token in enumerate(ids[1:].tolist()):
+        for order in range(REPEATS):
+            after = continuations(tokens[row].tolist(), order)
+            assert (totals[row, ORDERS + order], hits[row, ORDERS + order]) == (sum(after.values()), after[token])
+
+
 def test_leaving_a_token_out_is_counting_the_text_without_it(ids):
     """Without one occurrence of the n-grams that end there, what is left is what a dictionary of the others keeps."""
-    newest, tuples = contexts_of(ids)
-    left = make_ngrams(ids).look_up(newest, ids[1:], left_out=True)
+    tokens, tuples = windows(ids)
+    left = make_ngrams(ids).look_up(tokens, ids[1:], left_out=True)
     everything = Counter((name, token) for names, token in zip(tuples, ids[1:].tolist()) for name in names)
     for row in range(0, len(tuples), 7):
         for order, name in enumerate(tuples[row]):
@@ -78,16 +93,28 @@ def test_leaving_a_token_out_is_counting_the_text_without_it(ids):
 
 
 def test_next_tokens_are_the_weighted_shares(ids):
-    twin, (newest, tuples) = dictionary(ids), contexts_of(ids)
-    weights = torch.rand(newest.shape)
+    twin, (tokens, tuples) = dictionary(ids), windows(ids)
+    weights = torch.rand(len(tokens), PARTS)
     ngrams = make_ngrams(ids)
-    found = ngrams.next_tokens(*ngrams.spans(newest)[1:], weights, V)
+    found = ngrams.next_tokens(tokens, ngrams.find(tokens), weights, V)
     wanted = torch.zeros(len(tuples), V)
     for row, names in enumerate(tuples):
-        for order, name in enumerate(names):
-            for token, n in twin[name].items():
-                wanted[row, token] += weights[row, order] * n / sum(twin[name].values())
+        parts = [twin[name] for name in names] + [continuations(tokens[row].tolist(), order) for order in range(REPEATS)]
+        for part, after in enumerate(parts):
+            for token, n in after.items():
+                wanted[row, token] += weights[row, part] * n / sum(after.values())
     torch.testing.assert_close(found, wanted)
+
+
+def test_tokens_that_were_not_counted_are_not_left_out_of_the_counts(ids):
+    """A text longer than what was counted: beyond that, taking an occurrence away would teach the gate to distrust the counts."""
+    model, idx = make_model(ids[:200]), ids[300:331][None]
+    model.train()
+    losses = []
+    for model.left_out in (True, False):
+        losses.append(model(idx[:, :-1], idx[:, 1:]).item())
+    model.eval()
+    assert losses[1] == pytest.approx(model(idx[:, :-1], idx[:, 1:]).item()) and losses[0] != pytest.approx(losses[1])
 
 
 def test_a_text_of_one_token_has_no_ngrams():

@@ -91,7 +91,15 @@ def test_muon_equals_torch():
         pytest.skip("this torch has no Muon")
     ours = run(lambda p: DistMuon(p, lr=0.02, momentum=0.95))
     theirs = run(lambda p: torch.optim.Muon(p, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True))
-    assert (ours - theirs).abs().max() < 0.01  # torch's runs Newton-Schulz in bfloat16: five steps of .02, a few percent off
+    assert (ours - theirs).abs().max() < 0.003  # (.009 without the factor for tall matrices, .006 with three steps.) torch's runs Newton-Schulz in bfloat16: five steps of .02, a few percent off
+
+
+def test_decay_takes_only_what_the_update_would_take_too():
+    plain, decayed = (run(lambda p, decay=decay: DistMuon(p, lr=0.02, weight_decay=decay), steps=1) for decay in (0.0, 0.5))
+    before = torch.cat([gradients(99, i, shape).flatten() for i, shape in enumerate(SHAPES)])
+    same_way = (before - plain) * before > 0
+    assert same_way.any() and (~same_way).any()
+    torch.testing.assert_close(decayed, plain - 0.02 * 0.5 * before * same_way)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16)])
