@@ -52,7 +52,12 @@ if [ -z "$DRY_RUN" ]; then
     export NANOCHAT_RUN
 fi
 
-trap : INT TERM  # a stage that is interrupted saves and says so; the script then stops below
+# A signal goes on to the stage, which runs in a process group of its own: it saves and says so, and the script stops below.
+child=0 stopped=0
+forward() { stopped="$2"; if [ "$child" != 0 ]; then kill -s "$1" -- "-$child" 2>/dev/null || true; fi; }
+trap 'forward INT 130' INT
+trap 'forward TERM 143' TERM
+trap 'forward HUP 129' HUP
 seconds() { awk '$1 == "seconds" { s += $2 } END { print s + 0 }' "$state"; }
 
 # stage NAME COMMAND...: run it, unless it is done; a training stage that was begun is resumed.
@@ -64,6 +69,7 @@ stage() {
         echo
         return
     fi
+    if [ "$stopped" != 0 ]; then exit "$stopped"; fi
     if grep -qs "^{\"stage\": \"$name\", .*\"run\": \"$NANOCHAT_RUN\"" "$base_dir/metrics.jsonl"; then return; fi
     if grep -qx "begun $name" "$state" && [[ "$name" == base_train || "$name" == mid_train || "$name" == chat_sft ]]; then
         set -- "$@" --resume
@@ -71,7 +77,17 @@ stage() {
     echo "begun $name" >>"$state"
     echo "speedrun: $*"
     begin=$SECONDS
-    "$@" || status=$?
+    set -m
+    "$@" &
+    set +m
+    child=$!
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do  # a signal ended the waiting, not the stage
+        status=0
+        wait "$child" || status=$?
+    done
+    child=0
+    if [ "$stopped" != 0 ]; then status="$stopped"; fi  # torchrun's own is 1 then
     echo "seconds $((SECONDS - begin))" >>"$state"
     if [ "$status" != 0 ]; then
         echo "speedrun: stopped in $name (status $status). The same command goes on from there." >&2

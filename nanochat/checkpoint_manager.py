@@ -4,9 +4,10 @@
                                            optim_000500_rank0.pt    optimizer shard, loader position and RNG of a rank
                                            meta_000500.json         written last, with the hash of each file above
 
-A step without its meta file does not exist. `latest` is decided from meta files, never from a model file's name.
-Numbers count completed optimizer steps. Of the complete steps a run keeps the newest few, the best by validation and the
-last one before its rate began to fall, from which a longer run can go on.
+A step without its meta file does not exist, and weights that are not finite are not saved. `latest` is decided from meta files,
+never from a model file's name. Numbers count completed optimizer steps. Of the complete steps a run keeps the newest few, the best
+by validation (`val_bpb`, of the same few documents at each step) and the last one before its rate began to fall, from which a
+longer run can go on.
 
     python -m nanochat.checkpoint_manager DIR            # lists the steps: size, validation, complete or why not
     python -m nanochat.checkpoint_manager DIR --verify   # reads every file and compares its hash
@@ -15,6 +16,7 @@ last one before its rate began to fall, from which a longer run can go on.
 """
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -57,11 +59,14 @@ class SaveUnderWay:
     model: the module; optimizer: this rank's state (a dict), or None; meta: dict for JSON. Order: all files under their
     names by rename (here the training may go on), all ranks meet, then rank 0 writes the meta file with the hashes and
     prunes the folder to `keep`. Ranks meet in finish(), on the main thread, so that no two collectives ever cross.
+    A step of that number that another run left is gone from the beginning on.
     """
 
     def __init__(self, dir, step, model, optimizer, meta, rank, keep=KEEP):
         self.dir, self.step, self.meta, self.rank, self.keep = Path(dir), step, dict(meta), rank, keep
         self.dir.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            (self.dir / f"meta_{step:06d}.json").unlink(missing_ok=True)
         files = {f"model_{step:06d}.pt": model.state_dict()} if rank == 0 else {}
         if optimizer is not None:
             files[f"optim_{step:06d}_rank{rank}.pt"] = optimizer
@@ -73,6 +78,8 @@ class SaveUnderWay:
     def _write(self, files):
         try:
             for name, state in files.items():
+                if name.startswith("model") and not all(tensor.isfinite().all() for tensor in state.values()):
+                    raise RuntimeError("its weights are not finite")
                 with atomic_file(self.dir / name) as file:
                     torch.save(state, file)
                 self.hashes[name] = sha256(self.dir / name)
@@ -85,57 +92,86 @@ class SaveUnderWay:
         return not self.thread.is_alive()
 
     def finish(self):
-        """Wait for the files of all ranks and make the step complete. Every rank calls it. OSError where one could not be written."""
+        """Wait for the files of all ranks and make the step complete. Every rank calls it. OSError on all where one could not write."""
         self.thread.join()
-        if self.error:
-            raise self.error
-        hashes, world_size = self.hashes, get_dist_info()[3]
-        if world_size > 1:
-            everyone = [None] * world_size
-            dist.all_gather_object(everyone, hashes)
-            hashes = {name: digest for part in everyone for name, digest in part.items()}
-        if self.rank == 0:
-            atomic_write(self.dir / f"meta_{self.step:06d}.json", json.dumps(
-                {**self.meta, "step": self.step, "saved": time.time(), "world_size": world_size, "files": hashes}, indent=1))
-            prune(self.dir, self.keep)
+        everyone = [(self.hashes, self.error and str(self.error.__context__ or self.error))]
+        if get_dist_info()[3] > 1:
+            everyone *= get_dist_info()[3]
+            dist.all_gather_object(everyone, everyone[0])
+        hashes = {name: digest for part, _ in everyone for name, digest in part.items()}
+        error = next((error for _, error in everyone if error), None)
+        if self.rank == 0 and not error:
+            try:
+                write_meta(self.dir, {**self.meta, "step": self.step, "saved": time.time(), "world_size": len(everyone), "files": hashes})
+                prune(self.dir, self.keep)
+            except OSError as failure:
+                error = str(failure)
+        if agree(bool(error))[0]:
+            raise OSError(f"step {self.step} was not saved in {self.dir}: {error or 'rank 0 says why'}")
 
 
 class Checkpoints:
     """The checkpoints of one run: the lock on their folder, the save under way, and the steps to go back to.
 
-    resumed_from: the step that the run goes on from, or None. Ranks call save(), finish() and load() alike.
+    resumed_from: the step that the run goes on from, or None. Ranks call all but writing() alike.
     """
 
     def __init__(self, dir, rank, keep=KEEP, resumed_from=None):
         self.dir, self.rank, self.keep = Path(dir), rank, keep
         self.lock = lock_folder(dir, rank)
-        self.good_steps = [] if resumed_from is None else [resumed_from]
-        self.under_way = None
+        self.good_steps, self.under_way = [], None
+        for step in reversed(complete_steps(dir) if resumed_from is not None else []):
+            if step == resumed_from or self.good_steps and step < self.good_steps[0]:
+                self.good_steps.insert(0, step)
+            elif self.good_steps:  # a run before this one in the same folder
+                break
 
     def save(self, step, model, optimizer, meta):
-        """Begin to save; finish() completes it."""
-        self.finish()
-        self.good_steps.append(step)
-        self.under_way = SaveUnderWay(self.dir, step, model, optimizer, meta, self.rank, self.keep)
+        """Begin to save; finish() completes it. What is saved already is not saved again."""
+        self.finish(must=False)
+        if step not in self.good_steps[-1:]:
+            self.good_steps.append(step)
+            self.under_way = SaveUnderWay(self.dir, step, model, optimizer, meta, self.rank, self.keep)
 
     def writing(self):
         """Whether finish() would wait for this rank's files."""
         return self.under_way is not None and not self.under_way.done()
 
-    def finish(self):
-        if self.under_way:
-            self.under_way.finish()
-        self.under_way = None
+    def finish(self, must=True):
+        """Complete the save under way. Where that fails, OSError if it must not; otherwise a line, for the next may work."""
+        under_way, self.under_way = self.under_way, None
+        if under_way:
+            try:
+                under_way.finish()
+            except OSError as error:
+                if under_way.step in self.good_steps:
+                    self.good_steps.remove(under_way.step)
+                if must:
+                    raise
+                print0(f"warning: {error}: going on without it")
+
+    def newest(self):
+        """The newest complete step, or None."""
+        self.finish(must=False)
+        return (complete_steps(self.dir) or [None])[-1]
+
+    def amend(self, step, **fields):
+        """Write more into the meta file of a complete step."""
+        if self.rank == 0:
+            write_meta(self.dir, {**read_metas(self.dir)[step], **fields})
+            prune(self.dir, self.keep)
 
     def last_good(self, step):
         """The step to go back to from `step`, or None."""
+        self.finish(must=False)
+        there = complete_steps(self.dir)
+        self.good_steps = [good for good in self.good_steps if good in there]  # others were pruned
         if len(self.good_steps) > 1 and step == self.good_steps[-1]:
-            self.good_steps.pop()  # not a single good step since: that one is sick itself
+            self.good_steps.pop()  # not a single good step since: that one may be sick itself
         return self.good_steps[-1] if self.good_steps else None
 
     def load(self, step, model, optimizers, device):
         """Take weights and optimizer states of `step` into a model and its optimizers that exist."""
-        self.finish()
         weights, state, _ = read_checkpoint(self.dir, step, device, self.rank)
         model.load_state_dict(weights)
         load_optimizers(optimizers, state["optimizers"])
@@ -144,7 +180,7 @@ class Checkpoints:
 def lock_folder(dir, rank):
     """Hold `dir` for this run until the process ends, however it does. UserError where another run holds it.
 
-    The kernel drops the lock (flock) with the process, so that nothing stale is left after a kill. Keep what is returned.
+    What killed runs left half written is deleted. The kernel drops the lock (flock) with the process, so that nothing stale is left after a kill. Keep what is returned.
     """
     if rank != 0:
         return None
@@ -155,10 +191,22 @@ def lock_folder(dir, rank):
     except BlockingIOError:
         file.seek(0)
         raise UserError(f"process {file.read().strip() or '?'} is training into {dir}: stop it, or name another --model_tag") from None
+    for path in Path(dir).glob("*.tmp"):
+        path.unlink()
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def digest_of(meta):
+    """Of all that a meta file says."""
+    return hashlib.sha256(json.dumps({key: meta[key] for key in sorted(meta) if key != "digest"}).encode()).hexdigest()
+
+
+def write_meta(dir, meta):
+    meta = json.loads(json.dumps(meta))  # as it will be read
+    atomic_write(Path(dir) / f"meta_{meta['step']:06d}.json", json.dumps({**meta, "digest": digest_of(meta)}, indent=1))
 
 
 def read_metas(dir):
@@ -169,7 +217,9 @@ def read_metas(dir):
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             missing = [name for name in meta["files"] if not (dir / name).exists()]
-            found[step] = f"{missing[0]} is missing" if missing else {**meta, "saved": float(meta["saved"]), "step": step}
+            if meta.get("digest", digest_of(meta)) != digest_of(meta) or (meta["step"], float) != (step, type(meta["saved"])):
+                raise ValueError  # (a file from before there were digests has none)
+            found[step] = f"{missing[0]} is missing" if missing else meta
         except FileNotFoundError:
             found[step] = f"{path.name} is missing: the run ended while it saved"
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -197,7 +247,7 @@ def step_before_decay(dir):
 
 def is_extended(dir, factor):
     """Whether the newest complete step of `dir` is of a run that was extended by `factor` and has not ended."""
-    return any(not meta["finished"] and meta["settings"].get("extend") == factor for meta in complete_metas(dir)[-1:])
+    return any(not meta["finished"] and meta.get("extend") == factor for meta in complete_metas(dir)[-1:])
 
 
 def prune(dir, keep=KEEP):
@@ -217,15 +267,30 @@ def prune(dir, keep=KEEP):
     return [meta["step"] for meta in gone]
 
 
-def read_checkpoint(dir, step=None, device="cpu", rank=None):
+def resumable(dir):
+    """Whether `dir` has a complete step. Names those that are not."""
+    metas = read_metas(dir)
+    for number, meta in metas.items():
+        if not isinstance(meta, dict):
+            print0(f"step {number} of {dir} is ignored: {meta}")
+    return any(isinstance(meta, dict) for meta in metas.values())
+
+
+def bad_files(dir, meta, names=None):
+    """Those of a step's files (or of `names`) whose hash is not the meta file's."""
+    return [name for name in names or meta["files"] if sha256(Path(dir) / name) != meta["files"][name]]
+
+
+def read_checkpoint(dir, step=None, device="cpu", rank=None, stage=None):
     """(weights, optimizer state of `rank` or None, meta) of a step of `dir`; None: the newest that is complete and undamaged.
 
-    Every rank calls it with the same step, and all take the same one. Hashes are checked before anything is read.
+    Every rank calls it with the same step, and all take the same one. Hashes are checked before anything is read. stage: what must
+    have written it.
     """
-    dir, metas = Path(dir), read_metas(dir)
+    dir = Path(dir)
+    resumable(dir)
+    metas = read_metas(dir)
     steps = [number for number, meta in metas.items() if isinstance(meta, dict)]
-    for number in metas.keys() - set(steps):
-        print0(f"step {number} of {dir} is ignored: {metas[number]}")
     if not steps:
         source = next((s for s, folder in FOLDERS.items() if folder == dir.parent.name), "base")
         raise UserError(f"no complete checkpoint in {dir}: {advice(source)}, or name another --model_tag")
@@ -233,16 +298,18 @@ def read_checkpoint(dir, step=None, device="cpu", rank=None):
         raise UserError(f"step {step} is not in {dir}: choose from {', '.join(map(str, steps))}")
     for number in reversed(steps) if step is None else [step]:
         meta = metas[number]
+        if stage and meta["stage"] != stage:
+            raise UserError(f"step {number} of {dir} is of {meta['stage']}, not of {stage}: name another checkpoint")
         names = [f"model_{number:06d}.pt"] + ([f"optim_{number:06d}_rank{rank}.pt"] if rank is not None else [])
         if rank is not None and (meta["world_size"] != get_dist_info()[3] or names[-1] not in meta["files"]):
             raise UserError(f"the checkpoint was saved by {meta['world_size']} ranks, this run has {get_dist_info()[3]}: resume with as many")
-        bad = [name for name in names if sha256(dir / name) != meta["files"][name]]
+        bad = bad_files(dir, meta, names)
         if not agree(len(bad))[0]:
             states = [torch.load(dir / name, map_location=device, weights_only=True) for name in names]
             return states[0], states[1] if rank is not None else None, meta
         damage = f"{dir / bad[0] if bad else 'a file of another rank'} is damaged (its hash differs from the meta file's)"
         print0(f"step {number} is ignored: {damage}")
-    raise UserError(f"{damage}: choose another --step or train again")
+    raise UserError(f"{damage}: choose another step or train again")
 
 
 def named_checkpoint(name, dir):
@@ -312,17 +379,23 @@ SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}  # and half the
 
 
 def rescue(dir):
-    """Start the stage that wrote the newest complete step of `dir` again from that step, with safe settings. Does not return."""
-    metas = complete_metas(dir)
+    """Start the stage that wrote the newest undamaged step of `dir` again from that step, with safe settings. Does not return."""
+    resumable(dir)
+    metas = [meta for meta in complete_metas(dir) if not bad_files(dir, meta)]
     if not metas or metas[-1]["finished"]:
-        raise UserError(f"no unfinished run has a complete checkpoint in {dir}: name the folder of the sick run")
+        raise UserError(f"no unfinished run has a whole checkpoint in {dir}: name the folder of the sick run")
     meta = metas[-1]
     before = meta["settings"]
-    changed = {**SAFE, "learning_rate": before["learning_rate"] / 2}
+    changed = {**SAFE, "learning_rate": before["learning_rate"] / (1 if SAFE.items() <= before.items() else 2)}  # once, not at every call
     settings = {**before, **changed, "resume": False, "extend": None, "resume_from_checkpoint": f"{dir / 'meta_'}{meta['step']:06d}.json"}
     words = [f"--{name}={value}" for name, value in settings.items() if value not in (None, "")]
-    print0(f"going on from step {meta['step']} of {dir} with " + ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in changed.items()))
-    os.execv(sys.executable, [sys.executable, "-m", f"scripts.{meta['stage']}", *words])
+    print0(f"going on from step {meta['step']} of {dir} with " + ", ".join(f"{k}={v} (was {before.get(k)})" for k, v in changed.items())
+           + ". Ctrl+C saves; the same call goes on")
+    ranks = meta["world_size"]
+    launcher = ["-m", f"scripts.{meta['stage']}"]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher, "--"]
+    os.execv(sys.executable, [sys.executable, *launcher, *words])
 
 
 def main():
@@ -342,13 +415,16 @@ def main():
     if options.prune:
         lock = lock_folder(options.dir, 0)  # noqa: F841 - held while we delete
         print(f"deleted steps: {', '.join(map(str, prune(options.dir))) or 'none'}")
-    damaged = False
-    for step, meta in read_metas(options.dir).items():
+    damaged, metas = False, read_metas(options.dir)
+    if not metas:
+        print(f"no checkpoint in {options.dir}")
+    for step, meta in metas.items():
         if not isinstance(meta, dict):
-            print(f"{step:8d}  {'':>10}  {'':>8}  incomplete: {meta}")
+            damaged = damaged or options.verify
+            print(f"{step:8d}  {'':>10}  {'':>8}  not to be used: {meta}")
             continue
         size = sum((options.dir / name).stat().st_size for name in meta["files"])
-        bad = [name for name, digest in meta["files"].items() if options.verify and sha256(options.dir / name) != digest]
+        bad = bad_files(options.dir, meta) if options.verify else []
         damaged = damaged or bool(bad)
         words = ["DAMAGED: " + ", ".join(bad) if bad else "verified" if options.verify else "complete",
                  *["finished"] * bool(meta.get("finished")), *["before the decay"] * bool(meta.get("before_decay"))]

@@ -162,9 +162,16 @@ class StopRequest:
 
     def _handle(self, number, frame):
         if self.signal:
-            raise KeyboardInterrupt
+            print0("stopped at once")
+            raise SystemExit(128 + number)
         self.signal = number
         print0("stopping after this step; once more stops at once")
+
+
+def how_to_go_on(settings):
+    """What a stage says when it was stopped and has saved."""
+    named = [f"--{name}" for name in ("resume_from_checkpoint", "extend") if settings.get(name) is not None]
+    return f"the same command with --resume {'in place of ' + named[0] + ' ' if named else ''}goes on"
 
 
 def agree(*numbers):

@@ -22,10 +22,10 @@ SKIPS = 5        # in a row, then back
 ROLL_BACKS = 3   # then stop
 
 
-def last_words(reason, folder, good_step):
-    """What a run says that does not recover. good_step: the newest good checkpoint in `folder`, or None."""
-    remedy = "Nothing was saved yet: try again with a lower --learning_rate" if good_step is None else (
-        f"Step {good_step} in {folder} is good: bash emergency_training.sh {folder} goes on from it with safe settings")
+def last_words(reason, folder, step):
+    """What a run says that does not recover. step: the newest in `folder`, or None."""
+    remedy = "Nothing was saved yet: try again with a lower --learning_rate" if step is None else (
+        f"Step {step} is in {folder}: bash emergency_training.sh {folder} goes on from it with safe settings")
     return f"stopping, for the run does not recover; last seen: {reason}. {remedy}"
 
 
@@ -34,6 +34,14 @@ class Guard:
         self.losses, self.norms = deque(maxlen=MEMORY), deque(maxlen=MEMORY)
         self.bad = []        # what was wrong with each of the batches skipped in a row
         self.roll_backs = 0
+
+    def state_dict(self):
+        return {"losses": list(self.losses), "norms": list(self.norms), "bad": list(self.bad), "roll_backs": self.roll_backs}
+
+    def load_state_dict(self, state):
+        self.losses.extend(state["losses"])
+        self.norms.extend(state["norms"])
+        self.bad, self.roll_backs = list(state["bad"]), state["roll_backs"]
 
     def verdict(self, loss, norm):
         """(verdict, reason). loss and norm: floats of this step, the same on every rank."""

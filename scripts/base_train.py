@@ -16,19 +16,20 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, complete_steps, find_model_tag, is_extended,
-                                         load_optimizers, named_checkpoint, read_checkpoint, step_before_decay)
-from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
+from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, find_model_tag, is_extended, load_optimizers,
+                                         named_checkpoint, read_checkpoint, resumable, step_before_decay)
+from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, how_to_go_on, open_log,
+                             open_logger, print0)
 from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig, accumulate_gradients
 from nanochat.guard import Guard, last_words
-from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
+from nanochat.hardware import measure_matmul_flops, peak_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.ngrams import count
-from nanochat.schedule import cpu_plan, default_minutes, lr_multiplier, muon_momentum
+from nanochat.ngrams import NEXT_BITS, count
+from nanochat.schedule import cpu_plan, default_minutes, gpu_plan, lr_multiplier, muon_momentum
 from nanochat.tokenizer import get_tokenizer
 
 # settings
@@ -42,10 +43,10 @@ num_iterations: int = None   # optimizer steps, in place of minutes
 target_flops: float = None   # or so many FLOPs of training in all
 target_param_data_ratio: float = None  # or so many tokens for each parameter of a matmul. None of the four: 20 of these on a GPU
 device_batch_size: int = None  # sequences per device and pass, halved by itself when memory runs out; accumulation makes up. None: 32 on a GPU
-total_batch_size: int = None   # tokens per optimizer step; None: 524288 on a GPU, from the minutes on a CPU
+total_batch_size: int = None   # tokens per optimizer step; None: from the depth on a GPU (524288 at 20), from the minutes on a CPU
 ngram_tokens: int = None     # tokens of the training text whose n-grams are counted and mixed in; 0: none. None: 32 million on a CPU
 learning_rate = 0.02         # Muon's, for the matrices; the AdamW groups keep their ratio to it
-weight_decay = 0.0           # of the matrices
+weight_decay: float = None   # of the matrices; None: from the depth on a GPU, 0 on a CPU, whose runs are too short for it
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 warmdown = 0.6               # share of the run over which the rate falls
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
@@ -59,7 +60,7 @@ hang_minutes = 30.0          # a step that takes longer ends the run, and every 
 logger = ""                  # tensorboard or wandb, where installed, besides log.jsonl in the checkpoint's folder
 resume = False               # go on from the newest checkpoint of this tag
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
-extend: float = None         # or from where its rate began to fall, toward a horizon so many times as long
+extend: float = None         # or from where its rate began to fall, toward a horizon so many times as long, at its own rate
 seed = 42                    # of the initial weights
 settings = configure(globals())
 
@@ -84,11 +85,13 @@ folder = checkpoint_dir("base", tag or "")
 extending = extend and not is_extended(folder, extend)  # otherwise the run goes on that did so before
 if resume_from_checkpoint or extending:
     folder, from_step = named_checkpoint(resume_from_checkpoint, folder) if resume_from_checkpoint else (folder, step_before_decay(folder))
-    weights, state, meta = read_checkpoint(folder, from_step, device, rank)
+    weights, state, meta = read_checkpoint(folder, from_step, device, rank, "base_train")
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{folder} was trained with another tokenizer: bring that one back")
-elif resume and tag and complete_steps(folder):
-    weights, state, meta = read_checkpoint(folder, device=device, rank=rank)
+    if extending and not meta["before_decay"]:
+        raise UserError(f"step {meta['step']} of {folder} is from after the rate began to fall: extend another, or leave --resume_from_checkpoint out")
+elif resume and tag and resumable(folder):
+    weights, state, meta = read_checkpoint(folder, device=device, rank=rank, stage="base_train")
     if meta["finished"]:
         print0(f"the newest checkpoint of {tag} is a finished run: starting from step 0")
         weights = state = meta = None
@@ -102,7 +105,7 @@ elif resume:
     print0("nothing to resume: starting from step 0")
 
 # what the budget buys
-require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size")
+require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 0, "ngram_tokens")
 budgets = {name: settings[name] for name in BUDGETS if settings[name] is not None}
 if len(budgets) > 1 or any(budget <= 0 for budget in budgets.values()):
@@ -114,12 +117,21 @@ if not budgets:
     if resume and meta:  # a resumed run keeps its budget
         budgets = {name: budget * (extend if extending else 1) for name, budget in meta["budgets"].items()}
     minutes, num_iterations, target_flops, target_param_data_ratio = map(budgets.get, BUDGETS)
+if extending:
+    meta["extend"] = extend
+if meta and meta.get("extend"):  # it goes on as it began, whatever this command says
+    settings |= {name: meta["settings"][name] for name in ("learning_rate", "warmdown", "data")}
+    learning_rate, warmdown, data = settings["learning_rate"], settings["warmdown"], settings["data"]
+if meta and dtype:
+    meta["dtype"] = dtype
 if meta:  # a resumed run keeps its shape
     depth, max_seq_len, total_batch_size = meta["config"]["depth"], meta["config"]["max_seq_len"], meta["total_batch_size"]
-planned = cpu_plan(target_flops or agree(matmul_rate * 60 * (minutes or default_minutes("cpu")))[0]) if not on_gpu else (20, 2048, 524288)
+planned = cpu_plan(target_flops or world_size * agree(matmul_rate)[0] * 60 * (minutes or default_minutes("cpu"))) if not on_gpu else (20, 2048, None)
 depth, max_seq_len = depth or planned[0], max_seq_len or planned[1]
+batch, decay = gpu_plan(depth, tokenizer.get_vocab_size()) if on_gpu else (planned[2], 0.0)
+weight_decay = decay if weight_decay is None else weight_decay
 row_tokens = max_seq_len * world_size
-total_batch_size = total_batch_size or max(1, planned[2] // row_tokens) * row_tokens
+total_batch_size = total_batch_size or max(1, batch // row_tokens) * row_tokens
 if total_batch_size % row_tokens:
     raise UserError(f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = {max_seq_len} x {world_size}")
 rows = total_batch_size // row_tokens  # sequences per rank and step
@@ -133,27 +145,37 @@ ngrams = None
 if not meta:
     begin = time.perf_counter()
     folder = checkpoint_dir("base", model_tag or f"d{depth}")
-    config = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads)
+    config, counted = GPTConfig.from_depth(depth, tokenizer.get_vocab_size(), max_seq_len, kv_heads), 0
+    if config.vocab_size > 1 << NEXT_BITS and ngram_tokens:
+        raise UserError(f"n-grams are for vocabularies up to {1 << NEXT_BITS}, this one has {config.vocab_size}: leave --ngram_tokens out")
     if ngram_tokens is None:
-        ngram_tokens = 32_000_000 if device.type == "cpu" else 0
-    texts, ids, length = iter_documents("train", data), [], 0
-    while length < ngram_tokens and (some := list(itertools.islice(texts, 1000))):
-        ids.append(tokenizer.encode_to_numpy(some, prepend=tokenizer.get_bos_token_id())[0])
-        length += len(ids[-1])
-    if ids:
-        print0(f"counting the n-grams of {length:,} tokens")
-        ngrams = count(torch.from_numpy(np.concatenate(ids, dtype=np.int64)))
-        config.ngrams = len(ngrams[0])
+        ngram_tokens = 32_000_000 if device.type == "cpu" and config.vocab_size <= 1 << NEXT_BITS else 0
+    if rank == 0:
+        texts, ids = iter_documents("train", data), []
+        # sorting takes three times as long as reading, and both together not more than a fifth of the minutes
+        while counted < ngram_tokens and (not minutes or time.perf_counter() - begin < 3 * minutes) and (some := list(itertools.islice(texts, 1000))):
+            ids.append(tokenizer.encode_to_numpy(some, prepend=tokenizer.get_bos_token_id())[0])
+            counted += len(ids[-1])
+        if ids:
+            print0(f"counting the n-grams of {min(counted, ngram_tokens):,} tokens")
+            ngrams = count(torch.from_numpy(np.concatenate(ids, dtype=np.int64)[:ngram_tokens]))
+            counted = 0 if counted <= ngram_tokens and next(texts, None) is None else min(counted, ngram_tokens)  # 0: all of the text
+    config.ngrams, counted = map(int, agree(len(ngrams[0]) if ngrams else 0, counted))
+    if config.ngrams:
         print0(f"kept {config.ngrams:,} of them in {time.perf_counter() - begin:.1f} s, which count as training time")
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
-            "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "elapsed": time.perf_counter() - begin}
+            "tokenizer": tokenizer.fingerprint, "total_batch_size": total_batch_size, "step": 0, "counted": counted,
+            "elapsed": time.perf_counter() - begin}
 meta["budgets"] = budgets
 model = build_model(meta, device)
-model.left_out = True  # each token that we train on is one of those that were counted
 if state:
     model.load_state_dict(weights)
-elif ngrams:
-    model.ngrams.fill(*ngrams)
+elif model.ngrams:
+    if ngrams:
+        model.ngrams.fill(*ngrams)
+    if world_size > 1:
+        for buffer in model.ngrams.buffers():
+            torch.distributed.broadcast(buffer, 0)
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
@@ -169,8 +191,10 @@ print0(f"depth {depth}, width {model.config.width}, {parameters:,} parameters, v
 
 # optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
+guard = Guard()
 if state:
     load_optimizers(optimizers, state["optimizers"])
+    guard.load_state_dict(state["guard"])
     torch.set_rng_state(state["rng"].cpu())
 
 # data
@@ -189,9 +213,10 @@ batches = [next(loader) for _ in range(accumulation)]
 
 # loop
 step, elapsed = meta["step"], meta["elapsed"]
-first_step, quarter, val_bpb = step, int(4 * (step / num_iterations if num_iterations else elapsed / 60 / minutes)), None
+first_step, quarter = step, int(4 * (step / num_iterations if num_iterations else elapsed / 60 / minutes))
+best_bpb, warmup = meta.get("best_bpb", float("inf")), 0.0 if meta.get("extend") else 0.02
 durations, shown, stop = [], 0.0, StopRequest()
-guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
+sick, rate_scale = False, meta.get("rate_scale", 1.0)
 checkpoints = Checkpoints(folder, rank, keep, step if state else None)
 saved, decaying = elapsed, step > 0 and (step / num_iterations if num_iterations else elapsed / 60 / minutes) > 1 - warmdown
 send_to_logger = open_logger(logger, folder, settings)
@@ -205,16 +230,25 @@ def log(**row):
         send_to_logger(step, row)
 
 
-def save(finished=False):
-    """Written by a thread while training goes on, unless this is the end."""
+def save(val_bpb=None):
+    """Written by a thread while training goes on."""
     global saved
     saved = elapsed
-    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state()}
+    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state(), "guard": guard.state_dict()}
     checkpoints.save(step, model, own, {
         **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
-        "val_bpb": val_bpb, "before_decay": not decaying, "finished": finished})
-    if finished or stopped:
-        checkpoints.finish()
+        "val_bpb": val_bpb, "best_bpb": best_bpb, "before_decay": not decaying, "finished": False})
+
+
+def validate():
+    """Bits per byte of few documents; the best step so far is saved."""
+    global best_bpb
+    bpb = evaluate_bpb(model, tokenizer, validation[:30], device, rank=rank, world_size=world_size)
+    log(val_bpb=bpb, documents=len(validation[:30]))
+    print0(f"step {step}: {bpb:.4f} bits per byte on {len(validation[:30])} validation documents")
+    if bpb < best_bpb:
+        best_bpb = bpb
+        save(bpb)
 
 
 def show_samples():
@@ -232,35 +266,34 @@ while True:
     faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
     elapsed, stopped, writing = agree(elapsed, stop.signal, checkpoints.writing())
     if not writing:
-        checkpoints.finish()
+        checkpoints.finish(must=False)
     progress = step / num_iterations if num_iterations else elapsed / (60 * minutes)
     # the last step is the one after which another would not fit
     spare = 0 if num_iterations or not durations else 0.5 * durations[-1] / (60 * minutes)
     if progress + spare >= 1 or stopped:
         break
-    if step not in (first_step, *checkpoints.good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes or
-                              not decaying and progress >= 1 - warmdown):
+    if step != first_step and not guard.bad and (eval_every and step % eval_every == 0 or eval_every is None and int(4 * progress) > quarter):
+        quarter = int(4 * progress)
+        validate()
+        show_samples()
+    if step != first_step and not guard.bad and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes or
+                                                not decaying and progress >= 1 - warmdown):
         save()
     decaying = progress >= 1 - warmdown
-    if (eval_every and step > first_step and step % eval_every == 0) or (eval_every is None and int(4 * progress) > quarter):
-        quarter = int(4 * progress)
-        bpb = evaluate_bpb(model, tokenizer, validation[:30], device, rank=rank, world_size=world_size)
-        log(val_bpb=bpb, documents=30)
-        print0(f"step {step}: {bpb:.4f} bits per byte on 30 validation documents")
-        show_samples()
 
     begin = time.perf_counter()
+    model.left_out = not meta.get("counted") or step * total_batch_size < meta["counted"]  # this text is in the counts
     loss, rows_at_once = accumulate_gradients(model, batches, 1 / (rows * max_seq_len), rows_at_once)
     loader_state = batches[-1][2]
+    batches = [next(loader) for _ in range(accumulation)]  # while the device works
     squares = sum(optimizer.reduce() for optimizer in optimizers)  # every rank holds another share of the gradient
     if world_size > 1:
         both = torch.stack((squares, loss / world_size))
         torch.distributed.all_reduce(both)
         squares, loss = both
-    batches = [next(loader) for _ in range(accumulation)]  # while the device works
     loss, norm = loss.item(), squares.sqrt().item()  # waits for the device
     verdict, reason = guard.verdict(loss, norm)
-    rate = lr_multiplier(progress, warmdown=warmdown) * rate_scale
+    rate = lr_multiplier(progress, warmup, warmdown) * rate_scale
     if verdict == "ok":
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -300,28 +333,36 @@ while True:
                f"{100 * flops_per_token * speed / world_size / matmul_rate:.0f} % of matmul rate | {left / 60:.1f} min left")
     log(loss=loss, lr=learning_rate * rate, grad_norm=norm)
 
-faulthandler.cancel_dump_traceback_later()
+gc.unfreeze()
 if sick:
-    checkpoints.finish()
-    print0(last_words(reason, folder, good_step))
+    print0(last_words(reason, folder, checkpoints.newest()))
     compute_cleanup()
     raise SystemExit(1)
 if stopped:
-    save()
-    print0(f"saved step {step} in {folder}: the same command with --resume goes on")
+    if guard.bad and checkpoints.newest() is not None:
+        print0(f"not saved, for the last batches were bad ({guard.bad[-1]}); step {checkpoints.newest()} is in {folder}: {how_to_go_on(settings)}")
+    else:
+        save()
+        print0(f"saved step {step} in {folder}: {how_to_go_on(settings)}")
+    checkpoints.finish()
     compute_cleanup()
     raise SystemExit(128 + int(stopped))
 
-# the last step: validate, save, say
+# the last step: save, validate, say
+save()
+checkpoints.finish()  # before evaluation, which may run out of memory
 stop.release()
-save()  # before evaluation, which may run out of memory
+faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)
+few = evaluate_bpb(model, tokenizer, validation[:30], device, rank=rank, world_size=world_size)
 val_bpb = evaluate_bpb(model, tokenizer, validation, device, rank=rank, world_size=world_size)
 log(val_bpb=val_bpb, documents=len(validation))
 show_samples()
-save(finished=True)
+checkpoints.amend(step, val_bpb=few, finished=True)
+faulthandler.cancel_dump_traceback_later()
 speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
+peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
 finish_stage("base_train", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,
-             tokens_per_second=speed, flops_per_second=speed * flops_per_token, matmul_flops_per_second=matmul_rate * world_size,
-             val_bpb=val_bpb, checkpoint=str(folder), parameters=parameters, config=meta["config"])
-gc.unfreeze()
+             tokens_per_second=speed, flops_per_second=speed * flops_per_token, flops_per_second_of_weights=speed * 6 * model.matmul_parameters(),
+             matmul_flops_per_second=matmul_rate * world_size, share_of_matmul_rate=speed * flops_per_token / world_size / matmul_rate,
+             mfu=speed * flops_per_token / world_size / peak if peak else None, val_bpb=val_bpb, checkpoint=str(folder), parameters=parameters, config=meta["config"])
 compute_cleanup()

@@ -13,9 +13,10 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (Checkpoints, checkpoint_dir, complete_steps, load_model, load_optimizers,
-                                         named_checkpoint, read_checkpoint)
-from nanochat.common import StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, open_log, open_logger, print0
+from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, find_model_tag, load_model, load_optimizers,
+                                         named_checkpoint, read_checkpoint, resumable)
+from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, how_to_go_on, open_log,
+                             open_logger, print0)
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
@@ -23,6 +24,7 @@ from nanochat.gpt import accumulate_gradients
 from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.schedule import default_minutes, lr_multiplier
+from nanochat.tokenizer import get_tokenizer
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
@@ -67,32 +69,41 @@ matmul_rate = measure_matmul_flops(device, compute.dtype)
 # tokenizer and model
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
-model, tokenizer, origin = load_model(source, device, "train", model_tag, from_step)
-model.drop_ngrams()  # they know the text that was read, not how to answer
-if dtype:
-    model.compute_dtype = compute.dtype  # otherwise the checkpoint's
-folder = checkpoint_dir("sft", origin["tag"])
-meta = {"stage": "chat_sft", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": str(model.compute_dtype)[6:],
-        "config": asdict(model.config), **{key: origin[key] for key in ("model_class", "tokenizer", "total_batch_size")}}
 state = None
-if resume_from_checkpoint:
-    folder, step = named_checkpoint(resume_from_checkpoint, folder)
-    weights, state, meta = read_checkpoint(folder, step, device, rank)
+if resume_from_checkpoint:  # all that it takes is in there
+    folder, step = named_checkpoint(resume_from_checkpoint, checkpoint_dir("sft", model_tag or find_model_tag("sft")))
+    weights, state, meta = read_checkpoint(folder, step, device, rank, "chat_sft")
+    tokenizer = get_tokenizer()
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{folder} was trained with another tokenizer: bring that one back")
+    model = build_model(meta, device)
     model.load_state_dict(weights)
-elif resume and complete_steps(folder):
-    weights, state, saved_meta = read_checkpoint(folder, device=device, rank=rank)
-    if saved_meta["finished"] or saved_meta["origin"] != meta["origin"]:
-        print0("the newest checkpoint is of a finished run or of another start: starting from step 0")
-        state = None
-    else:
-        meta = saved_meta
-        model.load_state_dict(weights)
+else:
+    model, tokenizer, origin = load_model(source, device, "train", model_tag, from_step)
+    model.drop_ngrams()  # they know the text that was read, not how to answer
+    folder = checkpoint_dir("sft", origin["tag"])
+    meta = {"stage": "chat_sft", "origin": [origin["dir"], origin["step"]], "step": 0, "elapsed": 0.0, "dtype": origin["dtype"],
+            "config": asdict(model.config), **{key: origin[key] for key in ("model_class", "tokenizer", "total_batch_size")}}
+    if resume and resumable(folder):
+        weights, state, saved_meta = read_checkpoint(folder, device=device, rank=rank, stage="chat_sft")
+        if saved_meta["finished"] or saved_meta["origin"] != meta["origin"]:
+            print0(f"the newest checkpoint of {folder} is of a finished run or of another start: starting from step 0")
+            state = None
+        else:
+            meta = saved_meta
+            model.load_state_dict(weights)
+    elif resume:
+        print0(f"nothing to resume in {folder} (--model_tag names another): starting from step 0")
+model.train()
+if dtype:
+    meta["dtype"] = dtype  # otherwise the checkpoint's
+model.compute_dtype = getattr(torch, meta["dtype"])
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
     model.compile_blocks()
 T = model.config.max_seq_len
-require(settings, 1, "device_batch_size", "total_batch_size")
-device_batch_size = device_batch_size or min(16, max(1, origin["total_batch_size"] // (T * world_size)))
+require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+device_batch_size = device_batch_size or min(16, max(1, meta["total_batch_size"] // (T * world_size)))
 total_batch_size = total_batch_size or device_batch_size * T * world_size
 if total_batch_size % (device_batch_size * T * world_size):
     raise UserError(f"total_batch_size={total_batch_size} is not a multiple of device_batch_size x context x ranks = "
@@ -106,8 +117,10 @@ if minutes is None and num_iterations is None:
 
 # optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
+guard = Guard()
 if state:
     load_optimizers(optimizers, state["optimizers"])
+    guard.load_state_dict(state["guard"])
     torch.set_rng_state(state["rng"].cpu())
 
 # data: the mixture, and how often each conversation comes
@@ -122,7 +135,7 @@ print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a 
 # loop
 step, elapsed, quarter = meta["step"], meta["elapsed"], 0
 first_step, durations, shown, stop = step, [], 0.0, StopRequest()
-guard, sick, rate_scale = Guard(), False, meta.get("rate_scale", 1.0)
+sick, rate_scale = False, meta.get("rate_scale", 1.0)
 checkpoints = Checkpoints(folder, rank, keep, step if state else None)
 saved = elapsed
 send_to_logger = open_logger(logger, folder, settings)
@@ -136,16 +149,13 @@ def log(**row):
         send_to_logger(step, row)
 
 
-def save(finished=False):
-    """Written by a thread while training goes on, unless this is the end."""
+def save():
+    """Written by a thread while training goes on."""
     global saved
     saved = elapsed
-    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state()}
+    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state(), "guard": guard.state_dict()}
     checkpoints.save(step, model, own, {
-        **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
-        "finished": finished})
-    if finished or stopped:
-        checkpoints.finish()
+        **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size, "finished": False})
 
 
 def show_samples():
@@ -163,7 +173,7 @@ while True:
     faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
     elapsed, stopped, writing = agree(elapsed, stop.signal, checkpoints.writing())
     if not writing:
-        checkpoints.finish()
+        checkpoints.finish(must=False)
     if num_iterations:
         progress, spare = step / num_iterations, 0
     elif minutes:
@@ -172,7 +182,7 @@ while True:
         progress, spare = agree(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
     if progress + spare >= 1 or stopped:
         break
-    if step not in (first_step, *checkpoints.good_steps[-1:]) and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes):
+    if step != first_step and not guard.bad and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes):
         save()
     if int(4 * progress) > quarter:
         quarter = int(4 * progress)
@@ -185,12 +195,12 @@ while True:
     scale = world_size / count.clamp(min=1)  # the optimizers average over ranks
     loss, rows_at_once = accumulate_gradients(model, batches, scale, rows_at_once)
     loader_state = batches[-1][2]
+    batches = [next(loader) for _ in range(accumulation)]  # while the device works
     squares = sum(optimizer.reduce() for optimizer in optimizers)
     if world_size > 1:
         both = torch.stack((squares, loss / world_size))
         torch.distributed.all_reduce(both)
         squares, loss = both
-    batches = [next(loader) for _ in range(accumulation)]  # while the device works
     loss, norm = loss.item(), squares.sqrt().item()  # waits for the device
     verdict, reason = guard.verdict(loss, norm)
     rate = lr_multiplier(progress, warmup=0, warmdown=1) * rate_scale
@@ -234,26 +244,31 @@ while True:
                f"{left / 60:.1f} min left")
     log(loss=loss, lr=learning_rate * rate, grad_norm=norm)
 
-faulthandler.cancel_dump_traceback_later()
+gc.unfreeze()
 if sick:
-    checkpoints.finish()
-    print0(last_words(reason, folder, good_step))
+    print0(last_words(reason, folder, checkpoints.newest()))
     compute_cleanup()
     raise SystemExit(1)
 if stopped:
-    save()
-    print0(f"saved step {step} in {folder}: the same command with --resume goes on")
+    if guard.bad and checkpoints.newest() is not None:
+        print0(f"not saved, for the last batches were bad ({guard.bad[-1]}); step {checkpoints.newest()} is in {folder}: {how_to_go_on(settings)}")
+    else:
+        save()
+        print0(f"saved step {step} in {folder}: {how_to_go_on(settings)}")
+    checkpoints.finish()
     compute_cleanup()
     raise SystemExit(128 + int(stopped))
 
 # the last step: save, sample, say
-stop.release()
 save()
+checkpoints.finish()
+stop.release()
+faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)
 show_samples()
-save(finished=True)
+checkpoints.amend(step, finished=True)
+faulthandler.cancel_dump_traceback_later()
 speed = total_batch_size / statistics.median(durations[3:] or durations or [float("inf")])
 finish_stage("chat_sft", time.perf_counter() - started, settings, steps=step, tokens=step * total_batch_size, train_seconds=elapsed,
              tokens_per_second=speed, flops_per_second=speed * flops_per_token, matmul_flops_per_second=matmul_rate * world_size,
              val_bpb=None, checkpoint=str(folder), parameters=sum(p.numel() for p in model.parameters()), config=meta["config"])
-gc.unfreeze()
 compute_cleanup()

@@ -5,7 +5,9 @@
     sick     the weights become NaN, as after a bad update
     missing  the batch never comes
     hang     the last rank sleeps
-    kill     the process is killed, and interrupt: as by Ctrl+C
+    kill     the process is killed; interrupt: as by Ctrl+C; terminate, terminate twice: as by a scheduler
+
+At "end" no memory is left for the last validation ("memory").
 """
 import json
 import os
@@ -16,11 +18,13 @@ import time
 
 import torch
 
-from nanochat import dataloader, gpt
+from nanochat import dataloader, gpt, loss_eval
 
 
 def install():
-    faults = {int(number): fault for number, fault in json.loads(os.environ["FAULTS"]).items()}
+    faults = json.loads(os.environ["FAULTS"])
+    at_the_end = faults.pop("end", None)
+    faults = {int(number): fault for number, fault in faults.items()}
     accumulate, calls = gpt.accumulate_gradients, [0]
 
     def without_the_missing(read):
@@ -38,14 +42,20 @@ def install():
         last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
         if fault == "hang" and last:
             time.sleep(999)
-        if fault in ("kill", "interrupt"):
-            os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGINT)
+        for number in {"kill": [signal.SIGKILL], "interrupt": [signal.SIGINT], "terminate": [signal.SIGTERM],
+                       "terminate twice": [signal.SIGTERM] * 2}.get(fault, []):
+            os.kill(os.getpid(), number)
         result = accumulate(model, *arguments)
         for p in model.parameters() if fault == "spike" or fault == "nan" and last else ():
             p.grad *= 100 if fault == "spike" else torch.nan
         return result
 
+    def no_memory(*_, **__):
+        raise MemoryError("of this machine")
+
     gpt.accumulate_gradients = faulty
+    if at_the_end == "memory":
+        loss_eval.evaluate_bpb = no_memory
     for name in ("tokenizing_distributed_data_loader_with_state", "sft_data_generator"):
         setattr(dataloader, name, without_the_missing(getattr(dataloader, name)))
 

@@ -1,4 +1,5 @@
 """A checkpoint is whole or not there, says what is wrong with it in one line, and comes back as it went."""
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import (SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
+from nanochat.checkpoint_manager import (Checkpoints, SaveUnderWay, build_model, checkpoint_dir, complete_steps, find_model_tag, load_model, lock_folder,
                                          prune, read_checkpoint, read_metas)
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
@@ -200,8 +201,9 @@ def test_another_tokenizer_is_an_error_with_both_fingerprints(folder, meta, toke
 
 def test_trap_30_another_number_of_ranks_is_an_error_with_both_numbers(folder, meta, monkeypatch):
     monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 2))
+    monkeypatch.setattr(checkpoint_manager, "agree", lambda *numbers: numbers)
     monkeypatch.setattr(checkpoint_manager.dist, "all_gather_object",
-                        lambda out, mine: out.__setitem__(slice(None), [mine, {}]))
+                        lambda out, mine: out.__setitem__(slice(None), [mine, ({}, None)]))
     save(folder, 5, meta)
     monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 3))
     message = error_of(read_checkpoint, folder, rank=0)
@@ -218,10 +220,9 @@ def test_trap_32_loading_runs_no_code_from_the_file(folder, meta, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     save(folder, 5, meta)
     torch.save({"embed.weight": Evil()}, folder / "model_000005.pt")
-    path = folder / "meta_000005.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_metas(folder)[5]
     found["files"]["model_000005.pt"] = checkpoint_manager.sha256(folder / "model_000005.pt")
-    path.write_text(json.dumps(found), encoding="utf-8")
+    checkpoint_manager.write_meta(folder, found)
     with pytest.raises(Exception, match="(?i)weights.only"):
         read_checkpoint(folder)
     assert not (tmp_path / "ran-on-load").exists()
@@ -267,9 +268,8 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_is_taken(folder, meta
 def test_a_step_with_a_cut_meta_file_or_without_a_ranks_shard_is_passed_over(folder, meta, capsys):
     for step in (1, 2, 3):
         save(folder, step, meta)
-    path = folder / "meta_000002.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**found, "world_size": 2, "files": {**found["files"], "optim_000002_rank1.pt": "0" * 64}}), encoding="utf-8")
+    found = read_metas(folder)[2]
+    checkpoint_manager.write_meta(folder, {**found, "world_size": 2, "files": {**found["files"], "optim_000002_rank1.pt": "0" * 64}})
     os.truncate(folder / "meta_000003.json", 99)
     assert complete_steps(folder) == [1] and read_checkpoint(folder, rank=0)[2]["step"] == 1
     out = capsys.readouterr().out
@@ -289,7 +289,10 @@ def test_the_command_lists_verifies_and_prunes(folder, meta, monkeypatch, capsys
     (folder / "meta_000004.json").write_text("{", encoding="utf-8")
     lines = command(folder).splitlines()[:-1]
     assert len(lines) == 4 and "meta_000004.json is damaged" in lines[0] and all("2.2500  complete" in line for line in lines[1:])
+    assert command(folder, "--verify", status=1).count("verified") == 3, "an incomplete step is no success"
+    (folder / "meta_000004.json").unlink()
     assert command(folder, "--verify").count("verified") == 3
+    assert "no checkpoint in" in command(folder.parent)
     flip_a_byte(folder / "model_000002.pt")
     assert "DAMAGED: model_000002.pt" in command(folder, "--verify", status=1)
     held = lock_folder(folder, 0)
@@ -399,9 +402,127 @@ def test_a_save_under_way_is_a_snapshot_and_is_complete_when_finished(folder, me
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_writer_that_fails_or_dies_is_heard_of_when_the_save_finishes(folder, meta, monkeypatch):
     model = make(meta, 0)[0]
-    for error, kind in ((OSError(28, "No space left on device"), OSError), (RuntimeError("full"), RuntimeError),
-                        (SystemExit(), RuntimeError)):
+    for error, said in ((OSError(28, "No space left on device"), "No space left"), (RuntimeError("full"), "full"), (SystemExit(), "not all written")):
         monkeypatch.setattr(torch, "save", lambda *_, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(kind):
+        with pytest.raises(OSError, match=f"step 7 was not saved in .*{said}"):
             SaveUnderWay(folder, 7, model, None, meta, 0).finish()
     assert complete_steps(folder) == [] and not list(folder.glob("*.tmp"))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_file_is_one_line_and_a_run_goes_on_without_that_step(folder, meta, monkeypatch, capsys):
+    model, real = make(meta, 0)[0], checkpoint_manager.atomic_file
+
+    @contextlib.contextmanager
+    def full(path):
+        with real(path) as file:
+            write, room = file.write, [5000]
+
+            class File:
+                def write(self, data):
+                    room[0] -= len(data)
+                    if room[0] < 0:
+                        raise OSError(28, "No space left on device")
+                    return write(data)
+
+                def flush(self):
+                    file.flush()
+            yield File()
+    run = Checkpoints(folder, 0)
+    run.save(1, model, None, meta)
+    run.finish()
+    monkeypatch.setattr(checkpoint_manager, "atomic_file", full)
+    run.save(2, model, None, meta)
+    run.finish(must=False)
+    assert "step 2 was not saved" in capsys.readouterr().out and run.good_steps == [1]
+    run.save(3, model, None, meta)
+    with pytest.raises(OSError, match="step 3 was not saved in .*No space left on device"):
+        run.finish()
+    monkeypatch.setattr(checkpoint_manager, "atomic_file", real)
+    run.save(3, model, None, meta)
+    run.finish()
+    assert must_be_whole(folder) == [1, 3] and not list(folder.glob("*.tmp"))
+    run.lock.close()
+
+
+def test_a_step_that_is_saved_again_is_never_half_of_two_runs(folder, meta, monkeypatch):
+    """A run that begins anew in a folder and is killed while it saves must not leave the other's meta file beside its weights."""
+    save(folder, 5, meta, model=make(meta, 0)[0])
+
+    def killed_at_the_optimizer():
+        rename = os.replace
+
+        def replace(source, target):
+            if "optim" in str(target):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+        os.replace = replace
+        save(folder, 5, meta, model=make(meta, 0)[0])
+    os.waitpid(in_a_child(killed_at_the_optimizer), 0)
+    assert must_be_whole(folder) == [] and list(folder.glob("*.tmp"))
+    lock_folder(folder, 0).close()
+    assert not list(folder.glob("*.tmp")), "the next run clears away what a killed one left half written"
+
+
+def test_a_byte_flipped_anywhere_in_a_meta_file_is_named_or_harmless(folder, meta):
+    save(folder, 4, meta)
+    save(folder, 5, meta)
+    path = folder / "meta_000005.json"
+    good, found = path.read_bytes(), read_metas(folder)[5]
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+        seen = read_metas(folder)
+        if isinstance(seen[5], dict):
+            assert {key: seen[5].get(key) for key in found if key != "digest"} == {key: value for key, value in found.items() if key != "digest"}
+        else:
+            assert "meta_000005.json is damaged" in seen[5] and complete_steps(folder) == [4]
+
+
+def test_a_resumed_run_may_go_back_to_the_steps_before_but_not_to_those_of_another_run(folder, meta):
+    for step in (4, 10, 2, 6, 8):  # a run to step 10, and one that began anew
+        save(folder, step, meta)
+    run = Checkpoints(folder, 0, keep=9, resumed_from=8)
+    assert run.good_steps == [2, 6, 8]
+    assert run.last_good(9) == 8 and complete_steps(folder)[-1] == 8
+    assert run.last_good(8) == 6, "no step since was good"
+    assert run.newest() == 8, "but the batches may have been bad, not the weights"
+    (folder / "meta_000006.json").unlink()
+    assert run.last_good(6) == 2 and run.last_good(2) == 2, "the last one stays: there is no other"
+    run.lock.close()
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, meta, capsys):
+    model = make(meta, 0)[0]
+    run = Checkpoints(folder, 0)
+    run.save(1, model, None, meta)
+    model.embed.weight.data[0, 0] = torch.nan
+    run.save(2, model, None, meta)
+    run.finish(must=False)
+    assert "step 2 was not saved" in capsys.readouterr().out and must_be_whole(folder) == [1] and run.good_steps == [1] and run.newest() == 1
+    run.lock.close()
+
+
+def test_a_complete_step_is_amended(folder, meta):
+    save(folder, 5, {**meta, "finished": False})
+    run = Checkpoints(folder, 0, resumed_from=5)
+    run.amend(5, finished=True, val_bpb=1.25)
+    found = read_metas(folder)[5]
+    assert found["finished"] and found["val_bpb"] == 1.25 and must_be_whole(folder) == [5]
+    model = make(meta, 0)[0]
+    run.save(5, model, None, {**meta, "finished": False})
+    run.finish()
+    assert read_metas(folder)[5]["finished"], "what is saved is not saved again"
+    run.lock.close()
+
+
+def test_the_emergency_run_halves_the_rate_once_and_has_as_many_ranks(folder, meta, monkeypatch):
+    words = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: words.append(arguments))
+    settings = {"learning_rate": 0.02, "grad_clip": 0.0, "compile": True, "save_minutes": 10.0, "data": "a b", "depth": None}
+    for changed in ({}, {**checkpoint_manager.SAFE, "learning_rate": 0.01}):
+        save(folder, 5, {**meta, "stage": "mid_train", "finished": False, "settings": {**settings, **changed}})
+        checkpoint_manager.rescue(folder)
+    assert all("--learning_rate=0.01" in run and "--grad_clip=1.0" in run and "--data=a b" in run and "--compile=False" in run for run in words)
+    assert words[0][1:3] == ["-m", "scripts.mid_train"] and f"--resume_from_checkpoint={folder}/meta_000005.json" in words[0]
+    checkpoint_manager.write_meta(folder, {**read_metas(folder)[5], "world_size": 2})
+    checkpoint_manager.rescue(folder)
+    assert words[2][1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.mid_train"] and words[2][7] == "--"

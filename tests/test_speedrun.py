@@ -2,7 +2,9 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 
 import pytest
 
@@ -107,6 +109,10 @@ printf '%q ' "$@" >>"$CALLS"
 echo >>"$CALLS"
 record() { echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" >>"$NANOCHAT_BASE_DIR/metrics.jsonl"; }
 case "$2" in
+    "${WAIT_IN:-nowhere}")
+        trap 'echo "the stage saves"; exit 1' INT TERM   # as torchrun ends, whatever its ranks did
+        touch "$NANOCHAT_BASE_DIR/waiting"
+        while :; do sleep 0.05; done ;;
     "${STOP_IN:-nowhere}") if [ -n "${RECORDED:-}" ]; then record "$@"; fi; exit "${STATUS:-1}" ;;
     nanochat.report) echo '{"stage": "speedrun"}' ;;
     *) record "$@" ;;
@@ -166,6 +172,21 @@ def test_an_interrupted_training_stage_is_resumed_and_what_was_done_is_not_done_
     calls, done = sandbox.run()
     assert modules(calls) == ON_A_CPU[place:] and "going on" in done.stdout
     assert [words[1] for words in calls if "--resume" in words] == [module]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_alone_goes_on_to_the_stage_and_ends_both(sandbox, number):
+    environment = {**os.environ, "PATH": f"{sandbox.folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(sandbox.calls), "MINUTES": "3",
+                   "NANOCHAT_BASE_DIR": str(sandbox.base), "WAIT_IN": "scripts.mid_train"}
+    with subprocess.Popen(["bash", "speedrun.sh"], cwd=sandbox.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (sandbox.base / "waiting").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "the stage saves" in out and f"stopped in mid_train (status {128 + number})" in err
+    calls, _ = sandbox.run(MINUTES="3")
+    assert calls[0][1] == "scripts.mid_train" and "--resume" in calls[0]
 
 
 def test_a_stage_that_was_killed_after_its_record_is_not_done_again(sandbox):

@@ -129,13 +129,15 @@ def trained(stages, text):
 def test_base_train_leaves_its_record_and_a_checkpoint(stages, trained):
     assert TRAINING <= trained.keys() and trained["stage"] == "base_train"
     assert trained["steps"] == 10 and trained["tokens"] == 5120 and 0 < trained["val_bpb"] < 8
+    assert 0 < trained["flops_per_second_of_weights"] < trained["flops_per_second"] and 0 < trained["share_of_matmul_rate"] < 1
+    assert trained["mfu"] is None, "of a CPU there is no data sheet"
     folder = stages.base / "base_checkpoints" / "d1"
     assert trained["checkpoint"] == str(folder)
-    files = {f"{name}_0000{step}{end}" for step in ("04", "10")  # the last, and the last before the rate fell
+    files = {f"{name}_0000{step}{end}" for step in ("04", "05", "08", "10")  # the newest three, and the last before the rate fell
              for name, end in (("model", ".pt"), ("optim", "_rank0.pt"), ("meta", ".json"))}
     assert {p.name for p in folder.iterdir()} == files | {"log.jsonl", ".lock"}
     meta = json.loads((folder / "meta_000010.json").read_text(encoding="utf-8"))
-    assert meta["settings"] == trained["settings"] and meta["settings"]["num_iterations"] == 10
+    assert meta["settings"] == trained["settings"] and meta["settings"]["num_iterations"] == 10 and meta["finished"]
     rows = (stages.base / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     assert trained in [json.loads(row) for row in rows if row]
 
@@ -181,7 +183,7 @@ def test_the_four_budgets_and_the_loggers(stages, trained, text):
     assert last_json(out)["steps"] == round(0.02 * weights / 512)
     assert "tensorboard is not installed" in out or list(stages.base.glob("base_checkpoints/budget/tensorboard/*"))
     row = stages.fork_record(*command, "--minutes=0.02")
-    assert row["steps"] > 3 and row["train_seconds"] < 30
+    assert row["steps"] > 0 and row["train_seconds"] < 30
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,15 @@ def weights_of(folder, step):
 
 def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_values(a, b):
+    """Whether two nests of dicts, lists, tensors and numbers are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(params=["base", "mid", "chatsft"])
@@ -284,6 +295,26 @@ def test_sick_weights_go_back_to_the_last_good_checkpoint_at_half_the_rate(stage
     assert all(value.isfinite().all() for value in weights_of(folder, 10).values())
 
 
+def test_weights_that_are_sick_when_somebody_stops_the_run_are_not_saved(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=14", "--eval_every=0", "--save_every=4", "--model_tag=poorly", "--resume")
+    folder = stages.base / "base_checkpoints" / "poorly"
+    out, _ = stages.fork(*command, status=130, faults={"10": "sick", "12": "interrupt"})
+    assert "not saved, for the last batches were bad" in out and complete_steps(folder)[-1] == 8
+    assert stages.fork_record(*command)["steps"] == 14
+    assert all(value.isfinite().all() for value in weights_of(folder, 14).values())
+
+
+def test_two_ranks_that_do_not_recover_go_on_as_two(stages, text, monkeypatch):
+    command = ("scripts.base_train", "--", f"--data={text}", *TINY, "--num_iterations=8", "--eval_every=0", "--save_every=3", "--model_tag=ill2")
+    folder = stages.base / "base_checkpoints" / "ill2"
+    monkeypatch.setitem(stages.environment, "FAULTS", json.dumps({str(number): "nan" for number in range(5, 999)}))
+    stages.run(*command, launcher=(*TORCHRUN, "tests.faults"), status=1)
+    assert complete_steps(folder)[-1] == 4
+    monkeypatch.delitem(stages.environment, "FAULTS")
+    row = stages.record("nanochat.checkpoint_manager", folder, "--rescue")
+    assert row["steps"] == 8 and json.loads((folder / "meta_000008.json").read_text(encoding="utf-8"))["world_size"] == 2
+
+
 def test_a_run_that_does_not_recover_stops_and_the_emergency_run_goes_on(stages, text):
     command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10", "--eval_every=0", "--save_every=3", "--model_tag=ill")
     folder = stages.base / "base_checkpoints" / "ill"
@@ -298,6 +329,20 @@ def test_a_run_that_does_not_recover_stops_and_the_emergency_run_goes_on(stages,
     assert row["steps"] == 10 and row["checkpoint"] == str(folder) and row["settings"]["data"] == str(text)
 
 
+def test_the_emergency_run_passes_over_a_damaged_step(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=9", "--eval_every=0", "--save_every=2", "--model_tag=ill3")
+    folder = stages.base / "base_checkpoints" / "ill3"
+    stages.fork(*command, status=130, faults={"7": "interrupt"})
+    newest = folder / f"model_{complete_steps(folder)[-1]:06d}.pt"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    safe = ("--grad_clip=1.0", "--save_minutes=2.0", "--learning_rate=0.01", "--resume_from_checkpoint=6")
+    out, _ = stages.fork(*command, *safe, status=130, faults={"1": "interrupt"})
+    assert "the same command with --resume in place of --resume_from_checkpoint goes on" in out and complete_steps(folder)[-1] == 7
+    newest.write_bytes(newest.read_bytes()[:-7])
+    out, _ = stages.fork("nanochat.checkpoint_manager", folder, "--rescue")
+    assert "going on from step 6" in out and "learning_rate=0.01 (was 0.02)" in out
+
+
 def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_a_quiet_one(stages, stage):
     command, quiet = stage("quiet")
     stages.fork_record(*command)
@@ -307,18 +352,63 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_a_quiet_o
         assert complete_steps(folder)
     stages.fork_record(*command, "--resume")
     assert same_weights(weights_of(folder, 8), weights_of(quiet, 8))
+    states = [torch.load(path / "optim_000008_rank0.pt", weights_only=True) for path in (folder, quiet)]
+    assert same_values(*states) and states[0].keys() == {"optimizers", "loader", "rng", "guard"}, "optimizers, random numbers, the next batch, the guard"
     assert [row["step"] for row in rows_of(folder) if "loss" in row] == list(range(1, 9)), "no row is lost, none comes twice"
+
+
+def test_trap_29_what_was_trained_is_saved_before_the_last_validation_which_may_fail(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=8", "--eval_every=0", "--save_every=3", "--model_tag=full")
+    folder = stages.base / "base_checkpoints" / "full"
+    stages.fork(*command, status=1, faults={"end": "memory"})
+    assert complete_steps(folder)[-1] == 8
+    whole = weights_of(folder, 8)
+    out, _ = stages.fork(*command, "--resume")
+    assert last_json(out)["steps"] == 8 and "step     8" not in out and same_weights(weights_of(folder, 8), whole), "nothing is trained again"
+
+
+def test_a_scheduler_stops_a_run_as_ctrl_c_does_and_twice_at_once(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=12", "--eval_every=0", "--model_tag=scheduled")
+    folder = stages.base / "base_checkpoints" / "scheduled"
+    out, err = stages.fork(*command, status=143, faults={"3": "terminate"})
+    assert complete_steps(folder) == [3] and "--resume goes on" in out and "Traceback" not in err and "leaked" not in err
+    out, err = stages.fork(*command, "--resume", status=143, faults={"2": "terminate twice"})
+    assert complete_steps(folder) == [3] and "stopped at once" in out and "Traceback" not in err
+    assert stages.fork_record(*command, "--resume")["steps"] == 12
+
+
+def test_the_best_step_by_validation_is_saved_and_stays(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=12", "--model_tag=best", "--eval_every=2", "--keep=1")
+    stages.fork_record(*command)
+    folder = stages.base / "base_checkpoints" / "best"
+    rows = [(row["val_bpb"], row["step"]) for row in rows_of(folder) if "val_bpb" in row and row["step"] < 12]
+    metas = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("meta_*.json"))]
+    assert [row[1] for row in rows] == [2, 4, 6, 8, 10] and all(meta["val_bpb"] for meta in metas if meta["step"] != 5)
+    assert min((meta["val_bpb"], meta["step"]) for meta in metas if meta["val_bpb"]) <= min(rows)
+    assert "keep=0" in stages.refusal(*command, "--keep=0")
+
+
+def test_a_resumed_run_may_change_its_dtype(stages, text):
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=6", "--eval_every=0", "--model_tag=wide")
+    stages.fork(*command, status=130, faults={"2": "interrupt"})
+    stages.fork_record(*command, "--resume", "--dtype=bfloat16")
+    folder = stages.base / "base_checkpoints" / "wide"
+    assert json.loads((folder / "meta_000006.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 def test_extend_goes_on_from_before_the_decay_without_a_jump_of_the_rate(stages, text):
     command = ("scripts.base_train", f"--data={text}", *TINY, "--eval_every=0", "--model_tag=longer")
     folder = stages.base / "base_checkpoints" / "longer"
     assert "can be extended" in stages.refusal(*command, "--extend=2")
-    assert stages.fork_record(*command, "--num_iterations=10")["steps"] == 10
+    assert stages.fork_record(*command, "--num_iterations=10", "--learning_rate=0.005")["steps"] == 10
     assert "takes no other budget" in stages.refusal(*command, "--num_iterations=10", "--extend=2")
-    assert stages.fork_record(*command, "--extend=2.0")["steps"] == 20
+    assert "after the rate began to fall" in stages.refusal(*command, "--extend=2", "--resume_from_checkpoint=10")
+    out, _ = stages.fork(*command, "--extend=2.0", status=130, faults={"4": "interrupt"})
+    assert "--resume in place of --extend" in out
+    out, _ = stages.fork(*command, "--resume", status=130, faults={"2": "interrupt"})
+    assert stages.fork_record(*command, "--extend=2.0")["steps"] == 20, "the run goes on that was extended, and is not extended once more"
     rates = [row["lr"] for row in rows_of(folder) if "loss" in row]
-    assert len(rates) == 20 and rates[1:8] == [0.02] * 7 and all(a >= b for a, b in zip(rates[1:], rates[2:]))
+    assert len(rates) == 20 and rates[1:8] == [0.005] * 7 and all(a >= b for a, b in zip(rates[1:], rates[2:])), "its own rate, which the command need not repeat"
 
 
 def test_resume_from_a_named_checkpoint(stages, text):
@@ -337,6 +427,14 @@ def test_resume_from_a_named_checkpoint(stages, text):
     whole = weights_of(folder, 6)
     stages.fork_record(*mid, "--resume_from_checkpoint=2")
     assert same_weights(weights_of(folder, 6), whole)
+    stages.fork_record("scripts.base_train", f"--data={text}", "--depth=2", *TINY[1:], "--num_iterations=1", "--eval_every=0", "--model_tag=newer")
+    path = folder / "meta_000004.json"
+    stages.fork_record(mid[0], *mid[2:], f"--resume_from_checkpoint={path}")
+    assert same_weights(weights_of(folder, 6), whole), "all that a resumed run needs is in its checkpoint, whichever base model is the newest"
+    assert "is of mid_train, not of base_train" in stages.refusal(*command, f"--resume_from_checkpoint={path}")
+    assert "is of base_train, not of mid_train" in stages.refusal(*mid, f"--resume_from_checkpoint={stages.base}/base_checkpoints/named/meta_000006.json")
+    out, _ = stages.fork(*mid[:1], "--model_tag=newer", *mid[2:], "--resume")
+    assert "nothing to resume" in out
 
 
 def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run_ends(stages, text):
@@ -370,7 +468,7 @@ def test_trap_31_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run
     (("scripts.tok_train", "--data={empty}"), "empty"),
     (("scripts.tok_train", "--data={text}", "--vocab_size=30000"), "30000"),
     (("scripts.base_loss", "--model_tag=none"), "no complete checkpoint"),
-    (("scripts.base_loss", "--model_tag=d1", "--step=3"), "choose from 4, 10"),
+    (("scripts.base_loss", "--model_tag=d1", "--step=3"), "choose from 4, 5, 8, 10"),
     (("scripts.chat_eval", "-a", "juggling"), "juggling"),
     (("scripts.chat_cli", "-p", ""), "empty"),
     (("scripts.chat_cli", "-p", "What", "is"), "goes in quotes"),
@@ -410,7 +508,7 @@ def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, text, t
     ranks = copy.base / "tokenizer" / "ranks.tiktoken"
     ranks.write_bytes(ranks.read_bytes()[:-9])
     assert "ranks.tiktoken is damaged" in copy.refusal(*base_loss)
-    for step in (4, 10):
+    for step in (4, 5, 8, 10):
         model = copy.base / "base_checkpoints" / "d1" / f"model_{step:06d}.pt"
         model.write_bytes(model.read_bytes()[:-7])
     shutil.copytree(stages.base / "tokenizer", copy.base / "tokenizer", dirs_exist_ok=True)
