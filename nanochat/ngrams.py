@@ -8,6 +8,7 @@ Kuhn and De Mori, 1990); a network takes long to learn to look there by itself (
 
 All counts of the training text are in one sorted array of keys: order (2 bits), hash of the context (43 bits), next token (18 bits).
 """
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -35,22 +36,23 @@ def context_keys(*tokens):
 
 
 def count(ids):
-    """(keys, int64 (N,), sorted; counts, int32 (N,)) of the n-grams of the tokens ids, int64 (T,), each below 2^18.
+    """(keys, int64 (N,), sorted; counts, int32 (N,)) of the n-grams of the tokens ids, int64 (T,), each below 2^18."""
+    room = threading.Semaphore(torch.get_num_threads())  # keys that nobody sorts yet would only take memory
 
-    Takes some 35 bytes a token for each thread.
-    """
-
-    def count_order(order):
-        newest = (F.pad(ids, (back, 0))[:len(ids) - 1] for back in range(order + 1))
-        *_, contexts = context_keys(*newest)
-        keys = (contexts | ids[1:]).numpy()
+    def count_order(keys, least):
         keys.sort()
         first = np.concatenate(([0], 1 + np.flatnonzero(keys[1:] != keys[:-1])))[:len(keys)]
         times = np.diff(first, append=len(keys))
-        return keys[first[times >= LEAST[order]]], times[times >= LEAST[order]].astype(np.int32)
+        found = keys[first[times >= least]], times[times >= least].astype(np.int32)
+        room.release()
+        return found
 
+    newest, futures = (F.pad(ids, (back, 0))[:len(ids) - 1] for back in range(ORDERS)), []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # sorting is nearly all of the time, and lets other threads run
-        return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*pool.map(count_order, range(ORDERS))))
+        for contexts, least in zip(context_keys(*newest), LEAST):
+            room.acquire()
+            futures.append(pool.submit(count_order, (contexts | ids[1:]).numpy(), least))
+    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*(future.result() for future in futures)))
 
 
 def repeats(tokens):
@@ -93,7 +95,7 @@ class NGrams(nn.Module):
         end, known = begin.clone(), self.keys[begin.clamp(max=len(self.keys) - 1)] >> NEXT_BITS == contexts >> NEXT_BITS
         end[known] = torch.searchsorted(self.keys, contexts[known] + (1 << NEXT_BITS))
         matches = repeats(tokens)
-        return Found(contexts, begin, end - begin, matches, torch.cat((self.cumulative[end] - self.cumulative[begin], matches.sum(-1)), -1))
+        return Found(contexts, begin, end - begin, matches, torch.cat((self.cumulative[end] - self.cumulative[begin], matches.sum(-1, dtype=torch.int32)), -1))
 
     def look_up(self, tokens, targets, left_out=False):
         """tokens as in find, targets (N,) -> (totals (N, PARTS), kinds (N, ORDERS), hits (N, PARTS)): how often each context was counted,
@@ -106,8 +108,8 @@ class NGrams(nn.Module):
         known, hits = kinds > 0, torch.zeros_like(totals)
         wanted = (contexts | targets[:, None])[known]
         at = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
-        hits[:, :ORDERS][known] = torch.where(self.keys[at] == wanted, self.cumulative[at + 1] - self.cumulative[at], 0).to(hits.dtype)
-        hits[:, ORDERS:] = (matches & (tokens[:, None, 1:] == targets[:, None, None])).sum(-1)
+        hits[:, :ORDERS][known] = torch.where(self.keys[at] == wanted, self.cumulative[at + 1] - self.cumulative[at], 0)
+        hits[:, ORDERS:] = (matches & (tokens[:, None, 1:] == targets[:, None, None])).sum(-1, dtype=torch.int32)
         if left_out:
             counted, least = hits[:, :ORDERS], hits.new_tensor(LEAST)
             forgotten = counted == least  # one less, and it would not have been kept
