@@ -50,6 +50,16 @@ if [ -z "$DRY_RUN" ]; then
     fi
     NANOCHAT_RUN="$(awk '$1 == "run" { print $2 }' "$state")"
     export NANOCHAT_RUN
+    # A script that was killed alone leaves its stage behind.
+    left="$(awk '$1 == "pid" { pid = $2 } END { print pid }' "$state")"
+    if [ -n "$left" ] && grep -qsz "^NANOCHAT_RUN=$NANOCHAT_RUN$" "/proc/$left/environ"; then
+        echo "speedrun: the last one's stage goes on without it; stopping process $left, which saves"
+        kill -s TERM -- "-$left" 2>/dev/null || true
+        for ((i = 0; i < 600; i++)); do
+            if ! kill -0 -- "-$left" 2>/dev/null; then break; fi
+            sleep 0.1
+        done
+    fi
 fi
 
 # A signal goes on to the stage, which runs in a process group of its own: it saves and says so, and the script stops below.
@@ -81,6 +91,7 @@ stage() {
     "$@" &
     set +m
     child=$!
+    echo "pid $child" >>"$state"
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do  # a signal ended the waiting, not the stage
         status=0

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -187,6 +188,23 @@ def test_a_signal_to_the_script_alone_goes_on_to_the_stage_and_ends_both(sandbox
     assert process.returncode == 128 + number and "the stage saves" in out and f"stopped in mid_train (status {128 + number})" in err
     calls, _ = sandbox.run(MINUTES="3")
     assert calls[0][1] == "scripts.mid_train" and "--resume" in calls[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
+def test_a_stage_whose_script_was_killed_is_stopped_by_the_next_call(sandbox):
+    environment = {**os.environ, "PATH": f"{sandbox.folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(sandbox.calls),
+                   "NANOCHAT_BASE_DIR": str(sandbox.base), "WAIT_IN": "scripts.base_train"}
+    with subprocess.Popen(["bash", "speedrun.sh"], cwd=sandbox.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (sandbox.base / "waiting").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    stage = int(re.findall(r"^pid (\d+)$", (sandbox.base / "speedrun.state").read_text(encoding="utf-8"), re.M)[-1])
+    os.kill(stage, 0)  # it goes on
+    calls, done = sandbox.run()
+    assert f"stopping process {stage}" in done.stdout and calls[0][1] == "scripts.base_train" and "--resume" in calls[0]
+    state = Path(f"/proc/{stage}/stat")
+    assert not state.exists() or state.read_text(encoding="utf-8").split()[2] == "Z"
 
 
 def test_a_stage_that_was_killed_after_its_record_is_not_done_again(sandbox):
