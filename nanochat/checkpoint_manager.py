@@ -144,8 +144,7 @@ class Checkpoints:
             try:
                 under_way.finish()
             except OSError as error:
-                if under_way.step in self.good_steps:
-                    self.good_steps.remove(under_way.step)
+                self.good_steps.remove(under_way.step)
                 if must:
                     raise
                 print0(f"warning: {error}: going on without it")
@@ -180,7 +179,8 @@ class Checkpoints:
 def lock_folder(dir, rank):
     """Hold `dir` for this run until the process ends, however it does. UserError where another run holds it.
 
-    What killed runs left half written is deleted. The kernel drops the lock (flock) with the process, so that nothing stale is left after a kill. Keep what is returned.
+    What killed runs left half written is deleted. The kernel drops the lock (flock) with the process, so that nothing stale is
+    left after a kill. Keep what is returned.
     """
     if rank != 0:
         return None
@@ -267,13 +267,18 @@ def prune(dir, keep=KEEP):
     return [meta["step"] for meta in gone]
 
 
-def resumable(dir):
-    """Whether `dir` has a complete step. Names those that are not."""
+def usable_metas(dir):
+    """{step: meta} of the complete steps, in that order. Names those that are not complete."""
     metas = read_metas(dir)
     for number, meta in metas.items():
         if not isinstance(meta, dict):
             print0(f"step {number} of {dir} is ignored: {meta}")
-    return any(isinstance(meta, dict) for meta in metas.values())
+    return {number: meta for number, meta in metas.items() if isinstance(meta, dict)}
+
+
+def resumable(dir):
+    """Whether `dir` has a complete step; names what it has instead."""
+    return bool(complete_steps(dir) or usable_metas(dir))
 
 
 def bad_files(dir, meta, names=None):
@@ -287,10 +292,8 @@ def read_checkpoint(dir, step=None, device="cpu", rank=None, stage=None):
     Every rank calls it with the same step, and all take the same one. Hashes are checked before anything is read. stage: what must
     have written it.
     """
-    dir = Path(dir)
-    resumable(dir)
-    metas = read_metas(dir)
-    steps = [number for number, meta in metas.items() if isinstance(meta, dict)]
+    dir, metas = Path(dir), usable_metas(dir)
+    steps = list(metas)
     if not steps:
         source = next((s for s, folder in FOLDERS.items() if folder == dir.parent.name), "base")
         raise UserError(f"no complete checkpoint in {dir}: {advice(source)}, or name another --model_tag")
@@ -355,14 +358,20 @@ def load_model(source, device, phase="eval", model_tag=None, step=None):
     """
     dir = checkpoint_dir(source, model_tag or find_model_tag(source))
     weights, _, meta = read_checkpoint(dir, step, device)
+    model, tokenizer = restore_model(dir, weights, meta, device)
+    model.train(phase == "train")
+    return model, tokenizer, {**meta, "dir": str(dir), "tag": dir.name}
+
+
+def restore_model(dir, weights, meta, device):
+    """(model, tokenizer) of what read_checkpoint() found in `dir`. UserError where the tokenizer is another by now."""
     tokenizer = get_tokenizer()
     if tokenizer.fingerprint != meta["tokenizer"]:
         raise UserError(f"the checkpoint in {dir} was trained with another tokenizer ({meta['tokenizer']}, now {tokenizer.fingerprint}): "
                         "train again, or bring its tokenizer back")
     model = build_model(meta, device)
     model.load_state_dict(weights)
-    model.train(phase == "train")
-    return model, tokenizer, {**meta, "dir": str(dir), "tag": dir.name}
+    return model, tokenizer
 
 
 def build_model(meta, device):
@@ -380,8 +389,7 @@ SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}  # and half the
 
 def rescue(dir):
     """Start the stage that wrote the newest undamaged step of `dir` again from that step, with safe settings. Does not return."""
-    resumable(dir)
-    metas = [meta for meta in complete_metas(dir) if not bad_files(dir, meta)]
+    metas = [meta for meta in usable_metas(dir).values() if not bad_files(dir, meta)]
     if not metas or metas[-1]["finished"]:
         raise UserError(f"no unfinished run has a whole checkpoint in {dir}: name the folder of the sick run")
     meta = metas[-1]

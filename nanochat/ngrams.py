@@ -3,8 +3,8 @@
 Five minutes on two cores train on a tenth of a small text. Counting reads all of it in seconds, and counts predict what comes
 next as well as the network does by then, and other things well. The model mixes both (GPT.mixture) and learns which to believe at
 each token: Jelinek and Mercer's interpolation (1980) with a network for the weights, as Infini-gram (arXiv 2401.17377) has
-exact counts beside a large one. What the text itself said after the same one or two tokens, or anywhere, knows its names and its words (a cache,
-Kuhn and De Mori, 1990); a network takes long to learn to look there by itself (n-gram heads, arXiv 2401.12973).
+exact counts beside a large one. What the text itself said after the same one or two tokens, or anywhere, knows its names and
+its words (a cache, Kuhn and De Mori, 1990); a network takes long to learn to look there by itself (n-gram heads, arXiv 2401.12973).
 
 All counts of the training text are in one sorted array of keys: order (2 bits), hash of the context (43 bits), next token (18 bits).
 """
@@ -43,15 +43,14 @@ def count(ids):
         keys.sort()
         first = np.concatenate(([0], 1 + np.flatnonzero(keys[1:] != keys[:-1])))[:len(keys)]
         times = np.diff(first, append=len(keys))
-        found = keys[first[times >= least]], times[times >= least].astype(np.int32)
-        room.release()
-        return found
+        return keys[first[times >= least]], times[times >= least].astype(np.int32)
 
     newest, futures = (F.pad(ids, (back, 0))[:len(ids) - 1] for back in range(ORDERS)), []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # sorting is nearly all of the time, and lets other threads run
         for contexts, least in zip(context_keys(*newest), LEAST):
             room.acquire()
             futures.append(pool.submit(count_order, (contexts | ids[1:]).numpy(), least))
+            futures[-1].add_done_callback(lambda _: room.release())  # also where sorting fails for want of memory
     return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*(future.result() for future in futures)))
 
 

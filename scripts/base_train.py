@@ -339,12 +339,13 @@ if sick:
     compute_cleanup()
     raise SystemExit(1)
 if stopped:
-    if guard.bad and checkpoints.newest() is not None:
-        print0(f"not saved, for the last batches were bad ({guard.bad[-1]}); step {checkpoints.newest()} is in {folder}: {how_to_go_on(settings)}")
-    else:
+    newest = checkpoints.newest() if guard.bad else None
+    if newest is None:
         save()
+        checkpoints.finish()
         print0(f"saved step {step} in {folder}: {how_to_go_on(settings)}")
-    checkpoints.finish()
+    else:
+        print0(f"not saved, for the last batches were bad ({guard.bad[-1]}); step {newest} is in {folder}: {how_to_go_on(settings)}")
     compute_cleanup()
     raise SystemExit(128 + int(stopped))
 

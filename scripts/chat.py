@@ -8,8 +8,8 @@ Chat in the terminal with any server that speaks OpenAI's API: vLLM, ollama, lla
 
 quit ends the conversation, clear starts it afresh. Ctrl+C ends the answer under way; at the prompt it ends the program.
 What a model thinks before it answers is dim, and no part of the conversation. (Where only the closing </think> comes, it was shown
-as the answer by then, and where that is cut off, it is taken for one.) This file needs `requests` (pip install requests) and nothing else of this repository, so
-that it may be copied to wherever one sits.
+as the answer by then, and where that is cut off, it is taken for one.) This file needs `requests` (pip install requests) and
+nothing else of this repository, so that it may be copied to wherever one sits.
 """
 import argparse
 import contextlib

@@ -14,8 +14,8 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, find_model_tag, load_model, load_optimizers,
-                                         named_checkpoint, read_checkpoint, resumable)
+from nanochat.checkpoint_manager import (Checkpoints, checkpoint_dir, find_model_tag, load_model, load_optimizers, named_checkpoint,
+                                         read_checkpoint, restore_model, resumable)
 from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, how_to_go_on, open_log,
                              open_logger, print0)
 from nanochat.configurator import configure, require
@@ -25,7 +25,6 @@ from nanochat.gpt import accumulate_gradients
 from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.schedule import default_minutes
-from nanochat.tokenizer import get_tokenizer
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.identity import Identity
@@ -69,11 +68,7 @@ state = None
 if resume_from_checkpoint:  # all that it takes is in there
     folder, step = named_checkpoint(resume_from_checkpoint, checkpoint_dir("mid", model_tag or find_model_tag("mid")))
     weights, state, meta = read_checkpoint(folder, step, device, rank, "mid_train")
-    tokenizer = get_tokenizer()
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{folder} was trained with another tokenizer: bring that one back")
-    model = build_model(meta, device)
-    model.load_state_dict(weights)
+    model, tokenizer = restore_model(folder, weights, meta, device)
 else:
     model, tokenizer, origin = load_model("base", device, "train", model_tag, from_step)
     model.drop_ngrams()  # they know the text that was read, not how to answer
@@ -90,7 +85,6 @@ else:
             model.load_state_dict(weights)
     elif resume:
         print0(f"nothing to resume in {folder} (--model_tag names another): starting from step 0")
-model.train()
 if dtype:
     meta["dtype"] = dtype  # otherwise the checkpoint's
 model.compute_dtype = getattr(torch, meta["dtype"])
@@ -245,12 +239,13 @@ if sick:
     compute_cleanup()
     raise SystemExit(1)
 if stopped:
-    if guard.bad and checkpoints.newest() is not None:
-        print0(f"not saved, for the last batches were bad ({guard.bad[-1]}); step {checkpoints.newest()} is in {folder}: {how_to_go_on(settings)}")
-    else:
+    newest = checkpoints.newest() if guard.bad else None
+    if newest is None:
         save()
+        checkpoints.finish()
         print0(f"saved step {step} in {folder}: {how_to_go_on(settings)}")
-    checkpoints.finish()
+    else:
+        print0(f"not saved, for the last batches were bad ({guard.bad[-1]}); step {newest} is in {folder}: {how_to_go_on(settings)}")
     compute_cleanup()
     raise SystemExit(128 + int(stopped))
 
