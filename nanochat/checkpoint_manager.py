@@ -29,8 +29,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from nanochat.common import (UserError, agree, atomic_file, atomic_write, get_base_dir, get_dist_info, install_error_hook, print0,
-                             sha256)
+from nanochat.common import (
+    UserError, all_reduce_max, atomic_file, atomic_write, get_base_dir, get_dist_info, install_error_hook, print0, sha256,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -106,7 +107,7 @@ class SaveUnderWay:
                 prune(self.dir, self.keep)
             except OSError as failure:
                 error = str(failure)
-        if agree(bool(error))[0]:
+        if all_reduce_max(bool(error))[0]:
             raise OSError(f"step {self.step} was not saved in {self.dir}: {error or 'rank 0 says why'}")
 
 
@@ -307,7 +308,7 @@ def read_checkpoint(dir, step=None, device="cpu", rank=None, stage=None):
         if rank is not None and (meta["world_size"] != get_dist_info()[3] or names[-1] not in meta["files"]):
             raise UserError(f"the checkpoint was saved by {meta['world_size']} ranks, this run has {get_dist_info()[3]}: resume with as many")
         bad = bad_files(dir, meta, names)
-        if not agree(len(bad))[0]:
+        if not all_reduce_max(len(bad))[0]:
             states = [torch.load(dir / name, map_location=device, weights_only=True) for name in names]
             return states[0], states[1] if rank is not None else None, meta
         damage = f"{dir / bad[0] if bad else 'a file of another rank'} is damaged (its hash differs from the meta file's)"

@@ -1,11 +1,7 @@
-"""What every stage needs: ranks and device, errors as one line, safe files, and the line that ends a stage."""
+"""What every stage needs: errors as one line, safe files, ranks and device."""
 import contextlib
-import datetime
 import hashlib
-import json
 import os
-import platform
-import signal
 import sys
 import tempfile
 from collections import namedtuple
@@ -148,34 +144,11 @@ def compute_cleanup():
         dist.destroy_process_group()
 
 
-class StopRequest:
-    """Ctrl+C or SIGTERM asks the loop to stop at its next step; a second one stops at once."""
+def all_reduce_max(*numbers):
+    """The largest of each number over all ranks, as a tuple or list of floats. Every rank must call it: it is a collective.
 
-    def __init__(self):
-        self.signal = 0
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def release(self):
-        """No step is to come: from here on a signal ends the process at once."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.signal:
-            print0("stopped at once")
-            raise SystemExit(128 + number)
-        self.signal = number
-        print0("stopping after this step; once more stops at once")
-
-
-def how_to_go_on(settings):
-    """What a stage says when it was stopped and has saved."""
-    named = [f"--{name}" for name in ("resume_from_checkpoint", "extend") if settings.get(name) is not None]
-    return f"the same command with --resume {'in place of ' + named[0] + ' ' if named else ''}goes on"
-
-
-def agree(*numbers):
-    """The largest of each number over all ranks, so that every rank takes the same decision."""
+    Ranks that decide by such a number (has the time run out? was there a signal?) all decide alike.
+    """
     import torch
     import torch.distributed as dist
     if not (dist.is_available() and dist.is_initialized()):
@@ -184,71 +157,3 @@ def agree(*numbers):
     values = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the record of a run
-
-def machine():
-    """What this run ran on, for the record."""
-    from nanochat.hardware import cpu_name, instruction_set, memory_gb
-    import torch
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu_name(), "isa": instruction_set(), "cores": os.cpu_count(), "memory_gb": memory_gb(), "gpus": gpus,
-            "python": platform.python_version(), "torch": torch.__version__}
-
-
-def append_metrics(row):
-    with open(get_base_dir() / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def open_log(folder, step):
-    """folder/log.jsonl, open for rows after `step`. What an interrupted run wrote beyond the step from which we go on is cut off."""
-    path, kept = folder / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.exists() else []:
-        if json.loads(line)["step"] > step:
-            break
-        kept.append(line + "\n")
-    atomic_write(path, "".join(kept))
-    return open(path, "a", encoding="utf-8")
-
-
-def open_logger(name, folder, settings):
-    """A function (step, row) that shows a row's numbers in tensorboard (in `folder`) or wandb, or that does nothing.
-
-    name: tensorboard, wandb or empty. Where the program is not installed one line says so, and the run goes on.
-    """
-    if name not in ("", "tensorboard", "wandb"):
-        raise UserError(f"logger={name} is not supported: choose tensorboard or wandb, or none")
-    if not name or get_dist_info()[1] != 0:
-        return lambda step, row: None
-
-    def numbers(row):
-        return {key: value for key, value in row.items() if isinstance(value, (int, float))}
-
-    try:
-        if name == "wandb":
-            import wandb
-            run = wandb.init(project="nanochat", name=folder.name, config=settings)
-            return lambda step, row: run.log(numbers(row), step=step)
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder / "tensorboard")
-        return lambda step, row: [writer.add_scalar(key, value, step) for key, value in numbers(row).items()]
-    except ImportError:
-        print0(f"{name} is not installed, going on without it (log.jsonl in {folder} has the same numbers)")
-        return lambda step, row: None
-
-
-def finish_stage(stage, seconds, settings, **fields):
-    """End a stage: one JSON line at column 0 of standard output, and the same line in $NANOCHAT_BASE_DIR/metrics.jsonl.
-
-    seconds: wall clock of the whole stage. settings: what configure() returned. Rank 0 only. A stage of a speedrun names the run,
-    so that a second call of speedrun.sh knows what is done.
-    """
-    if get_dist_info()[1] != 0:
-        return
-    row = {"stage": stage, "seconds": round(seconds, 2), "machine": machine(), "settings": settings, **fields,
-           "time": datetime.datetime.now().isoformat(timespec="seconds"), "run": os.environ.get("NANOCHAT_RUN")}
-    append_metrics(row)
-    print(json.dumps(row), flush=True)

@@ -27,7 +27,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, atomic_file, atomic_write, finish_stage, fraction, get_base_dir, print0, sha256
+from nanochat.common import (
+    UserError, atomic_file, atomic_write, fraction, get_base_dir, print0, sha256,
+)
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure
 
 source: str = None  # local, installed or fineweb; None: fineweb where -n is given, else local

@@ -19,7 +19,8 @@ import re
 import time
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_file, atomic_write, finish_stage, get_base_dir
+from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure
 
 speedrun = False            # end with the record of a whole speedrun in place of this stage's own

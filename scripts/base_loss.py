@@ -7,7 +7,8 @@ import itertools
 import time
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import compute_cleanup, compute_init, finish_stage, print0
+from nanochat.common import compute_cleanup, compute_init, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine

@@ -18,8 +18,9 @@ import torch
 
 from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, find_model_tag, is_extended, load_optimizers,
                                          named_checkpoint, read_checkpoint, resumable, step_before_decay)
-from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, how_to_go_on, open_log,
-                             open_logger, print0)
+from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init, print0
+from nanochat.metrics import finish_stage, open_log, open_logger
+from nanochat.run import StopRequest, how_to_go_on
 from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
@@ -126,7 +127,7 @@ if meta and dtype:
     meta["dtype"] = dtype
 if meta:  # a resumed run keeps its shape
     depth, max_seq_len, total_batch_size = meta["config"]["depth"], meta["config"]["max_seq_len"], meta["total_batch_size"]
-planned = cpu_plan(target_flops or world_size * agree(matmul_rate)[0] * 60 * (minutes or default_minutes("cpu"))) if not on_gpu else (20, 2048, None)
+planned = cpu_plan(target_flops or world_size * all_reduce_max(matmul_rate)[0] * 60 * (minutes or default_minutes("cpu"))) if not on_gpu else (20, 2048, None)
 depth, max_seq_len = depth or planned[0], max_seq_len or planned[1]
 batch, decay = gpu_plan(depth, tokenizer.get_vocab_size()) if on_gpu else (planned[2], 0.0)
 weight_decay = decay if weight_decay is None else weight_decay
@@ -160,7 +161,7 @@ if not meta:
             print0(f"counting the n-grams of {min(counted, ngram_tokens):,} tokens")
             ngrams = count(torch.from_numpy(np.concatenate(ids, dtype=np.int64)[:ngram_tokens]))
             counted = 0 if counted <= ngram_tokens and next(texts, None) is None else min(counted, ngram_tokens)  # 0: all of the text
-    config.ngrams, counted = map(int, agree(len(ngrams[0]) if ngrams else 0, counted))
+    config.ngrams, counted = map(int, all_reduce_max(len(ngrams[0]) if ngrams else 0, counted))
     if config.ngrams:
         print0(f"kept {config.ngrams:,} of them in {time.perf_counter() - begin:.1f} s, which count as training time")
     meta = {"stage": "base_train", "model_class": "gpt", "config": asdict(config), "dtype": str(compute.dtype)[6:],
@@ -264,7 +265,7 @@ def show_samples():
 model.train()
 while True:
     faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
-    elapsed, stopped, writing = agree(elapsed, stop.signal, checkpoints.writing())
+    elapsed, stopped, writing = all_reduce_max(elapsed, stop.signal, checkpoints.writing())
     if not writing:
         checkpoints.finish(must=False)
     progress = step / num_iterations if num_iterations else elapsed / (60 * minutes)

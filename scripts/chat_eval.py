@@ -9,7 +9,8 @@ import time
 import torch
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, compute_cleanup, compute_init, finish_stage, print0
+from nanochat.common import UserError, compute_cleanup, compute_init, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
 from nanochat.engine import Engine
 from nanochat.hardware import raise_malloc_thresholds

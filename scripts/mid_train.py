@@ -16,8 +16,9 @@ import torch
 
 from nanochat.checkpoint_manager import (Checkpoints, checkpoint_dir, find_model_tag, load_model, load_optimizers, named_checkpoint,
                                          read_checkpoint, restore_model, resumable)
-from nanochat.common import (StopRequest, UserError, agree, compute_cleanup, compute_init, finish_stage, how_to_go_on, open_log,
-                             open_logger, print0)
+from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init, print0
+from nanochat.metrics import finish_stage, open_log, open_logger
+from nanochat.run import StopRequest, how_to_go_on
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
@@ -160,7 +161,7 @@ def show_samples():
 
 while True:
     faulthandler.dump_traceback_later(60 * hang_minutes, exit=True)  # unless the next step comes before
-    elapsed, stopped, writing = agree(elapsed, stop.signal, checkpoints.writing())
+    elapsed, stopped, writing = all_reduce_max(elapsed, stop.signal, checkpoints.writing())
     if not writing:
         checkpoints.finish(must=False)
     if num_iterations:
@@ -168,7 +169,7 @@ while True:
     elif minutes:
         progress, spare = elapsed / (60 * minutes), 0.5 * durations[-1] / (60 * minutes) if durations else 0
     else:  # one pass through the mixture
-        progress, spare = agree(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
+        progress, spare = all_reduce_max(loader_state[0] * world_size / len(mixture) if loader_state else 0)[0], 0
     if progress + spare >= 1 or stopped:
         break
     if step != first_step and not guard.bad and (save_every and step % save_every == 0 or elapsed - saved >= 60 * save_minutes):

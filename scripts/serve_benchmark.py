@@ -28,7 +28,8 @@ from collections import Counter
 
 import requests
 
-from nanochat.common import UserError, finish_stage, print0
+from nanochat.common import UserError, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
 from nanochat.hardware import DEVICES
 from nanochat.roofline import MODELS, decode_rate, look_up, numbers

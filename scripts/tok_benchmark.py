@@ -19,7 +19,8 @@ import time
 
 import tiktoken
 
-from nanochat.common import UserError, finish_stage, get_base_dir, print0
+from nanochat.common import UserError, get_base_dir, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure
 from nanochat.dataset import iter_documents
 from nanochat.tokenizer import Tokenizer, byte_spelling

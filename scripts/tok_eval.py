@@ -16,7 +16,8 @@ import time
 
 import tiktoken
 
-from nanochat.common import finish_stage, get_dist_info, print0
+from nanochat.common import get_dist_info, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.tokenizer import Tokenizer, get_tokenizer

@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from nanochat.common import UserError, finish_stage, get_base_dir, get_dist_info, print0
+from nanochat.common import UserError, get_base_dir, get_dist_info, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.hardware import measure_matmul_flops, preferred_dtype

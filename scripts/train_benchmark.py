@@ -17,7 +17,8 @@ import time
 
 import torch
 
-from nanochat.common import UserError, compute_init, finish_stage, print0
+from nanochat.common import UserError, compute_init, print0
+from nanochat.metrics import finish_stage
 from nanochat.configurator import configure
 from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy, accumulate_gradients
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds

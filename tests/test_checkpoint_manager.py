@@ -201,7 +201,7 @@ def test_another_tokenizer_is_an_error_with_both_fingerprints(folder, meta, toke
 
 def test_trap_30_another_number_of_ranks_is_an_error_with_both_numbers(folder, meta, monkeypatch):
     monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 2))
-    monkeypatch.setattr(checkpoint_manager, "agree", lambda *numbers: numbers)
+    monkeypatch.setattr(checkpoint_manager, "all_reduce_max", lambda *numbers: numbers)
     monkeypatch.setattr(checkpoint_manager.dist, "all_gather_object",
                         lambda out, mine: out.__setitem__(slice(None), [mine, ({}, None)]))
     save(folder, 5, meta)
