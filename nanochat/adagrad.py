@@ -1,62 +1,66 @@
-"""Adagrad with one number a row, for tables of which a batch touches few rows (as DLRM trains its sparse features, arXiv 1906.00091).
+"""Adagrad with one statistic per row, for tables of which a batch looks up few rows.
 
-A table of hundreds of thousands of rows would make AdamW read and write all of it, three times over, for the few thousand
-rows that a step looks up; it would also go on moving rows by their momentum long after their tokens were seen. Here a row
-moves when it is looked up, by lr in root mean square at first and by lr / sqrt(n) at the n-th time.
+DLRM trains its sparse features so (arXiv 1906.00091). AdamW would read and write all of a table of
+hundreds of thousands of rows, three times over, for the few thousand rows that a step looks up; its
+momentum would also move rows long after their tokens were seen. Here a row moves only when it is
+looked up: by lr (root mean square of the row's update) at first, by lr / sqrt(n) at the n-th time.
 
-Phases of a step on several ranks: (1) reduce: average the dense gradients, each rank keeping its slice of whole rows;
-(2) the caller may judge and clip; (3) step: update the slice, gather the table. One rank needs no dense gradient.
+The optimizer knows no ranks. Every row is updated by itself: parallel.Layout may give a rank any
+slice of whole rows.
 """
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
-from nanochat.common import get_dist_info
+SMALLEST = 1e-30  # of the sum of squares, so that its inverse square root is finite
 
 
-class DistRowAdagrad(torch.optim.Optimizer):
-    """For tables (rows, C) with sparse gradients (nn.Embedding(..., sparse=True))."""
+class RowAdagrad(torch.optim.Optimizer):
+    """Adagrad for tables (N, C). Gradients may be sparse (nn.Embedding(sparse=True)) or dense.
+
+    State of a table: `squares` (N, 1), the sum over steps of the mean square of a row's gradient.
+    """
+
+    partition = "rows"
 
     def __init__(self, params, lr=0.5):
-        super().__init__(params, dict(lr=lr))
-        _, self.rank, _, self.world_size = get_dist_info()
-        self.touched = {}  # table -> (rows of this rank's slice, their averaged gradients)
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def reduce(self):
-        """Average gradients over ranks; returns the sum of squares of this rank's share of them, a 0-D tensor."""
-        self.touched = {}
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if self.world_size == 1:
-                sparse = p.grad.coalesce()
-                self.touched[p] = sparse.indices()[0], sparse.values()
-                continue
-            dense = p.grad.to_dense()
-            dense = F.pad(dense, (0, 0, 0, -len(p) % self.world_size))
-            mine = dense.new_empty(len(dense) // self.world_size, p.size(1))
-            dist.reduce_scatter_tensor(mine, dense, op=dist.ReduceOp.SUM)
-            rows = mine.any(dim=1).nonzero()[:, 0]
-            self.touched[p] = rows, mine[rows] / self.world_size
-        return sum((torch.linalg.vector_norm(g).square() for _, g in self.touched.values()), torch.zeros(()))
-
-    @torch.no_grad()
-    def step(self, scale=1.0):
-        """Update from the reduced gradients times `scale` (a clipping factor)."""
+    def step(self):
+        """Update the tables from their gradients; a table without one is skipped."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p not in self.touched:
+            for table in group["params"]:
+                if table.grad is None:
                     continue
-                (rows, grad), state = self.touched.pop(p), self.state[p]
-                grad = grad * scale
-                if not state:
-                    state["squares"] = torch.zeros(-(-len(p) // self.world_size), 1, device=p.device)
-                state["squares"].index_add_(0, rows, grad.square().mean(dim=1, keepdim=True))
-                update = grad * state["squares"][rows].clamp(min=1e-30).rsqrt_()
-                if self.world_size == 1:
-                    p.index_add_(0, rows, update, alpha=-group["lr"])
-                    continue
-                whole = F.pad(p, (0, 0, 0, -len(p) % self.world_size))
-                mine = whole.chunk(self.world_size)[self.rank].clone()
-                mine.index_add_(0, rows, update, alpha=-group["lr"])
-                dist.all_gather_into_tensor(whole, mine)
-                p.copy_(whole[:len(p)])
+                if table.grad.is_sparse:
+                    self._update_rows(table, group["lr"])
+                else:
+                    self._update_table(table, group["lr"])
+
+    def _squares_of(self, table):
+        state = self.state[table]
+        if not state:
+            state["squares"] = torch.zeros(len(table), 1, device=table.device)
+        return state["squares"]
+
+    def _update_rows(self, table, lr):
+        """Read and write the rows of a sparse gradient only."""
+        squares = self._squares_of(table)
+        sparse = table.grad.coalesce()
+        rows = sparse.indices()[0]
+        grad = sparse.values()
+
+        squares.index_add_(0, rows, grad.square().mean(dim=1, keepdim=True))
+        update = grad * squares[rows].clamp(min=SMALLEST).rsqrt_()
+        table.index_add_(0, rows, update, alpha=-lr)
+
+    def _update_table(self, table, lr):
+        """The same from a dense gradient: rows whose gradient is zero stay as they are.
+
+        Selecting the other rows first would make the host wait for the device.
+        """
+        squares = self._squares_of(table)
+        grad = table.grad.float()
+
+        squares.add_(grad.square().mean(dim=1, keepdim=True))
+        update = grad * squares.clamp(min=SMALLEST).rsqrt_()
+        table.sub_(update.to(table.dtype), alpha=lr)

@@ -16,12 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.adagrad import DistRowAdagrad
-from nanochat.adamw import DistAdamW
+from nanochat.adagrad import RowAdagrad
+from nanochat.adamw import AdamW
 from nanochat.attention import LayerCache, cached_attention, causal_attention
 from nanochat.common import UserError
-from nanochat.hardware import is_out_of_memory
-from nanochat.muon import DistMuon
+from nanochat.muon import Muon
 from nanochat.ngrams import ORDERS, PARTS, REACH, NGrams
 
 
@@ -195,11 +194,6 @@ class GPT(nn.Module):
         angles = torch.outer(torch.arange(c.max_seq_len, device=device, dtype=torch.float32), rates)  # T, D/2
         self.cos, self.sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
 
-    def compile_blocks(self):
-        """Compile each block in place: state-dict keys stay plain, and `block.forward` stays the uncompiled function."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
-
     @property
     def reach(self):
         """How many tokens, up to one, are looked at where it is looked up."""
@@ -293,11 +287,11 @@ class GPT(nn.Module):
         """[AdamW, Muon, RowAdagrad]. learning_rate is Muon's; the AdamW groups keep their ratio to it and shrink with width^-0.5."""
         roles = self.parameters_by_role()
         scale = (self.config.width / 768) ** -0.5
-        adamw = DistAdamW([{"params": roles["embedding"], "lr": 10 * learning_rate * scale},
-                           {"params": roles["scalar"], "lr": 0.5 * learning_rate},
-                           {"params": roles["head"], "lr": 0.2 * learning_rate * scale}], betas=(0.8, 0.95))
-        muon = DistMuon(roles["matrix"], lr=learning_rate, weight_decay=weight_decay)
-        adagrad = DistRowAdagrad(roles["hashed"], lr=HASHED_RATE * learning_rate)
+        adamw = AdamW([{"params": roles["embedding"], "lr": 10 * learning_rate * scale},
+                       {"params": roles["scalar"], "lr": 0.5 * learning_rate},
+                       {"params": roles["head"], "lr": 0.2 * learning_rate * scale}], betas=(0.8, 0.95))
+        muon = Muon(roles["matrix"], lr=learning_rate, weight_decay=weight_decay)
+        adagrad = RowAdagrad(roles["hashed"], lr=HASHED_RATE * learning_rate)
         optimizers = [adamw, muon, adagrad]
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["initial_lr"] = group["lr"]
@@ -373,28 +367,3 @@ class SoftcapCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, *mixed = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dw * grad, None, None, None, *([d * grad for d in mixed] or (None, None))
-
-
-def accumulate_gradients(model, batches, scale, rows):
-    """Forward and backward through all of `batches`, `rows` sequences at a time, or fewer where memory runs out.
-
-    batches: list of (inputs (B, T), targets (B, T), ...). scale: what each summed loss is multiplied by, a number or 0-D.
-    Returns (the loss times scale, 0-D; the rows that fitted). A step that ran out of memory is begun anew.
-    """
-    while True:
-        try:
-            loss = torch.zeros((), device=batches[0][0].device)
-            for inputs, targets, *_ in batches:
-                for x, y in zip(inputs.split(rows), targets.split(rows)):
-                    part = model(x, y) * scale
-                    part.backward()
-                    loss += part.detach()
-            return loss, rows
-        except (RuntimeError, MemoryError) as error:
-            if rows == 1 or not is_out_of_memory(error):
-                raise
-        # after the except clause, whose traceback held on to the tensors
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        rows = (rows + 1) // 2
-        print(f"out of memory: going on with {rows} sequences at a time, which changes nothing but the speed", flush=True)

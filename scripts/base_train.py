@@ -16,7 +16,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, find_model_tag, is_extended, load_optimizers,
+from nanochat.checkpoint_manager import (Checkpoints, build_model, checkpoint_dir, find_model_tag, is_extended,
                                          named_checkpoint, read_checkpoint, resumable, step_before_decay)
 from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init, print0
 from nanochat.metrics import finish_stage, open_log, open_logger
@@ -25,11 +25,12 @@ from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig, accumulate_gradients
+from nanochat.gpt import GPTConfig
 from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, peak_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.ngrams import NEXT_BITS, count
+from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.schedule import cpu_plan, default_minutes, gpu_plan, lr_multiplier, muon_momentum
 from nanochat.tokenizer import get_tokenizer
 
@@ -179,7 +180,7 @@ elif model.ngrams:
             torch.distributed.broadcast(buffer, 0)
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
-    model.compile_blocks()
+    prepare(model)
 parameters = sum(p.numel() for p in model.parameters())
 flops_per_token = model.flops_per_token(max_seq_len)
 if target_flops or target_param_data_ratio:
@@ -192,9 +193,10 @@ print0(f"depth {depth}, width {model.config.width}, {parameters:,} parameters, v
 
 # optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
+layout = Layout(optimizers)
 guard = Guard()
 if state:
-    load_optimizers(optimizers, state["optimizers"])
+    layout.load_optimizer_state(state["optimizers"])
     guard.load_state_dict(state["guard"])
     torch.set_rng_state(state["rng"].cpu())
 
@@ -235,7 +237,7 @@ def save(val_bpb=None):
     """Written by a thread while training goes on."""
     global saved
     saved = elapsed
-    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state(), "guard": guard.state_dict()}
+    own = {"optimizers": layout.optimizer_state(), "loader": loader_state, "rng": torch.get_rng_state(), "guard": guard.state_dict()}
     checkpoints.save(step, model, own, {
         **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size,
         "val_bpb": val_bpb, "best_bpb": best_bpb, "before_decay": not decaying, "finished": False})
@@ -284,26 +286,23 @@ while True:
 
     begin = time.perf_counter()
     model.left_out = not meta.get("counted") or step * total_batch_size < meta["counted"]  # this text is in the counts
-    loss, rows_at_once = accumulate_gradients(model, batches, 1 / (rows * max_seq_len), rows_at_once)
+    loss, rows_at_once = accumulate_gradients(model, batches, 1 / (rows * max_seq_len), rows_at_once, layout)
     loader_state = batches[-1][2]
     batches = [next(loader) for _ in range(accumulation)]  # while the device works
-    squares = sum(optimizer.reduce() for optimizer in optimizers)  # every rank holds another share of the gradient
-    if world_size > 1:
-        both = torch.stack((squares, loss / world_size))
-        torch.distributed.all_reduce(both)
-        squares, loss = both
-    loss, norm = loss.item(), squares.sqrt().item()  # waits for the device
+    loss, norm = layout.reduce(loss)  # waits for the device
     verdict, reason = guard.verdict(loss, norm)
     rate = lr_multiplier(progress, warmup, warmdown) * rate_scale
     if verdict == "ok":
+        layout.clip(grad_clip, norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
                 if "momentum" in group:
                     group["momentum"] = muon_momentum(step)
-            optimizer.step(min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0)
+            optimizer.step()
+        layout.gather()
         step += 1
-    model.zero_grad(set_to_none=True)
+    layout.zero_grad()
     durations.append(time.perf_counter() - begin)
     elapsed += durations[-1]
     if verdict != "ok":

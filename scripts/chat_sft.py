@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import (Checkpoints, checkpoint_dir, find_model_tag, load_model, load_optimizers, named_checkpoint,
+from nanochat.checkpoint_manager import (Checkpoints, checkpoint_dir, find_model_tag, load_model, named_checkpoint,
                                          read_checkpoint, restore_model, resumable)
 from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init, print0
 from nanochat.metrics import finish_stage, open_log, open_logger
@@ -21,9 +21,9 @@ from nanochat.run import StopRequest, how_to_go_on
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
-from nanochat.gpt import accumulate_gradients
 from nanochat.guard import Guard, last_words
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
+from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.schedule import default_minutes, lr_multiplier
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
@@ -95,7 +95,7 @@ if dtype:
 model.compute_dtype = getattr(torch, meta["dtype"])
 if compile:
     print0("compiling the blocks in the first step: seconds when they are known, up to a minute when not")
-    model.compile_blocks()
+    prepare(model)
 T = model.config.max_seq_len
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 device_batch_size = device_batch_size or min(16, max(1, meta["total_batch_size"] // (T * world_size)))
@@ -112,9 +112,10 @@ if minutes is None and num_iterations is None:
 
 # optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
+layout = Layout(optimizers)
 guard = Guard()
 if state:
-    load_optimizers(optimizers, state["optimizers"])
+    layout.load_optimizer_state(state["optimizers"])
     guard.load_state_dict(state["guard"])
     torch.set_rng_state(state["rng"].cpu())
 
@@ -148,7 +149,7 @@ def save():
     """Written by a thread while training goes on."""
     global saved
     saved = elapsed
-    own = {"optimizers": [o.state_dict() for o in optimizers], "loader": loader_state, "rng": torch.get_rng_state(), "guard": guard.state_dict()}
+    own = {"optimizers": layout.optimizer_state(), "loader": loader_state, "rng": torch.get_rng_state(), "guard": guard.state_dict()}
     checkpoints.save(step, model, own, {
         **meta, "settings": settings, "rate_scale": rate_scale, "elapsed": elapsed, "tokens": step * total_batch_size, "finished": False})
 
@@ -188,25 +189,22 @@ while True:
     if world_size > 1:  # the mean is over the targets of all ranks, wherever they fell
         torch.distributed.all_reduce(count)
     scale = world_size / count.clamp(min=1)  # the optimizers average over ranks
-    loss, rows_at_once = accumulate_gradients(model, batches, scale, rows_at_once)
+    loss, rows_at_once = accumulate_gradients(model, batches, scale, rows_at_once, layout)
     loader_state = batches[-1][2]
     batches = [next(loader) for _ in range(accumulation)]  # while the device works
-    squares = sum(optimizer.reduce() for optimizer in optimizers)
-    if world_size > 1:
-        both = torch.stack((squares, loss / world_size))
-        torch.distributed.all_reduce(both)
-        squares, loss = both
-    loss, norm = loss.item(), squares.sqrt().item()  # waits for the device
+    loss, norm = layout.reduce(loss)  # waits for the device
     verdict, reason = guard.verdict(loss, norm)
     rate = lr_multiplier(progress, warmup=0, warmdown=1) * rate_scale
     if verdict == "ok":
+        layout.clip(grad_clip, norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             if count > 0:  # a batch without a single target teaches nothing
-                optimizer.step(min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0)
+                optimizer.step()
+        layout.gather()
         step += 1
-    model.zero_grad(set_to_none=True)
+    layout.zero_grad()
     durations.append(time.perf_counter() - begin)
     elapsed += durations[-1]
     if verdict != "ok":

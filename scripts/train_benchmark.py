@@ -20,8 +20,9 @@ import torch
 from nanochat.common import UserError, compute_init, print0
 from nanochat.metrics import finish_stage
 from nanochat.configurator import configure
-from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy, accumulate_gradients
+from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
+from nanochat.parallel import Layout, accumulate_gradients, prepare
 
 # settings
 depth = 4                # layers; width is 64 x depth
@@ -41,16 +42,16 @@ def our_step(config, device, compute_dtype):
     model = GPT(config).to(device)
     model.init_weights()
     model.compute_dtype = compute_dtype
-    if compile:
-        model.compile_blocks()
+    prepare(model, compile)
     optimizers = model.train().setup_optimizers()
+    layout = Layout(optimizers)
 
     def step(ids):
-        loss, _ = accumulate_gradients(model, [(ids[:, :-1], ids[:, 1:])], 1 / ids[:, 1:].numel(), device_batch_size)
+        loss, _ = accumulate_gradients(model, [(ids[:, :-1], ids[:, 1:])], 1 / ids[:, 1:].numel(), device_batch_size, layout)
         for optimizer in optimizers:
-            optimizer.reduce()
             optimizer.step()
-        model.zero_grad(set_to_none=True)
+        layout.gather()
+        layout.zero_grad()
         return loss
     return step
 

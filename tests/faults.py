@@ -18,14 +18,14 @@ import time
 
 import torch
 
-from nanochat import dataloader, gpt, loss_eval
+from nanochat import dataloader, loss_eval, parallel
 
 
 def install():
     faults = json.loads(os.environ["FAULTS"])
     at_the_end = faults.pop("end", None)
     faults = {int(number): fault for number, fault in faults.items()}
-    accumulate, calls = gpt.accumulate_gradients, [0]
+    accumulate, calls = parallel.accumulate_gradients, [0]
 
     def without_the_missing(read):
         def loader(*arguments, **options):
@@ -45,6 +45,9 @@ def install():
         for number in {"kill": [signal.SIGKILL], "interrupt": [signal.SIGINT], "terminate": [signal.SIGTERM],
                        "terminate twice": [signal.SIGTERM] * 2}.get(fault, []):
             os.kill(os.getpid(), number)
+        if fault in ("nan", "spike"):
+            layout = arguments[-1]
+            layout.overlap = False  # so that the gradients do not leave during the backward pass
         result = accumulate(model, *arguments)
         for p in model.parameters() if fault == "spike" or fault == "nan" and last else ():
             p.grad *= 100 if fault == "spike" else torch.nan
@@ -53,7 +56,7 @@ def install():
     def no_memory(*_, **__):
         raise MemoryError("of this machine")
 
-    gpt.accumulate_gradients = faulty
+    parallel.accumulate_gradients = faulty
     if at_the_end == "memory":
         loss_eval.evaluate_bpb = no_memory
     for name in ("tokenizing_distributed_data_loader_with_state", "sft_data_generator"):

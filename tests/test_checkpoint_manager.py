@@ -54,7 +54,6 @@ def train_step(model, optimizers):
     loss = model(idx[:, :-1], idx[:, 1:])
     loss.backward()
     for optimizer in optimizers:
-        optimizer.reduce()
         optimizer.step()
     model.zero_grad(set_to_none=True)
     return loss.item()

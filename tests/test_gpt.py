@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy, accumulate_gradients
+from nanochat.gpt import GPT, GPTConfig, SoftcapCrossEntropy
 from nanochat.hardware import is_out_of_memory
+from nanochat.parallel import Layout, accumulate_gradients, prepare
 
 
 def make_model(depth=2, width=64, heads=4, kv_heads=4, vocab_size=97, T=32):
@@ -73,17 +74,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_gradients(capsys
     idx = torch.randint(97, (2, 8, 17))
     batches = [(rows[:, :-1], rows[:, 1:], "state") for rows in idx]
     whole = make_model()
-    loss, rows = accumulate_gradients(whole, batches, 1 / 256, 8)
+    loss, rows = accumulate_gradients(whole, batches, 1 / 256, 8, Layout(whole.setup_optimizers()))
     assert rows == 8 and capsys.readouterr().out == ""
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         halved = make_model()
-        again, rows = accumulate_gradients(SmallMemory(halved, error), batches, 1 / 256, 8)
+        again, rows = accumulate_gradients(SmallMemory(halved, error), batches, 1 / 256, 8, Layout(halved.setup_optimizers()))
         assert rows == 2 and capsys.readouterr().out.count("\n") == 2
         torch.testing.assert_close(again, loss)
         for a, b in zip(halved.parameters(), whole.parameters()):
             torch.testing.assert_close(a.grad.to_dense(), b.grad.to_dense(), atol=1e-6, rtol=1e-4)
     with pytest.raises(RuntimeError, match="shape"):
-        accumulate_gradients(SmallMemory(make_model(), RuntimeError("shape")), batches, 1, 8)
+        accumulate_gradients(SmallMemory(whole, RuntimeError("shape")), batches, 1, 8, Layout([]))
 
 
 def test_the_message_of_a_full_memory_is_known():
@@ -165,7 +166,7 @@ def test_trap_20_compiled_blocks_keep_plain_keys_and_inference_stays_uncompiled(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(kw))
     model = make_model()
     keys = list(model.state_dict())
-    model.compile_blocks()
+    prepare(model)
     assert compiled == [{"dynamic": False}] * 2
     assert list(model.state_dict()) == keys and not any("_orig_mod" in key for key in keys)
     for block in model.blocks:

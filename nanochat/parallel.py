@@ -1,0 +1,494 @@
+"""Parallelism, applied from outside: who averages gradients, and who updates which parameters.
+
+The model is single-device code and the optimizers know no ranks. `prepare` compiles the model, and
+a `Layout` stands between the model and its optimizers. One training step is:
+
+    loss, size = accumulate_gradients(model, micro_batches, scale, size, layout)
+    loss, grad_norm = layout.reduce(loss)
+    layout.clip(max_norm, grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    layout.gather()
+    layout.zero_grad()
+
+A step that is skipped calls only reduce() and zero_grad(). Every rank makes the same calls. The
+contract, in phases:
+
+1. reduce   The gradients are averaged over ranks. Parameters of one optimizer group and dtype
+            travel in buckets of about 32 MB, as float32 or bfloat16. A bucket starts in the
+            backward pass of the last micro-batch, as soon as its gradients are complete; reduce()
+            starts the remaining ones and waits. Buckets start strictly in one order, the same on
+            all ranks: the order in which rank 0's gradients were complete in the first step. On
+            several ranks a missing gradient (a parameter that was not used) counts as zero.
+2. judge    One all-reduce yields the loss and the norm of the averaged gradient, the same two
+            numbers on every rank: a NaN on one rank is a NaN on all. clip() scales the averaged
+            gradient.
+3. apply    The optimizers update what they hold, from the `.grad` of the tensors in their groups.
+4. gather   Ranks exchange updated parameters.
+
+Two kinds of layout fill in the phases:
+
+    kind         reduce           an optimizer holds          gather
+    replicated   all-reduce       all parameters              nothing
+    zero2        reduce-scatter   this rank's shards (1 / N)  all-gather (ZeRO-2, arXiv 1910.02054)
+
+A shard is cut as the optimizer's `partition` allows: "elements" of the flattened bucket (AdamW),
+whole "rows" of a table (RowAdagrad), whole "matrices" (Muon). On one process nothing is
+communicated, copied or cut: the optimizers hold the parameters, and reduce() only measures.
+"""
+import functools
+import math
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import UserError
+from nanochat.hardware import is_out_of_memory
+
+BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
+ALIGNMENT = 16             # elements: a parameter in a bucket begins where vector loads may begin
+WIRE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def prepare(model, compile=True):
+    """Apply to a model, in place, what training wants from outside; returns the model.
+
+    Blocks are compiled one by one and in place, so state-dict keys stay plain and `block.forward`
+    stays the uncompiled function. A Layout may be made before or after; it needs only that modules
+    are called through `__call__`.
+    """
+    if compile:
+        # All blocks share one code object and one limit. Each micro-batch size needs two graphs
+        # (the first block's two inputs are one tensor), and running out of memory halves the size.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------
+# buckets
+
+def round_up(number, multiple):
+    return -(-number // multiple) * multiple
+
+
+def unit_shape(p, partition):
+    """The shape of the smallest piece of p that an optimizer of this partition can update."""
+    if partition == "elements":
+        return ()
+    if partition == "rows":
+        return tuple(p.shape[1:])
+    return tuple(p.shape[-2:])  # matrices
+
+
+def cut_into_buckets(params, least):
+    """Lists of consecutive parameters; each but the last holds at least `least` elements."""
+    buckets = [[]]
+    size = 0
+    for p in params:
+        if size >= least:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += p.numel()
+    return buckets
+
+
+class ReplicatedBucket:
+    """Parameters of one optimizer group that travel together. Every rank updates all of them.
+
+    In a flat buffer of `numel` elements the parameters lie end to end, zero-padded so that `ranks`
+    equal slices consist of whole units.
+    """
+
+    def __init__(self, params, unit, rank, ranks):
+        self.params = params
+        self.unit = unit
+        self.rank = rank
+        self.ranks = ranks
+        self.places = []
+        step = math.prod(unit) if unit else ALIGNMENT
+        end = 0
+        for p in params:
+            self.places.append(slice(end, end + p.numel()))
+            end += round_up(p.numel(), step)
+        self.numel = round_up(end, ranks * step)
+        self.work = None
+        self.forget()
+
+    def forget(self):
+        """Expect all gradients again."""
+        self.missing = set(self.params)
+
+    def held(self):
+        """The tensors that this rank's optimizer holds."""
+        return self.params
+
+    def take_gradients(self, dtype):
+        """All gradients in one flat buffer of this dtype. The gradients themselves are freed."""
+        buffer = torch.zeros(self.numel, dtype=dtype, device=self.params[0].device)
+        for p, place in zip(self.params, self.places):
+            if p.grad is None:
+                continue
+            view = buffer[place].view(p.shape)
+            if p.grad.is_sparse:
+                grad = p.grad.coalesce()
+                view.index_copy_(0, grad.indices()[0], grad.values().to(dtype))
+            else:
+                view.copy_(p.grad)
+            p.grad = None
+        return buffer
+
+    def start(self, buffer):
+        """Start to sum a buffer of gradients over ranks."""
+        self.summed = buffer
+        self.work = dist.all_reduce(buffer, async_op=True)
+
+    def finish(self):
+        """Wait for the sum; the averages become the gradients of what this rank holds."""
+        self.work.wait()
+        average = self.summed.float().div_(self.ranks)  # gloo has sums only
+        for p, place in zip(self.params, self.places):
+            p.grad = average[place].view_as(p).to(p.dtype)
+        self._release()
+
+    def start_gather(self):
+        """Start to exchange updated parameters. Returns the work to wait for, or None."""
+        return None
+
+    def _release(self):
+        self.work = None
+        self.summed = None
+        self.buffer = None
+
+
+class ShardedBucket(ReplicatedBucket):
+    """Each rank updates one slice: its shard.
+
+    The parameters become views of one flat buffer, and the shard is a view of that buffer, too.
+    So nothing is stored twice, whatever is loaded into the model is in the shard, and parameters
+    are gathered in place.
+    """
+
+    def __init__(self, params, unit, rank, ranks):
+        super().__init__(params, unit, rank, ranks)
+        self.values = torch.zeros(self.numel, dtype=params[0].dtype, device=params[0].device)
+        for p, place in zip(self.params, self.places):
+            view = self.values[place].view(p.shape)
+            view.copy_(p.detach())
+            p.data = view
+        self.shard = self.values.view(ranks, -1, *unit)[rank]
+
+    def held(self):
+        return [self.shard]
+
+    def start(self, buffer):
+        self.buffer = buffer  # lives until the sum is there
+        self.summed = buffer.new_empty(self.numel // self.ranks)
+        self.work = dist.reduce_scatter_tensor(self.summed, buffer, async_op=True)
+
+    def finish(self):
+        self.work.wait()
+        average = self.summed.float().div_(self.ranks)
+        self.shard.grad = average.view_as(self.shard).to(self.shard.dtype)
+        self._release()
+
+    def start_gather(self):
+        return dist.all_gather_into_tensor(self.values, self.shard.view(-1), async_op=True)
+
+
+BUCKETS = {"replicated": ReplicatedBucket, "zero2": ShardedBucket}
+
+
+# -------------------------------------------------------------------------------------------------
+# layout
+
+class Layout:
+    """Divides gradients and optimizer state among the ranks of the process group.
+
+    optimizers: Muon, AdamW, RowAdagrad, without state. kind: replicated, zero2, or auto (zero2 on
+    several ranks). reduce_dtype: of the gradients while they travel, float32 or bfloat16.
+    UserError for another kind or dtype.
+
+    For zero2 the optimizers' groups hold this rank's shards from here on, and the model's
+    parameters are views of the buckets: move the model to its device before, not after.
+    """
+
+    def __init__(self, optimizers, kind="auto", reduce_dtype=torch.float32):
+        if kind not in ("auto", *BUCKETS):
+            kinds = ", ".join(BUCKETS)
+            raise UserError(f"layout={kind} is unknown: choose from auto, {kinds}")
+        if reduce_dtype not in WIRE_DTYPES:
+            raise UserError(f"reduce_dtype={reduce_dtype}: choose float32 or bfloat16")
+
+        self.optimizers = optimizers
+        self.reduce_dtype = reduce_dtype
+        self.rank, self.ranks = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.kind = kind
+        if kind == "auto":
+            self.kind = "zero2" if self.ranks > 1 else "replicated"
+
+        self.params = self._held()  # the model's parameters, whoever holds them
+        self.buckets = []           # in the order in which they start
+        self.started = 0            # how many of them have started in this step
+        self.overlap = False        # whether buckets start during the backward pass
+        self.order_is_known = False
+        self._expect_nothing()
+        if self.ranks > 1:
+            self._make_buckets()
+
+    def _make_buckets(self):
+        bucket_class = BUCKETS[self.kind]
+        for optimizer in self.optimizers:
+            assert not optimizer.state, "a layout cuts parameters before any optimizer state exists"
+            for group in optimizer.param_groups:
+                buckets = self._buckets_of(group["params"], optimizer.partition, bucket_class)
+                group["params"] = [tensor for bucket in buckets for tensor in bucket.held()]
+                self.buckets.extend(buckets)
+
+        self.buckets.reverse()  # a guess, until the first step has shown the order
+        for bucket in self.buckets:
+            for p in bucket.params:
+                hook = functools.partial(self._gradient_is_complete, bucket)
+                p.register_post_accumulate_grad_hook(hook)
+
+    def _buckets_of(self, params, partition, bucket_class):
+        """Buckets of one parameter group: parameters of one dtype and unit, about BUCKET_BYTES."""
+        alike = {}
+        for p in params:
+            alike.setdefault((p.dtype, unit_shape(p, partition)), []).append(p)
+
+        buckets = []
+        for (dtype, unit), same in alike.items():
+            # at least a unit for each rank, and no padding while parameters are single units
+            elements_of_all_ranks = self.ranks * math.prod(unit)
+            wanted = BUCKET_BYTES // dtype.itemsize
+            least = max(1, wanted // elements_of_all_ranks) * elements_of_all_ranks
+            for part in cut_into_buckets(same, least):
+                buckets.append(bucket_class(part, unit, self.rank, self.ranks))
+        return buckets
+
+    # phase 1: reduce
+
+    def expect_last_gradients(self):
+        """Announce the backward pass that completes the gradients: buckets may start in it."""
+        self.last_pass = True
+
+    def _gradient_is_complete(self, bucket, p):
+        """A hook, called in every backward pass once the gradient of p is accumulated."""
+        if not self.last_pass:
+            return
+        bucket.missing.discard(p)
+        if bucket.missing:
+            return
+        self.completed.append(bucket)
+        if self.overlap:
+            self._start_complete_buckets()
+
+    def _start_complete_buckets(self):
+        """Start the buckets whose turn it is, up to the first that still misses a gradient."""
+        while self.started < len(self.buckets):
+            bucket = self.buckets[self.started]
+            if bucket.missing:
+                return
+            self._start(bucket)
+
+    def _start(self, bucket):
+        buffer = bucket.take_gradients(self.reduce_dtype)  # may run out of memory
+        self.started += 1  # from here on other ranks wait for this one
+        bucket.start(buffer)
+
+    def _finish_reductions(self):
+        for bucket in self.buckets[self.started:]:
+            self._start(bucket)
+        for bucket in self.buckets:
+            bucket.finish()
+        if self.buckets and not self.order_is_known:
+            self._learn_order()
+        self._expect_nothing()
+
+    def _learn_order(self):
+        """From the next step on, buckets start in the order in which rank 0 completed them."""
+        others = [bucket for bucket in self.buckets if bucket not in self.completed]
+        order = [self.buckets.index(bucket) for bucket in self.completed + others]
+        order = torch.tensor(order, device=self.params[0].device)
+        dist.broadcast(order, src=0)
+        self.buckets = [self.buckets[i] for i in order.tolist()]
+        self.order_is_known = True
+
+    def _expect_nothing(self):
+        self.started = 0
+        self.last_pass = False
+        self.completed = []
+        for bucket in self.buckets:
+            bucket.forget()
+
+    # phase 2: judge
+
+    @torch.no_grad()
+    def reduce(self, loss):
+        """Complete the reduction. loss: this rank's loss, a 0-D tensor.
+
+        Returns (loss, norm of the gradient), two floats, both of the average over ranks and the
+        same on every rank. Waits for the device.
+        """
+        self._finish_reductions()
+        for tensor in self._held():
+            if tensor.grad is not None and tensor.grad.is_sparse:
+                tensor.grad = tensor.grad.coalesce()
+        norm_sq = sum(self._grad_norm_sq(optimizer, loss.device) for optimizer in self.optimizers)
+        if self.ranks > 1:
+            if self.kind == "replicated":
+                norm_sq = norm_sq / self.ranks  # every rank holds all of it
+            both = torch.stack((norm_sq, loss / self.ranks))
+            dist.all_reduce(both)
+            norm_sq, loss = both
+        return loss.item(), norm_sq.sqrt().item()
+
+    def _grad_norm_sq(self, optimizer, device):
+        """Sum of the squares of all gradients that an optimizer holds here, 0-D."""
+        total = torch.zeros((), device=device)
+        for group in optimizer.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if optimizer.partition == "matrices" and grads:
+                # measured as the one stack that Muon makes of them, so that the sum is
+                # rounded the same way however the matrices are stored
+                grads = [torch.cat([grad.flatten() for grad in grads])]
+            for grad in grads:
+                total = total + torch.linalg.vector_norm(stored_values(grad)).square()
+        return total
+
+    @torch.no_grad()
+    def clip(self, max_norm, grad_norm):
+        """Scale the averaged gradient so that its norm is at most max_norm; 0 does not clip.
+
+        grad_norm: as reduce() returned it.
+        """
+        if not max_norm:
+            return
+        scale = min(1.0, max_norm / (grad_norm + 1e-6))
+        for tensor in self._held():
+            if tensor.grad is not None:
+                stored_values(tensor.grad).mul_(scale)
+
+    # phases 3 (the optimizers' step) and 4: gather
+
+    @torch.no_grad()
+    def gather(self):
+        """Exchange the updated parameters: afterwards every rank has all of them."""
+        works = [bucket.start_gather() for bucket in self.buckets]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    # around a step
+
+    def zero_grad(self):
+        """Set all gradients to None, also those of a step that is skipped."""
+        if self.started:
+            self._finish_reductions()  # other ranks wait for what has begun
+        self._expect_nothing()
+        for tensor in self.params + self._held():
+            tensor.grad = None
+
+    def memory_sufficed(self):
+        """Note that a step's passes fitted into memory, so that later ones may overlap.
+
+        Optimizer state is made by the first update, so only passes beside that state are proof.
+        """
+        self.overlap = any(optimizer.state for optimizer in self.optimizers)
+
+    def _held(self):
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [tensor for group in groups for tensor in group["params"]]
+
+    # checkpoints
+
+    def optimizer_state(self):
+        """The state of this rank's optimizers: a list of dicts, one file per rank."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_optimizer_state(self, states):
+        """Load what optimizer_state() returned on this rank.
+
+        The learning rate and weight decay stay those of this run's settings. UserError where the
+        state is that of another layout.
+        """
+        for optimizer, state in zip(self.optimizers, states):
+            here = [len(group["params"]) for group in optimizer.param_groups]
+            saved = [len(group["params"]) for group in state["param_groups"]]
+            if here != saved:
+                raise UserError(
+                    f"the checkpoint's optimizer state is divided into {saved} tensors, this run's "
+                    f"into {here}: resume with the version, ranks and layout that saved it"
+                )
+            own = [own_settings(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, settings in zip(optimizer.param_groups, own):
+                group.update(settings)
+
+
+def own_settings(group):
+    """What a parameter group takes from the run's settings, never from a checkpoint."""
+    return {key: group[key] for key in ("initial_lr", "weight_decay") if key in group}
+
+
+def stored_values(grad):
+    """The numbers that a gradient stores, as a view: all, or the nonzero rows of a sparse one."""
+    return grad.values() if grad.is_sparse else grad
+
+
+# -------------------------------------------------------------------------------------------------
+# gradients of one step
+
+def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
+    """Forward and backward through all micro-batches; fewer sequences at a time if memory runs out.
+
+    micro_batches: list of (inputs (B, T), targets (B, T), ...). scale: a number or 0-D tensor that
+    multiplies each summed loss. micro_batch_size: sequences per pass, at most.
+    Returns (the loss times scale, 0-D; the micro_batch_size that fitted).
+
+    A step that ran out of memory starts over at half the size. It cannot once a reduction has
+    started, since other ranks would wait for it: then the error is raised. So buckets overlap with
+    the backward pass only when memory has sufficed before.
+    """
+    while True:
+        try:
+            loss = forward_backward(model, micro_batches, scale, micro_batch_size, layout)
+            layout.memory_sufficed()
+            return loss, micro_batch_size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if micro_batch_size == 1 or layout.started:
+                raise
+
+        # after the except clause, whose traceback holds on to the tensors
+        layout.zero_grad()
+        layout.overlap = False
+        torch.cuda.empty_cache()
+        micro_batch_size = (micro_batch_size + 1) // 2
+        print(
+            f"out of memory: continuing with {micro_batch_size} sequences at a time, "
+            "which changes nothing but the speed",
+            flush=True,
+        )
+
+
+def forward_backward(model, micro_batches, scale, micro_batch_size, layout):
+    """One attempt of accumulate_gradients. Returns the loss times scale, 0-D."""
+    pieces = []
+    for inputs, targets, *_ in micro_batches:
+        pieces.extend(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size)))
+
+    loss = torch.zeros((), device=pieces[0][0].device)
+    for number, (inputs, targets) in enumerate(pieces, start=1):
+        part = model(inputs, targets) * scale
+        if number == len(pieces):
+            layout.expect_last_gradients()
+        part.backward()
+        loss += part.detach()
+    return loss
