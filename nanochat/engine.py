@@ -3,41 +3,12 @@
 Rows of a batch start at different lengths and end at different times; each keeps its own position in the cache. When a
 row closes a Python call, the engine runs the expression and feeds the tool's reply into that row, token by token.
 """
-import bisect
-import re
-
 import torch
 
 from nanochat.common import UserError
+from nanochat.conversation import SHOWN
 from nanochat.execution import use_tool
 from nanochat.tokenizer import StreamDecoder
-
-# How control tokens look to a person: a tool call reads `12*7` → 84. All others are silent.
-SHOWN = {"<|python_start|>": "`", "<|python_end|>": "`", "<|output_start|>": " → ", "<|output_end|>": "\n"}
-
-
-def restore_tool_calls(message):
-    """The inverse of SHOWN for an answer that comes back as history: "`12*7` → 84\\nIt is 84." becomes parts again."""
-    if message["role"] != "assistant" or not isinstance(message["content"], str):
-        return message
-    pieces = re.split(r"`([^`]+)` → ([^\n]*)\n", message["content"])  # text, call, reply, text, call, reply, ..., text
-    if len(pieces) == 1:
-        return message
-    kinds = ("text", "python", "python_output")
-    return {**message, "content": [{"type": kinds[i % 3], "text": piece} for i, piece in enumerate(pieces) if piece]}
-
-
-def fit_conversation(tokenizer, messages, max_tokens):
-    """The newest messages whose rendering fits max_tokens: the oldest exchanges go first, a system message stays."""
-    messages = [restore_tool_calls(message) for message in messages]
-    system, turns = messages[:1] if messages[0]["role"] == "system" else [], [m for m in messages if m["role"] != "system"]
-
-    def fits(dropped):
-        return len(tokenizer.render_for_completion({"messages": system + turns[dropped:]})) <= max_tokens
-
-    choices = range(0, max(1, len(turns)), 2)  # halved again and again: one after another takes minutes for a long conversation
-    place = bisect.bisect_left(choices, True, key=fits)
-    return system + turns[choices[min(place, len(choices) - 1)]:]
 
 
 def sample(logits, temperature, top_k, generator):

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from nanochat.common import UserError
-from nanochat.engine import fit_conversation
+from nanochat.conversation import fit_conversation
 
 MAX_BODY_BYTES = 1_000_000
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -23,6 +23,7 @@ import numpy as np
 import rustbpe
 
 from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.conversation import as_parts, check_conversation
 
 # Their ids follow the mergeable ranks, in this order.
 SPECIAL_TOKENS = (
@@ -321,36 +322,3 @@ class StreamDecoder:
 def get_tokenizer():
     """The tokenizer of this base directory."""
     return Tokenizer.load(get_base_dir() / "tokenizer")
-
-
-def as_parts(content):
-    """Content of a message as a list of parts: "hi" -> [{"type": "text", "text": "hi"}]."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def check_conversation(conversation):
-    """Returns the list of messages of a well-formed conversation; UserError says what is wrong with another."""
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError('a conversation is {"messages": [...]} with at least one message')
-    expected = ("system", "user")
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in expected:
-            raise UserError(f"message {i + 1} has the role {role!r} where {' or '.join(expected)} is due")
-        expected = ("assistant",) if role == "user" else ("user",)
-        check_content(message.get("content"), role, i + 1)
-    return messages
-
-
-def check_content(content, role, number):
-    """UserError unless content is a string or a list of parts that this role may send."""
-    parts = as_parts(content)
-    allowed = ("text", *PART_TOKENS) if role == "assistant" else ("text",)
-    if not isinstance(parts, list):
-        raise UserError(f"message {number} needs a content: a string or a list of parts")
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") not in allowed or not isinstance(part.get("text"), str):
-            raise UserError(f'a part of message {number} ({role}) is not {{"type": {"|".join(allowed)}, "text": str}}')
-    if role == "user" and not any(part["text"] for part in parts):
-        raise UserError(f"message {number} (user) is empty: write something")

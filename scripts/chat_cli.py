@@ -12,7 +12,8 @@ import re
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.configurator import configure
-from nanochat.engine import Engine, fit_conversation
+from nanochat.conversation import fit_conversation
+from nanochat.engine import Engine
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest

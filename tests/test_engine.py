@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, fit_conversation, restore_tool_calls, sample
+from nanochat.engine import Engine, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -146,31 +146,6 @@ def test_trap_34_a_model_that_never_stops_is_stopped_at_the_context(tokenizer):
     assert (stream.finish_reason, stream.prompt_tokens, stream.completion_tokens) == ("length", 40, 24)
     stream = scripted(tokenizer, [5] * 99, 40).stream([9] * 40, max_new_tokens=7, temperature=0)
     assert len("".join(stream)) == 7 and stream.finish_reason == "length"
-
-
-def test_an_answer_that_comes_back_as_history_is_parts_again():
-    parts = restore_tool_calls({"role": "assistant", "content": "So: `12*7` → 84\nIt is 84."})["content"]
-    assert [(p["type"], p["text"]) for p in parts] == [("text", "So: "), ("python", "12*7"), ("python_output", "84"), ("text", "It is 84.")]
-    user = {"role": "user", "content": "`1` → 2\n"}
-    assert restore_tool_calls(user) is user
-
-
-def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(tokenizer):
-    turns = [{"role": role, "content": f"{role} {i} the cat sat"} for i in range(6) for role in ("user", "assistant")]
-    messages = [{"role": "system", "content": "be kind"}, *turns, {"role": "user", "content": "the dog"}]
-    fitted = fit_conversation(tokenizer, messages, 60)
-    assert fitted[0]["role"] == "system" and fitted[1]["role"] == "user" and fitted[-1] == messages[-1]
-    assert 2 < len(fitted) < len(messages)
-    assert len(tokenizer.render_for_completion({"messages": fitted})) <= 60
-
-
-def test_a_long_conversation_is_shortened_in_few_attempts(tokenizer, monkeypatch):
-    messages = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(4001)]
-    asked, render = [], tokenizer.render_for_completion
-    monkeypatch.setattr(tokenizer, "render_for_completion", lambda c: asked.append(1) or render(c))
-    kept = fit_conversation(tokenizer, messages, 128)
-    assert len(asked) < 15 and kept == messages[-len(kept):] and kept[0]["role"] == "user"
-    assert len(render({"messages": kept})) <= 128 < len(render({"messages": messages[-len(kept) - 2:]}))
 
 
 def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engine):
