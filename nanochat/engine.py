@@ -1,7 +1,23 @@
-"""Generation: a prompt is read once into a cache, then one token a step for every row, each row with its own generator.
+"""The engine: generation for many sequences at once, each in a slot of the KV cache.
 
-Rows of a batch start at different lengths and end at different times; each keeps its own position in the cache. When a
-row closes a Python call, the engine runs the expression and feeds the tool's reply into that row, token by token.
+    engine = Engine(model, tokenizer)
+    engine.generate("The capital of France is", temperature=0)     # text
+    for piece in engine.stream(ids, seed=7): ...                   # pieces of text as they come
+    engine.generate_batch(prompts, max_new_tokens=96)              # lists of ids
+
+All three are callers of the same three methods, and so is the server:
+
+    engine.admit(sequence)      # queue it
+    engine.step()               # prefill what was admitted, else decode one token per sequence
+    engine.retire(sequence)     # free its slot; step() does so by itself for a finished sequence
+
+A prefill step reads whole prompts in one forward pass, padded to the longest. A decode step feeds
+the last token of every running sequence and samples the next. Sequences start and end at any step,
+and each samples with a generator seeded for it alone: it gets the same tokens alone and among
+others.
+
+When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
+tool's reply into that sequence, token by token, instead of sampling.
 """
 import torch
 
@@ -11,125 +27,303 @@ from nanochat.execution import use_tool
 from nanochat.tokenizer import StreamDecoder
 
 
+# ------------------------------------------------------------------------------------------------
+# sampling
+
 def sample(logits, temperature, top_k, generator):
-    """One token id from logits (V,). Temperature 0 is greedy."""
+    """One token id from logits (V,). Temperature 0 is greedy, top_k 0 samples among all tokens."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
         values, ids = logits.topk(min(top_k, logits.numel()))
     else:
         values, ids = logits, torch.arange(logits.numel(), device=logits.device)
-    probabilities = torch.softmax((values.float() - values.max()) / temperature, -1).cpu()
-    return int(ids[int(torch.multinomial(probabilities, 1, generator=generator))])
+
+    # Subtracting the maximum first keeps tiny temperatures from overflowing.
+    scaled = (values.float() - values.max()) / temperature
+    probabilities = torch.softmax(scaled, -1).cpu()
+    choice = int(torch.multinomial(probabilities, 1, generator=generator))
+    return int(ids[choice])
 
 
 def check_sampling(temperature, top_k, max_new_tokens):
-    """UserError for values that sample nothing."""
-    if not temperature >= 0 or top_k < 0 or max_new_tokens < 1:
-        raise UserError(f"temperature={temperature}, top_k={top_k}, max_tokens={max_new_tokens}: the first two must not be negative "
-                        "(0: the likeliest token; all tokens), and the last must be at least 1")
+    """UserError for values with which nothing can be sampled."""
+    if temperature >= 0 and top_k >= 0 and max_new_tokens >= 1:  # NaN is not >= 0
+        return
+    raise UserError(
+        f"temperature={temperature}, top_k={top_k}, max_tokens={max_new_tokens}: "
+        "the first two must not be negative (0: the likeliest token; all tokens), "
+        "and the last must be at least 1"
+    )
 
 
-class Row:
-    """One sequence under way: its generator, what it said, and the tool reply that is still to be fed in."""
+# ------------------------------------------------------------------------------------------------
+# sequences
 
-    def __init__(self, seed):
+class Sequence:
+    """One prompt and what the model makes of it. Engine.new_sequence creates it.
+
+    prompt            ids of the prompt
+    tokens            ids generated so far, the tool's replies and the closing token included
+    max_new_tokens    tokens reaches at most this length
+    temperature, top_k, generator    how its tokens are sampled
+    status            "new", "waiting" (admitted, without a slot), "running" or "finished"
+    finish_reason     "stop" or "length"; None before the end, and for a caller who left early
+    slot              its slot in the KV cache while it runs
+    call              ids of the Python expression that is being written, None outside of one
+    forced            ids of a tool's reply that are still to be fed in
+    """
+
+    def __init__(self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
+        check_sampling(temperature, top_k, max_new_tokens)
+        self.prompt = prompt
+        self.tokens = []
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_k = top_k
         self.generator = torch.Generator().manual_seed(seed)
-        self.tokens, self.forced, self.call, self.finish_reason = [], [], None, None
+        self.status = "new"
+        self.finish_reason = None
+        self.slot = None
+        self.call = None
+        self.forced = []
 
+    @property
+    def max_length(self):
+        """Tokens that its slot must be able to hold."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+# ------------------------------------------------------------------------------------------------
+# the engine
 
 class Engine:
+    """Runs sequences in the slots of one KV cache. One thread at a time may call it.
+
+    waiting     admitted sequences without a slot, in the order of admission
+    running     {slot: sequence}
+    kv_cache    None while nothing runs. It is allocated for the sequences that wait when none runs,
+                with as many slots and as much length as they need. Sequences admitted later take
+                the slots that become free, where these are long enough; else they wait until no
+                sequence runs any more and the next cache is allocated.
+    """
+
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.max_seq_len = model.config.max_seq_len
         self.device = model.embed.weight.device
+        self.kv_cache = None
+        self.waiting = []
+        self.running = {}
 
-    def _read(self, prompt):
-        ids = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id()) if isinstance(prompt, str) else list(prompt)
+    def new_sequence(self, prompt, **options):
+        """A Sequence for a prompt: text, or a list of ids. options: as of Sequence.
+
+        The context bounds the answer: max_new_tokens is lowered where the context ends before.
+        UserError for an empty prompt, for one that fills the context, and for bad options.
+        """
         if not prompt:
             raise UserError("the prompt is empty: say something")
-        if len(ids) >= self.max_seq_len:
-            raise UserError(f"the prompt has {len(ids)} tokens, the context holds {self.max_seq_len}: shorten it")
-        return ids
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
+        else:
+            ids = list(prompt)
+        room = self.max_seq_len - len(ids)
+        if room <= 0:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, "
+                f"the context holds {self.max_seq_len}: shorten it"
+            )
+        sequence = Sequence(ids, **options)
+        sequence.max_new_tokens = min(sequence.max_new_tokens, room)
+        return sequence
+
+    def admit(self, sequence):
+        """Queue a new sequence. The next step gives it a slot if one is free, else a later one."""
+        assert sequence.status == "new"
+        sequence.status = "waiting"
+        self.waiting.append(sequence)
+
+    def retire(self, sequence):
+        """Take a sequence out, finished or not, and free its slot. Harmless when repeated."""
+        if sequence.status == "waiting":
+            self.waiting.remove(sequence)
+        if sequence.status == "running":
+            del self.running[sequence.slot]
+            self.kv_cache.reset(sequence.slot)
+            sequence.slot = None
+        sequence.status = "finished"
+        if not self.running:
+            self.kv_cache = None  # its memory is wanted elsewhere: training samples between steps
 
     @torch.inference_mode()
-    def steps(self, prompts, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
-        """prompts: list of lists of ids. Yields after each step the list of Rows; a Row is over when finish_reason is set.
+    def step(self):
+        """One forward pass: prefill of the sequences that just got a slot, else decode of all.
 
-        The same prompt and seed give the same tokens alone and in a batch: every row has a generator of its own.
+        Returns the sequences that got a token; [] when there is nothing to do.
         """
-        check_sampling(temperature, top_k, max_new_tokens)
-        prompts = [self._read(p) for p in prompts]
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        rows = [Row(seed) for _ in prompts]
-        total = min(self.max_seq_len, int(lengths.max()) + max_new_tokens)
-        cache = self.model.new_cache(len(prompts), total)
-        padded = torch.tensor([p + [0] * (int(lengths.max()) - len(p)) for p in prompts], device=self.device)
-        x, tokens = self.model.features(padded, cache)
-        cache.lengths = lengths.clone()  # what lies behind a shorter row is overwritten before it is ever seen
-        last = torch.arange(len(rows)), lengths - 1
-        logits = self.model.logits(x[last], tokens[last])
-        while True:
-            for i, row in enumerate(rows):
-                if row.finish_reason is None:
-                    self._advance(row, logits[i], temperature, top_k)
-                    full = len(prompts[i]) + len(row.tokens) >= self.max_seq_len
-                    if row.finish_reason is None and (full or len(row.tokens) >= max_new_tokens):
-                        row.finish_reason = "length"
-            yield rows
-            if all(row.finish_reason for row in rows):
-                return
-            x, tokens = self.model.features(torch.tensor([[row.tokens[-1]] for row in rows], device=self.device), cache)
-            logits = self.model.logits(x[:, 0], tokens[:, 0])
-            done = torch.tensor([row.finish_reason is not None for row in rows], device=self.device)
-            cache.lengths = torch.where(done, cache.lengths - 1, cache.lengths)  # a finished row stands still
+        self._assign_slots()
+        running = list(self.running.values())
+        sequences = [sequence for sequence in running if not sequence.tokens]
+        if sequences:
+            # 1. prefill
+            logits = self._prefill(sequences)
+            counts = [len(sequence.prompt) for sequence in sequences]
+        elif running:
+            # 2. decode
+            sequences = running
+            logits = self._decode(sequences)
+            counts = [1] * len(sequences)
+        else:
+            return []
 
-    def _advance(self, row, logits, temperature, top_k):
-        """Give `row` its next token: forced by the tool, or sampled."""
+        # 3. sample. A slot advances together with its sequence: should an exception (Ctrl+C, no
+        # memory) end this loop or the forward pass, the next step repeats what is missing.
+        for sequence, row, count in zip(sequences, logits, counts):
+            token = self._next_token(sequence, row)
+            self.kv_cache.advance([sequence.slot], [count])
+            self._append(sequence, token)
+            if sequence.finish_reason:
+                self.retire(sequence)
+        return sequences
+
+    def _assign_slots(self):
+        """Give free slots to waiting sequences, the first admitted first."""
+        if self.waiting and not self.running:
+            length = max(sequence.max_length for sequence in self.waiting)
+            self.kv_cache = self.model.new_kv_cache(len(self.waiting), length)
+        while self.waiting:
+            sequence = self.waiting[0]
+            free = [slot for slot in range(self.kv_cache.slots) if slot not in self.running]
+            if not free or sequence.max_length > self.kv_cache.length:
+                return
+            self.waiting.pop(0)
+            sequence.slot = free[0]
+            sequence.status = "running"
+            self.running[sequence.slot] = sequence
+
+    def _prefill(self, sequences):
+        """Read the prompts into their slots; logits (n, V) of the token after each prompt."""
+        lengths = [len(sequence.prompt) for sequence in sequences]
+        slots = [sequence.slot for sequence in sequences]
+
+        # What is behind a shorter prompt is overwritten before any query attends to it.
+        padded = [s.prompt + [0] * (max(lengths) - len(s.prompt)) for s in sequences]
+        idx = torch.tensor(padded, device=self.device)  # n, T
+        return self.model.prefill(idx, self.kv_cache, slots, lengths)
+
+    def _decode(self, sequences):
+        """Feed the last token of each sequence; logits (V,) of the token after it, for each."""
+        idx = [[0] for _ in range(self.kv_cache.slots)]  # idle slots read token 0
+        for sequence in sequences:
+            idx[sequence.slot] = [sequence.tokens[-1]]
+        logits = self.model.decode(torch.tensor(idx, device=self.device), self.kv_cache)  # S, V
+        return [logits[sequence.slot] for sequence in sequences]
+
+    def _next_token(self, sequence, logits):
+        """The token after those of the sequence: forced by the tool's reply, or sampled."""
+        if sequence.forced:
+            return sequence.forced.pop(0)
+        return sample(logits, sequence.temperature, sequence.top_k, sequence.generator)
+
+    def _append(self, sequence, token):
+        """Append a token, run the tool where the token closes a Python call, note the end."""
         special = self.tokenizer.encode_special
-        token = row.forced.pop(0) if row.forced else sample(logits, temperature, top_k, row.generator)
-        row.tokens.append(token)
+        sequence.tokens.append(token)
         if token in (special("<|assistant_end|>"), special("<|bos|>")):
-            row.finish_reason = "stop"
+            sequence.finish_reason = "stop"
+        elif len(sequence.tokens) == sequence.max_new_tokens:
+            sequence.finish_reason = "length"
         elif token == special("<|python_start|>"):
-            row.call = []
-        elif token == special("<|python_end|>") and row.call is not None:
-            reply = use_tool(self.tokenizer.decode(row.call))
-            row.call = None
-            if reply is not None:
-                row.forced = [special("<|output_start|>"), *self.tokenizer.encode(reply), special("<|output_end|>")]
-        elif row.call is not None:
-            row.call.append(token)
+            sequence.call = []
+        elif token == special("<|python_end|>") and sequence.call is not None:
+            sequence.forced = self._tool_reply(sequence.call)
+            sequence.call = None
+        elif sequence.call is not None:
+            sequence.call.append(token)
+
+    def _tool_reply(self, call):
+        """Ids of the tool's reply to the expression, with their markers; [] where it refuses."""
+        reply = use_tool(self.tokenizer.decode(call))
+        if reply is None:
+            return []
+        start = self.tokenizer.encode_special("<|output_start|>")
+        end = self.tokenizer.encode_special("<|output_end|>")
+        return [start, *self.tokenizer.encode(reply), end]
+
+    # --------------------------------------------------------------------------------------------
+    # callers of step()
 
     def generate_batch(self, prompts, **options):
-        """prompts: list of lists of ids -> list of lists of new ids (the closing token included)."""
-        for rows in self.steps(prompts, **options):
-            pass
-        return [row.tokens for row in rows]
+        """prompts: list of lists of ids -> list of lists of new ids (the closing token included).
 
-    def stream(self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
-        """A Stream of text pieces that continue `prompt` (text, or ids of a rendered conversation)."""
-        return Stream(self, self._read(prompt), max_new_tokens, temperature, top_k, seed)
+        options: as of Sequence, the same for all. UserError for a prompt that does not fit.
+        """
+        sequences = [self.new_sequence(prompt, **options) for prompt in prompts]
+        for sequence in sequences:
+            self.admit(sequence)
+        try:
+            while any(sequence.status != "finished" for sequence in sequences):
+                self.step()
+        finally:
+            for sequence in sequences:
+                self.retire(sequence)
+        return [sequence.tokens for sequence in sequences]
 
-    def generate(self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
+    def stream(self, prompt, **options):
+        """A Stream of text pieces that continue `prompt`: text, or ids of a conversation."""
+        return Stream(self, self.new_sequence(prompt, **options))
+
+    def generate(self, prompt, **options):
         """The continuation of `prompt` (text or ids) as text."""
-        return "".join(self.stream(prompt, max_new_tokens, temperature, top_k, seed))
+        return "".join(self.stream(prompt, **options))
 
 
 class Stream:
-    """Iterate for pieces of text. finish_reason is None until the end, then "stop" or "length"."""
+    """The text of one sequence: iterate for pieces. Leaving the loop early retires the sequence.
 
-    def __init__(self, engine, ids, max_new_tokens, temperature, top_k, seed):
-        self.prompt_tokens, self.completion_tokens, self.finish_reason = len(ids), 0, None
+    prompt_tokens, completion_tokens    how many tokens the prompt has, and the pieces so far
+    finish_reason                       None until the last piece, then "stop" or "length"
+
+    Several streams of one engine may be read in turns: whoever needs a token takes a step, which
+    moves the others forward, too.
+    """
+
+    def __init__(self, engine, sequence):
+        self.prompt_tokens = len(sequence.prompt)
+        self.completion_tokens = 0
+        self.finish_reason = None
+        self._engine = engine
+        self._sequence = sequence
         self._decoder = StreamDecoder(engine.tokenizer)
         self._shown = {engine.tokenizer.encode_special(name): text for name, text in SHOWN.items()}
-        self._steps = engine.steps([ids], max_new_tokens, temperature, top_k, seed)
 
     def __iter__(self):
-        for (row,) in self._steps:
-            self.completion_tokens, token = len(row.tokens), row.tokens[-1]
-            piece = self._decoder.flush() + self._shown[token] if token in self._shown else self._decoder.feed(token)
-            if row.finish_reason:
-                piece += self._decoder.flush()
-                self.finish_reason = row.finish_reason
-            yield piece  # often "": whoever reads learns that a step is over, and may leave
+        """Yield pieces of text, often "": the reader learns that a step is over, and may leave."""
+        if self._sequence.status == "new":
+            self._engine.admit(self._sequence)
+        try:
+            while self._unread() or self._sequence.status != "finished":
+                if not self._unread():
+                    self._engine.step()
+                yield self._next_piece() if self._unread() else ""
+        finally:
+            self._engine.retire(self._sequence)
+
+    def _unread(self):
+        """How many tokens of the sequence were not shown yet."""
+        return len(self._sequence.tokens) - self.completion_tokens
+
+    def _next_piece(self):
+        """The text of the next token, and of a character that the last token leaves incomplete."""
+        token = self._sequence.tokens[self.completion_tokens]
+        self.completion_tokens += 1
+        if token in self._shown:
+            piece = self._decoder.flush() + self._shown[token]
+        else:
+            piece = self._decoder.feed(token)
+        if self._sequence.finish_reason and not self._unread():
+            self.finish_reason = self._sequence.finish_reason
+            piece += self._decoder.flush()
+        return piece

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from nanochat.adagrad import RowAdagrad
 from nanochat.adamw import AdamW
-from nanochat.attention import LayerCache, cached_attention, causal_attention
+from nanochat.attention import cached_attention, causal_attention
 from nanochat.common import UserError
+from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.muon import Muon
 from nanochat.ngrams import ORDERS, PARTS, REACH, NGrams
 
@@ -84,12 +85,12 @@ class Attention(nn.Module):
         self.v = Linear(config.width, config.kv_heads * self.head_dim)
         self.out = Linear(config.width, config.width)
 
-    def forward(self, x, value, cos, sin, layer_cache=None, positions=None):
+    def forward(self, x, value, cos, sin, layer_cache=None, window=None):
         B, T, C = x.shape
         q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
         v = v + value.view(v.shape)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        y = causal_attention(q, k, v) if layer_cache is None else cached_attention(q, k, v, layer_cache, positions)
+        y = causal_attention(q, k, v) if layer_cache is None else cached_attention(q, k, v, layer_cache, window)
         return self.out(y.reshape(B, T, C))
 
 
@@ -113,28 +114,32 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.blend = nn.Parameter(torch.empty(2))
 
-    def forward(self, x, x0, value, cos, sin, layer_cache=None, positions=None):
+    def forward(self, x, x0, value, cos, sin, layer_cache=None, window=None):
         x = self.blend[0].to(x.dtype) * x + self.blend[1].to(x.dtype) * x0
-        x = x + self.attention(norm(x), value, cos, sin, layer_cache, positions)
+        x = x + self.attention(norm(x), value, cos, sin, layer_cache, window)
         return x + self.mlp(norm(x))
 
 
-class Cache:
-    """What decoding remembers: one LayerCache a layer, how many tokens each row holds, (B,), and which, (B, reach - 1 + S), -1 before the first."""
+class LookupCache(KVCache):
+    """A KVCache that also keeps the tokens themselves, which the lookups and n-grams need.
 
-    def __init__(self, layers, batch, length, reach, device):
-        self.layers, self.reach = layers, reach
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.tokens = torch.full((batch, reach - 1 + length), -1, dtype=torch.int32, device=device)
+    tokens (S, lookback - 1 + L): the token at position p of a slot is in column p + lookback - 1;
+    the columns before the first token hold -1.
+    """
 
-    def add(self, idx, positions):
-        """Keep the tokens idx (B, T) at their positions (B, T); returns the last ones up to each, (B, T, reach)."""
-        self.tokens.scatter_(1, positions + self.reach - 1, idx.int())
-        return self.tokens.unfold(1, self.reach, 1)[torch.arange(len(idx), device=idx.device)[:, None], positions]
+    def __init__(self, layers, slots, length, lookback, device):
+        super().__init__(layers, slots, device)
+        self.lookback = lookback
+        shape = (slots, lookback - 1 + length)
+        self.tokens = torch.full(shape, -1, dtype=torch.int32, device=device)
 
-    @property
-    def nbytes(self):
-        return sum(layer.nbytes for layer in self.layers)
+    def add(self, idx, window):
+        """Keep the tokens idx (n, T) of a CacheWindow.
+
+        Returns the last tokens up to each of them, (n, T, lookback), -1 before the first.
+        """
+        self.tokens[window.index, window.positions + self.lookback - 1] = idx.int()
+        return self.tokens.unfold(1, self.lookback, 1)[window.index, window.positions]
 
 
 class GPT(nn.Module):
@@ -199,20 +204,22 @@ class GPT(nn.Module):
         """How many tokens, up to one, are looked at where it is looked up."""
         return 3 if self.ngrams is None else max(ORDERS, min(self.config.max_seq_len, REACH))
 
-    def features(self, idx, cache=None):
-        """idx (B, T) -> ((B, T, C) after the last norm, the last tokens up to each (B, T, reach)). With a cache, idx continues each row of it."""
+    def features(self, idx, kv_cache=None, slots=None):
+        """idx (B, T) -> ((B, T, C) after the last norm, the last tokens up to each (B, T, reach)).
+
+        With a kv_cache, idx continues the sequences in `slots` (list of B ints; None: all slots).
+        """
         T = idx.size(1)
-        positions = None
-        if cache is None:
+        window = None
+        if kv_cache is None:
             if T > self.config.max_seq_len:
                 raise UserError(f"{T} tokens do not fit the context of {self.config.max_seq_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
             tokens = F.pad(idx.int(), (self.reach - 1, 0), value=-1).unfold(1, self.reach, 1)  # a view
         else:
-            positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # B, T
-            cos, sin = self.cos[0, positions], self.sin[0, positions]  # B, T, 1, D/2
-            cache.lengths = cache.lengths + T
-            tokens = cache.add(idx, positions)
+            window = kv_cache.window(slots, T)
+            cos, sin = self.cos[0, window.positions], self.sin[0, window.positions]  # B, T, 1, D/2
+            tokens = kv_cache.add(idx, window)
         before, before_that = (tokens[..., -back].clamp(min=0).long() for back in (2, 3))
         pairs = before * STRIDES[0] + idx
         triples = before_that * STRIDES[1] + pairs
@@ -222,10 +229,10 @@ class GPT(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, block in enumerate(self.blocks):
             value = self.values[min(i, len(self.blocks) - 1 - i)](idx).to(x.dtype)
-            if cache is None and self.training:
+            if kv_cache is None and self.training:
                 x = block(x, x0, value, cos, sin)
             else:  # the uncompiled function: shapes vary here, and each would compile anew
-                x = block.forward(x, x0, value, cos, sin, cache and cache.layers[i], positions)
+                x = block.forward(x, x0, value, cos, sin, kv_cache and kv_cache.layers[i], window)
         return norm(x), tokens
 
     def gate_weights(self, x, totals, kinds):
@@ -261,13 +268,13 @@ class GPT(nn.Module):
         weights = self.gate_weights(x, found.totals, found.kinds).exp()
         return (weights[:, :1] * z.softmax(-1) + self.ngrams.next_tokens(tokens, found, weights[:, 1:], c.vocab_size)).log()
 
-    def forward(self, idx, targets=None, cache=None, reduction="sum"):
+    def forward(self, idx, targets=None, kv_cache=None, slots=None, reduction="sum"):
         """idx (B, T). Without targets: logits (B, T, V). With targets (B, T), -1 ignored: the summed loss in nats, or (B, T) for 'none'.
 
         With n-grams the loss is that of the mixture. Its gradient is of that and of the network's own loss, one to one: alone, the
         mixture's would let the network rest on what the n-grams know (3.5 bits per byte by itself, and a worse mixture).
         """
-        x, tokens = (part.flatten(0, 1) for part in self.features(idx, cache))
+        x, tokens = (part.flatten(0, 1) for part in self.features(idx, kv_cache, slots))
         if targets is None:
             return self.logits(x, tokens).view(*idx.shape, -1)
         weight = self.head.weight[:self.config.vocab_size]
@@ -305,11 +312,42 @@ class GPT(nn.Module):
         """Training FLOPs a token, 6 a weight plus attention's 6 * depth * width * T (causal: half of 12)."""
         return 6 * self.matmul_parameters() + 6 * self.config.depth * self.config.width * T
 
-    def new_cache(self, B, T):
-        c = self.config
-        device, D = self.embed.weight.device, c.width // c.heads
-        layers = [LayerCache(B, T, c.kv_heads, D, device, self.compute_dtype) for _ in self.blocks]
-        return Cache(layers, B, T, self.reach, device)
+    def new_kv_cache(self, slots, length):
+        """An empty KVCache for this many sequences of up to `length` tokens each."""
+        c, device = self.config, self.embed.weight.device
+        head_dim = c.width // c.heads
+        shape = slots, length, c.kv_heads, head_dim
+        layers = [LayerCache(*shape, device, self.compute_dtype) for _ in self.blocks]
+        return LookupCache(layers, slots, length, self.reach, device)
+
+    def prefill(self, idx, kv_cache, slots, lengths):
+        """Read prompts into slots of the cache, all positions at once.
+
+        idx (n, T): prompts of these lengths, padded at the end. slots, lengths: lists of n ints.
+        Returns float32 logits (n, V) at each prompt's last token. The caller advances the slots.
+        """
+        x, tokens = self.features(idx, kv_cache, slots)
+        last = torch.arange(len(lengths)), torch.tensor(lengths) - 1  # of each prompt
+        return self.logits(x[last], tokens[last])
+
+    def decode(self, idx, kv_cache):
+        """One token more in every slot: idx (S, 1) -> float32 logits (S, V).
+
+        The caller advances the slots that are not idle.
+        """
+        x, tokens = self.features(idx, kv_cache)
+        return self.logits(x[:, 0], tokens[:, 0])
+
+    def cast_for_inference(self, dtype):
+        """Compute in dtype from now on, and cast the matrices of blocks and head to it once.
+
+        The forward pass would cast them each time, to the same values. Embeddings and other tables,
+        scalars and the gate stay float32. Not for training: the float32 weights are gone.
+        """
+        self.compute_dtype = dtype
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight.data = module.weight.data.to(dtype)
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):

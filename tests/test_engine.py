@@ -1,21 +1,31 @@
-"""Generation: cached equals recomputed, alone equals in a batch, the tool runs inside, and nothing control-like is shown."""
+"""Generation: cached equals recomputed, alone equals among others, the tool runs inside, and
+nothing that looks like a control token is shown."""
 import pytest
 import torch
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, sample
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train_from_iterator(["the cat sat on the mat, 12*7 is 84, and the dog ran. " * 20], 290)
+    texts = ["the cat sat on the mat, 12*7 is 84, and the dog ran. " * 20]
+    return Tokenizer.train_from_iterator(texts, 290)
 
 
-def make_model(tokenizer, kv_heads=None, T=48):
+def make_model(tokenizer, kv_heads=4, T=48):
     torch.manual_seed(1)
-    config = GPTConfig(depth=2, width=64, heads=4, kv_heads=kv_heads or 4, vocab_size=tokenizer.get_vocab_size(), max_seq_len=T)
+    config = GPTConfig(
+        depth=2,
+        width=64,
+        heads=4,
+        kv_heads=kv_heads,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_seq_len=T,
+    )
     model = GPT(config)
     model.init_weights()
     for p in model.parameters():  # zero-initialised projections would make every model the same
@@ -28,8 +38,11 @@ def engine(tokenizer):
     return Engine(make_model(tokenizer), tokenizer)
 
 
+# ------------------------------------------------------------------------------------------------
+# prefill and decode
+
 def recomputed(model, prompt, count):
-    """Greedy decoding without a cache, the slow twin."""
+    """Greedy decoding without a KV cache, the reference implementation."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -39,28 +52,169 @@ def recomputed(model, prompt, count):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_cached_greedy_decoding_equals_recomputing(tokenizer, kv_heads):
     model = make_model(tokenizer, kv_heads)
+    engine = Engine(model, tokenizer)
     with torch.no_grad():
         for prompt in ([5], [5, 9, 70], list(range(20, 40))):
-            (fast,) = Engine(model, tokenizer).generate_batch([prompt], max_new_tokens=12, temperature=0)
+            (fast,) = engine.generate_batch([prompt], max_new_tokens=12, temperature=0)
             assert fast == recomputed(model, prompt, len(fast))
 
 
-def test_trap_33_a_request_alone_and_in_a_ragged_batch_agree(engine):
-    prompts = [[5], [5, 9, 70, 33, 12], list(range(20, 40)), [7, 7]]
-    together = engine.generate_batch(prompts, max_new_tokens=16, temperature=1.0, top_k=20, seed=3)
-    for prompt, ids in zip(prompts, together):
-        assert engine.generate_batch([prompt], max_new_tokens=16, temperature=1.0, top_k=20, seed=3) == [ids]
+PROMPTS = [[5], [5, 9, 70, 33, 12], list(range(20, 40)), [7, 7]]
+SAMPLING = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 20, "seed": 3}
 
 
-def test_trap_34_generation_ends_with_the_context(engine):
+def test_a_request_alone_and_in_a_ragged_batch_give_the_same_tokens(engine):
+    """docs/traps.md: shared-rng"""
+    together = engine.generate_batch(PROMPTS, **SAMPLING)
+    for prompt, ids in zip(PROMPTS, together):
+        assert engine.generate_batch([prompt], **SAMPLING) == [ids]
+
+
+def run(engine, *sequences):
+    """Take steps until the sequences are finished."""
+    while any(sequence.status != "finished" for sequence in sequences):
+        assert engine.step()
+
+
+def alone(engine, prompt, **options):
+    """The tokens of a prompt in an engine of its own, the reference implementation."""
+    (ids,) = Engine(engine.model, engine.tokenizer).generate_batch([prompt], **options)
+    return ids
+
+
+def test_a_sequence_admitted_while_others_run_takes_a_free_slot_and_gets_the_same_tokens(engine):
+    short = engine.new_sequence([5], max_new_tokens=2, temperature=0)
+    long = engine.new_sequence(list(range(20, 40)), max_new_tokens=20, temperature=0)
+    late = engine.new_sequence([5, 9, 70], max_new_tokens=9, seed=4)
+    engine.admit(short)
+    engine.admit(long)
+    while short.status != "finished":
+        engine.step()
+    freed, cache = engine.kv_cache.lengths.index(0), engine.kv_cache
+
+    engine.admit(late)
+    engine.step()
+    assert (late.status, late.slot, late.tokens) == ("running", freed, late.tokens[:1])
+    assert engine.kv_cache is cache and long.status == "running"
+    run(engine, long, late)
+    assert short.tokens == alone(engine, [5], max_new_tokens=2, temperature=0)
+    assert late.tokens == alone(engine, [5, 9, 70], max_new_tokens=9, seed=4)
+    assert long.tokens == alone(engine, long.prompt, max_new_tokens=20, temperature=0)
+    assert engine.kv_cache is None and engine.running == {}
+
+
+def test_a_sequence_that_no_free_slot_can_hold_waits_for_the_next_cache(engine):
+    first = engine.new_sequence([5], max_new_tokens=5, temperature=0)
+    engine.admit(first)
+    engine.step()
+    no_slot = engine.new_sequence([9], max_new_tokens=2, temperature=0)
+    engine.admit(no_slot)
+    too_long = engine.new_sequence([7, 7], max_new_tokens=30, temperature=0)
+    engine.admit(too_long)
+    engine.step()
+    assert (no_slot.status, too_long.status) == ("waiting", "waiting")
+    run(engine, first)
+    engine.step()
+    assert "waiting" not in (no_slot.status, too_long.status)
+    run(engine, no_slot, too_long)
+    for sequence in (first, no_slot, too_long):
+        options = {"max_new_tokens": sequence.max_new_tokens, "temperature": 0}
+        assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
+@pytest.mark.parametrize("turns", [(0, 1), (0, 0, 1), (0, 1, 1, 1)])
+def test_two_interleaved_streams_are_both_right(engine, turns):
+    """Whichever stream takes the steps: read in turns, or one faster than the other."""
+    asked = [("the cat", {"seed": 5, "max_new_tokens": 12}), ([7, 7, 9], {"temperature": 0})]
+    wanted = [engine.generate(prompt, **options) for prompt, options in asked]
+    streams = [engine.stream(prompt, **options) for prompt, options in asked]
+    readers, texts, turn = [iter(stream) for stream in streams], ["", ""], 0
+    while None in (streams[0].finish_reason, streams[1].finish_reason):
+        who = turns[turn % len(turns)]
+        texts[who] += next(readers[who], "")
+        turn += 1
+    assert texts == wanted
+    assert not engine.running and not engine.waiting
+
+
+def test_streams_admitted_together_share_the_steps(engine):
+    sequences = [engine.new_sequence(prompt, **SAMPLING) for prompt in PROMPTS]
+    for sequence in sequences:
+        engine.admit(sequence)
+    assert engine.step() == sequences
+    assert [len(sequence.tokens) for sequence in sequences] == [1] * 4
+    run(engine, *sequences)
+    assert [sequence.tokens for sequence in sequences] == engine.generate_batch(PROMPTS, **SAMPLING)
+
+
+def test_whoever_leaves_early_frees_the_slot(engine):
+    """docs/traps.md: server-slots-and-leaks"""
+    for _ in engine.stream("the cat", max_new_tokens=20):
+        assert len(engine.running) == 1
+        break
+    assert not engine.running and engine.kv_cache is None
+    waiting = engine.new_sequence([5])
+    engine.admit(waiting)
+    engine.retire(waiting)
+    engine.retire(waiting)
+    assert not engine.waiting and engine.step() == [] and waiting.finish_reason is None
+
+
+def test_a_step_that_fails_can_be_repeated(engine, monkeypatch):
+    """No memory or Ctrl+C in the middle of a step costs nobody a token."""
+    sequences = [engine.new_sequence(prompt, **SAMPLING) for prompt in PROMPTS]
+    for sequence in sequences:
+        engine.admit(sequence)
+    calls = []
+
+    def fails_at_times(*arguments):
+        calls.append(1)
+        if len(calls) % 3 == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    monkeypatch.setattr("nanochat.engine.sample", fails_at_times)
+    while any(sequence.status != "finished" for sequence in sequences):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            pass
+    monkeypatch.undo()
+    assert [sequence.tokens for sequence in sequences] == engine.generate_batch(PROMPTS, **SAMPLING)
+
+
+def test_the_forward_pass_never_asks_the_device_for_a_number(tokenizer, monkeypatch):
+    """int(tensor) waits for the device; in attention that would be once per layer and token."""
+    model = make_model(tokenizer)
+    kv_cache = model.new_kv_cache(3, 16)
+
+    def synchronises(*_):
+        pytest.fail("the forward pass synchronises with the device")
+
+    with torch.inference_mode(), monkeypatch.context() as patch:
+        for name in ("__int__", "__index__", "__bool__", "item", "tolist", "cpu"):
+            patch.setattr(torch.Tensor, name, synchronises)
+        model.prefill(torch.tensor([[5, 6], [7, 0]]), kv_cache, [0, 2], [2, 1])
+        kv_cache.advance([0, 2], [2, 1])
+        model.decode(torch.tensor([[8], [0], [9]]), kv_cache)
+    assert kv_cache.lengths == [2, 0, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# bounds
+
+def test_generation_ends_with_the_context(engine):
+    """docs/traps.md: kv-cache-bounds"""
     prompt = [9] * 40
     stream = engine.stream(prompt, max_new_tokens=100)
     assert stream.finish_reason is None
     list(stream)
-    assert stream.finish_reason in ("length", "stop") and 40 + stream.completion_tokens <= engine.max_seq_len
+    assert stream.finish_reason in ("length", "stop")
+    assert 40 + stream.completion_tokens <= engine.max_seq_len
 
 
-def test_trap_34_prompts_of_one_token_of_none_and_of_too_many(engine):
+def test_prompts_of_one_token_of_none_and_of_too_many(engine):
+    """docs/traps.md: kv-cache-bounds"""
     assert isinstance(engine.generate([5], max_new_tokens=3), str)
     for bad in ("", [], [5] * 48):
         with pytest.raises(UserError):
@@ -68,8 +222,12 @@ def test_trap_34_prompts_of_one_token_of_none_and_of_too_many(engine):
 
 
 def test_stream_pieces_join_to_what_generate_returns(engine):
-    assert "".join(engine.stream("the cat", max_new_tokens=20, seed=5)) == engine.generate("the cat", max_new_tokens=20, seed=5)
+    pieces = list(engine.stream("the cat", max_new_tokens=20, seed=5))
+    assert "".join(pieces) == engine.generate("the cat", max_new_tokens=20, seed=5)
 
+
+# ------------------------------------------------------------------------------------------------
+# sampling
 
 def test_sampling_at_temperature_zero_is_greedy_and_top_k_bounds_it():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.9])
@@ -79,25 +237,43 @@ def test_sampling_at_temperature_zero_is_greedy_and_top_k_bounds_it():
     assert sample(logits, 1.0, 0, generator) in range(4)
 
 
+def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engine):
+    logits, generator = torch.randn(50) * 5, torch.Generator().manual_seed(1)
+    assert sample(logits, 1e-40, 50, generator) == int(logits.argmax())
+    for wrong in (
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+    ):
+        with pytest.raises(UserError, match="must not be negative"):
+            engine.generate("abc", **wrong)
+
+
+# ------------------------------------------------------------------------------------------------
+# the tool, and what is shown
+
 class Scripted:
     """Stands for a model: says a fixed list of tokens, whatever it reads."""
 
     def __init__(self, tokenizer, script):
         self.config = GPTConfig(max_seq_len=64)
         self.embed = torch.nn.Embedding(1, 1)
-        self.V, self.script, self.fed = tokenizer.get_vocab_size(), script, []
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.script = iter(script)
 
-    def new_cache(self, B, T):
-        return type("Cache", (), {"lengths": torch.zeros(B, dtype=torch.long)})()
+    def new_kv_cache(self, slots, length):
+        return KVCache([LayerCache(slots, length, 1, 1, "cpu", torch.float32)], slots, "cpu")
 
-    def features(self, idx, cache):
-        self.fed += idx[0].tolist()
-        return torch.zeros(*idx.shape, 1), torch.zeros(*idx.shape, 1)
+    def prefill(self, idx, kv_cache, slots, lengths):
+        return self.next_logits()
 
-    def logits(self, x, tokens):
-        said = len(self.fed) - self.prompt_length
-        logits = torch.zeros(1, self.V)
-        logits[0, self.script[said] if said < len(self.script) else 0] = 9.0
+    def decode(self, idx, kv_cache):
+        return self.next_logits()
+
+    def next_logits(self):
+        logits = torch.zeros(1, self.vocab_size)
+        logits[0, next(self.script, 0)] = 9.0
         return logits
 
 
@@ -106,51 +282,50 @@ def scripted_run(tokenizer, expression):
     call = [special("<|python_start|>"), *text(expression), special("<|python_end|>")]
     reply = [special("<|output_start|>"), *text("84"), special("<|output_end|>")]
     # what it wants to say during the reply does not count
-    script = call + [0] * len(reply) + text("It is 84.") + [special("<|assistant_end|>")]
-    model = Scripted(tokenizer, script)
-    prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": "12*7"}]})
-    model.prompt_length = len(prompt)
-    return Engine(model, tokenizer), prompt, call + reply
+    end = special("<|assistant_end|>")
+    script = call + [0] * len(reply) + text("It is 84.") + [end]
+    messages = [{"role": "user", "content": "12*7"}]
+    prompt = tokenizer.render_for_completion({"messages": messages})
+    return Engine(Scripted(tokenizer, script), tokenizer), prompt, call + reply
 
 
 def test_the_tool_runs_inside_and_its_reply_is_forced(tokenizer):
     engine, prompt, start = scripted_run(tokenizer, "12*7")
     (ids,) = engine.generate_batch([prompt], max_new_tokens=40, temperature=0)
     assert ids[:len(start)] == start
-    assert [part["text"] for part in tokenizer.parse_completion(ids)] == ["12*7", "84", "It is 84."]
+    parts = tokenizer.parse_completion(ids)
+    assert [part["text"] for part in parts] == ["12*7", "84", "It is 84."]
 
 
-def test_trap_37_control_tokens_are_not_printed_but_tool_calls_are_readable(tokenizer):
+def test_control_tokens_are_not_printed_but_tool_calls_are_readable(tokenizer):
+    """docs/traps.md: control-tokens"""
     engine, prompt, _ = scripted_run(tokenizer, "12*7")
-    assert engine.generate(prompt, max_new_tokens=40, temperature=0) == "`12*7` → 84\nIt is 84."
+    text = engine.generate(prompt, max_new_tokens=40, temperature=0)
+    assert text == "`12*7` → 84\nIt is 84."
 
 
-def scripted(tokenizer, script, prompt_length):
-    model = Scripted(tokenizer, script)
-    model.prompt_length = prompt_length
-    return Engine(model, tokenizer)
+def scripted(tokenizer, script):
+    return Engine(Scripted(tokenizer, script), tokenizer)
 
 
-def test_trap_37_no_control_token_is_printed_wherever_it_comes(tokenizer):
+def test_no_control_token_is_printed_wherever_it_comes(tokenizer):
+    """docs/traps.md: control-tokens"""
     names = [name for name in SPECIAL_TOKENS if name not in ("<|bos|>", "<|assistant_end|>")]
-    script = [i for name in names for i in (tokenizer.encode_special(name), *tokenizer.encode("at"))]
-    text = scripted(tokenizer, script, 1).generate([5], max_new_tokens=len(script), temperature=0)
+    script = []
+    for name in names:
+        script += [tokenizer.encode_special(name), *tokenizer.encode("at")]
+    engine = scripted(tokenizer, script)
+    text = engine.generate([5], max_new_tokens=len(script), temperature=0)
     assert text.count("at") == len(names)
     assert "<|" not in text and "|>" not in text
 
 
-def test_trap_34_a_model_that_never_stops_is_stopped_at_the_context(tokenizer):
-    engine = scripted(tokenizer, [5] * 99, 40)
-    stream = engine.stream([9] * 40, max_new_tokens=100, temperature=0)
+def test_a_model_that_never_stops_is_stopped_at_the_context(tokenizer):
+    """docs/traps.md: kv-cache-bounds"""
+    prompt, script = [9] * 40, [5] * 99
+    stream = scripted(tokenizer, script).stream(prompt, max_new_tokens=100, temperature=0)
     assert "".join(stream) == tokenizer.decode([5] * 24)
-    assert (stream.finish_reason, stream.prompt_tokens, stream.completion_tokens) == ("length", 40, 24)
-    stream = scripted(tokenizer, [5] * 99, 40).stream([9] * 40, max_new_tokens=7, temperature=0)
+    counts = stream.prompt_tokens, stream.completion_tokens
+    assert (stream.finish_reason, *counts) == ("length", 40, 24)
+    stream = scripted(tokenizer, script).stream(prompt, max_new_tokens=7, temperature=0)
     assert len("".join(stream)) == 7 and stream.finish_reason == "length"
-
-
-def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engine):
-    logits, generator = torch.randn(50) * 5, torch.Generator().manual_seed(1)
-    assert sample(logits, 1e-40, 50, generator) == int(logits.argmax())
-    for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"max_new_tokens": 0}):
-        with pytest.raises(UserError, match="must not be negative"):
-            engine.generate("abc", **wrong)

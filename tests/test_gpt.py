@@ -142,9 +142,11 @@ def test_grouped_query_attention_equals_repeated_heads():
 def test_cached_reading_in_pieces_equals_the_whole():
     model = make_model(kv_heads=2).eval()
     idx = torch.randint(97, (2, 20))
-    cache = model.new_cache(2, 32)
+    cache, pieces = model.new_kv_cache(2, 32), []
     with torch.no_grad():
-        pieces = [model(part, cache=cache) for part in idx.split([7, 1, 1, 11], dim=1)]
+        for part in idx.split([7, 1, 1, 11], dim=1):
+            pieces.append(model(part, kv_cache=cache))
+            cache.advance([0, 1], [part.size(1)] * 2)
         torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-5)
     assert cache.nbytes == 2 * 2 * (2 * 32 * 2 * 16) * 4  # layers x (k, v) x B S G D x bytes
 
@@ -187,6 +189,19 @@ def test_trap_13_padded_vocabulary_rows_are_never_predicted_and_get_no_gradient(
     assert model.head.weight.size(0) == 128 and model(torch.randint(97, (1, 4))).size(-1) == 97
     model(torch.randint(97, (2, 8)), torch.randint(97, (2, 8))).backward()
     assert model.head.weight.grad[97:].abs().sum() == 0
+
+
+def test_casting_the_matrices_once_changes_no_bit():
+    idx, targets = torch.randint(97, (2, 32)), torch.randint(97, (2, 32))
+    for dtype in (torch.float32, torch.bfloat16):
+        cast_each_time, cast_once = make_model().eval(), make_model().eval()
+        cast_each_time.compute_dtype = dtype
+        cast_once.cast_for_inference(dtype)
+        dtypes = {p.dtype for name, p in cast_once.named_parameters() if name.startswith(("head", "blocks.")) and p.ndim == 2}
+        assert dtypes == {dtype} and cast_once.embed.weight.dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(cast_once(idx), cast_each_time(idx))
+            assert torch.equal(cast_once(idx, targets, reduction="none"), cast_each_time(idx, targets, reduction="none"))
 
 
 def test_bfloat16_compute_is_near_float32_and_too_long_a_row_is_refused():

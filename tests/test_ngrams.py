@@ -132,8 +132,10 @@ def test_the_mixture_is_a_distribution_and_the_loss_is_its_logarithm(ids):
 
 def test_decoding_one_by_one_gives_the_logits_of_the_whole_row(ids):
     model, idx = make_model(ids).eval(), ids[:24].view(2, 12)
-    cache = model.new_cache(2, 16)
-    pieces = [model(part, cache=cache) for part in idx.split([5, 1, 1, 5], dim=1)]
+    cache, pieces = model.new_kv_cache(2, 16), []
+    for part in idx.split([5, 1, 1, 5], dim=1):
+        pieces.append(model(part, kv_cache=cache))
+        cache.advance([0, 1], [part.size(1)] * 2)
     torch.testing.assert_close(torch.cat(pieces, 1), model(idx), atol=1e-5, rtol=1e-5)
 
 
