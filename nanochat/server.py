@@ -1,10 +1,11 @@
 """
 An OpenAI-compatible chat server around one engine, and the page that talks to it.
 
-One thread owns the model and answers one request after the other, in the order in which they came. The event loop
-never waits for the model, so /health answers at once and a client that leaves is noticed: its request ends at the
-next token, or never starts if it was still waiting. Pieces travel from the thread to the loop through a queue that the
-length of an answer bounds. Neither questions nor answers are written to any log.
+One thread owns the model and answers one request after the other, in the order in which they came.
+The event loop never waits for the model, so /health answers at once and a client that leaves is
+noticed: its sequence is retired after the next step, or never admitted if it was still waiting.
+Pieces of text travel from the thread to the loop through a queue that the length of an answer
+bounds. Neither questions nor answers are written to any log.
 """
 import asyncio
 import base64
@@ -29,9 +30,20 @@ from nanochat.conversation import fit_conversation
 
 MAX_BODY_BYTES = 1_000_000
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# fields that would change the answer in a way this server cannot, with the values that ask for nothing
-UNSUPPORTED = {"n": (1,), "top_p": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,),
-               "logit_bias": ({},), "stop": ([],), "tools": ([],), "response_format": ({"type": "text"},)}
+
+# Fields that would change the answer in a way this server cannot, with the values that ask for
+# nothing.
+UNSUPPORTED = {
+    "n": (1,),
+    "top_p": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "stop": ([],),
+    "tools": ([],),
+    "response_format": ({"type": "text"},),
+}
 
 
 class ApiError(Exception):
@@ -45,17 +57,27 @@ class ApiError(Exception):
 def error_body(error):
     """Any exception in OpenAI's shape. Only messages meant for users are shown."""
     known = isinstance(error, (ApiError, UserError))
-    return {"error": {"message": str(error) if known else "the model failed; the server's log says why",
-                      "type": "invalid_request_error" if known else "server_error",
-                      "param": getattr(error, "param", None), "code": getattr(error, "code", None)}}
+    message = str(error) if known else "the model failed; the server's log says why"
+    return {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error" if known else "server_error",
+            "param": getattr(error, "param", None),
+            "code": getattr(error, "code", None),
+        }
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # reading a request
 
 async def read_json(request):
-    """The body as a dict. JSON must be declared: a foreign page cannot do that without asking, and is never allowed."""
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+    """The body as a dict.
+
+    JSON must be declared: a foreign page cannot do that without asking, and is never allowed.
+    """
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type != "application/json":
         raise ApiError(400, "send the header Content-Type: application/json")
     body = b""
     async for part in request.stream():
@@ -72,64 +94,86 @@ async def read_json(request):
 
 
 def read_messages(fields):
-    """The conversation as the tokenizer wants it: role and plain text, the last message the user's."""
+    """The messages, each a role and plain text, the last one the user's. ApiError for any other."""
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
     conversation = []
     for i, message in enumerate(messages):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        message = message if isinstance(message, dict) else {}
+        role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            raise ApiError(400, f"messages[{i}].role must be one of {', '.join(ROLES)}", "messages")
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text"
-                                             and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise ApiError(400, f"messages[{i}].content must be text or a list of text parts", "messages")
-        conversation.append({"role": ROLES[role], "content": content})
+            problem = f"messages[{i}].role must be one of {', '.join(ROLES)}"
+            raise ApiError(400, problem, "messages")
+        text = join_text_parts(message.get("content"))
+        if text is None:
+            problem = f"messages[{i}].content must be text or a list of text parts"
+            raise ApiError(400, problem, "messages")
+        conversation.append({"role": ROLES[role], "content": text})
     if conversation[-1]["role"] != "user":
         raise ApiError(400, "the last message must be the user's", "messages")
     return conversation
 
 
+def join_text_parts(content):
+    """Content as one text: a string, or OpenAI's text parts joined; None for anything else."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            return None
+        texts.append(part.get("text"))
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
 def read_number(fields, name, default, low, high, kinds=(int,)):
-    """The number in a field, or `default` where it is absent. NaN and booleans are not numbers here."""
+    """The number in a field, or `default` where it is absent. NaN and booleans are no numbers."""
     value = fields.get(name)
     if value is None:
         return default
     if type(value) not in kinds or not low <= value <= high:
-        raise ApiError(400, f"{name} must be a {'' if float in kinds else 'whole '}number from {low} to {high}", name)
+        kind = "number" if float in kinds else "whole number"
+        raise ApiError(400, f"{name} must be a {kind} from {low} to {high}", name)
     return value
 
 
 def read_typed(fields, name, default):
     """The value of a field, which must have the type of its default."""
     value = fields.get(name)
-    if value is not None and type(value) is not type(default):
-        raise ApiError(400, f"{name} must be {'true or false' if type(default) is bool else 'an object'}", name)
-    return default if value is None else value
+    if value is None:
+        return default
+    if type(value) is not type(default):
+        kind = "true or false" if type(default) is bool else "an object"
+        raise ApiError(400, f"{name} must be {kind}", name)
+    return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # making an answer
 
 class Generation:
     """One answer: made on the model's thread by `start() -> Stream`, read on the event loop."""
 
     def __init__(self, start):
-        self.start, self.stream, self.error = start, None, None
+        self.start = start
+        self.stream = None              # not before its turn has come
+        self.error = None               # what went wrong on the model's thread, if anything
         self.gone = threading.Event()   # the client has left
 
     async def pieces(self, worker, request):
-        """Yield the text piece by piece. Afterwards `error` is what went wrong on the model's thread, if anything."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        """Yield the text piece by piece. `error` is set afterwards."""
+        loop = asyncio.get_running_loop()
+        queue = asyncio.Queue()
 
         def produce():
-            if self.gone.is_set():      # it left while waiting for its turn
+            if self.gone.is_set():      # the client left while waiting for its turn
                 return
             self.stream = self.start()
             for piece in self.stream:
-                if self.gone.is_set():
+                if self.gone.is_set():  # leaving the loop retires the sequence
                     return
                 loop.call_soon_threadsafe(queue.put_nowait, piece)
 
@@ -140,7 +184,8 @@ class Generation:
 
         watcher = asyncio.create_task(watch())
         answer = loop.run_in_executor(worker, produce)
-        answer.add_done_callback(lambda _: queue.put_nowait(None))   # after the last piece: the loop keeps order
+        # None comes after the last piece: the loop keeps the order of its callbacks.
+        answer.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (piece := await queue.get()) is not None:
                 yield piece
@@ -149,9 +194,19 @@ class Generation:
             self.gone.set()
             watcher.cancel()
 
+    @property
+    def finish_reason(self):
+        """None for an answer that was not finished, or not even begun."""
+        return self.stream.finish_reason if self.stream else None
+
     def usage(self):
-        prompt, completion = self.stream.prompt_tokens, self.stream.completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        prompt = self.stream.prompt_tokens
+        completion = self.stream.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
 
 
 async def events(generation, pieces, head, with_usage):
@@ -160,7 +215,8 @@ async def events(generation, pieces, head, with_usage):
         return f"data: {json.dumps(fields)}\n\n"
 
     def chunk(delta, finish_reason=None):
-        return event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return event({**head, "choices": [choice]})
 
     yield chunk({"role": "assistant", "content": ""})
     async for piece in pieces:
@@ -168,30 +224,47 @@ async def events(generation, pieces, head, with_usage):
             yield chunk({"content": piece})
     if generation.error:
         if not isinstance(generation.error, UserError):
-            logging.getLogger("uvicorn.error").error("generation failed", exc_info=generation.error)
+            log = logging.getLogger("uvicorn.error")
+            log.error("generation failed", exc_info=generation.error)
         yield event(error_body(generation.error))
-    elif generation.stream and generation.stream.finish_reason:
-        yield chunk({}, generation.stream.finish_reason)
+    elif generation.finish_reason:
+        yield chunk({}, generation.finish_reason)
         if with_usage:
             yield event({**head, "choices": [], "usage": generation.usage()})
         yield "data: [DONE]\n\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the application
 
 def load_page():
-    """The page and its headers. Its policy names the one script and the one style by hash: nothing else ever runs."""
+    """The page and its headers.
+
+    Its policy names the one script and the one style by their hashes: nothing else ever runs.
+    """
     page = (Path(__file__).parent / "ui.html").read_text(encoding="utf-8")
 
     def hashed(tag):
         text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"
+        digest = hashlib.sha256(text.encode("utf-8")).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
 
-    policy = (f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; "
-              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    return page, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-                  "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    policy = (
+        "default-src 'none'",
+        f"script-src {hashed('script')}",
+        f"style-src {hashed('style')}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    return page, {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
 
 
 def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tokens=256):
@@ -216,8 +289,10 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request, error):
-        message = f"{request.method} is not possible here" if error.status_code == 405 else "there is nothing here"
-        return JSONResponse(error_body(ApiError(error.status_code, message)), error.status_code, error.headers)
+        status, message = error.status_code, "there is nothing here"
+        if status == 405:
+            message = f"{request.method} is not possible here"
+        return JSONResponse(error_body(ApiError(status, message)), status, error.headers)
 
     @app.get("/")
     async def index():
@@ -229,50 +304,92 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
 
     @app.get("/v1/models")
     async def models():
-        return {"object": "list", "data": [{"id": model_name, "object": "model", "created": created,
-                                            "owned_by": "nanochat"}]}
+        model = {
+            "id": model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "nanochat",
+        }
+        return {"object": "list", "data": [model]}
+
+    def check_supported(fields):
+        """ApiError for another model, and for a field that this server cannot honour."""
+        if fields.get("model") not in (None, model_name):
+            problem = f"this server has one model, {model_name}"
+            raise ApiError(404, problem, "model", "model_not_found")
+        for name, harmless in UNSUPPORTED.items():
+            value = fields.get(name)
+            if value is not None and value not in harmless:
+                problem = f"{name} is not supported here"
+                raise ApiError(400, problem, name, "unsupported_parameter")
+
+    def read_options(fields):
+        """The options of a Sequence. ApiError for a number outside of its range."""
+        limit = read_number(fields, "max_tokens", min(max_tokens, context), 1, context)
+        limit = read_number(fields, "max_completion_tokens", limit, 1, context)
+        number = int, float
+        some_seed = random.getrandbits(31)
+        return {
+            "temperature": read_number(fields, "temperature", temperature, 0, 2, number),
+            "top_k": read_number(fields, "top_k", min(top_k, vocab_size), 1, vocab_size),
+            "seed": read_number(fields, "seed", some_seed, -2**63, 2**63 - 1),
+            "max_new_tokens": limit,
+        }
 
     def read_prompt(fields, room):
-        """The conversation as ids, its oldest turns dropped where that leaves `room` for an answer."""
+        """The conversation as ids, the oldest turns dropped to leave `room` for an answer."""
         messages = fit_conversation(tokenizer, read_messages(fields), context - room)
         ids = tokenizer.render_for_completion({"messages": messages})
         if len(ids) >= context:
-            raise ApiError(400, f"the question takes {len(ids)} tokens, the model reads {context - 1}: shorten it",
-                           "messages", "context_length_exceeded")
+            problem = (
+                f"the question takes {len(ids)} tokens, the model reads {context - 1}: shorten it"
+            )
+            raise ApiError(400, problem, "messages", "context_length_exceeded")
         return ids
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request):
+        # 1. read and check the request
         fields = await read_json(request)
-        if fields.get("model") not in (None, model_name):
-            raise ApiError(404, f"this server has one model, {model_name}", "model", "model_not_found")
-        for name, harmless in UNSUPPORTED.items():
-            if fields.get(name) is not None and fields[name] not in harmless:
-                raise ApiError(400, f"{name} is not supported here", name, "unsupported_parameter")
-        limit = read_number(fields, "max_tokens", min(max_tokens, context), 1, context)
-        limit = read_number(fields, "max_completion_tokens", limit, 1, context)
-        options = {"temperature": read_number(fields, "temperature", temperature, 0, 2, (int, float)),
-                   "top_k": read_number(fields, "top_k", min(top_k, vocab_size), 1, vocab_size),
-                   "seed": read_number(fields, "seed", random.getrandbits(31), -2**63, 2**63 - 1)}
-        stream = read_typed(fields, "stream", False)
+        check_supported(fields)
+        options = read_options(fields)
+        streaming = read_typed(fields, "stream", False)
         stream_options = read_typed(fields, "stream_options", {})
-        ids = await asyncio.to_thread(read_prompt, fields, min(limit, context // 2))
-        options["max_new_tokens"] = min(limit, context - len(ids))
+        room = min(options["max_new_tokens"], context // 2)
+        ids = await asyncio.to_thread(read_prompt, fields, room)
+        options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
 
+        # 2. generate on the model's thread, one request after the other
         generation = Generation(lambda: engine.stream(ids, **options))
         pieces = generation.pieces(worker, request)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
-        if stream:
+        head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model_name,
+        }
+
+        # 3. answer piece by piece ...
+        if streaming:
             head["object"] = "chat.completion.chunk"
-            return StreamingResponse(events(generation, pieces, head, stream_options.get("include_usage")),
-                                     media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            with_usage = stream_options.get("include_usage")
+            return StreamingResponse(
+                events(generation, pieces, head, with_usage),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
+            )
+
+        # ... or at once
         text = "".join([piece async for piece in pieces])
         if generation.error:
             raise generation.error
-        if generation.stream is None or generation.stream.finish_reason is None:
+        if generation.finish_reason is None:
             raise ClientDisconnect
-        message = {"index": 0, "message": {"role": "assistant", "content": text},
-                   "finish_reason": generation.stream.finish_reason}
-        return {**head, "object": "chat.completion", "choices": [message], "usage": generation.usage()}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": generation.finish_reason,
+        }
+        head["object"] = "chat.completion"
+        return {**head, "choices": [choice], "usage": generation.usage()}
 
     return app
