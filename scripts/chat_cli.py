@@ -1,11 +1,12 @@
 """
 Chat with a trained model in the terminal.
 
-    python -m scripts.chat_cli                              # a conversation: quit ends it, clear starts it afresh
-    python -m scripts.chat_cli -p "what is 12 * 34?"        # one answer
+    python -m scripts.chat_cli                          # a conversation
+    python -m scripts.chat_cli -p "what is 12 * 34?"    # one answer
     python -m scripts.chat_cli --source=mid --temperature=0
 
-Ctrl+C ends the answer under way; at the prompt it ends the program.
+In a conversation, quit ends it and clear starts a new one. Ctrl+C ends the current answer; at the
+prompt it ends the program.
 """
 import re
 
@@ -26,16 +27,28 @@ seed = 42                   # the same seed gives the same answers
 device_type = ""            # cuda, mps or cpu. Empty: cuda where there is one, else cpu
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")   # what a model writes must not steer the terminal
+# Control characters, which are removed: what a model writes must not steer the terminal.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def answer(engine, tokenizer, messages):
-    """Print the answer as it comes and return its text. Ctrl+C ends it early; UserError if the question is too long."""
+    """Print the answer as it comes and return its text.
+
+    Ctrl+C ends the answer early. UserError if the question is too long for the context.
+    """
+    # 1. the conversation as ids, its oldest turns dropped where there is no room for an answer
     room = min(max_tokens, engine.max_seq_len // 2)
     messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
     ids = tokenizer.render_for_completion({"messages": messages})
-    stream = engine.stream(ids, max_new_tokens=max_tokens, temperature=temperature, top_k=top_k,
-                           seed=seed + len(messages))   # else every turn of a conversation would draw alike
+
+    # 2. the answer, piece by piece
+    stream = engine.stream(
+        ids,
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed + len(messages),  # with one seed, every turn would sample alike
+    )
     text = ""
     try:
         for piece in stream:
@@ -43,7 +56,8 @@ def answer(engine, tokenizer, messages):
             text += piece
     except KeyboardInterrupt:
         print(" (stopped)", end="")
-    print(" (cut at max_tokens)" if stream.finish_reason == "length" else "", flush=True)
+    cut = stream.finish_reason == "length"
+    print(" (cut at max_tokens)" if cut else "", flush=True)
     return text
 
 
@@ -84,7 +98,7 @@ def main():
     once = [question(prompt)] if prompt is not None else None
     compute = compute_init(device_type, dtype)
     model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
-    model.compute_dtype = compute.dtype  # the checkpoint's may be another machine's
+    model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     engine = Engine(model, tokenizer)
     if once:
         answer(engine, tokenizer, once)

@@ -48,6 +48,7 @@ started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type)
 model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
+model.cast_for_inference(model.compute_dtype)
 engine = Engine(model, tokenizer)
 
 

@@ -4,8 +4,8 @@ Chat with a trained model in the browser.
     python -m scripts.chat_web                          # then open http://localhost:8000
     python -m scripts.chat_web --source=mid --port=8080
 
-The same address serves OpenAI's chat API under /v1. The server listens on this machine only; whoever sets
---host=0.0.0.0 lets everyone on the network talk to the model, as there is no password.
+The same address serves OpenAI's chat API under /v1. The server listens on this machine only;
+whoever sets --host=0.0.0.0 lets everyone on the network talk to the model, as there is no password.
 """
 import contextlib
 import socket
@@ -31,26 +31,43 @@ dtype = ""                  # float32 or bfloat16. Empty: what the hardware does
 
 
 def listen(host, port):
-    """A listening socket. Taken before the model is loaded, so that a port in use is known at once."""
+    """A listening socket. UserError where it cannot be had.
+
+    It is opened before the model is loaded, so that a port in use is known at once.
+    """
     try:
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host}, port {port} ({reason}): choose another with --port=N") from error
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({reason}): choose another with --port=N"
+        ) from error
 
 
 def main():
     check_sampling(temperature, top_k, max_tokens)
     with listen(host, port) as listener:
+        # 1. the model
         compute = compute_init(device_type, dtype)
-        model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
-        model.compute_dtype = compute.dtype  # the checkpoint's may be another machine's
-        app = create_app(Engine(model, tokenizer), tokenizer, f"nanochat-{source}", temperature, top_k, max_tokens)
-        shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
+        model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag, step)
+        model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
+        engine = Engine(model, tokenizer)
+
+        # 2. the application
+        name = f"nanochat-{source}"
+        app = create_app(engine, tokenizer, name, temperature, top_k, max_tokens)
+        local = host in ("127.0.0.1", "0.0.0.0", "::1", "::")
+        shown = "localhost" if local else host
         print0(f"open http://{shown}:{listener.getsockname()[1]} to chat; Ctrl+C ends the server")
-        # no access log; on Ctrl+C an answer under way has three seconds to end
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+
+        # 3. serve, without an access log; on Ctrl+C an unfinished answer has three seconds to end
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=3,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
     compute_cleanup()
