@@ -9,55 +9,92 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the remedy; the process prints only that and exits with 2."""
+    """Bad input. The message is one line that names the remedy; the process prints only that and
+    exits with 2."""
+
+
+# What ends a program with one line in place of a traceback, and its exit status
+EXIT_STATUS = {UserError: 2, OSError: 1, KeyboardInterrupt: 130}
+
+
+def _error_hook(kind, error, trace):
+    """An excepthook: one line on standard error for the exceptions in EXIT_STATUS."""
+    statuses = [status for known, status in EXIT_STATUS.items() if issubclass(kind, known)]
+    if not statuses:
+        sys.__excepthook__(kind, error, trace)
+        return
+    message = " ".join(str(error).split())
+    if kind is KeyboardInterrupt:
+        message = "interrupted"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # The interpreter takes the exit status from a SystemExit raised inside the hook.
+    raise SystemExit(statuses[0])
 
 
 def install_error_hook():
-    """From here on a UserError ends the process with one line and status 2, a full disk and Ctrl+C likewise (1 and 130)."""
-    def hook(kind, error, trace):
-        known = {UserError: 2, OSError: 1, KeyboardInterrupt: 130}
-        status = next((s for k, s in known.items() if issubclass(kind, k)), None)
-        if status is None:
-            sys.__excepthook__(kind, error, trace)
-            return
-        message = "interrupted" if kind is KeyboardInterrupt else " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(status)  # the interpreter takes the status from an exit raised inside the hook
-    sys.excepthook = hook
+    """Make a UserError end the process with one line and status 2.
+
+    A full disk (or another OSError) and Ctrl+C also end it with one line, and with 1 and 130.
+    """
+    sys.excepthook = _error_hook
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 def get_base_dir():
-    """The folder that holds everything a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created if missing."""
-    base = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser().absolute()
+    """The folder that holds everything a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
+    Created if missing."""
+    named = os.environ.get("NANOCHAT_BASE_DIR")
+    base = Path(named) if named else Path.home() / ".cache" / "nanochat"
+    base = base.expanduser().absolute()
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create {base} ({error.strerror}): set NANOCHAT_BASE_DIR to a folder you can write") from error
+        raise UserError(
+            f"cannot create {base} ({error.strerror}): "
+            "set NANOCHAT_BASE_DIR to a folder you can write"
+        ) from error
     return base
+
+
+def _fsync_folder(path):
+    """Make the names in a folder outlive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _give_usual_mode(path):
+    """Set the mode that open() would have given: mkstemp() makes files for their owner alone."""
+    umask = os.umask(0)  # the only way to read it is to set it
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A binary file that appears under `path` whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    """A binary file that appears under `path` whole or not at all.
+
+    In phases: write under a temporary name, fsync, rename, fsync of the folder. Where any of them
+    fails, what was at `path` before is still there and the temporary file is gone.
+    """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent,
+        prefix=path.name + ".",
+        suffix=".tmp",
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's file is for its owner alone
+        _give_usual_mode(temporary)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the new name outlives a power cut, too
-        finally:
-            os.close(folder)
+        _fsync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -65,17 +102,21 @@ def atomic_file(path):
 
 def atomic_write(path, data):
     """Write `data` (bytes or str) to `path`, whole or not at all."""
+    if isinstance(data, str):
+        data = data.encode("utf-8")
     with atomic_file(path) as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.write(data)
 
 
 def fraction(text):
-    """A number in [0, 1) that depends on nothing but `text`: whoever sorts or splits by it does so the same way for ever."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+    """A number in [0, 1) that depends on nothing but `text`, so that every sort or split by it is
+    the same on every machine and in every run."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def sha256(path):
-    """Hex digest of a file."""
+    """SHA-256 of the file at `path`, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -83,17 +124,23 @@ def sha256(path):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ranks and device
 
 Compute = namedtuple("Compute", "is_dist rank local_rank world_size device dtype")
 
 
 def get_dist_info():
-    """(is_dist, rank, local_rank, world_size) as torchrun's environment tells; (False, 0, 0, 1) without it."""
+    """(is_dist, rank, local_rank, world_size) from torchrun's environment variables.
+
+    (False, 0, 0, 1) for a process that torchrun did not start.
+    """
     if "RANK" not in os.environ:
         return False, 0, 0, 1
-    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    return True, rank, local_rank, world_size
 
 
 def print0(*args, **kwargs):
@@ -102,52 +149,101 @@ def print0(*args, **kwargs):
         print(*args, **{"flush": True, **kwargs})
 
 
-def compute_init(device_type="", dtype="", seed=42):
-    """Choose device and compute dtype, join the process group under torchrun, seed. Returns a Compute tuple.
+def choose_device_type(device_type):
+    """The type of the device to compute on: `device_type` itself, or for "" the best one here.
 
-    device_type: cuda, mps or cpu; empty is cuda where there is one, else cpu (mps on request: nobody has tried it).
-    dtype: float32 or bfloat16; empty lets the hardware decide.
+    UserError where the named type is not available, and where nothing was named and torch cannot
+    use the GPU that the machine has: the run would otherwise be a slow one, without a word why.
+    """
+    import torch
+    from nanochat.hardware import find_unseen_gpu
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device_type and not available.get(device_type):
+        choices = [name for name, is_available in available.items() if is_available]
+        raise UserError(f"device_type={device_type} is not available here: choose from {choices}")
+    if device_type:
+        return device_type
+    if available["cuda"]:
+        return "cuda"
+    problem = find_unseen_gpu()
+    if problem:
+        raise UserError(problem)
+    return "cpu"  # mps only on request: nobody has tried it
+
+
+def _set_up_threads(is_dist):
+    """Give this process its share of the CPUs."""
+    import torch
+    from nanochat.hardware import available_cpus, bind_workers
+    if is_dist:  # torchrun leaves one thread to each rank
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, available_cpus() // ranks_here))
+        return
+    if torch.get_num_threads() > available_cpus():  # OpenMP knows nothing of a cgroup's quota
+        torch.set_num_threads(available_cpus())
+    bind_workers()
+
+
+def _join_process_group(backend):
+    import torch.distributed as dist
+    # Some optimizers import this module. Imported after init_process_group, it keeps the group as
+    # a default argument: the group's threads then outlive compute_cleanup, and one that wants the
+    # interpreter while that ends aborts the process.
+    import torch.distributed.nn  # noqa: F401
+    dist.init_process_group(backend)
+
+
+def compute_init(device_type="", dtype="", seed=42):
+    """Choose device and compute dtype, join the process group under torchrun, seed torch.
+
+    device_type: cuda, mps or cpu; "" is cuda where there is one, else cpu.
+    dtype: float32 or bfloat16; "" lets the hardware decide.
+    Returns a Compute tuple. UserError for a device or dtype that is not to be had here.
     """
     import torch
     import torch.distributed as dist
-    from nanochat.hardware import bind_workers, preferred_dtype
+    from nanochat.hardware import preferred_dtype
     is_dist, rank, local_rank, world_size = get_dist_info()
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device_type = device_type or ("cuda" if available["cuda"] else "cpu")
-    if not available.get(device_type):
-        raise UserError(f"device_type={device_type} is not available here: choose from {[n for n in available if available[n]]}")
+
+    # 1) what to compute on, and in which dtype
+    device_type = choose_device_type(device_type)
     dtype = dtype or preferred_dtype(device_type)
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype} is not supported: choose float32 or bfloat16")
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+
+    # 2) the device's own settings
+    device = torch.device(device_type)
     if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if device_type == "cpu":
-        if is_dist:  # torchrun leaves one thread to a rank: share out all cores
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        else:
-            bind_workers()
+    elif device_type == "cpu":
+        _set_up_threads(is_dist)
+
+    # 3) the random state, and the other ranks
     torch.manual_seed(seed)
     if is_dist and not dist.is_initialized():
-        # Imported later (optimizers do it), this keeps the group as a default argument: the group's threads then outlive
-        # compute_cleanup, and one that wants the interpreter while that ends aborts the process.
-        import torch.distributed.nn
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        _join_process_group("nccl" if device_type == "cuda" else "gloo")
     return Compute(is_dist, rank, local_rank, world_size, device, getattr(torch, dtype))
 
 
 def compute_cleanup():
-    """Leave the process group, if one was joined. (Asks torch, not the environment.)"""
+    """Leave the process group, if this process has joined one."""
     import torch.distributed as dist
+    # Torch decides, not the environment: a script may end before it has joined.
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_reduce_max(*numbers):
-    """The largest of each number over all ranks, as a tuple or list of floats. Every rank must call it: it is a collective.
+    """The largest of each number over all ranks, as a tuple or list of floats.
 
-    Ranks that decide by such a number (has the time run out? was there a signal?) all decide alike.
+    This is a collective: every rank must call it. Ranks that decide by its result (has the time run
+    out? did a signal arrive?) all decide alike.
     """
     import torch
     import torch.distributed as dist

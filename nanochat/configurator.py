@@ -1,11 +1,12 @@
-"""Settings are the module-level variables at the head of a script; the command line and config files override them.
+"""Settings: module-level variables at the head of a script, overridden by the command line.
 
-    depth: int = None           # layers
+    depth: int = None           # layers; None: 20 on a GPU
     learning_rate = 0.02        # Muon's
     settings = configure(globals())
 
-`--learning_rate=0.01`, `--learning-rate 0.01`, `--flag` for booleans, and `config/my_machine.py` (bare assignments) all
-work; later wins. The idea of overriding globals in place is nanoGPT's configurator.
+The comment is the help text. `--learning_rate=0.01`, `--learning-rate 0.01`, `--flag` for booleans,
+and `config/my_machine.py` (a file of bare assignments) all work; a later word overrides an earlier
+one. The idea of overriding globals in place is nanoGPT's configurator.
 """
 import ast
 import difflib
@@ -16,36 +17,80 @@ from pathlib import Path
 from nanochat.common import UserError, install_error_hook
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+BOOLEANS = {"true": "True", "false": "False"}
+HELP = object()  # stands for --help among the names of settings
+
+
+# --------------------------------------------------------------------------------------------------
+# what a script declares
+
+def _comments(path):
+    """{line number: text} of all comments in a Python file."""
+    with open(path, "rb") as file:
+        return {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.tokenize(file.readline)
+            if token.type == tokenize.COMMENT
+        }
+
+
+def _is_configure_call(value):
+    return isinstance(value, ast.Call) and getattr(value.func, "id", "") == "configure"
+
+
+def _setting(node):
+    """(name, type) of a statement that declares a setting, None for any other.
+
+    `x: int = None` declares one, and so does `x = 3`: a lower-case name and a literal.
+    """
+    if isinstance(node, ast.AnnAssign):
+        return node.target.id, TYPES[node.annotation.id]
+    if not isinstance(node, ast.Assign):
+        return None
+    target = node.targets[0]
+    if not isinstance(target, ast.Name) or not target.id.islower():
+        return None
+    try:
+        return target.id, type(ast.literal_eval(node.value))
+    except ValueError:
+        return None
 
 
 def _declared(path):
-    """{name: (type, help)} of the simple assignments before the call of configure() in the script at `path`."""
-    with open(path, "rb") as file:
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT}
+    """{name: (type, help)} of the settings before the call of configure() in a script."""
+    comments = _comments(path)
     found = {}
     for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
-        value = getattr(node, "value", None)
-        if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "configure":
+        if _is_configure_call(getattr(node, "value", None)):
             break
-        if isinstance(node, ast.AnnAssign):
-            found[node.target.id] = (TYPES[node.annotation.id], comments.get(node.lineno, ""))
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
-            try:
-                found[node.targets[0].id] = (type(ast.literal_eval(value)), comments.get(node.lineno, ""))
-            except ValueError:
-                continue  # not a literal, so not a setting
+        setting = _setting(node)
+        if setting:
+            name, kind = setting
+            found[name] = (kind, comments.get(node.lineno, ""))
     return found
 
 
+# --------------------------------------------------------------------------------------------------
+# what the command line says
+
+def _literal(text):
+    """The Python literal in `text`, "true" and "false" in any case; else `text` itself."""
+    try:
+        return ast.literal_eval(BOOLEANS.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _convert(name, kind, value):
-    """`value` (text from the command line, or an object from a config file) as `kind`; UserError where it is not one."""
+    """`value` as `kind`; UserError where it is not one.
+
+    value: text from the command line, or an object from a config file. An int passes for a float,
+    0 and 1 pass for a bool, and None or "None" passes for anything.
+    """
     if value is None or value == "None":
         return None
     if isinstance(value, str) and kind is not str:
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-        except (ValueError, SyntaxError):
-            pass
+        value = _literal(value)
     if kind is float and type(value) is int:
         value = float(value)
     if kind is bool and type(value) is int and value in (0, 1):
@@ -55,76 +100,107 @@ def _convert(name, kind, value):
     return value
 
 
-def _print_help(doc, declared, settings):
+def _full_name(name, declared, aliases):
+    """The setting that `name` or `na-me` or an alias means; UserError for an unknown one."""
+    name = aliases.get(name, name).replace("-", "_")
+    if name in declared:
+        return name
+    near = difflib.get_close_matches(name, declared, n=1)
+    hint = f"; did you mean --{near[0]}?" if near else "; --help lists them all"
+    raise UserError(f"unknown setting --{name}{hint}")
+
+
+def _next_value(name, kind, words):
+    """The value of a setting that was given without "=": taken from the words that follow."""
+    if kind is bool:
+        explicit = words and words[0].lower() in BOOLEANS
+        return words.pop(0) if explicit else True
+    if not words:
+        raise UserError(f"--{name} needs a value")
+    return words.pop(0)
+
+
+def _read_config(path):
+    """[(name, value)] of a config file: bare assignments of literals, read and never executed."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not Python: {error}") from error
+
+    assignments = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # its docstring
+        try:
+            assignments.append((node.targets[0].id, ast.literal_eval(node.value)))
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"config file {path}, line {node.lineno}: "
+                            "only lines of the form name = value") from error
+    return assignments
+
+
+def _assignments(words, declared, aliases):
+    """Yield (name, value) for all that the command line sets, in order; (HELP, None) for --help.
+
+    Names are checked, values are not. `words` is emptied.
+    """
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            yield HELP, None
+        elif word == "--":  # torchrun passes it through
+            continue
+        elif word.startswith("-"):
+            name, given, value = word.lstrip("-").partition("=")
+            name = _full_name(name, declared, aliases)
+            if not given:
+                value = _next_value(name, declared[name][0], words)
+            yield name, value
+        elif Path(word).is_file():
+            for name, value in _read_config(word):
+                yield _full_name(name, declared, aliases), value
+        else:
+            raise UserError(f"config file '{word}' does not exist: settings are written "
+                            "--name=value, and text with spaces goes in quotes")
+
+
+def _print_help(doc, declared, settings, here):
     print((doc or "").strip() + "\n\nsettings:")
     for name, (kind, text) in declared.items():
+        if settings[name] is None and name in here:
+            text += f" (here: {here[name]})"
         print(f"  --{name}={settings[name]!r:<14} {kind.__name__:<5} {text}")
 
 
-def configure(namespace, argv=None, aliases={}):
-    """Override the settings in `namespace` (a script's globals()) from `argv`; return all of them as a dict.
+def configure(namespace, argv=None, aliases={}, defaults_here=None):
+    """Override the settings in `namespace` from the command line; return all of them as a dict.
 
-    aliases: short names, {"p": "prompt"}. Unknown key, wrong type or missing file: UserError (exit code 2).
+    namespace: a script's globals(), changed in place. argv: the words, by default sys.argv[1:].
+    aliases: short names, {"p": "prompt"}. defaults_here: a function of the settings that returns
+    {name: what a None becomes on this machine}; only --help calls it and shows its values.
+    UserError (exit status 2) for an unknown setting, a wrong type or a missing file.
     """
     install_error_hook()
     declared = _declared(namespace["__file__"])
     settings = {name: namespace[name] for name in declared}
-
-    def assign(name, value):
-        name = aliases.get(name, name).replace("-", "_")
-        if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1)
-            raise UserError(f"unknown setting --{name}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them all"))
-        settings[name] = _convert(name, declared[name][0], value)
-        if settings[name] is None and namespace[name] is not None:
-            raise UserError(f"--{name} takes {declared[name][0].__name__}, not None")
-
     words = list(sys.argv[1:] if argv is None else argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            _print_help(namespace.get("__doc__"), declared, settings)
+
+    for name, value in _assignments(words, declared, aliases):
+        if name is HELP:  # shows the settings as the words before it have set them
+            here = defaults_here(settings) if defaults_here else {}
+            _print_help(namespace.get("__doc__"), declared, settings, here)
             raise SystemExit(0)
-        if word == "--":  # torchrun passes it on
-            continue
-        if word.startswith("-"):
-            name, given, value = word.lstrip("-").partition("=")
-            plain = aliases.get(name, name).replace("-", "_")
-            if not given and declared.get(plain, (None,))[0] is bool:
-                value = words.pop(0) if words and words[0].lower() in ("true", "false") else True
-            elif not given:
-                if plain in declared and not words:
-                    raise UserError(f"--{name} needs a value")
-                value = words.pop(0) if words else None
-            assign(name, value)
-        elif not Path(word).is_file():
-            raise UserError(f"config file '{word}' does not exist: settings are written --name=value, and text with spaces goes in quotes")
-        else:
-            for name, value in _read_config(word):
-                assign(name, value)
+        kind = declared[name][0]
+        settings[name] = _convert(name, kind, value)
+        if settings[name] is None and namespace[name] is not None:
+            raise UserError(f"--{name} takes {kind.__name__}, not None")
     namespace.update(settings)
     return settings
 
 
 def require(settings, lowest, *names):
-    """UserError where one of these settings is a number below `lowest`. None passes."""
+    """UserError where one of the named settings is a number below `lowest`. None passes."""
     for name in names:
-        if settings[name] is not None and not settings[name] >= lowest:
-            raise UserError(f"{name}={settings[name]} must be at least {lowest}")
-
-
-def _read_config(path):
-    """[(name, value)] of a config file: bare assignments of literals, read and never run."""
-    try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not Python: {error}") from error
-    rows = []
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # its docstring
-        try:
-            rows.append((node.targets[0].id, ast.literal_eval(node.value)))
-        except (AttributeError, ValueError) as error:
-            raise UserError(f"config file {path}, line {node.lineno}: only lines of the form name = value") from error
-    return rows
+        value = settings[name]
+        if value is not None and not value >= lowest:  # written so that NaN does not pass
+            raise UserError(f"{name}={value} must be at least {lowest}")

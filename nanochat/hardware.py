@@ -1,4 +1,5 @@
-"""One table of peaks, and what this machine is. An unknown device is visibly unknown, never guessed."""
+"""One table of peaks, and what this machine is. An unknown device is visibly unknown, never
+guessed."""
 import functools
 import os
 import platform
@@ -7,26 +8,57 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-Device = namedtuple("Device", "title memory bandwidth bf16 fp8 unified", defaults=(False,))  # bytes, bytes/s, FLOP/s dense; None: not published
+# memory in bytes; bandwidth in bytes/s; bf16 and fp8 in dense FLOP/s, None: not published.
+# title: the part of torch's device name that identifies it. unified: the CPU shares the memory.
+Device = namedtuple(
+    "Device",
+    "title memory bandwidth bf16 fp8 unified",
+    defaults=(False,),
+)
 
-# The vendors' data sheets, without sparsity; a GB is taken as 10^9 bytes everywhere (where HBM means 2^30, there is 7 % more).
-# title: a part of the name by which torch knows the device. unified: the CPU shares the memory.
+# From the vendors' data sheets, without sparsity. A GB is taken as 10^9 bytes everywhere (where a
+# vendor means 2^30 for HBM, there is 7 % more).
 DEVICES = {
-    "h100-pcie": Device("H100 PCIe", 80e9, 2.0e12, 756e12, 1513e12),       # NVIDIA H100 Tensor Core GPU data sheet
-    "h100":      Device("H100", 80e9, 3.35e12, 989e12, 1979e12),           # the same, column SXM
-    "h200":      Device("H200", 141e9, 4.8e12, 989e12, 1979e12),           # NVIDIA H200 data sheet
-    "a100":      Device("A100", 80e9, 2.0e12, 312e12, None),               # NVIDIA A100 80GB data sheet; it has no FP8
-    "mi350x":    Device("MI350X", 288e9, 8.0e12, 2307e12, 4614e12),        # AMD Instinct MI350X data sheet
-    "mi300x":    Device("MI300X", 192e9, 5.3e12, 1307e12, 2615e12),        # AMD Instinct MI300X data sheet
-    "7900-xtx":  Device("7900 XTX", 24e9, 0.96e12, 122.8e12, None),        # AMD Radeon RX 7900 XTX specifications; it has no FP8
-    "rtx-4090":  Device("RTX 4090", 24e9, 1.01e12, 165e12, 330e12),        # NVIDIA Ada architecture paper, sums in float32
-    "dgx-spark": Device("GB10", 128e9, 0.273e12, None, None, unified=True),  # NVIDIA DGX Spark data sheet: 1 PFLOP/s of sparse FP4, no more
+    # NVIDIA H100 Tensor Core GPU data sheet; column SXM for "h100"
+    "h100-pcie": Device("H100 PCIe", 80e9, 2.0e12, 756e12, 1513e12),
+    "h100":      Device("H100", 80e9, 3.35e12, 989e12, 1979e12),
+    # NVIDIA H200 data sheet
+    "h200":      Device("H200", 141e9, 4.8e12, 989e12, 1979e12),
+    # NVIDIA A100 80GB data sheet; it has no FP8
+    "a100":      Device("A100", 80e9, 2.0e12, 312e12, None),
+    # AMD Instinct MI350X and MI300X data sheets
+    "mi350x":    Device("MI350X", 288e9, 8.0e12, 2307e12, 4614e12),
+    "mi300x":    Device("MI300X", 192e9, 5.3e12, 1307e12, 2615e12),
+    # AMD Radeon RX 7900 XTX specifications; it has no FP8
+    "7900-xtx":  Device("7900 XTX", 24e9, 0.96e12, 122.8e12, None),
+    # NVIDIA Ada architecture paper, sums in float32
+    "rtx-4090":  Device("RTX 4090", 24e9, 1.01e12, 165e12, 330e12),
+    # NVIDIA DGX Spark data sheet: 1 PFLOP/s of sparse FP4 and nothing else is published
+    "dgx-spark": Device("GB10", 128e9, 0.273e12, None, None, unified=True),
 }
 
 
 def peak_flops(device_name):
-    """Dense bf16 peak of a GPU in FLOP/s, or None where the table does not know it."""
-    return next((device.bf16 for device in DEVICES.values() if device.title in device_name), None)
+    """Dense bf16 peak of a GPU in FLOP/s, or None where the table does not know it.
+
+    device_name: torch's, such as "NVIDIA H100 80GB HBM3".
+    """
+    for device in DEVICES.values():
+        if device.title in device_name:
+            return device.bf16
+    return None
+
+
+# --------------------------------------------------------------------------------------------------
+# the CPU
+
+# In order of preference: the name that we use -> the flag in /proc/cpuinfo
+MATRIX_INSTRUCTIONS = {
+    "amx": "amx_bf16",
+    "avx512_bf16": "avx512_bf16",
+    "avx512": "avx512f",
+    "avx2": "avx2",
+}
 
 
 @functools.cache
@@ -36,83 +68,223 @@ def _cpuinfo():
 
 
 def cpu_name():
+    """The CPU's model name as the kernel gives it, else what Python's platform module knows."""
     found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
-    return found.group(1) if found else platform.processor() or platform.machine()
+    if found:
+        return found.group(1)
+    return platform.processor() or platform.machine()
 
 
 def instruction_set():
     """The matrix instructions that matter here: amx, avx512_bf16, avx512, avx2 or other."""
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)", _cpuinfo(), re.M)
     flags = set(found.group(1).split()) if found else set()
-    for name, flag in (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512", "avx512f"), ("avx2", "avx2")):
+    for name, flag in MATRIX_INSTRUCTIONS.items():
         if flag in flags:
             return name
     return "other"
 
 
 def memory_gb():
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1) if hasattr(os, "sysconf") else None
+    """The machine's memory in GiB, None where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return round(memory / 2**30, 1)
 
 
-def preferred_dtype(device_type):
-    """bfloat16 where the hardware multiplies it, else float32. The CPU's flags decide, so that two runs always agree."""
-    if device_type == "cuda":
-        import torch
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if device_type == "cpu" and instruction_set() in ("amx", "avx512_bf16") else "float32"
+def cpu_quota(text):
+    """CPUs that a cgroup's cpu.max allows, rounded down but at least 1; None without a limit.
+
+    text: "QUOTA PERIOD" in microseconds, such as "250000 100000" (2.5 CPUs, so 2) or "max 100000".
+    Source: the Linux kernel's Documentation/admin-guide/cgroup-v2.rst.
+    """
+    quota, _, period = text.strip().partition(" ")
+    if not quota.isdecimal() or not period.isdecimal() or int(period) == 0:
+        return None
+    return max(1, int(quota) // int(period))
 
 
-def measure_matmul_flops(device, dtype, seconds=0.5, shape=None):
-    """FLOP/s of a matmul, shape (m, k, n) for (m, k) @ (k, n): best of several short runs. None: a shape like training's."""
-    import torch
-    m, k, n = shape or ((8192, 8192, 8192) if device.type == "cuda" else (4096, 512, 2048))
-    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
-    out = torch.empty(m, n, device=device, dtype=dtype)
-    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}[device.type]
-    best, deadline = 0.0, time.perf_counter() + seconds
-    while not best or time.perf_counter() < deadline:
-        sync()
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        sync()
-        best = max(best, 2 * m * k * n / (time.perf_counter() - start))
-    return best
+def available_cpus():
+    """Number of CPUs that the scheduler gives this process: at most the machine's cores.
+
+    A container or a batch system often allows fewer, by an affinity mask or by a cgroup's quota.
+    A thread for each core of the machine would then wait for its turn most of the time.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    cgroup = Path("/sys/fs/cgroup/cpu.max")  # inside a container, this is the container's own
+    quota = cpu_quota(cgroup.read_text(encoding="utf-8")) if cgroup.exists() else None
+    return min(allowed, quota or allowed)
 
 
 def bind_workers():
-    """Keep each of OpenMP's worker threads on a core of its own; the main thread, whose cores its children inherit, stays free.
+    """Keep each of OpenMP's worker threads on its own core.
 
-    Left alone, a scheduler was seen to keep both threads of a two-core machine on one core for minutes, each spinning
-    while it waited for the other: 15 times slower. Linux only; call before the first parallel computation.
+    The main thread stays free, because its children inherit its cores. Without this, a scheduler
+    was seen to keep both threads of a two-core machine on one core for minutes, each spinning while
+    it waited for the other: 15 times slower. Linux only; call before the first parallel
+    computation.
     """
     import torch
     tasks = Path("/proc/self/task")
-    if not tasks.exists() or not hasattr(os, "sched_setaffinity") or "OMP_PROC_BIND" in os.environ:
+    if not tasks.exists() or not hasattr(os, "sched_setaffinity"):
         return
+    if "OMP_PROC_BIND" in os.environ:
+        return  # the user has decided
+
     before = set(os.listdir(tasks))
     torch.ones(1 << 20).add_(1)  # starts the workers
     workers = sorted(int(task) for task in set(os.listdir(tasks)) - before)
-    for worker, core in zip(workers, sorted(os.sched_getaffinity(0))[1:]):
+
+    # The first core is the main thread's.
+    cores = sorted(os.sched_getaffinity(0))[1:]
+    for worker, core in zip(workers, cores):
         os.sched_setaffinity(worker, {core})
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that a device's memory, or the machine's own, is used up. (CUDA alone has a class for it.)"""
-    import torch
-    said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in said or "can't allocate memory" in said
-
-
 def raise_malloc_thresholds():
-    """Keep freed memory instead of returning it to the kernel, so that big CPU tensors are not page-faulted in afresh.
+    """Keep freed memory instead of returning it to the kernel, so that large CPU tensors reuse it.
 
-    glibc maps every large block anew and unmaps it when freed; filling fresh pages is several times slower than reusing
-    them. mallopt(3): M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2. Call before the first large tensor.
+    glibc maps every large block separately and unmaps it when freed; filling fresh pages is several
+    times slower than reusing old ones. Call before the first large tensor. Source: mallopt(3).
     """
     import ctypes
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another C library (macOS, musl, Windows): nothing to raise
-    for parameter, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**28)):
-        mallopt(parameter, value)
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    mallopt(m_mmap_threshold, 2**30)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 2**28)
+
+
+# --------------------------------------------------------------------------------------------------
+# the device and torch
+
+# The file that a vendor's kernel driver makes -> torch's build that can use the device, the
+# variables that hide devices from it, and the command that shows whether the driver works.
+GpuFile = namedtuple("GpuFile", "build hidden_by tool")
+GPU_FILES = {
+    "/dev/nvidia0": GpuFile(
+        build="CUDA",
+        hidden_by=("CUDA_VISIBLE_DEVICES",),
+        tool="nvidia-smi",
+    ),
+    "/dev/kfd": GpuFile(
+        build="ROCm",
+        hidden_by=("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+        tool="rocminfo",
+    ),
+}
+
+
+def torch_build():
+    """What torch was built for: "CUDA 12.8", "ROCm 6.4" or "CPU"."""
+    import torch
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return "CPU"
+
+
+def unseen_gpu(device_files, torch_sees_gpu, version, build, environment):
+    """Why torch cannot use the GPU that this machine has, and the remedy, as one line; else None.
+
+    device_files: those of GPU_FILES that exist. version, build: torch's, as "2.10.0" and "CPU".
+    environment: os.environ. None where torch sees a GPU or the machine has none.
+    """
+    if torch_sees_gpu or not device_files:
+        return None
+    file = device_files[0]
+    gpu = GPU_FILES[file]
+    hiding = [f"{name}='{environment[name]}'" for name in gpu.hidden_by if name in environment]
+    if not build.startswith(gpu.build):
+        remedy = ("uninstall torch (with pip or uv pip) and run `source scripts/setup.sh`, which "
+                  f"installs torch's {gpu.build} build")
+    elif hiding:
+        remedy = f"{hiding[0]} may hide it: unset the variable"
+    else:
+        remedy = (f"its driver may be missing here or too old for this build: `{gpu.tool}` must "
+                  "list the GPU")
+    return (f"this machine has a GPU ({file}), but torch {version} (build: {build}) sees none; "
+            f"{remedy}. --device_type=cpu trains on the CPU all the same")
+
+
+def find_unseen_gpu():
+    """unseen_gpu() of this machine."""
+    import torch
+    return unseen_gpu(
+        device_files=[file for file in GPU_FILES if Path(file).exists()],
+        torch_sees_gpu=torch.cuda.is_available(),
+        version=torch.__version__,
+        build=torch_build(),
+        environment=os.environ,
+    )
+
+
+def preferred_dtype(device_type):
+    """bfloat16 where the hardware multiplies it, else float32.
+
+    On a CPU its flags decide and not a measurement, so that two runs always choose alike.
+    """
+    if device_type == "cuda":
+        import torch
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device_type == "cpu":
+        native = instruction_set() in ("amx", "avx512_bf16")
+    else:
+        native = False
+    return "bfloat16" if native else "float32"
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given. A CPU has done it already."""
+    import torch
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# (m, k, n) of (m, k) @ (k, n), a product like those of training; what is not listed takes the CPU's
+MATMUL_SHAPES = {"cuda": (8192, 8192, 8192), "cpu": (4096, 512, 2048)}
+
+
+def measure_matmul_flops(device, dtype, seconds=0.5, shape=None):
+    """FLOP/s of one matrix product: the best of as many runs as fit into `seconds`.
+
+    device: a torch.device. shape: (m, k, n) for (m, k) @ (k, n); None: MATMUL_SHAPES.
+    """
+    import torch
+    m, k, n = shape or MATMUL_SHAPES.get(device.type, MATMUL_SHAPES["cpu"])
+    a = torch.randn(m, k, device=device, dtype=dtype)
+    b = torch.randn(k, n, device=device, dtype=dtype)
+    out = torch.empty(m, n, device=device, dtype=dtype)
+
+    best = 0.0
+    deadline = time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < deadline:
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        flops = 2 * m * k * n / (time.perf_counter() - start)
+        best = max(best, flops)
+    return best
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a device's or the machine's own memory is used up.
+
+    Only CUDA has an exception class for it; the allocator of a CPU raises a RuntimeError.
+    """
+    import torch
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    message = str(error)
+    return "out of memory" in message or "can't allocate memory" in message

@@ -1,33 +1,54 @@
-"""Numbers for machines: a run's log.jsonl, the loggers, and the JSON line with which every stage ends.
+"""Numbers for machines: a run's log.jsonl, the loggers, and the JSON line that ends every stage.
 
-$NANOCHAT_BASE_DIR/metrics.jsonl has the last line of every stage; no shell script greps a log.
+$NANOCHAT_BASE_DIR/metrics.jsonl collects the JSON lines of all stages, so that no shell script has
+to search a log.
 """
+import contextlib
 import datetime
 import json
 import os
 import platform
+import sys
 
 from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info, print0
 
 
 def machine():
-    """What this run ran on, for the record."""
-    from nanochat.hardware import cpu_name, instruction_set, memory_gb
+    """What this run ran on, as a dict for the record."""
+    from nanochat.hardware import available_cpus, cpu_name, instruction_set, memory_gb
     import torch
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu_name(), "isa": instruction_set(), "cores": os.cpu_count(), "memory_gb": memory_gb(), "gpus": gpus,
-            "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cpu": cpu_name(),
+        "isa": instruction_set(),
+        "cores": available_cpus(),
+        "memory_gb": memory_gb(),
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def append_metrics(row):
+    """Append one record, a dict, to $NANOCHAT_BASE_DIR/metrics.jsonl."""
     with open(get_base_dir() / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def open_log(folder, step):
-    """folder/log.jsonl, open for rows after `step`. What an interrupted run wrote beyond the step from which we go on is cut off."""
-    path, kept = folder / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.exists() else []:
+    """folder/log.jsonl, open for appending the records after `step`.
+
+    Records beyond `step`, which an interrupted run wrote after the checkpoint that is resumed, are
+    removed. step 0 starts an empty log.
+    """
+    path = folder / "log.jsonl"
+    lines = []
+    if step and path.exists():
+        # Without the last item: it is empty, or a record that a crash cut short.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+
+    kept = []
+    for line in lines:
         if json.loads(line)["step"] > step:
             break
         kept.append(line + "\n")
@@ -35,41 +56,101 @@ def open_log(folder, step):
     return open(path, "a", encoding="utf-8")
 
 
-def open_logger(name, folder, settings):
-    """A function (step, row) that shows a row's numbers in tensorboard (in `folder`) or wandb, or that does nothing.
+# --------------------------------------------------------------------------------------------------
+# loggers: each opener returns a function (step, numbers), or raises ImportError where the package
+# is not installed and LoggerError where it cannot start
 
-    name: tensorboard, wandb or empty. Where the program is not installed one line says so, and the run goes on.
+class LoggerError(Exception):
+    """Why a logger that is installed cannot start."""
+
+
+@contextlib.contextmanager
+def _nobody_answers():
+    """Standard input is empty meanwhile: a package that finds no terminal there asks no question,
+    and a training run does not wait for the answer."""
+    stdin = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
+
+
+def _open_wandb(folder, settings):
+    import wandb
+    try:
+        with _nobody_answers():  # without a key, wandb would ask for one
+            run = wandb.init(
+                project="nanochat",
+                name=folder.name,
+                config=settings,
+                dir=folder,
+            )
+    except wandb.errors.Error as error:
+        raise LoggerError(" ".join(str(error).split())) from error
+    return lambda step, numbers: run.log(numbers, step=step)
+
+
+def _open_tensorboard(folder, settings):
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def log(step, numbers):
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+    return log
+
+
+LOGGERS = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
+
+
+def open_logger(name, folder, settings):
+    """A function (step, row) that sends the numbers in a log record to tensorboard or wandb.
+
+    name: tensorboard, wandb or "" (the function then does nothing, as on every rank but 0).
+    folder: the checkpoint folder, a Path; both loggers keep their files in it.
+    settings: what configure() returned, for wandb's page of the run.
+    Where the package is not installed or cannot start, one line says so and the run continues.
     """
-    if name not in ("", "tensorboard", "wandb"):
+    if name and name not in LOGGERS:
         raise UserError(f"logger={name} is not supported: choose tensorboard or wandb, or none")
     if not name or get_dist_info()[1] != 0:
         return lambda step, row: None
 
-    def numbers(row):
-        return {key: value for key, value in row.items() if isinstance(value, (int, float))}
-
     try:
-        if name == "wandb":
-            import wandb
-            run = wandb.init(project="nanochat", name=folder.name, config=settings)
-            return lambda step, row: run.log(numbers(row), step=step)
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder / "tensorboard")
-        return lambda step, row: [writer.add_scalar(key, value, step) for key, value in numbers(row).items()]
-    except ImportError:
-        print0(f"{name} is not installed, going on without it (log.jsonl in {folder} has the same numbers)")
+        log = LOGGERS[name](folder, settings)
+    except (ImportError, LoggerError) as error:
+        problem = "is not installed"
+        if isinstance(error, LoggerError):
+            problem = f"cannot start ({error})"
+        print0(f"{name} {problem}, continuing without it "
+               f"(log.jsonl in {folder} has the same numbers)")
         return lambda step, row: None
+
+    def send(step, row):
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        log(step, numbers)
+    return send
 
 
 def finish_stage(stage, seconds, settings, **fields):
-    """End a stage: one JSON line at column 0 of standard output, and the same line in $NANOCHAT_BASE_DIR/metrics.jsonl.
+    """End a stage: one JSON line at column 0 of standard output, and the same in metrics.jsonl.
 
-    seconds: wall clock of the whole stage. settings: what configure() returned. Rank 0 only. A stage of a speedrun names the run,
-    so that a second call of speedrun.sh knows what is done.
+    seconds: wall clock of the whole stage. settings: what configure() returned. fields: the stage's
+    own results. Only rank 0 writes. "run" names the speedrun that the stage belongs to, so that a
+    second call of speedrun.sh knows what is done.
     """
     if get_dist_info()[1] != 0:
         return
-    row = {"stage": stage, "seconds": round(seconds, 2), "machine": machine(), "settings": settings, **fields,
-           "time": datetime.datetime.now().isoformat(timespec="seconds"), "run": os.environ.get("NANOCHAT_RUN")}
+    row = {
+        "stage": stage,
+        "seconds": round(seconds, 2),
+        "machine": machine(),
+        "settings": settings,
+        **fields,
+        "time": datetime.datetime.now().isoformat(timespec="seconds"),
+        "run": os.environ.get("NANOCHAT_RUN"),
+    }
     append_metrics(row)
     print(json.dumps(row), flush=True)

@@ -1,100 +1,204 @@
 """
-What a device can at best do with a language model: whether it fits, how much it can remember, and tokens a second.
+What a device can at best do with a language model: whether it fits, how many tokens it can keep in
+its cache, and how many tokens a second it decodes.
 
-A step of decoding reads every weight that it uses and the cache of every request once, and multiplies each weight with one
-vector a request. So, for B requests that hold T tokens each,
+A decode step reads every weight that it uses and the kv_cache of every sequence, each one time, and
+multiplies each weight with one vector per sequence. For B sequences of T tokens each, therefore,
 
-    (1) bytes  = weights read + B * T * cache bytes a token
-    (2) FLOPs  = 2 * active parameters * B
-    (3) rate   = B / max(bytes / bandwidth, FLOPs / peak)      tokens a second, all requests together
+    (1) bytes       = weights read + B * T * cache bytes per token
+    (2) FLOPs       = 2 * active parameters * B
+    (3) throughput  = B / max(bytes / bandwidth, FLOPs / peak)     tokens/s of all sequences
 
-bounds the rate from above: attention's own multiplications, launches, the traffic between devices and the prompts come
-on top. (Speculation gets past it, since a step then yields more than one token.) Of R routed experts, each token's own
-choice of k, a batch reads on average, if all are chosen equally often,
+bounds the throughput from above: attention's own multiplications, kernel launches, traffic between
+devices and prefill come on top. (Speculative decoding exceeds it, since one step then yields more
+than one token.) In a mixture of experts each token chooses k of R routed experts. If all experts
+are chosen equally often, a step for B sequences reads on average
 
     (4) R * (1 - (1 - k / R) ** B)
 
-and fewer where its tokens choose alike, so that there a real rate may lie above the bound.
+of them. It reads fewer where tokens choose alike, so that a real server may then exceed the bound.
 """
 import math
 from collections import namedtuple
 
 from nanochat.common import UserError
 
-# Bytes of a weight. Scales: none worth counting for fp8's blocks of 128 x 128; int4 (AWQ) has 16 + 4 bits for 128 weights.
-WEIGHT_BYTES = {"bf16": 2, "fp8": 1, "int4": (4 + 20 / 128) / 8}
+# Bytes per weight. The scales of fp8, one for a block of 128 x 128 weights, are too few to count.
+# int4 (AWQ) stores a scale of 16 bits and a zero point of 4 for every 128 weights.
+WEIGHT_BYTES = {
+    "bf16": 2,
+    "fp8": 1,
+    "int4": (4 + 20 / 128) / 8,
+}
 CACHE_BYTES = {"bf16": 2, "fp8": 1}
 
-# layers; heads of the cache, and numbers that each keeps of a token and layer (keys and values; MLA: one latent for both);
-# parameters that every token uses; parameters of the routed experts and the part of them that a token uses; parameters of
-# the head, which stays in bf16, as does the input table of the same size; the published dtypes; the devices and the longest
-# context of the deployment that this repository has. Norms are left out.
-Model = namedtuple("Model", "title layers kv_heads kv_width dense routed chosen head dtypes devices max_model_len")
-MODELS = {
-    # config.json of Qwen/Qwen3-32B: 64 layers of width 5120, 64 heads of 128, 8 of them with keys and values, feed-forward
-    # 25600, vocabulary 151936. Published in bf16, FP8 (-FP8) and INT4 (-AWQ).
-    "qwen3-32b": Model(
-        "Qwen3-32B", layers=64, kv_heads=8, kv_width=2 * 128,
-        dense=64 * (2 * 5120 * 64 * 128 + 2 * 5120 * 8 * 128 + 3 * 5120 * 25600), routed=0, chosen=0,
-        head=151936 * 5120, dtypes=("bf16", "fp8", "int4"), devices=1, max_model_len=32000),
-    # config.json of deepseek-ai/DeepSeek-R1: 61 layers of width 7168, 128 heads; latents of 1536 (queries) and 512 (keys
-    # and values), 128 + 64 numbers a query (the 64 with positions), 128 a value. Feed-forward 18432 in the first 3 layers, then
-    # 1 shared and 256 routed experts of 2048, 8 chosen. Vocabulary 129280. Its layer for speculation (14 B more on disk) stays unused.
-    "deepseek-r1": Model(
-        "DeepSeek-R1", layers=61, kv_heads=1, kv_width=512 + 64,
-        dense=61 * (7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168)
-        + 3 * 3 * 7168 * 18432 + 58 * (3 * 7168 * 2048 + 256 * 7168),
-        routed=58 * 256 * 3 * 7168 * 2048, chosen=8 / 256, head=129280 * 7168, dtypes=("fp8",), devices=8, max_model_len=32768),
-}
+# title          the model's name
+# layers         number of blocks
+# kv_heads       heads of the cache
+# kv_width       numbers that the cache holds per head, token and layer: a key and a value, or with
+#                multi-head latent attention (MLA) one latent for both
+# dense          parameters that every token uses
+# routed         parameters of the routed experts
+# chosen         fraction of the routed experts that a token uses
+# head           parameters of the output head. It stays in bf16, and so does the input embedding,
+#                which has the same size
+# dtypes         the weight dtypes in which the model is published
+# devices, max_model_len    of the deployment that this repository has
+# Norms are too small to count.
+Model = namedtuple(
+    "Model",
+    "title layers kv_heads kv_width dense routed chosen head dtypes devices max_model_len",
+)
+
+
+def _qwen3_32b():
+    """config.json of Qwen/Qwen3-32B. Published in bf16, FP8 (-FP8) and INT4 (-AWQ)."""
+    layers, width, vocab_size = 64, 5120, 151936
+    heads, kv_heads, head_dim = 64, 8, 128
+    feed_forward = 25600
+
+    queries_and_output = 2 * width * heads * head_dim
+    keys_and_values = 2 * width * kv_heads * head_dim
+    mlp = 3 * width * feed_forward
+    return Model(
+        title="Qwen3-32B",
+        layers=layers,
+        kv_heads=kv_heads,
+        kv_width=2 * head_dim,
+        dense=layers * (queries_and_output + keys_and_values + mlp),
+        routed=0,
+        chosen=0,
+        head=vocab_size * width,
+        dtypes=("bf16", "fp8", "int4"),
+        devices=1,
+        max_model_len=32000,
+    )
+
+
+def _deepseek_r1():
+    """config.json of deepseek-ai/DeepSeek-R1, published in FP8.
+
+    The first 3 layers have a dense MLP, the other 58 have 1 shared and 256 routed experts. The
+    layer for speculative decoding (14 B parameters more on disk) stays unused.
+    """
+    layers, width, vocab_size = 61, 7168, 129280
+    heads = 128
+    q_latent, kv_latent = 1536, 512     # low-rank projections of queries, and of keys and values
+    plain, rotary, value = 128, 64, 128     # numbers per head; the rotary ones hold the position
+    dense_layers, feed_forward = 3, 18432
+    expert_layers, experts, chosen, expert_feed_forward = 58, 256, 8, 2048
+
+    attention = (
+        width * q_latent
+        + q_latent * heads * (plain + rotary)
+        + width * (kv_latent + rotary)
+        + kv_latent * heads * (plain + value)
+        + heads * value * width
+    )
+    dense_mlp = 3 * width * feed_forward
+    expert = 3 * width * expert_feed_forward
+    router = experts * width
+    return Model(
+        title="DeepSeek-R1",
+        layers=layers,
+        kv_heads=1,
+        kv_width=kv_latent + rotary,
+        dense=layers * attention + dense_layers * dense_mlp + expert_layers * (expert + router),
+        routed=expert_layers * experts * expert,
+        chosen=chosen / experts,
+        head=vocab_size * width,
+        dtypes=("fp8",),
+        devices=8,
+        max_model_len=32768,
+    )
+
+
+MODELS = {"qwen3-32b": _qwen3_32b(), "deepseek-r1": _deepseek_r1()}
 
 
 def look_up(table, name, setting):
-    """table[name]; UserError where it has no such row."""
+    """table[name]; UserError that lists the choices where the table has no such name."""
     if name not in table:
         raise UserError(f"{setting}={name} is not in the table: choose from {', '.join(table)}")
     return table[name]
 
 
 def numbers(text, setting):
-    """[1, 8, 32] of "1,8,32", which a setting holds; UserError where these are not whole numbers from 1."""
-    found = [int(word) for word in text.split(",") if word.strip().isdecimal()]
-    if len(found) != text.count(",") + 1 or min(found) < 1:
-        raise UserError(f"{setting}={text} must be whole numbers from 1 with commas between, such as 1,8,32")
-    return found
+    """The whole numbers in a setting: "1,8,32" -> [1, 8, 32].
+
+    UserError where `text` is anything but whole numbers from 1 with commas between.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+        raise UserError(f"{setting}={text} must be whole numbers from 1 with commas between, "
+                        "such as 1,8,32")
+    return [int(word) for word in words]
 
 
 def active_parameters(model):
-    """Parameters that a token is multiplied with. (Its row of the input table is copied.)"""
+    """Parameters that a token is multiplied with. (Of the input embedding, one row is copied.)"""
     return model.dense + model.routed * model.chosen + model.head
 
 
 def weight_bytes(model, dtype):
-    """Bytes of the weights in memory, on all devices together."""
-    return (model.dense + model.routed) * WEIGHT_BYTES[dtype] + 2 * model.head * 2
+    """Bytes of all weights in memory, summed over the devices."""
+    embedding_and_head = 2 * model.head
+    blocks = (model.dense + model.routed) * WEIGHT_BYTES[dtype]
+    return blocks + embedding_and_head * WEIGHT_BYTES["bf16"]
 
 
 def read_bytes(model, dtype, requests):
-    """Bytes of weights that one step for so many requests reads, on all devices together: formula (4), no input table."""
+    """Bytes of weights that one decode step for `requests` sequences reads, summed over the
+    devices.
+
+    This is formula (4) for the experts; the input embedding does not count.
+    """
     routed = model.routed * (1 - (1 - model.chosen) ** requests)
-    return (model.dense + routed) * WEIGHT_BYTES[dtype] + model.head * 2
+    return (model.dense + routed) * WEIGHT_BYTES[dtype] + model.head * WEIGHT_BYTES["bf16"]
 
 
 def cache_bytes(model, dtype="bf16", devices=1):
-    """Bytes that one token takes in the cache of each device. The devices share out the heads; a single one is on all of them."""
-    return model.layers * math.ceil(model.kv_heads / devices) * model.kv_width * CACHE_BYTES[dtype]
+    """Bytes that one token takes in the cache of each device.
+
+    The devices share the heads among them; what cannot be divided is on all of them.
+    """
+    heads = math.ceil(model.kv_heads / devices)
+    return model.layers * heads * model.kv_width * CACHE_BYTES[dtype]
 
 
 def cache_room(model, device, dtype, devices, utilization):
-    """Bytes left for the cache on each device when the weights are loaded; below zero where they do not fit."""
+    """Bytes left for the cache on each device beside the weights; negative where they do not fit.
+
+    device: of hardware.DEVICES. utilization: the fraction of its memory that may be used.
+    """
     return device.memory * utilization - weight_bytes(model, dtype) / devices
 
 
+def _peak(device, dtype):
+    """FLOP/s of a device for weights of a dtype, None where they are not known.
+
+    Without native support for their dtype, weights are widened to bf16 and multiplied in bf16.
+    """
+    if dtype == "fp8" and device.fp8:
+        return device.fp8
+    return device.bf16
+
+
 def decode_rate(model, device, dtype, requests, context, devices=1, kv_dtype="bf16"):
+    """Formula (3): the most tokens/s that `requests` sequences of `context` tokens get, all
+    together.
+
+    Returns (tokens/s, bound): the bound is "memory" or "FLOP/s", whichever takes longer. Where the
+    device's FLOP/s are not known, only memory counts.
     """
-    Formula (3): the most tokens a second, all requests together, each holding `context` tokens; and what bounds it,
-    "memory" or "FLOP/s". Where the device's FLOP/s are not known, memory alone is asked.
-    """
-    moving = (read_bytes(model, dtype, requests) / devices + requests * context * cache_bytes(model, kv_dtype, devices)) / device.bandwidth
-    peak = device.fp8 if dtype == "fp8" and device.fp8 else device.bf16  # other weights are widened to bf16 and multiplied so
-    multiplying = 2 * active_parameters(model) * requests / (devices * peak) if peak else 0
-    return requests / max(moving, multiplying), "memory" if moving >= multiplying else "FLOP/s"
+    cache = requests * context * cache_bytes(model, kv_dtype, devices)
+    weights = read_bytes(model, dtype, requests) / devices
+    moving = (weights + cache) / device.bandwidth
+
+    peak = _peak(device, dtype)
+    multiplying = 0
+    if peak:
+        multiplying = 2 * active_parameters(model) * requests / (devices * peak)
+
+    bound = "memory" if moving >= multiplying else "FLOP/s"
+    return requests / max(moving, multiplying), bound

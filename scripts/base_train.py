@@ -26,7 +26,7 @@ from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
-from nanochat.guard import Guard, last_words
+from nanochat.guard import Guard, failure_message
 from nanochat.hardware import measure_matmul_flops, peak_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.ngrams import NEXT_BITS, count
@@ -335,7 +335,7 @@ while True:
 
 gc.unfreeze()
 if sick:
-    print0(last_words(reason, folder, checkpoints.newest()))
+    print0(failure_message(reason, folder, checkpoints.newest()))
     compute_cleanup()
     raise SystemExit(1)
 if stopped:

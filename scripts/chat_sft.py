@@ -21,7 +21,7 @@ from nanochat.run import StopRequest, how_to_go_on
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import Engine
-from nanochat.guard import Guard, last_words
+from nanochat.guard import Guard, failure_message
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.schedule import default_minutes, lr_multiplier
@@ -239,7 +239,7 @@ while True:
 
 gc.unfreeze()
 if sick:
-    print0(last_words(reason, folder, checkpoints.newest()))
+    print0(failure_message(reason, folder, checkpoints.newest()))
     compute_cleanup()
     raise SystemExit(1)
 if stopped:
