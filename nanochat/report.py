@@ -1,22 +1,32 @@
-"""The report card of a run: report.md, report.html (one self-contained file) and their plots, from metrics.jsonl.
+"""
+The report card of a run: report.md, report.html (one self-contained file) and their plots.
 
-    python -m nanochat.report                            # in $NANOCHAT_BASE_DIR
-    python -m nanochat.report --speedrun --seconds=900   # the same, ending with the record of a whole speedrun
+    python -m nanochat.report                            # of the run in $NANOCHAT_BASE_DIR
+    python -m nanochat.report --speedrun --seconds=900   # also records a whole speedrun
 
-Every stage left one JSON line in metrics.jsonl, every training stage a log.jsonl beside its checkpoint. Nothing is
-measured or computed anew here, and what a run did not do is left out, so the report of half a run works as well.
+Every stage left one JSON line in metrics.jsonl, and every training stage a log.jsonl beside its
+checkpoint. The report only reads these: it measures nothing. It has no section for what a run did
+not do, so that half a run gets its report as well.
 
-The report is a list of blocks, tuples whose first item is the kind; to_markdown() and to_html() each draw every kind:
+The report is a list of blocks: tuples whose first item is the kind. MARKDOWN and HTML, two tables,
+hold a function for each kind that draws it.
 
-    ("heading", text)  ("text", text)  ("table", header, rows)  ("picture", file name, what it shows)
-    ("tiles", [(label, value), ...])   ("samples", prompt, [(when, continuation), ...])
+    ("heading", text)
+    ("text", text)
+    ("table", header, rows)
+    ("picture", file name, what it shows)
+    ("tiles", [(label, value), ...])
+    ("samples", prompt, [(when, continuation), ...])
 """
 import base64
+import functools
 import html
 import json
 import math
+import os
 import re
 import time
+from collections import namedtuple
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir
@@ -26,98 +36,150 @@ from nanochat.configurator import configure
 speedrun = False            # end with the record of a whole speedrun in place of this stage's own
 seconds: float = None       # wall clock of that speedrun; None: the sum over its stages
 
-TRAINING = tuple("base_train mid_train chat_sft chat_rl".split())
-SPEEDRUN_TASKS = tuple("arithmetic spelling pydoc identity".split())
-# What nobody measured: watts and rent in dollars an hour, for each core of a CPU or each GPU, and dollars per kWh.
-WATTS = dict(core=15, gpu=1000)
-RENT = dict(core=0.05, gpu=3.0)
-DOLLARS_PER_KWH = float("0.30")
+TITLE = "nanochat: the report card"
+TRAINING = ("base_train", "mid_train", "chat_sft", "chat_rl")
+SPEEDRUN_TASKS = ("arithmetic", "spelling", "pydoc", "identity")
+
+# Nobody measured these: watts and rent in dollars an hour, for each core of a CPU or each GPU, and
+# dollars per kWh.
+WATTS = {"core": 15, "gpu": 1000}
+RENT = {"core": 0.05, "gpu": 3.0}
+DOLLARS_PER_KWH = 0.30
+
+# What a report is about. stages: {stage: its record in metrics.jsonl}. training: those of them that
+# trained. total: seconds of the whole run. plots: {file name: figure}.
+Run = namedtuple("Run", "stages training total plots")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what the stages left
 
 def read_jsonl(path):
-    """The objects of a jsonl file, [] where there is none. A line cut short by a crash is passed over."""
-    rows = []
-    if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    """The objects in a jsonl file, [] where there is none. A line that a crash cut short is
+    skipped."""
+    if not Path(path).is_file():
+        return []
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
-def last_run(rows):
-    """{stage: record}: the last record of every stage since the run began, in the order in which the stages ended."""
-    begins = [i for i, row in enumerate(rows) if row.get("stage") == "start"]
+def last_run(records):
+    """{stage: record}: the last record of every stage since the run began.
+
+    The stages are in the order in which they ended. records: those of metrics.jsonl.
+    """
+    begin = 0
+    for i, record in enumerate(records):
+        if record.get("stage") == "start":
+            begin = i + 1
+
     stages = {}
-    for row in rows[begins[-1] + 1 if begins else 0:]:
-        stages.pop(row["stage"], None)
-        stages[row["stage"]] = row
-    return {name: row for name, row in stages.items() if name not in ("report", "speedrun")}
+    for record in records[begin:]:
+        name = record["stage"]
+        stages.pop(name, None)  # so that a repeated stage moves to the end
+        stages[name] = record
+    for name in ("report", "speedrun"):
+        stages.pop(name, None)
+    return stages
 
 
-def training_log(row):
-    """The rows of a training stage's log.jsonl. After a resume, the steps that were done again count once."""
-    rows = []
-    for entry in read_jsonl(Path(row.get("checkpoint") or ".") / "log.jsonl"):
-        if rows and rows[-1]["step"] > entry["step"]:
-            rows = [row for row in rows if row["step"] < entry["step"]]
-        rows.append(entry)
-    return rows
+def training_log(record):
+    """The records in a training stage's log.jsonl.
+
+    record: the stage's own, whose "checkpoint" is the folder. The steps that a resumed run repeated
+    count once: a record removes the earlier ones of the same and of later steps.
+    """
+    log = []
+    for entry in read_jsonl(Path(record.get("checkpoint") or ".") / "log.jsonl"):
+        if log and log[-1]["step"] > entry["step"]:
+            log = [earlier for earlier in log if earlier["step"] < entry["step"]]
+        log.append(entry)
+    return log
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers as people read them
+
+PREFIXES = ("", "k", "M", "G", "T", "P")
+
 
 def si(number, unit=""):
     """1234567 -> '1.23 M', 3.1e11 with FLOP/s -> '310 GFLOP/s'; None -> 'unknown'."""
     if number is None:
         return "unknown"
-    power = min(5, max(0, int(math.log10(abs(number)) // 3))) if number else 0
-    return f"{number / 1000**power:.3g} {' KMGTP'[power].strip().replace('K', 'k')}{unit}".strip()
+    power = 0
+    if number:
+        power = int(math.log10(abs(number)) // 3)
+        power = min(len(PREFIXES) - 1, max(0, power))
+    return f"{number / 1000**power:.3g} {PREFIXES[power]}{unit}".strip()
 
 
 def duration(number):
-    """65 -> '1 min 5 s', 7500 -> '2 h 5 min'."""
+    """Seconds as text: 65 -> '1 min 5 s', 7500 -> '2 h 5 min'."""
     number = round(number)
     if number < 60:
         return f"{number} s"
-    return f"{number // 60} min {number % 60} s" if number < 3600 else f"{number // 3600} h {number % 3600 // 60} min"
+    if number < 3600:
+        return f"{number // 60} min {number % 60} s"
+    return f"{number // 3600} h {number % 3600 // 60} min"
 
 
 def percent(fraction):
+    """0.256 -> '25.6 %', None -> 'unknown'."""
     return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def interval(fraction, items):
-    """Wilson's 95 % interval for `fraction` right of `items`, as '96.2 to 99.4 %': honest near 0 and 1, too."""
+    """The 95 % interval of an accuracy: 0.985 of 200 items -> '95.7 to 99.5 %'.
+
+    Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which also holds near 0 and 1.
+    """
     if not items:
         return "unknown"
-    z, f, n = 1.96, fraction, items
-    centre = (f + z * z / 2 / n) / (1 + z * z / n)
-    width = z / (1 + z * z / n) * math.sqrt(f * (1 - f) / n + z * z / 4 / n / n)
-    return f"{100 * max(0, centre - width):.1f} to {100 * min(1, centre + width):.1f} %"
+    z = 1.96  # standard deviations on each side
+    scale = 1 + z * z / items
+    centre = (fraction + z * z / (2 * items)) / scale
+    variance = fraction * (1 - fraction) / items + z * z / (4 * items * items)
+    half = z * math.sqrt(variance) / scale
+    low, high = max(0, centre - half), min(1, centre + half)
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
-def matmul_share(row):
-    """Achieved share of the measured matmul rate, None where one of the two is not known."""
-    flops, peak = row.get("flops_per_second"), row.get("matmul_flops_per_second")
+def matmul_share(record):
+    """Achieved FLOP/s as a part of the measured matmul FLOP/s, None where one of them is
+    unknown."""
+    flops = record.get("flops_per_second")
+    peak = record.get("matmul_flops_per_second")
     return flops / peak if flops and peak else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # plots
 
-BLUE, RED, AMBER, GREY, INK = "#2b6cb0 #c0392b #c9821b #b8bec6 #333a44".split()
+BLUE = "#2b6cb0"
+RED = "#c0392b"
+AMBER = "#c9821b"
+GREY = "#b8bec6"
+PALE = "#e6e9ed"
+INK = "#333a44"
 
 
 def _figure(width, height, rows=1, columns=1):
-    """A figure and its axes as a list of lists. Not by pyplot, which keeps global state and may look for a screen."""
+    """A figure in inches, and its axes as a list of lists. ImportError without matplotlib.
+
+    Not made by pyplot, which keeps global state and may look for a screen.
+    """
+    # matplotlib fails on import where the environment names a backend that is not installed, as
+    # the environment that a notebook leaves to its processes does.
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -125,80 +187,129 @@ def _figure(width, height, rows=1, columns=1):
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
         axes.tick_params(colors=INK, labelsize=8, color=GREY)
-        axes.grid(axis="y", color="#e6e9ed", linewidth=0.8)
+        axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
     return figure, grid.tolist()
 
 
 def smooth(values):
-    """Mean over a window around each value: unlike a running average it does not lag behind."""
+    """Mean over a window around each value; unlike a running average it does not lag behind."""
     half = len(values) // 60
-    return [sum(window) / len(window) for i in range(len(values)) for window in [values[max(0, i - half):i + half + 1]]]
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - half):i + half + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _draw_loss(axes, stage, log):
+    """The loss of each step, pale, and its smoothed course."""
+    steps = [record["step"] for record in log]
+    losses = [record["loss"] for record in log]
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.6)
+    axes.set_title(stage, fontsize=10, color=INK, loc="left", fontweight="bold")
+    axes.set_ylabel("loss (nats per token)", fontsize=8, color=BLUE)
+
+
+def _draw_bits_per_byte(axes, log):
+    """Validation bits per byte as points, on an axis of their own on the right."""
+    measured = [record for record in log if record.get("val_bpb") is not None]
+    if not measured:
+        return
+    steps = [record["step"] for record in measured]
+    bits = [record["val_bpb"] for record in measured]
+    right = axes.twinx()
+    right.plot(steps, bits, color=RED, marker="o", markersize=3.5, linewidth=0.8)
+    axes.set_title(f"{bits[-1]:.3f} bpb", fontsize=9, color=RED, loc="right")
+    right.set_ylabel("validation bits per byte", fontsize=8, color=RED)
+    right.tick_params(colors=INK, labelsize=8, color=GREY)
+    right.spines[:].set_visible(False)
+
+
+def _draw_learning_rate(axes, log):
+    steps = [record["step"] for record in log]
+    axes.plot(steps, [record["lr"] for record in log], color=AMBER, linewidth=1.6)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("learning rate", fontsize=8, color=AMBER)
+    axes.set_xlabel("step", fontsize=8, color=INK)
 
 
 def plot_training(stages):
-    """Loss over learning rate, a column for each training stage; validation bits per byte as points on the right."""
-    logs = {name: training_log(stages[name]) for name in TRAINING if name in stages}
-    logs = {name: log for name, log in logs.items() if any("loss" in row for row in log)}
+    """Loss above, learning rate below, a column for each training stage; None without a log."""
+    logs = {}
+    for name in TRAINING:
+        log = training_log(stages[name]) if name in stages else []
+        if any("loss" in record for record in log):
+            logs[name] = log
     if not logs:
         return None
-    figure, (losses, rates) = _figure(3.1 * max(2, len(logs)), 4.4, rows=2, columns=len(logs))
-    for name, log, loss_axes, rate_axes in zip(logs, logs.values(), losses, rates):
-        rows = [row for row in log if "loss" in row]
-        steps, values = [row["step"] for row in rows], [row["loss"] for row in rows]
-        loss_axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-        loss_axes.plot(steps, smooth(values), color=BLUE, linewidth=1.6)
-        loss_axes.set_title(name, fontsize=10, color=INK, loc="left", fontweight="bold")
-        loss_axes.set_ylabel("loss (nats per token)", fontsize=8, color=BLUE)
-        measured = [(row["step"], row["val_bpb"]) for row in log if row.get("val_bpb") is not None]
-        if measured:
-            right = loss_axes.twinx()
-            right.plot(*zip(*measured), color=RED, marker="o", markersize=3.5, linewidth=0.8)
-            loss_axes.set_title(f"{measured[-1][1]:.3f} bpb", fontsize=9, color=RED, loc="right")
-            right.set_ylabel("validation bits per byte", fontsize=8, color=RED)
-            right.tick_params(colors=INK, labelsize=8, color=GREY)
-            right.spines[:].set_visible(False)
-        rate_axes.plot(steps, [row["lr"] for row in rows], color=AMBER, linewidth=1.6)
-        rate_axes.set_ylim(bottom=0)
-        rate_axes.set_ylabel("learning rate", fontsize=8, color=AMBER)
-        rate_axes.set_xlabel("step", fontsize=8, color=INK)
+
+    width = 3.1 * max(2, len(logs))
+    figure, (upper, lower) = _figure(width, 4.4, rows=2, columns=len(logs))
+    for (name, log), above, below in zip(logs.items(), upper, lower):
+        steps = [record for record in log if "loss" in record]
+        _draw_loss(above, name, steps)
+        _draw_bits_per_byte(above, log)
+        _draw_learning_rate(below, steps)
     return figure
 
 
 def _label(axes, x, y, text):
     """Text just behind the end of a bar."""
-    axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, 0), va="center", fontsize=8, color=INK)
+    axes.annotate(
+        text,
+        (x, y),
+        textcoords="offset points",
+        xytext=(5, 0),
+        va="center",
+        fontsize=8,
+        color=INK,
+    )
 
 
-def plot_accuracy(row):
-    """A bar for each task, its chance level as a tick across the bar."""
-    accuracy = row.get("accuracy")
+def plot_accuracy(record):
+    """A bar for each task, its chance level as a tick across the bar.
+
+    record: that of chat_eval. None where it has no accuracy.
+    """
+    accuracy = record.get("accuracy")
     if not accuracy:
         return None
     figure, [[axes]] = _figure(7.2, 0.8 + 0.42 * len(accuracy))
     for y, (task, fraction) in enumerate(accuracy.items()):
         axes.barh(y, 100 * fraction, color=BLUE, height=0.55)
-        chance = 100 * row.get("chance", {}).get(task, 0)
-        axes.plot([chance, chance], [y - 0.38, y + 0.38], color=RED, linewidth=2, label="chance" if y == 0 else None)
+        chance = 100 * record.get("chance", {}).get(task, 0)
+        legend = "chance" if y == 0 else None
+        axes.plot([chance, chance], [y - 0.38, y + 0.38], color=RED, linewidth=2, label=legend)
         _label(axes, 100 * fraction, y, f"{100 * fraction:.1f}")
+
     axes.set_yticks(range(len(accuracy)), accuracy, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 25))
     axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color="#e6e9ed", linewidth=0.8)
+    axes.grid(axis="x", color=PALE, linewidth=0.8)
     axes.set_xlabel("per cent right of held-out items", fontsize=8, color=INK)
-    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    axes.legend(
+        fontsize=8,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+    )
     return figure
 
 
 def plot_times(stages):
-    """How the time was spent, stage by stage."""
+    """A bar for each stage: its seconds."""
     figure, [[axes]] = _figure(7.2, 0.7 + 0.28 * len(stages))
-    axes.barh(range(len(stages)), [row["seconds"] for row in stages.values()], height=0.6,
-              color=[BLUE if name in TRAINING else GREY for name in stages])
-    for y, row in enumerate(stages.values()):
-        _label(axes, row["seconds"], y, duration(row["seconds"]))
+    times = [record["seconds"] for record in stages.values()]
+    colours = [BLUE if name in TRAINING else GREY for name in stages]
+    axes.barh(range(len(stages)), times, height=0.6, color=colours)
+    for y, number in enumerate(times):
+        _label(axes, number, y, duration(number))
+
     axes.set_yticks(range(len(stages)), stages, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -208,182 +319,343 @@ def plot_times(stages):
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the report says
-
-def cost(machine, hours):
-    """[(what, cost, assumption)] of a run of `hours` on `machine`."""
-    gpus = len(machine.get("gpus") or [])
-    kind, count = ("gpu", gpus) if gpus else ("core", machine.get("cores") or 1)
-    parts = f"{count} {'GPU' if gpus else 'CPU core'}{'s' if count > 1 else ''}"
-    energy = WATTS[kind] * count * hours / 1000
-    return [
-        ("electricity", f"${energy * DOLLARS_PER_KWH:.3f}",
-         f"{parts} at {WATTS[kind]} W each with all around them: {energy:.3f} kWh at ${DOLLARS_PER_KWH:.2f}"),
-        ("a rented machine", f"${RENT[kind] * count * hours:.3f}", f"{parts} at ${RENT[kind]:.2f} an hour each"),
-    ]
+def draw_plots(stages):
+    """{file name: figure} of all that this run has something to show for; {} without matplotlib."""
+    try:
+        plots = {
+            "report_loss.png": plot_training(stages),
+            "report_accuracy.png": plot_accuracy(stages.get("chat_eval", {})),
+            "report_time.png": plot_times(stages),
+        }
+    except ImportError:
+        return {}
+    return {name: figure for name, figure in plots.items() if figure}
 
 
-def honest_words(stages):
+# --------------------------------------------------------------------------------------------------
+# what the report says: each section is a generator of blocks, and yields none where its stage is
+# missing
+
+NO_PLOTS = (
+    "There are no plots, because matplotlib cannot be imported: pip install matplotlib, then "
+    "python -m nanochat.report draws them."
+)
+
+LIKE_GPT2 = (
+    "This model has {size}. That is the class of GPT-2 (2019; 124 M to 1.5 G parameters): fluent, "
+    "often wrong. Today's assistants are hundreds of times larger and have read thousands of times "
+    "more. Do not take its facts on trust."
+)
+
+SMALLER_THAN_GPT2 = (
+    "This model has {size}. The smallest GPT-2 of 2019 had 124 M parameters; today's assistants "
+    "have thousands of times more than that and have read far more text still. What it learned is "
+    "the look of the text it was trained on and a few rehearsed skills, those in the table of "
+    "accuracies. It does not reason and it knows next to nothing: outside those skills its answers "
+    "are fluent guesses, most of them false, and it cannot tell which. The accuracies are of "
+    "held-out items of the same making as the training items, so they show that a skill carries "
+    "over to new words, numbers or names, not that it carries over to other questions. And to "
+    "choose among four answers is far easier than to give one."
+)
+
+
+def honest_words(run):
     """What a model of this size is and is not: a paragraph, with this run's own numbers."""
-    base = stages.get("base_train") or next((stages[name] for name in TRAINING if name in stages), {})
-    parameters, tokens = base.get("parameters"), base.get("tokens")
+    first_training = next(iter(run.training.values()), {})
+    base = run.stages.get("base_train") or first_training
+    parameters = base.get("parameters")
+    tokens = base.get("tokens")
     if not parameters or not tokens:
         return "Without a trained model there is nothing to be honest about yet."
-    text = tokens * stages.get("tok_train", {}).get("bytes_per_token", 0)
+
     size = f"{si(parameters)} parameters, pretrained on {si(tokens)} tokens"
-    size += f" ({si(text, 'B')} of text)" if text else ""
-    if parameters >= 1e8:
-        return (f"This model has {size}. That is the class of GPT-2 (2019; 124 M to 1.5 G parameters): fluent, often "
-                "wrong. Today's assistants are hundreds of times larger and have read thousands of times more. Do not "
-                "take its facts on trust.")
-    return (f"This model has {size}. The smallest GPT-2 of 2019 had 124 M parameters; today's assistants have "
-            "thousands of times more than that and have read far more text still. What it learned is the look of the text "
-            "it was trained on and a few rehearsed skills, those in the table of accuracies. It does not reason and it knows "
-            "next to nothing: outside those skills its answers are fluent guesses, most of them false, and it cannot "
-            "tell which. The accuracies are of held-out items of the same making as the training items, so they show "
-            "that a skill carries over to new words, numbers or names, not that it carries over to other questions. "
-            "And to choose among four answers is far easier than to give one.")
+    text = tokens * run.stages.get("tok_train", {}).get("bytes_per_token", 0)
+    if text:
+        size += f" ({si(text, 'B')} of text)"
+    words = LIKE_GPT2 if parameters >= 1e8 else SMALLER_THAN_GPT2
+    return words.format(size=size)
 
 
-def machine_block(machine):
-    names = {"cpu": "CPU", "isa": "matrix instructions", "memory_gb": "memory (GiB)", "gpus": "GPUs"}
-    rows = [(names.get(key, key), ", ".join(value) if isinstance(value, list) else value)
-            for key, value in machine.items() if value]
-    return ("table", ["", ""], rows)
+def picture(run, name, alt):
+    """The block of a plot, none where it could not be drawn."""
+    if name in run.plots:
+        yield ("picture", name, alt)
 
 
-def side_by_side(stages, field):
-    """A table of the dicts `row[field]` of all stages that have one: a row for each key, a column for each stage."""
-    columns = {name: row[field] for name, row in stages.items() if row.get(field)}
-    keys = dict.fromkeys(key for values in columns.values() for key in values)
-    if not keys:
-        return []
-    rows = [(key, *("" if key not in values else str(values[key]) for values in columns.values())) for key in keys]
-    return [("table", ["", *columns], rows)]
+def overview_blocks(run):
+    """The figures at the head of the report, and what the model is."""
+    tiles = []
+    base = run.stages.get("base_train", {})
+    if base:
+        tokens = sum(record.get("tokens") or 0 for record in run.training.values())
+        if base.get("val_bpb") is not None:
+            tiles.append(("bits per byte", f"{base['val_bpb']:.3f}"))
+        tiles.append(("parameters", si(base.get("parameters"))))
+        tiles.append(("tokens read", si(tokens)))
+        tiles.append(("tokens per second", si(base.get("tokens_per_second"))))
+    tiles.append(("time in all", duration(run.total)))
+    yield ("tiles", tiles)
+    if not run.plots:
+        yield ("text", NO_PLOTS)
+    yield ("heading", "What this model is")
+    yield ("text", honest_words(run))
 
 
-def training_blocks(training):
-    rows = [(name, si(row.get("steps")), si(row.get("tokens")), duration(row["seconds"]),
-             si(row.get("tokens_per_second")), si(row.get("flops_per_second"), "FLOP/s"), percent(matmul_share(row)))
-            for name, row in training.items()]
-    yield ("table", ["stage", "steps", "tokens", "time", "tokens/s", "achieved", "of the matmul rate"], rows)
-    rates = {row.get("matmul_flops_per_second") for row in training.values()} - {None}
-    measured = f" ({' and '.join(si(rate, 'FLOP/s') for rate in sorted(rates))} here)" if rates else ""
-    yield ("text", "Tokens per second are the median over steady steps: compilation and the first steps are left out. "
-                   f"The matmul rate is what one large matrix product reached on this machine{measured}, not a peak "
-                   "from a data sheet.")
+def accuracy_blocks(run):
+    record = run.stages.get("chat_eval", {})
+    if not record.get("accuracy"):
+        return
+    items = record.get("items", {})
+    chance = record.get("chance", {})
+    rows = []
+    for task, fraction in record["accuracy"].items():
+        rows.append((
+            task,
+            percent(fraction),
+            interval(fraction, items.get(task)),
+            percent(chance.get(task)),
+            str(items.get(task, "unknown")),
+        ))
+    yield ("heading", "Accuracy")
+    yield from picture(run, "report_accuracy.png", "Accuracy of each task with its chance level")
+    yield ("table", ["task", "right", "95 % interval", "chance", "items"], rows)
+    yield ("text", "Items that no training conversation asked, each answered once. Chance is what "
+                   "guessing would get; where it is 0 %, the answer has to be produced and not "
+                   "chosen.")
 
 
-def sample_blocks(training, at_most=4):
-    """The same prompts as training went on: of every stage the first, the last and some samples between."""
+def training_blocks(run):
+    if not run.training:
+        return
+    rows = []
+    for name, record in run.training.items():
+        rows.append((
+            name,
+            si(record.get("steps")),
+            si(record.get("tokens")),
+            duration(record["seconds"]),
+            si(record.get("tokens_per_second")),
+            si(record.get("flops_per_second"), "FLOP/s"),
+            percent(matmul_share(record)),
+        ))
+    header = [
+        "stage",
+        "steps",
+        "tokens",
+        "time",
+        "tokens/s",
+        "achieved",
+        "of the matmul rate",
+    ]
+    peaks = {record.get("matmul_flops_per_second") for record in run.training.values()} - {None}
+    here = " and ".join(si(peak, "FLOP/s") for peak in sorted(peaks))
+    measured = f" ({here} here)" if here else ""
+
+    yield ("heading", "Training")
+    yield from picture(run, "report_loss.png", "Loss, validation bits per byte and learning rate "
+                                               "of each training stage")
+    yield ("table", header, rows)
+    yield ("text", "Tokens per second are the median over steady steps: compilation and the first "
+                   "steps do not count. The matmul rate is what one large matrix product reached "
+                   f"on this machine{measured}, not a peak from a data sheet.")
+
+
+def bits_per_byte_blocks(run):
+    rows = []
+    for name, record in run.stages.items():
+        if record.get("val_bpb") is not None:
+            rows.append((name, f"{record['val_bpb']:.4f}"))
+    if not rows:
+        return
+
+    guessing = ""
+    tokenizer = run.stages.get("tok_train", {})
+    if {"vocab_size", "bytes_per_token"} <= tokenizer.keys():
+        bits = math.log2(tokenizer["vocab_size"]) / tokenizer["bytes_per_token"]
+        guessing = f" Guessing every token at random costs {bits:.2f}."
+    yield ("heading", "Validation bits per byte")
+    yield ("table", ["stage", "bits per byte"], rows)
+    yield ("text", "Bits the model needs for each raw byte of validation text that it never "
+                   "trained on: lower is better, and runs with different tokenizers compare."
+                   f"{guessing}")
+
+
+def tokenizer_blocks(run):
+    record = run.stages.get("tok_train")
+    if not record:
+        return
+    average = ""
+    if record.get("bytes_per_token"):
+        average = (f"; one token is {record['bytes_per_token']:.2f} bytes of validation text "
+                   "on average")
+    size = record.get("vocab_size", "unknown size")
+    yield ("heading", "Tokenizer")
+    yield ("text", f"Byte-level BPE with a vocabulary of {size}{average}.")
+
+
+def spread(items, at_most):
+    """At most so many of a list's items: the first, the last and evenly spaced ones between."""
+    count = min(at_most, len(items))
+    if count <= 1:
+        return items[-1:]
+    gaps = count - 1
+    return [items[round(i * (len(items) - 1) / gaps)] for i in range(count)]
+
+
+def sample_blocks(run):
+    """The continuations of the same prompts, early and late in each training stage."""
     by_prompt = {}
-    for name, row in training.items():
-        entries = [entry for entry in training_log(row) if entry.get("samples")]
-        count = min(at_most, len(entries))
-        for i in range(count):
-            entry = entries[round(i * (len(entries) - 1) / max(1, count - 1)) if count > 1 else -1]
+    for name, record in run.training.items():
+        entries = [entry for entry in training_log(record) if entry.get("samples")]
+        for entry in spread(entries, at_most=4):
+            when = f"{name}, step {entry['step']}"
             for sample in entry["samples"]:
-                by_prompt.setdefault(sample["prompt"], []).append((f"{name}, step {entry['step']}", sample["text"]))
-    if by_prompt:
-        yield ("heading", "Samples")
-        yield ("text", "The continuations of the same prompts as training went on.")
+                by_prompt.setdefault(sample["prompt"], []).append((when, sample["text"]))
+    if not by_prompt:
+        return
+    yield ("heading", "Samples")
+    yield ("text", "The continuations of the same prompts in the course of training.")
     for prompt, texts in by_prompt.items():
         yield ("samples", prompt, texts)
 
 
-def blocks(stages, total, pictures):
-    """All blocks of the report. total: seconds of the run. pictures: names of the plots that were made."""
-    training = {name: stages[name] for name in TRAINING if name in stages}
-    base, chat = stages.get("base_train", {}), stages.get("chat_eval", {})
-    machine = next((row["machine"] for row in reversed(stages.values()) if row.get("machine")), {})
-    tokenizer = stages.get("tok_train", {})
-
-    def picture(name, alt):
-        return [("picture", name, alt)] if name in pictures else []
-
-    tiles = [("time in all", duration(total))]
-    if base:
-        tiles = [("parameters", si(base.get("parameters"))),
-                 ("tokens read", si(sum(row.get("tokens") or 0 for row in training.values()))),
-                 ("tokens per second", si(base.get("tokens_per_second"))), *tiles]
-        if base.get("val_bpb") is not None:
-            tiles.insert(0, ("bits per byte", f"{base['val_bpb']:.3f}"))
-    yield ("tiles", tiles)
-    yield ("heading", "What this model is")
-    yield ("text", honest_words(stages))
-
-    if chat.get("accuracy"):
-        yield ("heading", "Accuracy")
-        yield from picture("report_accuracy.png", "Accuracy of each task with its chance level")
-        yield ("table", ["task", "right", "95 % interval", "chance", "items"],
-               [(task, percent(fraction), interval(fraction, chat.get("items", {}).get(task)),
-                 percent(chat.get("chance", {}).get(task)), str(chat.get("items", {}).get(task, "unknown")))
-                for task, fraction in chat["accuracy"].items()])
-        yield ("text", "Items that no training conversation asked, each answered once. Chance is what guessing would get; "
-                       "where it is 0 %, the answer has to be produced and not chosen.")
-
-    measured = [(name, f"{row['val_bpb']:.4f}") for name, row in stages.items() if row.get("val_bpb") is not None]
-    if training:
-        yield ("heading", "Training")
-        yield from picture("report_loss.png", "Loss, validation bits per byte and learning rate of each training stage")
-        yield from training_blocks(training)
-    if measured:
-        yield ("heading", "Validation bits per byte")
-        yield ("table", ["stage", "bits per byte"], measured)
-        guessing = (f" Guessing every token at random costs {math.log2(tokenizer['vocab_size']) / tokenizer['bytes_per_token']:.2f}."
-                    if tokenizer and {"vocab_size", "bytes_per_token"} <= tokenizer.keys() else "")
-        yield ("text", "Bits the model needs for each raw byte of validation text that it never trained on: lower is better, "
-                       f"and runs with different tokenizers compare.{guessing}")
-    if tokenizer:
-        yield ("heading", "Tokenizer")
-        bytes_per_token = tokenizer.get("bytes_per_token")
-        average = f"; one token is {bytes_per_token:.2f} bytes of validation text on average" if bytes_per_token else ""
-        yield ("text", f"Byte-level BPE with a vocabulary of {tokenizer.get('vocab_size', 'unknown size')}{average}.")
-    yield from sample_blocks(training)
-
+def time_blocks(run):
+    rows = [(name, duration(record["seconds"])) for name, record in run.stages.items()]
     yield ("heading", "Time")
-    yield from picture("report_time.png", "Seconds spent in each stage")
-    yield ("table", ["stage", "time"],
-           [*((name, duration(row["seconds"])) for name, row in stages.items()), ("all", duration(total))])
+    yield from picture(run, "report_time.png", "Seconds spent in each stage")
+    yield ("table", ["stage", "time"], [*rows, ("all", duration(run.total))])
+
+
+def cost(machine, hours):
+    """[(what, dollars, assumption)] of a run of `hours` on `machine`, all as text.
+
+    machine: a dict as metrics.machine() makes it.
+    """
+    kind, unit = "core", "CPU core"
+    count = machine.get("cores") or 1
+    if machine.get("gpus"):
+        kind, unit = "gpu", "GPU"
+        count = len(machine["gpus"])
+    units = f"{count} {unit}" + ("s" if count > 1 else "")
+
+    energy = WATTS[kind] * count * hours / 1000  # kWh
+    rent = RENT[kind] * count * hours
+    return [
+        (
+            "electricity",
+            f"${energy * DOLLARS_PER_KWH:.3f}",
+            f"{units} at {WATTS[kind]} W each with all around them: "
+            f"{energy:.3f} kWh at ${DOLLARS_PER_KWH:.2f}",
+        ),
+        (
+            "a rented machine",
+            f"${rent:.3f}",
+            f"{units} at ${RENT[kind]:.2f} an hour each",
+        ),
+    ]
+
+
+# How the machine's fields are called in the report; other fields keep their names.
+MACHINE_TITLES = {
+    "cpu": "CPU",
+    "isa": "matrix instructions",
+    "memory_gb": "memory (GiB)",
+    "gpus": "GPUs",
+}
+
+
+def machine_blocks(run):
+    """What the run ran on, and what that would have cost."""
+    machines = [record["machine"] for record in run.stages.values() if record.get("machine")]
+    machine = machines[-1] if machines else {}
+    rows = []
+    for key, value in machine.items():
+        if value:
+            text = ", ".join(value) if isinstance(value, list) else value
+            rows.append((MACHINE_TITLES.get(key, key), text))
+
     yield ("heading", "What it would have cost")
-    yield ("table", ["", "cost", "assumption"], cost(machine, total / 3600))
+    yield ("table", ["", "cost", "assumption"], cost(machine, run.total / 3600))
     yield ("text", "These prices and watts are assumptions, not measurements: put in your own.")
     yield ("heading", "Machine")
-    yield machine_block(machine)
-    for title, field in (("Model", "config"), ("Settings", "settings")):
-        if table := side_by_side(stages if field == "settings" else training, field):
-            yield ("heading", title)
-            yield from table
+    yield ("table", ["", ""], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the two ways to draw the blocks
+def side_by_side(title, stages, field):
+    """A table of the dicts in `field` of all stages that have one.
+
+    It has a row for each key and a column for each stage; a key that a stage does not have is
+    empty.
+    """
+    columns = {name: record[field] for name, record in stages.items() if record.get(field)}
+    keys = dict.fromkeys(key for values in columns.values() for key in values)
+    if not keys:
+        return
+    rows = []
+    for key in keys:
+        cells = [str(values[key]) if key in values else "" for values in columns.values()]
+        rows.append((key, *cells))
+    yield ("heading", title)
+    yield ("table", ["", *columns], rows)
+
+
+def blocks(run):
+    """All blocks of the report."""
+    yield from overview_blocks(run)
+    yield from accuracy_blocks(run)
+    yield from training_blocks(run)
+    yield from bits_per_byte_blocks(run)
+    yield from tokenizer_blocks(run)
+    yield from sample_blocks(run)
+    yield from time_blocks(run)
+    yield from machine_blocks(run)
+    yield from side_by_side("Model", run.training, "config")
+    yield from side_by_side("Settings", run.stages, "settings")
+
+
+# --------------------------------------------------------------------------------------------------
+# the blocks as Markdown
 
 def _escape_markdown(text):
     return re.sub(r"([\\`*<|\[])", r"\\\1", str(text)).replace("\n", " ")
 
 
-def to_markdown(title, contents):
-    """Markdown of the blocks. Samples are indented code, inside which no markup of a model's making has an effect."""
-    out = [f"# {title}"]
-    for kind, *rest in contents:
-        if kind == "heading":
-            out.append(f"## {rest[0]}")
-        elif kind == "text":
-            out.append(_escape_markdown(rest[0]))
-        elif kind == "picture":
-            out.append(f"![{rest[1]}]({rest[0]})")
-        elif kind == "samples":
-            out.append(f"**{_escape_markdown(rest[0])}**")
-            for when, text in rest[1]:
-                out += [f"{when}:", "\n".join("    " + line for line in text.split("\n"))]
-        else:
-            header, rows = (("", ""), rest[0]) if kind == "tiles" else rest
-            lines = [header, ["---"] * len(header), *([_escape_markdown(cell) for cell in row] for row in rows)]
-            out.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(out) + "\n"
+def _markdown_table(header, rows):
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        lines.append([_escape_markdown(cell) for cell in row])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+
+def _markdown_samples(prompt, texts):
+    """Indented code: no markup that a model writes has an effect inside it."""
+    parts = [f"**{_escape_markdown(prompt)}**"]
+    for when, text in texts:
+        parts.append(f"{when}:")
+        parts.append("\n".join("    " + line for line in text.split("\n")))
+    return "\n\n".join(parts)
+
+
+MARKDOWN = {
+    "heading": lambda text: f"## {text}",
+    "text": _escape_markdown,
+    "table": _markdown_table,
+    "picture": lambda name, alt: f"![{alt}]({name})",
+    "tiles": lambda tiles: _markdown_table(["", ""], tiles),
+    "samples": _markdown_samples,
+}
+
+
+def to_markdown(title, contents):
+    """A Markdown document of a list of blocks."""
+    parts = [f"# {title}"]
+    for kind, *rest in contents:
+        parts.append(MARKDOWN[kind](*rest))
+    return "\n\n".join(parts) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# the blocks as HTML
 
 CSS = """
 :root { color-scheme: light; --ink: #20262e; --soft: #66707c; --line: #e3e7ec; --accent: #2b6cb0; }
@@ -396,13 +668,17 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0; letter-spacing: -.02em; }
 h2 { font-size: 19px; margin: 44px 0 12px; letter-spacing: -.01em; }
 p { margin: 12px 0; max-width: 72ch; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; }
-.tile, .table, figure, .sample { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+.tile, .table, figure, .sample { background: #fff; border: 1px solid var(--line);
+                                 border-radius: 10px; }
 .tile { padding: 14px 16px; }
-.tile b { display: block; font-size: 22px; line-height: 1.3; letter-spacing: -.02em; white-space: nowrap; }
+.tile b { display: block; font-size: 22px; line-height: 1.3; letter-spacing: -.02em;
+          white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
 .table { overflow-x: auto; margin: 12px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line); vertical-align: top; }
+table { border-collapse: collapse; width: 100%; font-size: 14px;
+        font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line);
+         vertical-align: top; }
 th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: nowrap; }
 tr:first-child > * { border-top: 0; }
 td:first-child { font-weight: 550; white-space: nowrap; }
@@ -423,70 +699,119 @@ dd { margin: 0; min-width: 0; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Con
 """.strip()
 
 
+def _escape_html(text):
+    return html.escape(str(text))
+
+
+def _html_cells(tag, cells):
+    """A line of a table; tag: th or td."""
+    return "<tr>" + "".join(f"<{tag}>{_escape_html(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _html_table(header, rows):
+    head = _html_cells("th", header) if any(header) else ""
+    body = "".join(_html_cells("td", row) for row in rows)
+    return f"<div class=table><table>{head}{body}</table></div>"
+
+
+def _html_picture(folder, name, alt):
+    data = base64.b64encode((folder / name).read_bytes()).decode("ascii")
+    source = f"data:image/png;base64,{data}"
+    return f'<figure><img alt="{_escape_html(alt)}" src="{source}"></figure>'
+
+
+def _html_tiles(tiles):
+    parts = []
+    for label, value in tiles:
+        value, label = _escape_html(value), _escape_html(label)
+        parts.append(f"<div class=tile><b>{value}</b><span>{label}</span></div>")
+    return f"<div class=tiles>{''.join(parts)}</div>"
+
+
+def _html_samples(prompt, texts):
+    parts = []
+    for when, text in texts:
+        parts.append(f"<dt>{_escape_html(when)}</dt><dd>{_escape_html(text)}</dd>")
+    return f"<div class=sample><b>{_escape_html(prompt)}</b><dl>{''.join(parts)}</dl></div>"
+
+
+HTML = {
+    "heading": lambda text: f"<h2>{_escape_html(text)}</h2>",
+    "text": lambda text: f"<p>{_escape_html(text)}</p>",
+    "table": _html_table,
+    "picture": _html_picture,  # takes the folder of the pictures first
+    "tiles": _html_tiles,
+    "samples": _html_samples,
+}
+
+
 def to_html(title, when, contents, folder):
-    """One self-contained page: the pictures, read from `folder`, are inside it."""
-    e = lambda text: html.escape(str(text))  # noqa: E731
-    out = []
-    for kind, *rest in contents:
-        if kind == "heading":
-            out.append(f"<h2>{e(rest[0])}</h2>")
-        elif kind == "text":
-            out.append(f"<p>{e(rest[0])}</p>")
-        elif kind == "picture":
-            data = base64.b64encode((folder / rest[0]).read_bytes()).decode("ascii")
-            out.append(f'<figure><img alt="{e(rest[1])}" src="data:image/png;base64,{data}"></figure>')
-        elif kind == "tiles":
-            tiles = (f"<div class=tile><b>{e(value)}</b><span>{e(label)}</span></div>" for label, value in rest[0])
-            out.append(f"<div class=tiles>{''.join(tiles)}</div>")
-        elif kind == "samples":
-            lines = "".join(f"<dt>{e(moment)}</dt><dd>{e(text)}</dd>" for moment, text in rest[1])
-            out.append(f"<div class=sample><b>{e(rest[0])}</b><dl>{lines}</dl></div>")
-        else:
-            header, rows = rest
-            head = "<tr>" + "".join(f"<th>{e(cell)}</th>" for cell in header) + "</tr>" if any(header) else ""
-            body = "".join("<tr>" + "".join(f"<td>{e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-            out.append(f"<div class=table><table>{head}{body}</table></div>")
+    """One self-contained page of a list of blocks: the pictures, read from `folder`, are inside."""
+    draw = {**HTML, "picture": functools.partial(_html_picture, folder)}
+    body = "\n".join(draw[kind](*rest) for kind, *rest in contents)
+    title, when = _escape_html(title), _escape_html(when)
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{e(title)}</title><style>\n{CSS}\n</style></head>\n"
-            f"<body><main><h1>{e(title)}</h1><p class=when>{e(when)}</p>\n"
-            + "\n".join(out) + "\n</main></body></html>\n")
+            f"<title>{title}</title><style>\n{CSS}\n</style></head>\n"
+            f"<body><main><h1>{title}</h1><p class=when>{when}</p>\n"
+            f"{body}\n</main></body></html>\n")
 
+
+# --------------------------------------------------------------------------------------------------
+# the report's files
 
 def write_report(base, total=None):
-    """Write report.md, report.html and the plots into `base`. Returns (stages, total seconds, path of report.md).
+    """Write report.md, report.html and the plots into the folder `base`, a Path.
 
-    UserError where no stage has been finished yet.
+    total: seconds of the run; None: the sum over its stages. Without matplotlib the report is
+    written without plots, and says so. UserError where no stage has been finished yet.
+    Returns (stages, total, path of report.md).
     """
+    # 1) what there is to report
     stages = last_run(read_jsonl(base / "metrics.jsonl"))
     if not stages:
-        raise UserError(f"{base} holds no finished stage: run one first, or point NANOCHAT_BASE_DIR at a run")
-    total = sum(row["seconds"] for row in stages.values()) if total is None else total
-    plots = {"report_loss.png": plot_training(stages),
-             "report_accuracy.png": plot_accuracy(stages.get("chat_eval", {})),
-             "report_time.png": plot_times(stages)}
-    plots = {name: figure for name, figure in plots.items() if figure}
-    for name, figure in plots.items():
+        raise UserError(f"{base} holds no finished stage: "
+                        "run one first, or point NANOCHAT_BASE_DIR at a run")
+    if total is None:
+        total = sum(record["seconds"] for record in stages.values())
+    training = {name: stages[name] for name in TRAINING if name in stages}
+
+    # 2) the plots
+    run = Run(stages, training, total, draw_plots(stages))
+    for name, figure in run.plots.items():
         with atomic_file(base / name) as file:
             figure.savefig(file, format="png")
-    contents = list(blocks(stages, total, plots))
-    when = max(row.get("time", "") for row in stages.values()).replace("T", " ")
-    title = "nanochat: the report card"
-    atomic_write(base / "report.md", to_markdown(title, [("text", when), *contents]))
-    atomic_write(base / "report.html", to_html(title, when, contents, base))
+
+    # 3) the same blocks twice
+    contents = list(blocks(run))
+    when = max(record.get("time", "") for record in stages.values()).replace("T", " ")
+    atomic_write(base / "report.md", to_markdown(TITLE, [("text", when), *contents]))
+    atomic_write(base / "report.html", to_html(TITLE, when, contents, base))
     return stages, total, base / "report.md"
+
+
+def finish_speedrun(stages, total, settings, path):
+    """The record of a whole speedrun, whose accuracies have fixed names: None where one is
+    missing."""
+    accuracy = stages.get("chat_eval", {}).get("accuracy", {})
+    finish_stage(
+        "speedrun",
+        total,
+        settings,
+        val_bpb=stages.get("base_train", {}).get("val_bpb"),
+        accuracy={task: accuracy.get(task) for task in SPEEDRUN_TASKS},
+        report=str(path),
+    )
 
 
 def main():
     settings = configure(globals())
     start = time.time()
     stages, total, path = write_report(get_base_dir(), seconds)
-    if not speedrun:
+    if speedrun:
+        finish_speedrun(stages, total, settings, path)
+    else:
         finish_stage("report", time.time() - start, settings, report=str(path))
-        return
-    accuracy = stages.get("chat_eval", {}).get("accuracy", {})
-    finish_stage("speedrun", total, settings, val_bpb=stages.get("base_train", {}).get("val_bpb"),
-                 accuracy={task: accuracy.get(task) for task in SPEEDRUN_TASKS}, report=str(path))
 
 
 if __name__ == "__main__":
