@@ -1,15 +1,19 @@
 """
-Chat in the terminal with any server that speaks OpenAI's API: vLLM, ollama, llama.cpp, or our own scripts/chat_web.py.
+Chat in the terminal with any server that speaks OpenAI's API: vLLM, ollama, llama.cpp, or our own
+scripts/chat_web.py.
 
     python scripts/chat.py                                  # the server on this machine, port 8000
-    python scripts/chat.py --url=http://localhost:11434 --model=qwen3:32b --system="Answer in one sentence."
-    python scripts/chat.py --once "What is 12 times 7?"     # one answer; into a file or a pipe goes the answer alone
+    python scripts/chat.py --url=http://localhost:11434 --model=qwen3:32b --system="Be brief."
+    python scripts/chat.py --once "What is 12 times 7?"     # one answer; only it goes into a pipe
     OPENAI_API_KEY=... python scripts/chat.py               # a server that wants a key
 
-quit ends the conversation, clear starts it afresh. Ctrl+C ends the answer under way; at the prompt it ends the program.
-What a model thinks before it answers is dim, and no part of the conversation. (Where only the closing </think> comes, it was shown
-as the answer by then, and where that is cut off, it is taken for one.) This file needs `requests` (pip install requests) and
-nothing else of this repository, so that it may be copied to wherever one sits.
+quit ends the conversation, clear starts a new one. Ctrl+C ends the answer that is being written; at
+the prompt it ends the program. What a model thinks before it answers is shown dim and is no part of
+the conversation. (Where a server sends only the closing </think>, the thoughts were shown as the
+answer before it came; where that tag is cut off, they count as the answer.)
+
+This file needs `requests` (pip install requests) and nothing else of this repository, so that it
+may be copied anywhere.
 """
 import argparse
 import contextlib
@@ -26,86 +30,140 @@ except ImportError:
     sys.exit("error: this needs the package requests: pip install requests")
 
 TRIES = 3                               # of a request whose answer has not begun
-TIMEOUT = (10, 600)                     # seconds to connect, and between two pieces: a long prompt is silent at first
-PASSING = (408, 429, 502, 503, 504)     # statuses that another try may get past
+CONNECT_TIMEOUT = 10                    # seconds
+PIECE_TIMEOUT = 600                     # seconds between two pieces: prefill may take minutes
+RETRIED = (408, 429, 502, 503, 504)     # statuses that may be different on another try
+LONGEST_WAIT = 60                       # seconds, whatever a server asks for
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "<think>", "</think>"
 
-# What a model writes must not steer the terminal. Out go control sequences (ESC [ ... letter), strings (ESC ] ... BEL or
-# ESC \), other escapes (ESC letter), and every control character alone but tab and newline.
-ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What a model writes must not control the terminal: all of these are removed.
+ESCAPE = re.compile("|".join([
+    r"\x1b\[[0-?]*[ -/]*[@-~]",                     # control sequences: ESC [ ... letter
+    r"\x1b[\]P^_X][^\x07\x1b]*(?:\x07|\x1b\\)",     # strings: ESC ] ... BEL, or ESC ] ... ESC \
+    r"\x1b[ -/]*[0-~]",                             # other escapes: ESC letter
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f]",               # control characters but tab and newline
+]))
+# The beginning of one of the first three at the end of a text.
 BEGUN_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]P^_X][^\x07\x1b]*\x1b?|[ -/]*)\Z")
-LONGEST_ESCAPE = 1000                   # characters; what goes on for longer was none
+LONGEST_ESCAPE = 1000                   # characters; anything longer is not an escape
 
 
 class ServerError(Exception):
-    """What went wrong, as one line. again: seconds after which another try may help; None where none will."""
+    """What went wrong, as one line.
+
+    again: seconds after which another try may help; None where no try will.
+    """
 
     def __init__(self, message, again=None):
         super().__init__(ESCAPE.sub("", " ".join(str(message).split())))
         self.again = again
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # an answer, piece by piece
 
 class Cleaner:
-    """Takes the escapes out of a text that comes in pieces. One that is cut in two is held back until it is whole."""
+    """Removes escapes from a text that comes in pieces. An escape that is cut in two is held back
+    until it is complete."""
 
     def __init__(self):
         self.held = ""
 
     def feed(self, text, last=False):
+        """The clean text that is certain with this piece; `last` makes everything certain."""
         text = self.held + text
+        certain = len(text)
         begun = None if last else BEGUN_ESCAPE.search(text)
-        place = begun.start() if begun and len(begun[0]) < LONGEST_ESCAPE else len(text)
-        self.held = text[place:]
-        return ESCAPE.sub("", text[:place])
+        if begun and len(begun[0]) < LONGEST_ESCAPE:
+            certain = begun.start()
+        self.held = text[certain:]
+        return ESCAPE.sub("", text[:certain])
+
+
+def begun_tag(text, tag):
+    """How many characters at the end of `text` may be the beginning of `tag`."""
+    for length in range(len(tag) - 1, 0, -1):
+        if text.endswith(tag[:length]):
+            return length
+    return 0
 
 
 class Thoughts:
     """
-    Parts an answer from thoughts that are written into it: "<think>12 * 7 = 84</think>It is 84."
+    Separates an answer from thoughts in the same text: "<think>12 * 7 = 84</think>It is 84."
 
-    Pieces may cut a tag anywhere. The opening tag counts at the start alone. R1's template puts it into the prompt, so that only
-    the closing one may come; what was taken for the answer until then was thought. `answer` is what belongs to the conversation.
+    Pieces may cut a tag anywhere. The opening tag counts only at the start. DeepSeek-R1's template
+    puts it into the prompt, so that only the closing tag may come; the text before it then turns
+    out to be thoughts.
+
+    answer: the text that belongs to the conversation.
+    state: "start", then "thought" after an opening tag or "untagged" without one, then "answer".
     """
 
     def __init__(self):
-        self.state, self.held, self.answer = "start", "", ""    # then: thought or untagged, then: answer
+        self.state = "start"
+        self.held = ""      # text that may be a part of a tag
+        self.answer = ""
 
     def feed(self, text, last=False):
-        """[(is it a thought, text), ...] of all that is certain by now; `last` makes everything certain."""
+        """[(whether it is a thought, text), ...] of all that is certain with this piece.
+
+        last: there is no further piece, which makes everything certain.
+        """
         self.held += text
-        if self.state == "start":
-            begin = self.held.lstrip()
-            if not last and len(begin) < len(OPEN) and OPEN.startswith(begin):
-                return []
-            self.state = "thought" if begin.startswith(OPEN) else "untagged"
-            self.held = begin.removeprefix(OPEN)
+        if self.state == "start" and not self._start(last):
+            return []
         found = []
         if self.state != "answer":
-            thought = self.state == "thought"
-            sure, tag, rest = self.held.partition(CLOSE)
-            if not tag and not last:
-                cut = next((n for n in range(len(CLOSE) - 1, 0, -1) if sure.endswith(CLOSE[:n])), 0)
-                sure, rest = sure[:len(sure) - cut], sure[len(sure) - cut:]
-            self.held = rest
-            found.append((thought, sure))
-            self.answer += "" if thought else sure
-            if not tag:
-                return found
-            self.state, self.answer = "answer", ""
-        text, self.held = self.held if self.answer else self.held.lstrip(), ""
+            found.append(self._before_closing_tag(last))
+        if self.state == "answer":
+            found.append((False, self._rest()))
+        return found
+
+    def _start(self, last):
+        """Leave the start, if the text so far decides whether there is an opening tag."""
+        begin = self.held.lstrip()
+        may_be_tag = len(begin) < len(OPEN) and OPEN.startswith(begin)
+        if may_be_tag and not last:
+            return False
+        self.state = "thought" if begin.startswith(OPEN) else "untagged"
+        self.held = begin.removeprefix(OPEN)
+        return True
+
+    def _before_closing_tag(self, last):
+        """(whether it is a thought, text) up to the closing tag, or as much as is certain."""
+        is_thought = self.state == "thought"
+        text, tag, self.held = self.held.partition(CLOSE)
+        if tag:
+            self.state = "answer"
+            self.answer = ""  # what was taken for the answer until now was thoughts
+            return is_thought, text
+        if not last:
+            certain = len(text) - begun_tag(text, CLOSE)
+            text, self.held = text[:certain], text[certain:]
+        if not is_thought:
+            self.answer += text
+        return is_thought, text
+
+    def _rest(self):
+        """The answer's next piece; the white space before the answer is dropped."""
+        text = self.held if self.answer else self.held.lstrip()
+        self.held = ""
         self.answer += text
-        return [*found, (False, text)]
+        return text
 
 
 def events(response):
-    """The JSON objects of a stream of server-sent events. ServerError where it breaks off or says that something failed."""
+    """Yield the JSON objects of a stream of server-sent events.
+
+    ServerError where the stream breaks off or says that something failed.
+    """
+    # None yields the pieces as they arrive. Without chunks on the wire it would wait for more, and
+    # only reading byte by byte does not.
+    chunk_size = None if response.raw.chunked else 1
     try:
-        # the pieces as they come; without chunks on the wire only byte by byte does not wait for more
-        for line in response.iter_lines(chunk_size=None if response.raw.chunked else 1):
+        for line in response.iter_lines(chunk_size=chunk_size):
             if not line.startswith(b"data:"):
                 continue
             if line[5:].strip() == b"[DONE]":
@@ -121,41 +179,57 @@ def events(response):
 
 
 class Answer:
-    """One answer. text: what belongs to the conversation. finish_reason: why it ended, None while it is not whole."""
+    """One answer.
+
+    text: what belongs to the conversation. begun: whether any text has come. finish_reason: why it
+    ended, None while it is not complete.
+    """
 
     def __init__(self):
-        self.begun, self.finish_reason = False, None
-        self.thoughts, self.cleaners = Thoughts(), (Cleaner(), Cleaner())
+        self.begun = False
+        self.finish_reason = None
+        self.thoughts = Thoughts()
+        self.thought_cleaner = Cleaner()
+        self.text_cleaner = Cleaner()
 
     @property
     def text(self):
         return self.thoughts.answer.strip()
 
     def read(self, response):
-        """Yield (is it a thought, text). Servers send thoughts in a field of their own, whose name differs, or in the text."""
+        """Yield (whether it is a thought, text) as they come."""
         for event in events(response):
             try:
                 for choice in event.get("choices") or []:
-                    delta = choice.get("delta") or {}
-                    thought, text = delta.get("reasoning_content") or delta.get("reasoning") or "", delta.get("content") or ""
-                    self.begun |= bool(thought or text)
-                    self.finish_reason = choice.get("finish_reason") or self.finish_reason
-                    if thought and self.thoughts.state == "start":
-                        self.thoughts.state = "answer"      # this server parts them, so that a tag in the text is text
-                    yield True, self.cleaners[0].feed(thought)
-                    yield from self.thoughts.feed(self.cleaners[1].feed(text))
+                    yield from self._read_choice(choice)
             except (AttributeError, TypeError) as error:
-                raise ServerError("the server sent an event that has not OpenAI's shape") from error
-        yield from self.thoughts.feed(self.cleaners[1].feed("", last=True), last=True)
+                message = "the server sent an event that has not OpenAI's shape"
+                raise ServerError(message) from error
+
+        held = self.text_cleaner.feed("", last=True)
+        yield from self.thoughts.feed(held, last=True)
         if self.finish_reason is None:
             raise ServerError("the stream ended before the answer did", again=1)
 
+    def _read_choice(self, choice):
+        """Servers send thoughts in a field of their own, whose name differs, or in the text."""
+        delta = choice.get("delta") or {}
+        thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        text = delta.get("content") or ""
+        if thought or text:
+            self.begun = True
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        if thought and self.thoughts.state == "start":
+            self.thoughts.state = "answer"  # this server separates them: a tag in the text is text
+        yield True, self.thought_cleaner.feed(thought)
+        yield from self.thoughts.feed(self.text_cleaner.feed(text))
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # the server
 
 def message_of(body):
-    """What an error says, in whichever shape: OpenAI's, an error of mere text, FastAPI's detail."""
+    """The message of an error in any shape: OpenAI's, mere text, FastAPI's detail."""
     if isinstance(body, dict):
         body = body.get("error") or body.get("detail") or body
     if isinstance(body, dict):
@@ -164,89 +238,137 @@ def message_of(body):
 
 
 class Server:
+    """A server at `url`, which may end in /v1 or not."""
+
     def __init__(self, url):
         self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.session = requests.Session()
-        if key := os.environ.get("OPENAI_API_KEY"):
+        key = os.environ.get("OPENAI_API_KEY")
+        if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def request(self, method, path, **options):
-        """The response. ServerError for every status but 200."""
+        """The response to a request. ServerError for every status but 200."""
         try:
-            response = self.session.request(method, self.base + path, timeout=TIMEOUT, **options)
+            response = self.session.request(
+                method,
+                self.base + path,
+                timeout=(CONNECT_TIMEOUT, PIECE_TIMEOUT),
+                **options,
+            )
         except requests.RequestException as error:
-            raise ServerError(f"no answer from {self.base}: start a server there, or name another with --url", again=1) from error
-        if response.status_code == 200:
-            return response
-        with response:
-            try:
-                said = message_of(response.json())
-            except (ValueError, requests.RequestException):
-                said = response.reason
-        if response.status_code == 401:
-            said += " (OPENAI_API_KEY holds the key)"
-        wait = response.headers.get("Retry-After", "")
-        again = min(60, int(wait)) if wait.isdecimal() else 1
-        raise ServerError(f"{response.status_code}: {said}", again if response.status_code in PASSING else None)
+            message = (f"no answer from {self.base}: start a server there, "
+                       "or name another with --url")
+            raise ServerError(message, again=1) from error
+        if response.status_code != 200:
+            raise status_error(response)
+        return response
 
     def models(self):
-        """The names of all models there."""
+        """The names of all models that the server lists."""
         try:
             return [row["id"] for row in self.request("GET", "/models").json()["data"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self.base}/models is no list of models: name one with --model") from error
+            message = f"{self.base}/models is no list of models: name one with --model"
+            raise ServerError(message) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def status_error(response):
+    """The ServerError for a response whose status is not 200."""
+    with response:
+        try:
+            said = message_of(response.json())
+        except (ValueError, requests.RequestException):
+            said = response.reason
+    if response.status_code == 401:
+        said += " (OPENAI_API_KEY holds the key)"
+
+    again = None
+    if response.status_code in RETRIED:
+        wait = response.headers.get("Retry-After", "")
+        again = min(LONGEST_WAIT, int(wait)) if wait.isdecimal() else 1
+    return ServerError(f"{response.status_code}: {said}", again)
+
+
+# --------------------------------------------------------------------------------------------------
 # the conversation
 
 class Screen:
-    """Prints an answer, thoughts dim. Where the output is no terminal there are no thoughts."""
+    """Prints an answer, thoughts dim. Into a file or a pipe it prints no thoughts."""
 
     def __init__(self):
-        self.dim, self.terminal = False, sys.stdout.isatty()
+        self.dim = False
+        self.terminal = sys.stdout.isatty()
 
-    def show(self, thought, text):
-        if not text or thought and not self.terminal:
+    def show(self, is_thought, text):
+        hidden = is_thought and not self.terminal
+        if hidden or not text:
             return
-        if thought != self.dim:
-            print(DIM if thought else PLAIN + "\n", end="")
-            self.dim = thought
+        if is_thought != self.dim:
+            print(DIM if is_thought else PLAIN + "\n", end="")
+            self.dim = is_thought
         print(text, end="", flush=True)
 
     def end(self, mark=""):
-        print((PLAIN if self.dim else "") + (mark if self.terminal else ""), flush=True)
+        """End the line. mark: how the answer ended; it goes to standard error without a
+        terminal."""
+        plain = PLAIN if self.dim else ""
+        print(plain + (mark if self.terminal else ""), flush=True)
         if mark and not self.terminal:
             print(mark.strip(), file=sys.stderr)
         self.dim = False
 
 
+def ask_once(server, body, answer, screen):
+    """Send one request and show its answer as it comes."""
+    with server.request("POST", "/chat/completions", json=body, stream=True) as response:
+        for is_thought, text in answer.read(response):
+            screen.show(is_thought, text)
+
+
+def end_mark(finish_reason):
+    """What is shown behind an answer that ended for another reason than its own end."""
+    if finish_reason == "stop":
+        return ""
+    if finish_reason == "length":
+        return " (cut: no more tokens were allowed)"
+    return f" ({finish_reason})"
+
+
 def ask(server, body):
-    """Show the answer as it comes and return it. Until it has begun, a failure that may pass is tried again."""
-    screen, mark = Screen(), ""
+    """Show an answer as it comes and return it, an Answer.
+
+    Until it has begun, a failure that may pass is tried again; a ServerError is raised for others.
+    Ctrl+C ends the answer, which then has the finish_reason "stopped".
+    """
+    screen = Screen()
+    mark = ""
     try:
         for attempt in range(1, TRIES + 1):
             answer = Answer()
             try:
-                with server.request("POST", "/chat/completions", json=body, stream=True) as response:
-                    for thought, text in answer.read(response):
-                        screen.show(thought, text)
+                ask_once(server, body, answer, screen)
                 break
             except ServerError as error:
                 if answer.begun or error.again is None or attempt == TRIES:
                     raise
                 print(f"({error}; trying again in {error.again} s)", file=sys.stderr)
                 time.sleep(error.again)
-        mark = {"stop": "", "length": " (cut: no more tokens were allowed)"}.get(answer.finish_reason, f" ({answer.finish_reason})")
+        mark = end_mark(answer.finish_reason)
     except KeyboardInterrupt:
-        answer.finish_reason, mark = "stopped", " (stopped)"
+        answer.finish_reason = "stopped"
+        mark = end_mark(answer.finish_reason)
     finally:
         screen.end(ESCAPE.sub("", mark))
     return answer
 
 
 def chat(server, body):
-    """Question and answer until quit, the end of input, or Ctrl+C at the prompt. body: the request without a question."""
+    """Question and answer until quit, the end of input, or Ctrl+C at the prompt.
+
+    body: the request without a question. An answer that failed or stayed empty leaves no trace in
+    the conversation.
+    """
     messages = list(body["messages"])
     name = ESCAPE.sub("", body["model"].rpartition("/")[2])
     print("quit ends the conversation, clear starts a new one, Ctrl+C ends an answer")
@@ -256,37 +378,72 @@ def chat(server, body):
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
         if text == "quit":
             return
         if text == "clear":
             messages = list(body["messages"])
             print("a new conversation")
-        elif text:
-            print(f"{name}: ", end="", flush=True)
-            turn = [*messages, {"role": "user", "content": text}]
-            try:
-                answer = ask(server, {**body, "messages": turn})
-            except ServerError as error:
-                print(f"({error})")
-                continue
-            if answer.text:     # a turn without an answer leaves no trace
-                messages = [*turn, {"role": "assistant", "content": answer.text}]
+        if text in ("", "clear"):
+            continue
 
+        print(f"{name}: ", end="", flush=True)
+        turn = [*messages, {"role": "user", "content": text}]
+        try:
+            answer = ask(server, {**body, "messages": turn})
+        except ServerError as error:
+            print(f"({error})")
+            continue
+        if answer.text:
+            messages = [*turn, {"role": "assistant", "content": answer.text}]
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message}; --help lists all settings\n")
 
 
+# The settings: names, then what argparse takes.
+ARGUMENTS = [
+    (["--url"], {
+        "default": "http://localhost:8000",
+        "help": "the server, with or without /v1",
+    }),
+    (["--model"], {
+        "help": "its model; without it the first that the server lists",
+    }),
+    (["--system"], {
+        "help": "the system prompt",
+    }),
+    (["--once"], {
+        "metavar": "QUESTION",
+        "help": "answer this and leave",
+    }),
+    (["--max_tokens", "--max-tokens"], {
+        "type": int,
+        "help": "longest answer; without it the server decides",
+    }),
+    (["--temperature"], {
+        "type": float,
+        "help": "0 always takes the likeliest token; without it the server decides",
+    }),
+]
+
+
 def arguments(words):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--url", default="http://localhost:8000", help="the server, with or without /v1")
-    parser.add_argument("--model", help="its model; without it the first that the server lists")
-    parser.add_argument("--system", help="the system prompt")
-    parser.add_argument("--once", metavar="QUESTION", help="answer this and leave")
-    parser.add_argument("--max_tokens", "--max-tokens", type=int, help="longest answer; without it the server decides")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token; without it the server decides")
+    """The settings on the command line; bad ones end the program with one line and status 2."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for names, options in ARGUMENTS:
+        parser.add_argument(*names, **options)
     found = parser.parse_args(words)
+
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", found.url):
         parser.error(f"--url={found.url} must be an address such as http://localhost:8000")
     if not re.fullmatch("[!-~]*", os.environ.get("OPENAI_API_KEY", "")):
@@ -300,23 +457,46 @@ def arguments(words):
     return found
 
 
-def main(words=None):
-    """The status with which the program ends."""
-    given = arguments(words)
+def choose_model(server):
+    """The first model that the server lists; one line on standard error where there are others."""
+    names = server.models()
+    if not names:
+        raise ServerError(f"{server.base} lists no model: name one with --model")
+    if len(names) > 1:
+        line = f"talking to {names[0]}, the first of {len(names)}: --model names another"
+        print(ESCAPE.sub("", line), file=sys.stderr)
+    return names[0]
+
+
+def request_body(given, model):
+    """The request without a question."""
+    body = {"model": model, "stream": True, "messages": []}
+    if given.system:
+        body["messages"].append({"role": "system", "content": given.system})
+    for name in ("max_tokens", "temperature"):
+        value = getattr(given, name)
+        if value is not None:
+            body[name] = value
+    return body
+
+
+def run(given):
+    """Chat, or answer one question. Returns the status with which the program ends."""
     server = Server(given.url)
+    body = request_body(given, given.model or choose_model(server))
+    if given.once is None:
+        chat(server, body)
+        return 0
+    body["messages"].append({"role": "user", "content": given.once.strip()})
+    answer = ask(server, body)
+    return 130 if answer.finish_reason == "stopped" else 0
+
+
+def main(words=None):
+    """The status with which the program ends: 0, 1 for a server's error, 130 for Ctrl+C."""
+    given = arguments(words)
     try:
-        names = [given.model] if given.model else server.models()
-        if not names:
-            raise ServerError(f"{server.base} lists no model: name one with --model")
-        if len(names) > 1:
-            print(ESCAPE.sub("", f"talking to {names[0]}, the first of {len(names)}: --model names another"), file=sys.stderr)
-        body = {"model": names[0], "stream": True, "messages": [{"role": "system", "content": given.system}] if given.system else []}
-        body |= {name: getattr(given, name) for name in ("max_tokens", "temperature") if getattr(given, name) is not None}
-        if given.once is None:
-            chat(server, body)
-            return 0
-        answer = ask(server, {**body, "messages": [*body["messages"], {"role": "user", "content": given.once.strip()}]})
-        return 130 if answer.finish_reason == "stopped" else 0
+        return run(given)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -328,7 +508,7 @@ if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")    # half a character must not end the program
     with contextlib.suppress(ImportError):
-        import readline     # noqa: F401, input() then has a history and can be edited
+        import readline     # noqa: F401, gives input() a history and lets a line be edited
     try:
         sys.exit(main())
     except BrokenPipeError:     # whoever read the output has gone
