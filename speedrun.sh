@@ -4,132 +4,165 @@
 #     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs the documented depth-20 run
 #     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
 #     DATA=notes/ bash speedrun.sh       # your own .txt, .md, .jsonl or parquet
-#     DRY_RUN=1 bash speedrun.sh         # print the commands and do nothing (GPUS=8: as if there were eight)
+#     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU
+#     DRY_RUN=1 bash speedrun.sh         # print the commands only (GPUS=8: as if there were eight)
 #
-# Ctrl+C saves; the same command goes on from there. Everything is written under NANOCHAT_BASE_DIR (~/.cache/nanochat).
+# Ctrl+C saves; the same command resumes the run. Everything is written under NANOCHAT_BASE_DIR
+# (~/.cache/nanochat).
 set -euo pipefail
 refuse() { echo "error: $*" >&2; exit 2; }
-if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
-if [ $# -gt 0 ]; then refuse "speedrun.sh takes no arguments, but variables before it: MINUTES=3 bash speedrun.sh"; fi
-DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
-if [ -n "$DATA" ] && [ ! -e "$DATA" ]; then refuse "DATA=$DATA does not exist: name a file or a folder"; fi
-case "$DATA" in "" | /*) ;; *) DATA="$PWD/$DATA" ;; esac
-case "$GPUS" in *[!0-9]*) refuse "GPUS=$GPUS is not a number of GPUs" ;; esac
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit
+fi
+if [ $# -gt 0 ]; then
+    refuse "speedrun.sh takes no arguments, but variables before it: MINUTES=3 bash speedrun.sh"
+fi
+caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/supervise.sh    # begin_run, stage, run_seconds, end_run
 
-if [ -z "$DRY_RUN" ]; then
-    source scripts/setup.sh || exit 1
-    GPUS="$(python -c 'import torch; print(torch.cuda.device_count())')"
-fi
-GPUS="${GPUS:-0}"
-if [ "$GPUS" = 0 ]; then MINUTES="${MINUTES:-15}"; fi
-if ! [[ "${MINUTES:-1}" =~ ^[0-9]+(\.[0-9]+)?$ && "${MINUTES:-1}" =~ [1-9] ]]; then refuse "MINUTES=$MINUTES is not a number of minutes above zero"; fi
+# --------------------------------------------------------------------------------------------------
+# What is asked for, and the hardware
 
-# What a stage gets. The chat needs two minutes of training whatever the rest; tokenizer, validation, evaluation and
-# start-up come on top, about a minute and a half on two slow cores.
-share() { awk -v m="$MINUTES" "BEGIN { base = m > 2.4 ? 0.63 * m - 0.99 : 0.2 * m; printf \"%.3f\", ($1) }"; }
-base_time=() mid_time=() sft_time=()
-if [ -n "$MINUTES" ]; then
-    base_time=("--minutes=$(share 'base')")
-    mid_time=("--minutes=$(share '0.4 * (m - base)')")
-    sft_time=("--minutes=$(share '0.6 * (m - base)')")
-fi
+# absolute PATH: the path as the caller meant it, for commands that run in the repository.
+absolute() {
+    case "$1" in
+        /*) echo "$1" ;;
+        \~ | \~/*) echo "$HOME${1:1}" ;;
+        *) echo "$caller/$1" ;;
+    esac
+}
 
-# A second call goes on where the first one stopped: what was begun stands in the state, and a stage that ended left its record
-# in metrics.jsonl, with the run that it was part of.
-base_dir="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-state="$base_dir/speedrun.state"
-plan="plan minutes=$MINUTES data=$DATA gpus=$GPUS"
-if [ -z "$DRY_RUN" ]; then
-    mkdir -p "$base_dir" 2>/dev/null || refuse "cannot create $base_dir: set NANOCHAT_BASE_DIR to a folder you can write"
-    if [ "$(head -n 1 "$state" 2>/dev/null)" = "$plan" ]; then
-        echo "speedrun: going on where the last one stopped ($state)"
-    else
-        printf '%s\n' "$plan" "run $(date +%s)-$$" >"$state"
-        echo '{"stage": "start"}' >>"$base_dir/metrics.jsonl"
+DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
+NANOCHAT_BASE_DIR="$(absolute "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}")"
+export NANOCHAT_BASE_DIR
+if [ -n "$DATA" ]; then
+    if [ ! -e "$(absolute "$DATA")" ]; then
+        refuse "DATA=$DATA does not exist: name a file or a folder"
     fi
-    NANOCHAT_RUN="$(awk '$1 == "run" { print $2 }' "$state")"
-    export NANOCHAT_RUN
-    # A script that was killed alone leaves its stage behind.
-    left="$(awk '$1 == "pid" { pid = $2 } END { print pid }' "$state")"
-    if [ -n "$left" ] && grep -qsz "^NANOCHAT_RUN=$NANOCHAT_RUN$" "/proc/$left/environ"; then
-        echo "speedrun: the last one's stage goes on without it; stopping process $left, which saves"
-        kill -s TERM -- "-$left" 2>/dev/null || true
-        for ((i = 0; i < 600; i++)); do
-            if ! kill -0 -- "-$left" 2>/dev/null; then break; fi
-            sleep 0.1
-        done
-    fi
+    DATA="$(absolute "$DATA")"
+fi
+if [ -n "$MINUTES" ] && ! [[ "$MINUTES" =~ ^[0-9]+(\.[0-9]+)?$ && "$MINUTES" =~ [1-9] ]]; then
+    refuse "MINUTES=$MINUTES is not a number of minutes above zero"
+fi
+if [ -n "$GPUS" ] && ! [[ "$GPUS" =~ ^(0|[1-9][0-9]{0,3})$ ]]; then
+    refuse "GPUS=$GPUS is not a number of GPUs"
 fi
 
-# A signal goes on to the stage, which runs in a process group of its own: it saves and says so, and the script stops below.
-child=0 stopped=0
-forward() { stopped="$2"; if [ "$child" != 0 ]; then kill -s "$1" -- "-$child" 2>/dev/null || true; fi; }
-trap 'forward INT 130' INT
-trap 'forward TERM 143' TERM
-trap 'forward HUP 129' HUP
-seconds() { awk '$1 == "seconds" { s += $2 } END { print s + 0 }' "$state"; }
+# A GPU has one of these files, also where torch cannot use it. Training on the CPU beside an idle
+# GPU must be asked for.
+gpu_files="${GPU_FILES-/dev/nvidia0 /dev/kfd}"
 
-# stage NAME COMMAND...: run it, unless it is done; a training stage that was begun is resumed.
-stage() {
-    local name="$1" begin status=0
-    shift
-    if [ -n "$DRY_RUN" ]; then
-        printf '%q ' "$@"
-        echo
-        return
-    fi
-    if [ "$stopped" != 0 ]; then exit "$stopped"; fi
-    if grep -qs "^{\"stage\": \"$name\", .*\"run\": \"$NANOCHAT_RUN\"" "$base_dir/metrics.jsonl"; then return; fi
-    if grep -qx "begun $name" "$state" && [[ "$name" == base_train || "$name" == mid_train || "$name" == chat_sft ]]; then
-        set -- "$@" --resume
-    fi
-    echo "begun $name" >>"$state"
-    echo "speedrun: $*"
-    begin=$SECONDS
-    set -m
-    "$@" &
-    set +m
-    child=$!
-    echo "pid $child" >>"$state"
-    wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do  # a signal ended the waiting, not the stage
-        status=0
-        wait "$child" || status=$?
+# choose_gpus: sets GPUS to all that torch sees, unless the caller has set it.
+choose_gpus() {
+    local seen file
+    seen="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    for file in $gpu_files; do
+        if [ "$seen" = 0 ] && [ -e "$file" ]; then
+            refuse "$file is here, but torch sees no GPU: check the driver, or install its torch" \
+                "(. scripts/setup.sh; uv pip install --reinstall --torch-backend=auto torch)," \
+                "or train on the CPU all the same with GPUS=0"
+        fi
     done
-    child=0
-    if [ "$stopped" != 0 ]; then status="$stopped"; fi  # torchrun's own is 1 then
-    echo "seconds $((SECONDS - begin))" >>"$state"
-    if [ "$status" != 0 ]; then
-        echo "speedrun: stopped in $name (status $status). The same command goes on from there." >&2
-        exit "$status"
+    GPUS="${GPUS:-$seen}"
+    if [ "$GPUS" -gt "$seen" ]; then
+        refuse "GPUS=$GPUS, but torch sees $seen: ask for fewer; GPUS=0 trains on the CPU"
     fi
 }
 
-run=(python -m)
-if [ "$GPUS" -gt 1 ]; then run=(torchrun --standalone "--nproc_per_node=$GPUS" -m); fi
-dashes=() data=() depth=()
-if [ "$GPUS" -gt 1 ]; then dashes=(--); fi
-if [ -n "$DATA" ]; then data=("--data=$DATA"); fi
-if [ "$GPUS" -gt 0 ] && [ -z "$MINUTES" ]; then depth=(--depth=20); fi
-
-if [ -z "$DATA" ]; then
-    # 435 M weights in matmuls x 20 tokens x 4.8 characters is 167 shards of 250 M characters
-    if [ "$GPUS" -gt 0 ]; then stage dataset python -m nanochat.dataset --source=fineweb -n 180
-    else stage dataset python -m nanochat.dataset --source=local; fi
+device=""    # empty: each stage chooses
+if [ "$GPUS" = 0 ]; then device=cpu; fi
+if [ -z "$DRY_RUN" ]; then
+    source scripts/setup.sh || exit 1
+    if [ "$device" = cpu ]; then
+        # For tok_train, which has no such setting and takes a larger vocabulary where there is a GPU.
+        export CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1
+    else
+        choose_gpus
+    fi
 fi
-stage tok_train python -m scripts.tok_train ${data[@]+"${data[@]}"}
-stage tok_eval python -m scripts.tok_eval ${data[@]+"${data[@]}"}
-stage base_train "${run[@]}" scripts.base_train ${dashes[@]+"${dashes[@]}"} ${depth[@]+"${depth[@]}"} ${data[@]+"${data[@]}"} ${base_time[@]+"${base_time[@]}"}
-if [ "$GPUS" -gt 0 ]; then stage base_loss "${run[@]}" scripts.base_loss ${dashes[@]+"${dashes[@]}"} ${data[@]+"${data[@]}"}; fi
-stage mid_train "${run[@]}" scripts.mid_train ${dashes[@]+"${dashes[@]}"} ${mid_time[@]+"${mid_time[@]}"}
-stage chat_sft "${run[@]}" scripts.chat_sft ${dashes[@]+"${dashes[@]}"} ${sft_time[@]+"${sft_time[@]}"}
-stage chat_eval "${run[@]}" scripts.chat_eval
+GPUS="${GPUS:-0}"
+
+# --------------------------------------------------------------------------------------------------
+# What follows from it
+
+# On GPUs the horizon of training follows from the depth, unless MINUTES limits it.
+depth=""
+if [ "$GPUS" = 0 ]; then
+    MINUTES="${MINUTES:-15}"
+elif [ -z "$MINUTES" ]; then
+    depth=20
+fi
+
+# minutes_of STAGE: what a training stage gets of MINUTES. The two chat stages need two minutes even
+# where there are only three, and get a third of what comes on top. The other stages and start-up
+# are not in MINUTES: about a minute and a half on two slow cores.
+minutes_of() {
+    LC_ALL=C awk -v total="$MINUTES" -v stage="$1" 'BEGIN {
+        base = total > 2.4 ? 0.63 * total - 0.99 : 0.2 * total
+        minutes["base_train"] = base
+        minutes["mid_train"] = 0.4 * (total - base)
+        minutes["chat_sft"] = 0.6 * (total - base)
+        printf "%.3f", minutes[stage]
+    }'
+}
+
+# model_stage NAME SETTING...: a stage that runs the model, in one process for each GPU.
+model_stage() {
+    local name="$1" command
+    shift
+    if [ -n "$device" ]; then set -- "$@" "--device_type=$device"; fi
+    if [ "$GPUS" -gt 1 ]; then
+        command=(torchrun --standalone "--nproc_per_node=$GPUS" -m "scripts.$name")
+        if [ $# -gt 0 ]; then command+=(--); fi    # torchrun's own settings end here
+    else
+        command=(python -m "scripts.$name")
+    fi
+    stage "$name" "${command[@]}" "$@"
+}
+
+# --------------------------------------------------------------------------------------------------
+# The stages. ${X:+"--x=$X"} is one word where X is set, and nothing where it is empty.
+
+if [ -z "$DRY_RUN" ]; then
+    begin_run "$NANOCHAT_BASE_DIR" "plan minutes=$MINUTES data=$DATA gpus=$GPUS"
+fi
+
+# 1. Text: on a CPU what this machine's Python packages say, on GPUs FineWeb-Edu, or your own.
+#    Depth 20 at a vocabulary of 65,536 has 477 M weights in matmuls (393 M in the blocks' matrices,
+#    84 M in the head); times 20 tokens, times 4.8 characters, by 250 M characters: 183 shards.
+if [ -z "$DATA" ] && [ "$GPUS" -gt 0 ]; then
+    stage dataset python -m nanochat.dataset --source=fineweb -n 190
+elif [ -z "$DATA" ]; then
+    stage dataset python -m nanochat.dataset --source=local
+fi
+
+# 2. The tokenizer learns which byte sequences are common enough to become tokens.
+stage tok_train python -m scripts.tok_train ${DATA:+"--data=$DATA"}
+stage tok_eval python -m scripts.tok_eval ${DATA:+"--data=$DATA"}
+
+# 3. Pretraining: the model learns to predict the next token of the text, which takes most time.
+model_stage base_train ${DATA:+"--data=$DATA"} ${depth:+"--depth=$depth"} \
+    ${MINUTES:+"--minutes=$(minutes_of base_train)"}
+if [ "$GPUS" -gt 0 ]; then model_stage base_loss ${DATA:+"--data=$DATA"}; fi
+
+# 4. Midtraining: the model meets conversations, their special tokens, and tools.
+model_stage mid_train ${MINUTES:+"--minutes=$(minutes_of mid_train)"}
+
+# 5. Fine-tuning: the model learns to answer as the assistant of a conversation.
+model_stage chat_sft ${MINUTES:+"--minutes=$(minutes_of chat_sft)"}
+
+# 6. Evaluation: the chat model answers questions whose answers are known.
+model_stage chat_eval
+
+# 7. The report gathers the numbers of all stages in report.md.
 if [ -n "$DRY_RUN" ]; then
     echo "python -m nanochat.report --speedrun"
-    exit 0
+    exit
 fi
-report="$(python -m nanochat.report --speedrun "--seconds=$(seconds)")"
-rm "$state"
-echo "Talk to it:  python -m scripts.chat_cli   or   python -m scripts.chat_web   (source .venv/bin/activate first)"
+report="$(python -m nanochat.report --speedrun "--seconds=$(run_seconds)")"
+end_run
+echo "Talk to it:  python -m scripts.chat_cli   or   python -m scripts.chat_web" \
+    "  (source .venv/bin/activate first)"
 echo "$report"

@@ -1,10 +1,12 @@
-"""speedrun.sh: which commands it runs on which hardware, and how a second call goes on where the first one stopped."""
+"""speedrun.sh: which commands it runs on which hardware, and how a second call resumes a run."""
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,37 @@ import pytest
 from conftest import ROOT, last_json
 
 TRAINING = ("base_train", "mid_train", "chat_sft")
-ON_A_CPU = ["nanochat.dataset", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train", "scripts.mid_train",
-            "scripts.chat_sft", "scripts.chat_eval", "nanochat.report"]
+MODEL_STAGES = (*TRAINING, "base_loss", "chat_eval")
+ON_A_CPU = [
+    "nanochat.dataset",
+    "scripts.tok_train",
+    "scripts.tok_eval",
+    "scripts.base_train",
+    "scripts.mid_train",
+    "scripts.chat_sft",
+    "scripts.chat_eval",
+    "nanochat.report",
+]
+DIALS = ("MINUTES", "DATA", "GPUS", "DRY_RUN")
 
 
-def speedrun(folder, **variables):
-    """The finished process of speedrun.sh in `folder`."""
-    dials = ("MINUTES", "DATA", "GPUS", "DRY_RUN")
-    environment = {name: value for name, value in os.environ.items() if name not in dials} | variables
-    return subprocess.run(["bash", "speedrun.sh"], cwd=folder, env=environment, timeout=60, capture_output=True, text=True,
-                          encoding="utf-8")
+def environment_of(**variables):
+    """This process's environment without the dials of speedrun.sh, and with `variables`."""
+    inherited = {name: value for name, value in os.environ.items() if name not in DIALS}
+    return {**inherited, "GPU_FILES": "", **variables}
+
+
+def speedrun(script_folder, cwd=None, **variables):
+    """The finished process of `script_folder`/speedrun.sh, called from `cwd`."""
+    return subprocess.run(
+        ["bash", str(script_folder / "speedrun.sh")],
+        cwd=cwd or script_folder,
+        env=environment_of(**variables),
+        timeout=60,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def dry_run(base, **variables):
@@ -36,10 +59,18 @@ def module_of(words):
     return words[words.index("-m") + 1]
 
 
+def stage_of(words):
+    return module_of(words).removeprefix("scripts.")
+
+
 def minutes_of(commands):
     """{stage: minutes} of the stages that have a budget."""
-    return {module_of(words).removeprefix("scripts."): float(word.partition("=")[2])
-            for words in commands for word in words if word.startswith("--minutes=")}
+    return {
+        stage_of(words): float(word.partition("=")[2])
+        for words in commands
+        for word in words
+        if word.startswith("--minutes=")
+    }
 
 
 def test_dry_run_on_a_cpu_is_a_quarter_of_an_hour(tmp_path):
@@ -60,18 +91,46 @@ def test_the_training_stages_share_the_minutes(tmp_path, minutes):
     assert abs(sum(budget.values()) - float(minutes)) < 0.01
 
 
+def locale_with_a_decimal_comma():
+    """The name of one that is installed, or None."""
+    listed = subprocess.run(["locale", "-a"], capture_output=True, text=True).stdout.split()
+    languages = re.compile(r"(de|es|fr|it|pl|pt|ru)_[A-Z]{2}\.utf-?8$", re.IGNORECASE)
+    return next(filter(languages.match, listed), None)
+
+
+@pytest.mark.skipif(shutil.which("locale") is None, reason="this system has no locales")
+def test_a_locale_with_a_decimal_comma_changes_no_command(tmp_path):
+    name = locale_with_a_decimal_comma()
+    if name is None:
+        pytest.skip("no locale with a decimal comma is installed")
+    assert dry_run(tmp_path, MINUTES="2.5", LC_ALL=name) == dry_run(tmp_path, MINUTES="2.5")
+
+
+def test_numbers_are_made_in_the_c_locale(tmp_path):
+    """Also where no other locale is installed: the environment of awk shows it."""
+    seen = tmp_path / "seen"
+    awk = tmp_path / "awk"
+    awk.write_text(
+        f'#!/bin/sh\necho "$LC_ALL" >>"{seen}"\nexec "{shutil.which("awk")}" "$@"\n',
+        encoding="utf-8",
+    )
+    awk.chmod(0o755)
+    dry_run(tmp_path, LC_ALL="POSIX", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert seen.read_text(encoding="utf-8").splitlines() == ["C"] * 3
+
+
 def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
     commands = dry_run(tmp_path, GPUS="8")
     modules = [module_of(words) for words in commands]
     assert modules == [*ON_A_CPU[:4], "scripts.base_loss", *ON_A_CPU[4:]]
-    assert commands[0][2:] == ["nanochat.dataset", "--source=fineweb", "-n", "180"]
+    assert commands[0][2:] == ["nanochat.dataset", "--source=fineweb", "-n", "190"]
     for words in commands:
-        if module_of(words).removeprefix("scripts.") in (*TRAINING, "base_loss", "chat_eval"):
+        if stage_of(words) in MODEL_STAGES:
             assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=8", "-m"]
         else:
             assert words[0] == "python"
     base = commands[modules.index("scripts.base_train")]
-    assert base[5:] == ["--", "--depth=20"], "settings follow the two dashes, and the horizon follows from the depth"
+    assert base[5:] == ["--", "--depth=20"], "settings follow the dashes, the horizon the depth"
     assert minutes_of(commands) == {}
 
 
@@ -80,7 +139,15 @@ def test_one_gpu_needs_no_torchrun_and_a_budget_of_time_replaces_the_depth(tmp_p
     assert ["python", "-m", "scripts.base_train", "--depth=20"] in commands
     assert not any("torchrun" in words for words in commands)
     commands = dry_run(tmp_path, GPUS="1", MINUTES="30")
-    assert set(minutes_of(commands)) == set(TRAINING) and not any("--depth=20" in words for words in commands)
+    assert set(minutes_of(commands)) == set(TRAINING)
+    assert not any("--depth=20" in words for words in commands)
+
+
+def test_no_gpus_means_that_every_stage_with_a_model_runs_on_the_cpu(tmp_path):
+    commands = dry_run(tmp_path, GPUS="0")
+    assert [module_of(words) for words in commands] == ON_A_CPU
+    for words in commands:
+        assert ("--device_type=cpu" in words) == (stage_of(words) in MODEL_STAGES), words
 
 
 @pytest.mark.parametrize("gpus", ["0", "8"])
@@ -91,56 +158,97 @@ def test_data_with_spaces_stays_one_word_and_needs_no_other_text(tmp_path, gpus)
     assert "nanochat.dataset" not in map(module_of, commands)
     reads = {"tok_train", "tok_eval", "base_train", "base_loss"}
     for words in commands:
-        assert (f"--data={data}" in words) == (module_of(words).removeprefix("scripts.") in reads), words
+        assert (f"--data={data}" in words) == (stage_of(words) in reads), words
 
 
 @pytest.mark.parametrize("minutes", ["soon", "-3", "1e3", "3 4", "3m"])
 def test_bad_minutes_are_one_line_and_status_2(tmp_path, minutes):
-    done = speedrun(ROOT, DRY_RUN="1", MINUTES=minutes, NANOCHAT_BASE_DIR=str(tmp_path / "base"))
+    base = str(tmp_path / "base")
+    done = speedrun(ROOT, DRY_RUN="1", MINUTES=minutes, NANOCHAT_BASE_DIR=base)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and minutes in done.stderr and "MINUTES" in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# going on, with a python that only writes down what it was asked to do
+# --------------------------------------------------------------------------------------------------
+# whole runs, with a python that only writes down what it was asked to do
 
 FAKE_PYTHON = r"""#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo 0; exit; fi   # how many GPUs there are
+if [ "$1" = -c ]; then echo "${TORCH_SEES:-0}"; exit; fi   # how many GPUs there are
 printf '%q ' "$@" >>"$CALLS"
 echo >>"$CALLS"
-record() { echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" >>"$NANOCHAT_BASE_DIR/metrics.jsonl"; }
+record() {
+    echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" \
+        >>"$NANOCHAT_BASE_DIR/metrics.jsonl"
+}
 case "$2" in
     "${WAIT_IN:-nowhere}")
         trap 'echo "the stage saves"; exit 1' INT TERM   # as torchrun ends, whatever its ranks did
         touch "$NANOCHAT_BASE_DIR/waiting"
         while :; do sleep 0.05; done ;;
-    "${STOP_IN:-nowhere}") if [ -n "${RECORDED:-}" ]; then record "$@"; fi; exit "${STATUS:-1}" ;;
+    "${STOP_IN:-nowhere}")
+        if [ -n "${RECORDED:-}" ]; then record "$@"; fi
+        exit "${STATUS:-1}" ;;
     nanochat.report) echo '{"stage": "speedrun"}' ;;
     *) record "$@" ;;
 esac
 """
 
+# Runs the module in the fake python, once whatever the ranks: `torchrun ... -m MODULE [--] ...`
+FAKE_TORCHRUN = r"""#!/usr/bin/env bash
+echo "$2" >>"$CALLS.ranks"
+shift 2
+exec python "$@"
+"""
+
 
 class Sandbox:
-    """A copy of speedrun.sh beside an empty set-up, and the fake python."""
+    """A copy of speedrun.sh beside an empty set-up, and the fake python and torchrun."""
 
     def __init__(self, folder):
         self.folder, self.base, self.calls = folder, folder / "base", folder / "calls"
+        self.ranks = folder / "calls.ranks"
         (folder / "scripts").mkdir()
         (folder / "bin").mkdir()
-        (folder / "speedrun.sh").write_text((ROOT / "speedrun.sh").read_text(encoding="utf-8"), encoding="utf-8")
+        for name in ("speedrun.sh", "scripts/supervise.sh"):
+            (folder / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "scripts" / "setup.sh").write_text("", encoding="utf-8")
-        python = folder / "bin" / "python"
-        python.write_text(FAKE_PYTHON, encoding="utf-8")
-        python.chmod(0o755)
+        for name, text in (("python", FAKE_PYTHON), ("torchrun", FAKE_TORCHRUN)):
+            tool = folder / "bin" / name
+            tool.write_text(text, encoding="utf-8")
+            tool.chmod(0o755)
 
-    def run(self, status=0, **variables):
+    def variables(self, **others):
+        return {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "CALLS": str(self.calls),
+            "NANOCHAT_BASE_DIR": str(self.base),
+            **others,
+        }
+
+    def run(self, status=0, cwd=None, **variables):
         """(what was asked of python, the finished process)."""
         self.calls.write_text("", encoding="utf-8")
-        done = speedrun(self.folder, PATH=f"{self.folder / 'bin'}:{os.environ['PATH']}", CALLS=str(self.calls),
-                        NANOCHAT_BASE_DIR=str(self.base), **variables)
+        self.ranks.write_text("", encoding="utf-8")
+        done = speedrun(self.folder, cwd, **self.variables(**variables))
         assert done.returncode == status, done.stdout + done.stderr
-        return [shlex.split(line) for line in self.calls.read_text(encoding="utf-8").splitlines()], done
+        lines = self.calls.read_text(encoding="utf-8").splitlines()
+        return [shlex.split(line) for line in lines], done
+
+    @contextmanager
+    def waiting_in(self, module, output=subprocess.PIPE, **variables):
+        """The process of speedrun.sh, once its stage `module` waits for a signal."""
+        with subprocess.Popen(
+            ["bash", "speedrun.sh"],
+            cwd=self.folder,
+            env=environment_of(**self.variables(WAIT_IN=module, **variables)),
+            text=True,
+            stdout=output,
+            stderr=output,
+        ) as process:
+            while not (self.base / "waiting").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield process
 
 
 @pytest.fixture
@@ -152,9 +260,13 @@ def modules(calls):
     return [words[1] for words in calls]
 
 
+def is_resumed(words):
+    return "--resume" in words
+
+
 def test_a_whole_run_ends_with_its_record_and_forgets_its_state(sandbox):
     calls, done = sandbox.run()
-    assert modules(calls) == ON_A_CPU and not any("--resume" in words for words in calls)
+    assert modules(calls) == ON_A_CPU and not any(map(is_resumed, calls))
     assert last_json(done.stdout) == {"stage": "speedrun"}
     assert "chat_cli" in done.stdout and re.fullmatch(r"--seconds=\d+", calls[-1][-1])
     assert not (sandbox.base / "speedrun.state").exists()
@@ -162,64 +274,59 @@ def test_a_whole_run_ends_with_its_record_and_forgets_its_state(sandbox):
 
 
 @pytest.mark.parametrize("stage", TRAINING)
-def test_an_interrupted_training_stage_is_resumed_and_what_was_done_is_not_done_again(sandbox, stage):
+def test_an_interrupted_training_stage_is_resumed_and_no_finished_one_is(sandbox, stage):
     module = f"scripts.{stage}"
     place = ON_A_CPU.index(module)
     calls, done = sandbox.run(status=130, STOP_IN=module, STATUS="130")
     assert modules(calls) == ON_A_CPU[:place + 1]
-    assert f"stopped in {stage} (status 130)" in done.stderr and "same command" in done.stderr
-    calls, done = sandbox.run(status=130, STOP_IN=module, STATUS="130")  # and stopped there once more
+    assert f"stopped in {stage} (status 130)" in done.stderr
+    assert "same command resumes it" in done.stderr
+    calls, done = sandbox.run(status=130, STOP_IN=module, STATUS="130")  # and stopped there again
     assert modules(calls) == [module]
     calls, done = sandbox.run()
-    assert modules(calls) == ON_A_CPU[place:] and "going on" in done.stdout
-    assert [words[1] for words in calls if "--resume" in words] == [module]
+    assert modules(calls) == ON_A_CPU[place:] and "resuming" in done.stdout
+    assert [words[1] for words in calls if is_resumed(words)] == [module]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_script_alone_goes_on_to_the_stage_and_ends_both(sandbox, number):
-    environment = {**os.environ, "PATH": f"{sandbox.folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(sandbox.calls), "MINUTES": "3",
-                   "NANOCHAT_BASE_DIR": str(sandbox.base), "WAIT_IN": "scripts.mid_train"}
-    with subprocess.Popen(["bash", "speedrun.sh"], cwd=sandbox.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while not (sandbox.base / "waiting").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
+def test_a_signal_to_the_script_alone_is_forwarded_to_the_stage_and_ends_both(sandbox, number):
+    with sandbox.waiting_in("scripts.mid_train", MINUTES="3") as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and "the stage saves" in out and f"stopped in mid_train (status {128 + number})" in err
+    assert process.returncode == 128 + number and "the stage saves" in out
+    assert f"stopped in mid_train (status {128 + number})" in err
     calls, _ = sandbox.run(MINUTES="3")
-    assert calls[0][1] == "scripts.mid_train" and "--resume" in calls[0]
+    assert calls[0][1] == "scripts.mid_train" and is_resumed(calls[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
 def test_a_stage_whose_script_was_killed_is_stopped_by_the_next_call(sandbox):
-    environment = {**os.environ, "PATH": f"{sandbox.folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(sandbox.calls),
-                   "NANOCHAT_BASE_DIR": str(sandbox.base), "WAIT_IN": "scripts.base_train"}
-    with subprocess.Popen(["bash", "speedrun.sh"], cwd=sandbox.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (sandbox.base / "waiting").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
+    with sandbox.waiting_in("scripts.base_train", output=subprocess.DEVNULL) as process:
         process.kill()
-    stage = int(re.findall(r"^pid (\d+)$", (sandbox.base / "speedrun.state").read_text(encoding="utf-8"), re.M)[-1])
-    os.kill(stage, 0)  # it goes on
+    state = (sandbox.base / "speedrun.state").read_text(encoding="utf-8")
+    stage = int(re.findall(r"^pid (\d+)$", state, re.M)[-1])
+    os.kill(stage, 0)  # it is still running
     calls, done = sandbox.run()
-    assert f"stopping process {stage}" in done.stdout and calls[0][1] == "scripts.base_train" and "--resume" in calls[0]
-    state = Path(f"/proc/{stage}/stat")
-    assert not state.exists() or state.read_text(encoding="utf-8").split()[2] == "Z"
+    assert f"stopping process {stage}" in done.stdout
+    assert calls[0][1] == "scripts.base_train" and is_resumed(calls[0])
+    status = Path(f"/proc/{stage}/stat")
+    assert not status.exists() or status.read_text(encoding="utf-8").split()[2] == "Z"
 
 
-def test_a_stage_that_was_killed_after_its_record_is_not_done_again(sandbox):
+def test_a_stage_that_was_killed_after_its_record_is_not_repeated(sandbox):
     """It would be trained a second time, on the budget of the first."""
     sandbox.run(status=137, STOP_IN="scripts.base_train", STATUS="137", RECORDED="1")
     assert modules(sandbox.run()[0]) == ON_A_CPU[ON_A_CPU.index("scripts.mid_train"):]
 
 
 def test_a_record_of_another_run_does_not_count(sandbox):
-    """One may try a stage by hand before going on."""
+    """One may try a stage by hand before resuming."""
     sandbox.run(status=130, STOP_IN="scripts.base_train", STATUS="130")
     with open(sandbox.base / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"stage": "base_train", "run": null}\n{"stage": "base_train", "run": "1763750000-1"}\n')
+        file.write('{"stage": "base_train", "run": null}\n')
+        file.write('{"stage": "base_train", "run": "1763750000-1"}\n')
     calls, _ = sandbox.run()
-    assert calls[0][1] == "scripts.base_train" and "--resume" in calls[0]
+    assert calls[0][1] == "scripts.base_train" and is_resumed(calls[0])
 
 
 @pytest.mark.parametrize("stage", ["tok_train", "tok_eval", "chat_eval"])
@@ -228,45 +335,117 @@ def test_other_stages_simply_run_again_whatever_the_data_is_called(sandbox, tmp_
     data.mkdir()
     sandbox.run(status=2, STOP_IN=f"scripts.{stage}", STATUS="2", DATA=str(data))
     calls, _ = sandbox.run(DATA=str(data))
-    assert calls[0][1] == f"scripts.{stage}" and not any("--resume" in words for words in calls)
+    assert calls[0][1] == f"scripts.{stage}" and not any(map(is_resumed, calls))
 
 
-def test_another_budget_or_other_data_begin_anew(sandbox, tmp_path):
+def test_another_budget_or_other_data_begin_a_new_run(sandbox, tmp_path):
     (tmp_path / "notes").mkdir()
     for variables in ({"MINUTES": "7"}, {"MINUTES": "7", "DATA": "notes"}):
         sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130")
         calls, done = sandbox.run(**variables)
-        assert modules(calls) == ON_A_CPU["DATA" in variables:] and not any("--resume" in words for words in calls)
-        assert "going on" not in done.stdout
+        assert modules(calls) == ON_A_CPU["DATA" in variables:]
+        assert not any(map(is_resumed, calls)) and "resuming" not in done.stdout
 
 
 def test_each_new_run_is_marked_in_the_metrics_and_a_resumed_one_is_not(sandbox):
+    def starts():
+        return (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").count("start")
+
     sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130")
     sandbox.run()
-    assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").count("start") == 1
+    assert starts() == 1
     sandbox.run()
-    assert (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").count("start") == 2
+    assert starts() == 2
 
+
+# --------------------------------------------------------------------------------------------------
+# how many GPUs
+
+def test_all_gpus_that_torch_sees_are_used(sandbox):
+    calls, _ = sandbox.run(TORCH_SEES="8")
+    ranks = sandbox.ranks.read_text(encoding="utf-8").split()
+    assert ranks == ["--nproc_per_node=8"] * len(MODEL_STAGES)
+    assert "--source=fineweb" in calls[0]
+
+
+@pytest.mark.parametrize("gpus, ranks", [("1", []), ("2", ["--nproc_per_node=2"] * 5), ("0", [])])
+def test_a_number_of_gpus_is_honoured_where_there_are_eight(sandbox, gpus, ranks):
+    calls, _ = sandbox.run(TORCH_SEES="8", GPUS=gpus)
+    assert sandbox.ranks.read_text(encoding="utf-8").split() == ranks
+    on_cpu = [words[1].removeprefix("scripts.") for words in calls if "--device_type=cpu" in words]
+    assert on_cpu == ([*TRAINING, "chat_eval"] if gpus == "0" else [])
+
+
+def refused(sandbox, *needles, **variables):
+    """Asserts that the run is refused in one line that names `needles`, before anything is run."""
+    calls, done = sandbox.run(status=2, **variables)
+    assert not calls and done.stdout == "" and not sandbox.base.exists()
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(needle in done.stderr for needle in needles), done.stderr
+
+
+@pytest.mark.parametrize("seen, gpus", [("1", "2"), ("0", "1")])
+def test_more_gpus_than_torch_sees_are_refused(sandbox, seen, gpus):
+    refused(sandbox, f"GPUS={gpus}", f"torch sees {seen}", TORCH_SEES=seen, GPUS=gpus)
+
+
+@pytest.mark.parametrize("asked", [{}, {"GPUS": "2"}])
+def test_a_gpu_that_torch_does_not_see_is_refused_with_the_remedy(sandbox, tmp_path, asked):
+    kfd = tmp_path / "kfd"
+    kfd.touch()
+    files = f"{tmp_path}/nvidia0 {kfd}"
+    refused(sandbox, str(kfd), "driver", "--torch-backend", "GPUS=0", GPU_FILES=files, **asked)
+    calls, _ = sandbox.run(GPU_FILES=files, GPUS="0")
+    assert modules(calls) == ON_A_CPU
+    assert sandbox.run(GPU_FILES=files, TORCH_SEES="1")[0], "torch sees it"
+
+
+# --------------------------------------------------------------------------------------------------
+# arguments, variables and folders
 
 def test_arguments_are_refused_and_help_is_given():
-    run = subprocess.run(["bash", "speedrun.sh", "MINUTES=3"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and "MINUTES=3 bash speedrun.sh" in run.stderr and run.stderr.count("\n") == 1
-    run = subprocess.run(["bash", "speedrun.sh", "--help"], cwd=ROOT, capture_output=True, text=True)
+    command = ["bash", "speedrun.sh"]
+    run = subprocess.run([*command, "MINUTES=3"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "MINUTES=3 bash speedrun.sh" in run.stderr
+    run = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "DRY_RUN=1" in run.stdout and "set -e" not in run.stdout
 
 
 @pytest.mark.parametrize("variables, needle", [
-    ({"DATA": "nowhere/x"}, "DATA=nowhere/x does not exist"), ({"MINUTES": "0"}, "above zero"), ({"MINUTES": "soon"}, "above zero"),
-    ({"GPUS": "two"}, "GPUS=two")])
+    ({"DATA": "nowhere/x"}, "DATA=nowhere/x does not exist"),
+    ({"MINUTES": "0"}, "above zero"),
+    ({"MINUTES": "soon"}, "above zero"),
+    ({"GPUS": "two"}, "GPUS=two"),
+    ({"GPUS": "-1"}, "GPUS=-1"),
+])
 def test_bad_variables_are_one_line_before_anything_is_written(tmp_path, variables, needle):
-    environment = {**os.environ, "DRY_RUN": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
-    run = subprocess.run(["bash", "speedrun.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    base = tmp_path / "base"
+    run = speedrun(ROOT, DRY_RUN="1", NANOCHAT_BASE_DIR=str(base), **variables)
     assert run.returncode == 2 and needle in run.stderr and run.stderr.count("\n") == 1, run.stderr
-    assert not (tmp_path / "base").exists()
+    assert not base.exists()
 
 
 def test_data_is_found_from_where_the_user_stands(tmp_path):
     (tmp_path / "notes.txt").write_text("text", encoding="utf-8")
-    environment = {**os.environ, "DRY_RUN": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "DATA": "notes.txt"}
-    run = subprocess.run(["bash", str(ROOT / "speedrun.sh")], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = speedrun(ROOT, tmp_path, DRY_RUN="1", DATA="notes.txt")
     assert run.returncode == 0 and f"--data={tmp_path}/notes.txt" in run.stdout
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("runs/one", "here/runs/one"),
+    ("~/runs", "home/runs"),
+    ("~", "home"),
+    ("", "home/.cache/nanochat"),
+])
+def test_shell_and_python_share_the_callers_base_folder(sandbox, tmp_path, given, meant):
+    here = tmp_path / "here"
+    here.mkdir()
+    folders = {"NANOCHAT_BASE_DIR": given, "HOME": str(tmp_path / "home")}
+    module = "scripts.tok_eval"
+    _, done = sandbox.run(status=1, cwd=here, STOP_IN=module, **folders)
+    base = tmp_path / meant
+    assert (base / "speedrun.state").exists(), "the shell's"
+    assert '"tok_train"' in (base / "metrics.jsonl").read_text(encoding="utf-8"), "Python's"
+    calls, done = sandbox.run(cwd=here, **folders)
+    assert modules(calls)[0] == module and str(base / "speedrun.state") in done.stdout
