@@ -76,7 +76,7 @@ if [ "$GPUS" = 0 ]; then device=cpu; fi
 if [ -z "$DRY_RUN" ]; then
     source scripts/setup.sh || exit 1
     if [ "$device" = cpu ]; then
-        # For tok_train, which has no such setting and takes a larger vocabulary where there is a GPU.
+        # For tok_train, which has no such setting and takes a larger vocabulary on a GPU.
         export CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1
     else
         choose_gpus
