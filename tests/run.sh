@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests. Arguments go to pytest: bash tests/run.sh tests/test_engine.py -x
+# Sets up the environment and runs the tests. Arguments go to pytest:
+#
+#     bash tests/run.sh tests/test_engine.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh dev
-# Most tests keep one core busy, so that two workers halve the time; a file's tests share what the first of them made.
+# Most tests keep one core busy, so that two workers halve the time. The tests of a file share what
+# the first of them made, so that a file stays with one worker.
 exec python -m pytest -n 2 --dist loadfile --durations=10 "$@"
