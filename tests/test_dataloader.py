@@ -1,4 +1,5 @@
 """Batches of text: nothing lost or twice, and a saved place that is really that place. Batches of conversations."""
+import hashlib
 import itertools
 import random
 
@@ -216,3 +217,82 @@ def test_trap_31_every_saved_place_goes_on_with_the_very_same_conversations(toke
         again = pack(tokenizer, talks, 8, state=batches[i][2])
         for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches[i + 1:], again):
             assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2) and state == state_2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The batches and the saved states of today are those of yesterday: a resumed run depends on it.
+
+def numbered_documents(count, step):
+    """`count` different documents of 3 to 19 words, made without a random generator."""
+    return [
+        " ".join(WORDS[(step * i + j * j) % len(WORDS)] for j in range(3 + 5 * i % 17))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """A vocabulary of the 256 bytes alone, which no change of the trainer can touch."""
+    return Tokenizer([bytes([b]) for b in range(256)])
+
+
+@pytest.fixture(scope="module")
+def pinned_data(tmp_path_factory):
+    files = [numbered_documents(count, step) for count, step in ((13, 3), (8, 5), (11, 7), (6, 11))]
+    return write_folder(tmp_path_factory.mktemp("pinned") / "text", files, 3)
+
+
+def digest(batches):
+    """Hash of the inputs, the targets and the states of some batches."""
+    total = hashlib.sha256()
+    for inputs, targets, state in batches:
+        assert inputs.dtype == targets.dtype == torch.int64
+        total.update(inputs.numpy().tobytes())
+        total.update(targets.numpy().tobytes())
+        total.update(repr(state).encode("utf-8"))
+    return total.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("split, rank, world_size, expected", [
+    ("train", 0, 1, "58c110d5fbb9b2fa"),
+    ("train", 1, 3, "3fed6eed1b95ef73"),
+    ("val", 0, 1, "3fe27ced34bb1b77"),
+    ("val", 1, 2, "69e8b66ac4901d68"),
+])
+def test_batches_of_text_are_pinned(byte_tokenizer, pinned_data, split, rank, world_size, expected):
+    place = {"rank": rank, "world_size": world_size}
+    batches = load(byte_tokenizer, pinned_data, 150, split=split, **place)
+    assert batches[-1][2][0] >= 1, "the pin covers the second epoch"
+    assert digest(batches) == expected
+    for i in (4, 75):  # a state in the middle of a buffer, and one in a later buffer
+        resumed = load(byte_tokenizer, pinned_data, 70, split=split, state=batches[i][2], **place)
+        assert digest(resumed) == digest(batches[i + 1:i + 71])
+
+
+@pytest.mark.parametrize("state, expected", [
+    ((0, 0, 0, 0, 0), "65333231cb691386"),
+    ((0, 5, 1, 9, 7), "3c0285a930563211"),
+    ((3, 11, 0, 2, 15), "c1628a9083efa2e1"),
+])
+def test_batches_from_a_saved_state_are_pinned(byte_tokenizer, pinned_data, state, expected):
+    batches = load(byte_tokenizer, pinned_data, 40, B=3, T=8, state=state)
+    assert all(type(number) is int for _, _, state in batches for number in state)
+    assert all(type(state) is tuple and len(state) == 5 for _, _, state in batches)
+    assert digest(batches) == expected
+
+
+@pytest.mark.parametrize("rank, world_size, state, expected", [
+    (0, 1, None, "2587528716d9cdd6"),
+    (1, 2, None, "fc2f19cff6861fed"),
+    (0, 1, (70, (3, 41, 69)), "7f9aa42e0d4b36f8"),
+])
+def test_batches_of_conversations_are_pinned(byte_tokenizer, rank, world_size, state, expected):
+    pairs = zip(numbered_documents(60, 3), numbered_documents(60, 13))
+    conversations = [talk(question, answer) for question, answer in pairs]
+    options = {"B": 3, "T": 160, "rank": rank, "world_size": world_size}
+    batches = pack(byte_tokenizer, conversations, 40, state=state, **options)
+    assert batches[-1][2][0] > 120 / world_size, "the pin covers the second epoch"
+    assert digest(batches) == expected
+    resumed = pack(byte_tokenizer, conversations, 20, state=batches[19][2], **options)
+    assert digest(resumed) == digest(batches[20:])
+    assert digest(pack(byte_tokenizer, conversations, 20, seed=2, **options)) != digest(batches[:20])

@@ -1,4 +1,5 @@
 """Where text comes from: the user's files, the sources on this machine, and shards from a (loopback) server."""
+import hashlib
 import http.server
 import io
 import json
@@ -392,3 +393,30 @@ def test_a_download_that_brings_nothing_leaves_the_text_that_was_there(sources, 
 def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(tmp_path, base):
     (tmp_path / "my.JSONL").write_text('\ufeff{"text": "one two three"}\n{"text": "four"}\n', encoding="utf-8")
     assert [*iter_documents("train", tmp_path / "my.JSONL")][0].startswith("one")
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()[:16]
+
+
+def test_local_documents_are_pinned(sources):
+    """The same sources give the same text on every day, and a build of yesterday is still up to date."""
+    assert digest(collect_local()) == "e312f272cf7d0253"
+    index = build_local()
+    assert index["key"] == "7dbb6bfe194a51bc" and digest(sorted(index)) == "e004404a10cf5ce3"
+    assert digest([*iter_documents("train")]) == "e3ae23c8cbb61aac"
+    assert digest([*iter_documents("val", rank=1, world_size=2)]) == "b996c3dac115a42d"
+
+
+def test_documents_of_the_users_files_are_pinned(tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    words = "caf\u00e9 " * 7
+    for i in range(9):
+        paragraphs = [f"Note {i}, paragraph {j}: {words[:5 * (j % 7)]}\n" + "\n" * (j % 3) for j in range(300 * i)]
+        (notes / f"note{i}.md").write_text("".join(paragraphs) or "short", encoding="utf-8")
+    (notes / "some.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n', encoding="utf-8")
+    write_parquet(notes / "table.parquet", ["from", None, "parquet", ""])
+    assert digest([[*iter_documents("train", notes)], [*iter_documents("val", notes)]]) == "11329a9bb2b98ba7"
+    single = notes / "note2.md"
+    assert digest([[*iter_documents("train", single)], [*iter_documents("val", single)]]) == "ae6a05c4fb946f36"

@@ -1,5 +1,6 @@
 """Tasks: what they contain, that training and test share nothing, and how answers are judged."""
 import ast
+import hashlib
 import json
 import operator
 from collections import Counter
@@ -267,3 +268,96 @@ def test_custom_conversations_that_are_wrong(tmp_path, line, words):
 def test_last_number_takes_whatever_a_model_writes():
     assert last_number("9" * 400) is None and last_number("7 is 1,000.0") == 1000 and last_number("-3.50") is None
     assert last_number("\u22124") == -4 and last_number("none") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The items of today are those of yesterday: figures of different days are of the same questions.
+
+SYLLABLES = "ba ce do fi gu ha je ko li mu na pe ro si tu".split()
+
+
+@pytest.fixture
+def made_library(tmp_path, monkeypatch):
+    """Words and objects made here, in place of those that depend on the version of Python."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    words = sorted(a + b + c for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES)[::9]
+    (tmp_path / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    objects = [{"name": f"module_{i % 7}.function_{i}" + (".method" if i % 3 == 0 else ""), "homes": 1 + i % 5 // 4,
+                "sentence": f"Return the {words[i]} of the {words[-i - 1]} that was given, and {words[2 * i]}."}
+               for i in range(150)]
+    (tmp_path / "pydoc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in objects), encoding="utf-8")
+
+
+def digest(task):
+    """Hash of the first items of a task, as they would be written to a file."""
+    items = [task[i] for i in range(min(len(task), 300))]
+    return hashlib.sha256(json.dumps(items).encode("utf-8")).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("make, train, test", [
+    (lambda split: Arithmetic(split, 400), "bcdc9e66d32e235a", "4b2d30de8e4754ef"),
+    (lambda split: Identity(split), "22bd02afc188641a", "b02cbb6e794f9cc5"),
+    (lambda split: SimpleSpelling(split, 500), "d0acbbb29edf12ff", "dd0a85a5b8b5c288"),
+    (lambda split: SpellingBee(split, 500, start=5), "89ff529ad57a6c6a", "a7dd14aff91cb593"),
+    (lambda split: PyDoc(split, "what"), "40078f674a9e41f3", "f40f1110142bb5f2"),
+    (lambda split: PyDoc(split, "module"), "1b6aeec114b92373", "91266cf6d35800d7"),
+    (lambda split: PyDoc(split, "choice", size=300), "9e6785e5ae9cbaa7", "301ecdf33630feca"),
+    (lambda split: PyDoc(split, "letter", size=300), "b8b8dabffad8f062", "08a52766082cb626"),
+    (lambda split: TaskMixture([Identity(split), SimpleSpelling(split, 50), Arithmetic(split, 50)]), "e15152a0e723b126", "0d4334ec4b1c9ab4"),
+    (lambda split: TaskSequence([Identity(split, stop=5), Arithmetic(split, 50)], start=3), "23d249502593d685", "a6bc756c5f0c77b9"),
+])
+def test_items_are_pinned(made_library, make, train, test):
+    assert (digest(make("train")), digest(make("test"))) == (train, test)
+
+
+def test_gathered_words_and_objects_are_pinned(tmp_path, monkeypatch):
+    """What is read from source files, with two files made here in place of the libraries."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    source = '''"""Module."""
+
+
+def {a}_things(first, second):
+    """{a}_things(first, second) -> list
+
+    Return the :func:`~x.{a}` of *first* and ``second``, in that order.  More about {b}.
+    """
+
+
+def both():
+    """Give both the {a} and the {b} things back."""
+
+
+def _hidden():
+    """Return what nobody should ever ask about, whatever {a} is."""
+
+
+class Thing{b}:
+    """Hold a number of {b} things until somebody asks for them."""
+
+    def take(self):
+        """Take one {a} thing away and give the {b} thing back."""
+
+    def shared(self):
+        """Return a thing that is the same in every file."""
+
+    def deprecated(self):
+        """Deprecated since a long time, use the {b} thing."""
+'''
+    files = []
+    for i, (a, b) in enumerate((("alpha", "beta"), ("gamma", "delta"), ("beta", "alpha"))):
+        path = tmp_path / f"m{i}.py"
+        path.write_text(source.format(a=a, b=b), encoding="utf-8")
+        files.append(("stdlib", "package/__init__.py" if i == 2 else f"m{i}.py", path))
+    broken = tmp_path / "broken.py"
+    broken.write_text("def (:\n", encoding="utf-8")
+    files += [
+        ("stdlib", "broken.py", broken),
+        ("stdlib", "_private.py", files[0][2]),
+        ("stdlib", "turtledemo/x.py", files[0][2]),
+    ]
+    monkeypatch.setattr("tasks.spellingbee.python_files", lambda *_: files)
+    monkeypatch.setattr("tasks.pydoc.python_files", lambda *_: files)
+    monkeypatch.setattr("tasks.pydoc.PACKAGES", ())
+    monkeypatch.setattr("tasks.pydoc.MODULES_IN_C", ())
+    gathered = json.dumps([all_words(), pydoc.all_objects()])
+    assert hashlib.sha256(gathered.encode("utf-8")).hexdigest()[:16] == "55b6d0d9d00dc189"
