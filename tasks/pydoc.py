@@ -25,7 +25,7 @@ import re
 from collections import Counter
 
 from nanochat.common import UserError, atomic_write, get_base_dir, print0
-from nanochat.dataset import python_files
+from nanochat.sources import python_files
 from tasks.common import Task, answer_text, check_split, conversation, fraction, render_mc, split_of
 
 LETTERS = "ABCD"

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 
 from nanochat.common import atomic_write, get_base_dir, print0
-from nanochat.dataset import python_files
+from nanochat.sources import python_files
 from tasks.common import Task, answer_text, check_split, conversation, fraction, last_number, split_of
 
 MADE_UP_SHARE = 0.4

@@ -11,10 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset
+from nanochat import dataset, sources
 from nanochat.common import UserError
-from nanochat.dataset import (SHARD_CHARS, Seen, build_local, collect_local, download_fineweb, iter_documents, iter_row_groups,
-                              parquet_paths, python_files, read_row_group, split_document, split_validation)
+from nanochat.dataset import (
+    SHARD_CHARS,
+    iter_documents,
+    iter_row_groups,
+    open_dataset,
+    parquet_paths,
+    read_row_group,
+    split_document,
+    split_validation,
+    write_shards,
+)
+from nanochat.sources import Seen, build_local, collect_local, download_fineweb, python_files
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +56,32 @@ def test_a_folder_of_parquet_is_read_in_place(tmp_path, base):
     assert not (base / "user_data").exists()
 
 
-def test_trap_01_every_pass_reads_every_file_from_its_first_row_group(tmp_path):
+def test_a_dataset_is_checked_once_and_passed_on(tmp_path, monkeypatch):
+    folder = shard_folder(tmp_path / "mine", ["a", "b", "c"], ["d"], ["v", "w", "x"])
+    opened = []
+    real = pq.ParquetFile
+
+    def counted(path):
+        opened.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(pq, "ParquetFile", counted)
+    found = open_dataset(folder)
+    assert opened == ["part_0.parquet", "part_1.parquet", "part_2.parquet"], "each file once"
+    assert open_dataset(found) is found and len(opened) == 3
+    assert found.train_groups == [*iter_row_groups(found.paths[:-1])] == found.groups("train")
+    assert found.val_groups == [*iter_row_groups(found.paths[-1:])] == found.groups("val")
+    assert len(found.train_groups) == 3 and len(found.val_groups) == 2
+    for split in ("train", "val"):
+        assert [*found.documents(split)] == [*iter_documents(split, found)]
+        assert [*found.documents(split, 1, 2)] == [*iter_documents(split, folder, 1, 2)]
+    assert [*found.documents("train")] == list("abcd") and [*found.documents("val")] == list("vwx")
+    with pytest.raises(UserError, match="train or val"):
+        found.groups("test")
+
+
+def test_every_pass_reads_every_file_from_its_first_row_group(tmp_path):
+    # docs/traps.md: loader-second-epoch
     folder = shard_folder(tmp_path / "mine", ["a", "b", "c"], ["d", "e", "f"], ["v"])
     paths = parquet_paths(folder)
     assert [(path.name, i) for path, i in iter_row_groups(paths[:-1])] == [
@@ -55,10 +90,11 @@ def test_trap_01_every_pass_reads_every_file_from_its_first_row_group(tmp_path):
         assert [text for where in iter_row_groups(paths[:-1]) for text in read_row_group(*where)] == list("abcdef")
 
 
-def test_trap_02_a_missing_file_is_an_error_and_never_another_validation(base):
+def test_a_missing_file_is_an_error_and_never_another_validation(base):
+    # docs/traps.md: validation-shard-becomes-training
     folder = base / "base_data"
     folder.mkdir()
-    dataset._write_shards(folder, "shard", ["x" * SHARD_CHARS + "y", "z", "t"], ["v"])
+    write_shards(folder, "shard", ["x" * SHARD_CHARS + "y", "z", "t"], ["v"])
     paths = parquet_paths()
     assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(3)]
     paths[-1].unlink()
@@ -66,16 +102,18 @@ def test_trap_02_a_missing_file_is_an_error_and_never_another_validation(base):
         parquet_paths()
 
 
-def test_trap_02_files_beside_the_pinned_ones_are_not_read(base):
+def test_files_beside_the_pinned_ones_are_not_read(base):
+    # docs/traps.md: validation-shard-becomes-training
     folder = base / "base_data"
     folder.mkdir()
-    dataset._write_shards(folder, "shard", ["t"], ["v"])
+    write_shards(folder, "shard", ["t"], ["v"])
     write_parquet(folder / "zzz.parquet", ["stray"])
     assert list(iter_documents("val")) == ["v"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_trap_49_rows_are_shared_out_so_that_one_row_group_feeds_every_rank(tmp_path, world_size):
+def test_rows_are_shared_out_so_that_one_row_group_feeds_every_rank(tmp_path, world_size):
+    # docs/traps.md: too-few-rows
     texts = [str(i) for i in range(11)]
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -158,7 +196,8 @@ def test_a_single_parquet_file_gives_training_and_validation(tmp_path):
         assert len(list(iter_documents("train", data))) == 95 and len(list(iter_documents("val", data))) == 5
 
 
-def test_trap_05_jsonl_is_split_at_newlines_only(tmp_path):
+def test_jsonl_is_split_at_newlines_only(tmp_path):
+    # docs/traps.md: encoding-and-splitlines
     path = tmp_path / "my.jsonl"
     texts = ["a\u2028b", "c\u0085d", "caf\u00e9"] * 10
     path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
@@ -184,7 +223,7 @@ def test_split_validation_takes_whole_documents_where_it_can():
 # text that is on the machine
 
 @pytest.fixture
-def sources(tmp_path, monkeypatch):
+def made_sources(tmp_path, monkeypatch):
     """A stand-in for the installed sources: 60 files, one of them a copy, one a table."""
     folder = tmp_path / "sources"
     folder.mkdir()
@@ -201,12 +240,12 @@ def sources(tmp_path, monkeypatch):
     (folder / "table.py").write_text("t = [" + "0x41, 0x42, " * 500 + "]", encoding="utf-8")
     (folder / "latin.py").write_bytes(b"# caf\xe9 caf\xe9\n" * 50)
     files = [("stdlib", path.name, path) for path in sorted(folder.glob("*.py"))]
-    monkeypatch.setattr(dataset, "python_files", lambda packages: files)
-    monkeypatch.setattr(dataset, "VALIDATION_SHARE", 0.2)
+    monkeypatch.setattr(sources, "python_files", lambda packages: files)
+    monkeypatch.setattr(sources, "VALIDATION_SHARE", 0.2)
     return files
 
 
-def test_local_text_is_deterministic_and_without_copies_or_tables(sources):
+def test_local_text_is_deterministic_and_without_copies_or_tables(made_sources):
     train, validation, table = collect_local()
     assert (train, validation, table) == collect_local()
     documents = train + validation
@@ -218,7 +257,7 @@ def test_local_text_is_deterministic_and_without_copies_or_tables(sources):
     assert table["stdlib"]["documents"] == len(documents)
 
 
-def test_local_shards_are_built_once(sources, base):
+def test_local_shards_are_built_once(made_sources, base):
     build_local()
     paths = parquet_paths()
     stamps = [path.stat().st_mtime_ns for path in paths]
@@ -230,7 +269,7 @@ def test_local_shards_are_built_once(sources, base):
     assert pq.ParquetFile(parquet_paths()[0]).num_row_groups > 1
 
 
-def test_a_build_that_broke_off_is_not_taken_for_whole(sources, monkeypatch):
+def test_a_build_that_broke_off_is_not_taken_for_whole(made_sources, monkeypatch):
     def full(path, documents):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError):
@@ -280,7 +319,7 @@ class Hub:
 
             def do_GET(self):
                 prefix, _, name = self.path.rpartition("/")
-                assert prefix == f"/datasets/{dataset.REPOSITORY}/resolve/main"
+                assert prefix == f"/datasets/{sources.REPOSITORY}/resolve/main"
                 hub.requests.append((name, self.headers.get("Range")))
                 trouble = (hub.script.get(name) or [None]).pop(0)
                 if name not in hub.files or isinstance(trouble, int):
@@ -308,7 +347,7 @@ class Hub:
 def hub(monkeypatch):
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setattr(dataset, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(sources, "BACKOFF_SECONDS", 0.001)
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -322,7 +361,8 @@ def test_fineweb_fetches_the_shards_and_always_the_validation_shard(hub, base):
     assert download_fineweb(2) == {} and len(hub.requests) == before, "what is there is not fetched again"
 
 
-def test_trap_03_errors_are_retried_and_cut_bodies_continued(hub, base):
+def test_errors_are_retried_and_cut_bodies_continued(hub, base):
+    # docs/traps.md: half-downloaded
     hub.script = {"shard_00000.parquet": [503, "cut", "cut"], "shard_01822.parquet": ["cut", "no range"]}
     assert download_fineweb(1) == {}
     assert any(name == "shard_00000.parquet" and given for name, given in hub.requests), "a cut body is continued"
@@ -330,7 +370,8 @@ def test_trap_03_errors_are_retried_and_cut_bodies_continued(hub, base):
     assert not list(base.rglob("*.part"))
 
 
-def test_trap_03_a_second_run_continues_the_first(hub, base):
+def test_a_second_run_continues_the_first(hub, base):
+    # docs/traps.md: half-downloaded
     hub.script = {"shard_00000.parquet": ["cut"] + [500] * 10}
     failed = download_fineweb(1)
     assert list(failed) == ["shard_00000.parquet"]
@@ -342,7 +383,8 @@ def test_trap_03_a_second_run_continues_the_first(hub, base):
     assert len(hub.requests) == 1 and hub.requests[0][1] not in (None, "bytes=0-")
 
 
-def test_trap_03_damaged_files_are_never_taken(hub, base):
+def test_damaged_files_are_never_taken(hub, base):
+    # docs/traps.md: half-downloaded
     hub.script = {"shard_00000.parquet": ["garbage"]}
     hub.tags = {"shard_01822.parquet": "0" * 64}
     failed = download_fineweb(1)
@@ -351,7 +393,8 @@ def test_trap_03_damaged_files_are_never_taken(hub, base):
     assert not (base / "base_data" / "shard_01822.parquet").exists()
 
 
-def test_trap_03_the_command_exits_with_1_and_lists_what_is_missing(hub, base):
+def test_the_command_exits_with_1_and_lists_what_is_missing(hub, base):
+    # docs/traps.md: half-downloaded
     run = subprocess.run([sys.executable, "-m", "nanochat.dataset", "-n", "4", "--workers=2"], capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "2 shards are missing" in run.stderr and "shard_00002.parquet, shard_00003.parquet" in run.stderr
@@ -369,25 +412,25 @@ def test_bad_settings_exit_with_2_and_one_line(arguments, words, base):
     assert not list(base.rglob("*.json"))
 
 
-def test_a_damaged_or_shortened_build_is_made_again(sources, base):
+def test_a_damaged_or_shortened_build_is_made_again(made_sources, base):
     folder = base / "base_data"
     index = build_local()
     (folder / "index.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="index.json is damaged"):
-        dataset.parquet_paths()
+        parquet_paths()
     assert build_local()["sha256"] == index["sha256"]
     shard = folder / index["files"][0]
     shard.write_bytes(shard.read_bytes()[:-5])
     assert build_local()["sha256"] == index["sha256"]
-    assert len(dataset.parquet_paths()) == len(index["files"]) + 1
+    assert len(parquet_paths()) == len(index["files"]) + 1
 
 
-def test_a_download_that_brings_nothing_leaves_the_text_that_was_there(sources, base, hub):
+def test_a_download_that_brings_nothing_leaves_the_text_that_was_there(made_sources, base, hub):
     build_local()
-    before = dataset.parquet_paths()
+    before = parquet_paths()
     hub.files.clear()
     assert len(download_fineweb(1)) == 2
-    assert dataset.parquet_paths() == before
+    assert parquet_paths() == before
 
 
 def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(tmp_path, base):
@@ -399,7 +442,7 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()[:16]
 
 
-def test_local_documents_are_pinned(sources):
+def test_local_documents_are_pinned(made_sources):
     """The same sources give the same text on every day, and a build of yesterday is still up to date."""
     assert digest(collect_local()) == "e312f272cf7d0253"
     index = build_local()

@@ -30,11 +30,13 @@ def test_results(expression, expected):
 @pytest.mark.parametrize("expression, expected", [
     ("20 / 2", "10"), ("2.5 * 4", "10"), ("10.0", "10"), ("-0.0", "0"), ("5 - 5.0", "0"), ("10**20 / 10**18", "100"),
 ])
-def test_trap_35_whole_results_have_no_decimal_point(expression, expected):
+def test_whole_results_have_no_decimal_point(expression, expected):
+    # docs/traps.md: tool-timeouts
     assert use_tool(expression) == expected
 
 
-def test_trap_35_works_outside_the_main_thread():
+def test_works_outside_the_main_thread():
+    # docs/traps.md: tool-timeouts
     results = []
     thread = threading.Thread(target=lambda: results.append(use_tool("6 * 7")))
     thread.start()
@@ -49,7 +51,8 @@ def test_trap_35_works_outside_the_main_thread():
     "None", "1or 2", "'\\d'.count('d')", "f'{1}'", "b'a'.count(b'a')", "1\n2", "1;2", "1j", "0x10", "1_000", "1e9",
     "len(''.count(''))", "'a'.count(*'b')", "\x00", "1 + \ud800", "'\ud800'.count('\ud800')", "١ + ١", "((((1",
 ])
-def test_trap_35_anything_else_is_refused(expression):
+def test_anything_else_is_refused(expression):
+    # docs/traps.md: tool-timeouts
     assert use_tool(expression) is None
 
 
@@ -67,7 +70,8 @@ def test_deep_nesting_is_refused_or_computed_but_never_raises():
     assert use_tool("-" * 150 + "1") in ("1", None)
 
 
-def test_trap_42_thousands_separators_are_digits():
+def test_thousands_separators_are_digits():
+    # docs/traps.md: numbers-as-strings
     assert use_tool("1,000 + 1") == "1001"
     assert use_tool("1,234,567 * 1") == "1234567"
     assert use_tool("1,00 + 1") is None

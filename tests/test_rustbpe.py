@@ -281,7 +281,8 @@ def test_order_and_batching_of_documents_do_not_matter():
     assert tokens_of(train(texts, 600)) == tokens_of(train(reversed(texts), 600))
 
 
-def test_trap_10_pattern_covers_every_string():
+def test_pattern_covers_every_string():
+    # docs/traps.md: dropped-text
     rng = random.Random(10)
     for _ in range(50):
         text = random_text(rng, 300)
@@ -335,14 +336,16 @@ def test_error_in_the_iterator_comes_through():
         train(texts(), 300)
 
 
-def test_trap_12_no_text_is_kept():
+def test_no_text_is_kept():
+    # docs/traps.md: leaked-python-objects
     texts = [f"document number {i} " * 20 for i in range(500)]
     before = [sys.getrefcount(text) for text in texts]
     train(texts, 300)
     assert [sys.getrefcount(text) for text in texts] == before
 
 
-def test_trap_12_gil_is_released():
+def test_gil_is_released():
+    # docs/traps.md: leaked-python-objects
     """Another thread goes on while a call runs that executes no Python at all."""
     ticks, done = 0, threading.Event()
 

@@ -75,14 +75,16 @@ def test_examples_are_deterministic_well_formed_and_judged_right(split):
             assert not task.evaluate(conversation, [])
 
 
-def test_trap_04_no_test_question_is_a_training_question():
+def test_no_test_question_is_a_training_question():
+    # docs/traps.md: seed-sign
     """Splits are decided by what an item is: seeds would not do, random.seed(1) is random.seed(-1)."""
     for train, test in zip(every_task("train"), every_task("test")):
         seen = {question(train[i]).lower().rstrip("?.! ") for i in range(len(train))}
         assert not seen & {question(test[i]).lower().rstrip("?.! ") for i in range(len(test))}, type(test)
 
 
-def test_trap_04_problems_words_sentences_and_phrasings_are_disjoint():
+def test_problems_words_sentences_and_phrasings_are_disjoint():
+    # docs/traps.md: seed-sign
     problems = {split: {answer(task[i])[0]["text"] for i in range(len(task))}
                 for split in ("train", "test") for task in [Arithmetic(split, 2000)]}
     assert not problems["train"] & problems["test"]
@@ -112,7 +114,8 @@ def test_unknown_split_or_form():
 # ---------------------------------------------------------------------------------------------------------------------
 # combining tasks
 
-def test_trap_41_mixture_is_complete_and_deterministic():
+def test_mixture_is_complete_and_deterministic():
+    # docs/traps.md: mixture-sums
     parts = [Numbers(0, 100), Numbers(1000, 7), Numbers(2000, 1)]
     mixture, again = TaskMixture(parts), TaskMixture(parts)
     rows = [mixture[i] for i in range(len(mixture))]
@@ -121,7 +124,8 @@ def test_trap_41_mixture_is_complete_and_deterministic():
     assert rows != sorted(rows)
 
 
-def test_trap_41_slices_clamp_to_what_exists():
+def test_slices_clamp_to_what_exists():
+    # docs/traps.md: mixture-sums
     assert len(Numbers(0, 5, stop=100)) == 5
     assert len(Numbers(0, 5, start=3, stop=100)) == 2
     assert Numbers(0, 5, start=3)[0] == 3
@@ -130,7 +134,8 @@ def test_trap_41_slices_clamp_to_what_exists():
     assert [row for row in TaskSequence([Numbers(0, 2), Numbers(10, 2)], start=1)] == [1, 10, 11]
 
 
-def test_trap_42_numbers_are_compared_as_numbers():
+def test_numbers_are_compared_as_numbers():
+    # docs/traps.md: numbers-as-strings
     assert last_number("It is 1,000.") == last_number("1000") == last_number("1000.0") == 1000
     assert last_number("12 - 15 is -3.") == last_number("\N{MINUS SIGN}3") == -3
     assert last_number("2.5") is None and last_number("none") is None
@@ -241,7 +246,8 @@ def test_shorten_cuts_at_a_word():
     assert len(shorten("word " * 40)) <= pydoc.CHOICE_CHARS
 
 
-def test_trap_05_custom_conversations_keep_line_separators_inside_strings(tmp_path):
+def test_custom_conversations_keep_line_separators_inside_strings(tmp_path):
+    # docs/traps.md: encoding-and-splitlines
     messages = [{"role": "user", "content": "caf\u00e9\u2028?"}, {"role": "assistant", "content": "yes\u2028no"}]
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(messages, ensure_ascii=False) + "\n\n" + json.dumps({"messages": messages}) + "\n", encoding="utf-8")
