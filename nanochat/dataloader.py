@@ -1,105 +1,249 @@
-"""From documents to batches: a stream of tokens, each document opened by <|bos|>, cut into rows of T without waste.
+"""From documents to batches: text for pretraining, conversations for midtraining and fine-tuning.
 
-Rows that follow each other are of one document: a batch of sixteen such rows would show some four documents.
-So the stream is read in stretches of several batches, and a stretch's rows are dealt out in random order.
+Text. The documents are one endless stream of tokens, each document opened by <|bos|>. The stream is
+cut into sequences of T tokens, so that no token is padding. Sequences that follow each other come
+from the same document: a batch of sixteen of them would show about four documents. So the loader
+fills a shuffle buffer with the sequences of several batches and yields them in random order.
 
-The state that comes with a batch says where the *next* one is: epoch, row group, row and token at which its stretch
-begins, and how many batches of the stretch are dealt. A loader that starts from it goes on with exactly the batches that
-would have come.
+Conversations. Whole conversations are packed into sequences and the rest is padding.
+
+Both loaders yield a state with every batch: the place of the *next* batch, as plain integers that a
+checkpoint can hold. A loader that is given this state yields exactly the batches that would have
+followed. A state belongs to one rank, and to the B, T and number of ranks that it was made with.
 """
 import functools
+import itertools
 import random
 
 import numpy as np
 import torch
 
-from nanochat.dataset import iter_row_groups, parquet_paths, read_row_group
+from nanochat.dataset import open_dataset, read_row_group
+
+IGNORED = -1                # target of a position that gives no loss
+WAITING_CONVERSATIONS = 32  # from which the packing chooses
 
 
-def _documents(groups, rank, world_size, epoch, group, row):
-    """Endless ((epoch, group, row), text), rows shared out over the ranks; the offset applies once, then is zero (trap 1).
+# ----------------------------------------------------------------------------------------------
+# text
 
-    The share moves on with group and epoch, so that a split of fewer rows than ranks leaves no rank waiting for ever.
+def tokenizing_distributed_data_loader_with_state(
+    tokenizer,
+    B,
+    T,
+    split,
+    data=None,
+    device="cpu",
+    rank=0,
+    world_size=1,
+    state=None,
+    buffer_batches=16,
+    documents_at_once=64,
+):
+    """Yield (inputs (B, T), targets (B, T), state) without end; both tensors are int64 on `device`.
+
+    targets[b, t] is the token that follows inputs[b, t] in the stream.
+
+    split: "train" or "val".
+    data: a data path or what open_dataset returned for it.
+    buffer_batches: batches in the shuffle buffer; 1 shuffles the sequences of each batch only.
+    documents_at_once: documents that are read and encoded together, by several threads.
+
+    The state is (epoch, group, row, token, yielded), five ints:
+      epoch    number of times that the whole split has been read before
+      group    index of the row group in the split
+      row      row of the document in that row group
+      token    tokens of that document that earlier shuffle buffers have used up
+      yielded  batches of this shuffle buffer that have been yielded
+    The first four name the first token in the shuffle buffer that holds the next batch. They also
+    seed the buffer's order, so a resumed loader refills the same buffer, shuffles it the same way
+    and skips the batches that have been yielded.
+    """
+    epoch, group, row, token, yielded = state or (0, 0, 0, 0, 0)
+    groups = open_dataset(data).groups(split)
+    documents = _endless_documents(groups, rank, world_size, epoch, group, row)
+    stream = _TokenStream(tokenizer, documents, token, documents_at_once)
+    is_cuda = torch.device(device).type == "cuda"
+    count = buffer_batches * B * T  # tokens in a full shuffle buffer
+
+    while True:
+        # fill the shuffle buffer: inputs and targets are (buffer_batches * B, T)
+        stream.read(count)
+        begin = stream.position()
+        tokens = stream.take(count)
+        end = stream.position()
+        inputs = torch.from_numpy(tokens[:-1].reshape(-1, T).copy())
+        targets = torch.from_numpy(tokens[1:].reshape(-1, T).copy())
+        if is_cuda:
+            # the copy of pinned memory to the device does not block
+            inputs = inputs.pin_memory()
+            targets = targets.pin_memory()
+        order = np.random.default_rng(begin).permutation(buffer_batches * B)
+        chosen = torch.from_numpy(order).split(B)
+
+        # yield the batches that have not been yielded yet
+        for i in range(yielded, buffer_batches):
+            is_last = i + 1 == buffer_batches
+            next_state = (*end, 0) if is_last else (*begin, i + 1)
+            yield (
+                inputs[chosen[i]].to(device, non_blocking=True),
+                targets[chosen[i]].to(device, non_blocking=True),
+                next_state,
+            )
+        yielded = 0
+
+
+def _endless_documents(groups, rank, world_size, epoch, group, row):
+    """Yield ((epoch, group, row), text) of this rank's documents, without end.
+
+    It begins at the given place. This offset applies to the first group of the first epoch only:
+    every later epoch begins at row 0 of group 0.
+
+    Rows are divided among the ranks. The rank that gets row 0 changes with group and epoch: a split
+    of fewer rows than ranks would otherwise leave a rank without a document for ever.
     """
     while True:
-        for group in range(group, len(groups)):
-            texts = read_row_group(*groups[group])
-            for row in range(row, len(texts)):
-                if (epoch + group + row) % world_size == rank:
-                    yield (epoch, group, row), texts[row]
+        for index in range(group, len(groups)):
+            texts = read_row_group(*groups[index])
+            for number in range(row, len(texts)):
+                if (epoch + index + number) % world_size == rank:
+                    yield (epoch, index, number), texts[number]
             row = 0
-        epoch, group = epoch + 1, 0
+        group = 0
+        epoch += 1
 
 
-def tokenizing_distributed_data_loader_with_state(tokenizer, B, T, split, data=None, device="cpu", rank=0, world_size=1,
-                                                  state=None, stretch=16, documents_at_once=64):
-    """Endless (inputs (B, T), targets (B, T), state), int64. split: "train" (all shards but the last) or "val"."""
-    paths = parquet_paths(data)
-    groups = list(iter_row_groups(paths[:-1] if split == "train" else paths[-1:]))
-    epoch, group, row, skip, dealt = state or (0, 0, 0, 0, 0)
-    documents = _documents(groups, rank, world_size, epoch, group, row)
-    bos = tokenizer.get_bos_token_id()
-    tokens, places = np.empty(0, np.int64), []  # the buffer; [place, tokens used, tokens left] of each document in it
-    count = stretch * B * T
-    while True:
-        while len(tokens) <= count:  # the last target is one token further, the next stretch's first input
-            some = [next(documents) for _ in range(documents_at_once)]
-            ids, lengths = tokenizer.encode_to_numpy([text for _, text in some], prepend=bos)
-            places += [[place, 0, length] for (place, _), length in zip(some, lengths)]
-            places[-len(some)][1:] = skip, lengths[0] - skip
-            tokens, skip = np.concatenate((tokens, ids[skip:]), dtype=np.int64), 0
-        begin = (*places[0][0], places[0][1])
-        used = count
-        while used >= places[0][2]:
-            used -= places.pop(0)[2]
-        places[0][1:] = places[0][1] + used, places[0][2] - used
-        end = (*places[0][0], places[0][1])
-        inputs, targets = (torch.from_numpy(tokens[i:count + i].reshape(-1, T).copy()) for i in (0, 1))
-        if torch.device(device).type == "cuda":
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()  # so that copying them waits for nothing
-        tokens = tokens[count:]
-        order = torch.from_numpy(np.random.default_rng(begin).permutation(stretch * B)).split(B)
-        for i in range(dealt, stretch):
-            yield (inputs[order[i]].to(device, non_blocking=True), targets[order[i]].to(device, non_blocking=True),
-                   (*begin, i + 1) if i + 1 < stretch else (*end, 0))
-        dealt = 0
+class _TokenStream:
+    """The tokens of endless documents, and the place in the data of each token that comes next.
 
-
-def sft_data_generator(tokenizer, task, B, T, device="cpu", rank=0, world_size=1, state=None, seed=1):
-    """Endless (inputs (B, T), targets (B, T), state) of whole conversations packed into rows.
-
-    Rows are packed best-fit from a small buffer and padded with <|bos|>, whose targets are ignored (-1), as is all that
-    the user says. A conversation longer than a row is cut to it (trap 14). The order is a new shuffle at every epoch.
-    The state is how many conversations this rank has drawn, and which of these still wait in the buffer.
+    documents: yields ((epoch, group, row), text).
+    skip: tokens of the very first document that are not part of the stream.
     """
-    pad = tokenizer.get_bos_token_id()
 
-    @functools.lru_cache(2)  # a buffer holds conversations of two epochs at most
+    def __init__(self, tokenizer, documents, skip, documents_at_once):
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.get_bos_token_id()
+        self.documents = documents
+        self.documents_at_once = documents_at_once
+        self.skip = skip
+        self.tokens = np.empty(0, np.int64)  # encoded, not yet taken
+        self.spans = []  # for each document in self.tokens: [place, tokens taken, tokens left]
+
+    def read(self, count):
+        """Read and encode documents until more than `count` tokens can be taken."""
+        while len(self.tokens) <= count:
+            some = list(itertools.islice(self.documents, self.documents_at_once))
+            texts = [text for _, text in some]
+            ids, lengths = self.tokenizer.encode_to_numpy(texts, prepend=self.bos)
+            spans = [[place, 0, length] for (place, _), length in zip(some, lengths)]
+
+            # a resumed stream begins inside its first document
+            spans[0][1] += self.skip
+            spans[0][2] -= self.skip
+            ids = ids[self.skip:]
+            self.skip = 0
+
+            self.tokens = np.concatenate((self.tokens, ids), dtype=np.int64)
+            self.spans += spans
+
+    def position(self):
+        """(epoch, group, row, token) of the next token, which must have been read."""
+        place, taken, _ = self.spans[0]
+        return (*place, taken)
+
+    def take(self, count):
+        """Remove the next `count` tokens; returns them and the token after them, (count + 1,).
+
+        That last token is only a target here. It is the first token of the next call.
+        """
+        tokens = self.tokens[:count + 1]
+        self.tokens = self.tokens[count:]
+
+        # drop the documents that are used up; the next token belongs to the first that is left
+        while count >= self.spans[0][2]:
+            _, _, left = self.spans.pop(0)
+            count -= left
+        self.spans[0][1] += count
+        self.spans[0][2] -= count
+        return tokens
+
+
+# ----------------------------------------------------------------------------------------------
+# conversations
+
+def sft_data_generator(
+    tokenizer,
+    task,
+    B,
+    T,
+    device="cpu",
+    rank=0,
+    world_size=1,
+    state=None,
+    seed=1,
+):
+    """Yield (inputs (B, T), targets (B, T), state) of packed conversations without end, int64.
+
+    task: a list of conversations, {"messages": [...]} each (see tasks/common.py).
+    Targets are -1, which gives no loss, on padding (<|bos|>) and on all that the assistant does not
+    say. A conversation longer than a sequence is cut to it. Every epoch has its own shuffled order.
+
+    The state is (drawn, waiting):
+      drawn    number of conversations that this rank has taken from the task, over all epochs
+      waiting  which of these still wait to be packed, a tuple of their numbers
+    """
+    @functools.lru_cache(2)  # the waiting conversations are of two epochs at most
     def order(epoch):
         return random.Random(f"{seed} {epoch}").sample(range(len(task)), len(task))
 
     def render(draw):
+        """(draw, ids, mask) of this rank's conversation number `draw`, cut to T + 1 tokens."""
         epoch, i = divmod(draw * world_size + rank, len(task))
-        return draw, *tokenizer.render_conversation(task[order(epoch)[i]], max_tokens=T + 1)
+        conversation = task[order(epoch)[i]]
+        ids, mask = tokenizer.render_conversation(conversation, max_tokens=T + 1)
+        return draw, ids, mask
 
-    drawn, waiting = state or (0, ())
-    buffer = [render(draw) for draw in waiting]
+    drawn, unpacked = state or (0, ())
+    waiting = [render(draw) for draw in unpacked]
+    pad = tokenizer.get_bos_token_id()
     while True:
+        # A sequence of T + 1 tokens gives T inputs and, one position on, T targets.
         inputs = np.full((B, T + 1), pad, np.int64)
-        targets = np.full((B, T + 1), -1, np.int64)
+        targets = np.full((B, T + 1), IGNORED, np.int64)
         for b in range(B):
             filled = 0
             while True:
-                while len(buffer) < 32:
-                    buffer.append(render(drawn))
+                # pack the longest waiting conversation that fits, until none does
+                while len(waiting) < WAITING_CONVERSATIONS:
+                    waiting.append(render(drawn))
                     drawn += 1
-                fits = [i for i, (_, ids, _) in enumerate(buffer) if len(ids) <= T + 1 - filled]
-                if not fits:
+                best = _longest_that_fits(waiting, T + 1 - filled)
+                if best is None:
                     break
-                _, ids, mask = buffer.pop(max(fits, key=lambda i: (len(buffer[i][1]), -i)))
+                _, ids, mask = waiting.pop(best)
                 end = filled + len(ids)
                 inputs[b, filled:end] = ids
-                targets[b, filled:end] = np.where(np.array(mask, bool), ids, -1)
+                targets[b, filled:end] = np.where(np.array(mask, bool), ids, IGNORED)
                 filled = end
-        state = drawn, tuple(draw for draw, _, _ in buffer)
-        yield torch.from_numpy(inputs[:, :-1].copy()).to(device), torch.from_numpy(targets[:, 1:].copy()).to(device), state
+
+        next_state = (drawn, tuple(draw for draw, _, _ in waiting))
+        yield (
+            torch.from_numpy(inputs[:, :-1].copy()).to(device),
+            torch.from_numpy(targets[:, 1:].copy()).to(device),
+            next_state,
+        )
+
+
+def _longest_that_fits(waiting, room):
+    """Index of the longest of the (draw, ids, mask) with at most `room` ids, or None.
+
+    Of equally long ones the first: it has waited longest.
+    """
+    best = None
+    best_length = 0
+    for i, (_, ids, _) in enumerate(waiting):
+        length = len(ids)
+        if best_length < length <= room:
+            best = i
+            best_length = length
+    return best

@@ -1,4 +1,4 @@
-"""Batches of text: nothing lost or twice, and a saved place that is really that place. Batches of conversations."""
+"""Batches of text and of conversations: no token lost or twice, and states that resume exactly."""
 import hashlib
 import itertools
 import random
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat.dataloader import sft_data_generator, tokenizing_distributed_data_loader_with_state
-from nanochat.dataset import iter_documents
+from nanochat.dataset import iter_documents, open_dataset
 from nanochat.tokenizer import Tokenizer
 
 WORDS = "the a cat dog sat ran on under mat tree and then was not very small big red who".split()
@@ -28,7 +28,8 @@ def tokenizer():
 def write_folder(folder, files, rows_per_group):
     folder.mkdir()
     for i, documents in enumerate(files):
-        pq.write_table(pa.table({"text": documents}), folder / f"{i}.parquet", row_group_size=rows_per_group)
+        table = pa.table({"text": documents})
+        pq.write_table(table, folder / f"{i}.parquet", row_group_size=rows_per_group)
     return str(folder)
 
 
@@ -46,8 +47,14 @@ def load(tokenizer, data, count, B=2, T=16, split="train", **options):
 
 
 def load_in_order(*args, **options):
-    """Rows as they follow each other: a stretch of a single one has only one order."""
-    return load(*args, B=1, stretch=1, **options)
+    """Sequences as they follow each other: a shuffle buffer of a single one has only one order."""
+    return load(*args, B=1, buffer_batches=1, **options)
+
+
+def assert_equal_batches(batches, again):
+    for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches, again):
+        assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2)
+        assert state == state_2
 
 
 def stream_of(batches):
@@ -56,6 +63,10 @@ def stream_of(batches):
 
 def documents_as_ids(tokenizer, split, data):
     return tokenizer.encode(list(iter_documents(split, data)), prepend=tokenizer.get_bos_token_id())
+
+
+def test_the_loader_takes_an_open_dataset_as_well_as_its_path(tokenizer, data):
+    assert_equal_batches(load(tokenizer, data, 20), load(tokenizer, open_dataset(data), 20))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -70,14 +81,21 @@ def test_the_stream_is_all_documents_behind_bos_and_targets_are_one_ahead(tokeni
     assert all(t.shape == (1, 16) and t.dtype == torch.int64 for batch in batches for t in batch[:2])
 
 
-def test_the_rows_of_a_stretch_are_dealt_out_once_each_in_an_order_that_changes(tokenizer, data):
-    def rows(batches):
-        return [tuple(a + b) for inputs, targets, _ in batches for a, b in zip(inputs.tolist(), targets.tolist())]
-    in_order = rows(load_in_order(tokenizer, data, 64))
-    dealt = rows(load(tokenizer, data, 16, B=4, stretch=8))
-    assert [sorted(dealt[:32]), sorted(dealt[32:])] == [sorted(in_order[:32]), sorted(in_order[32:64])]
-    places = [in_order[32 * k:32 * k + 32].index(row) for k in (0, 1) for row in dealt[32 * k:32 * k + 32]]
-    assert places[:32] != sorted(places[:32]) and places[:32] != places[32:]
+def test_each_sequence_of_a_shuffle_buffer_is_yielded_once_in_an_order_that_changes(tokenizer, data):
+    def sequences(batches):
+        return [
+            tuple(a + b)
+            for inputs, targets, _ in batches
+            for a, b in zip(inputs.tolist(), targets.tolist())
+        ]
+
+    in_order = sequences(load_in_order(tokenizer, data, 64))
+    yielded = sequences(load(tokenizer, data, 16, B=4, buffer_batches=8))
+    halves = slice(0, 32), slice(32, 64)
+    for half in halves:
+        assert sorted(yielded[half]) == sorted(in_order[half])
+    first, second = ([in_order[half].index(one) for one in yielded[half]] for half in halves)
+    assert first != sorted(first) and first != second
 
 
 def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer, data):
@@ -85,17 +103,17 @@ def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(to
 
 
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
-def test_traps_01_and_31_every_saved_place_goes_on_with_the_very_same_batches(tokenizer, data, rank, world_size):
+def test_every_saved_state_resumes_with_the_very_same_batches(tokenizer, data, rank, world_size):
+    # docs/traps.md: loader-second-epoch, resume-forgets
     place = dict(rank=rank, world_size=world_size)
-    batches = load(tokenizer, data, 250, B=1, stretch=2, **place)
+    batches = load(tokenizer, data, 250, B=1, buffer_batches=2, **place)
     states = [state for _, _, state in batches]
     assert states[-1][0] >= 2, "the end of the files was passed twice"
-    assert {state[1] for state in states} == set(range(12)), "a stretch began in every row group of every file"
+    assert {state[1] for state in states} == set(range(12)), "a buffer began in every row group"
     assert states == sorted(states) and any(state[3] for state in states)
     for i in range(0, 240, 7):
-        again = load(tokenizer, data, 10, B=1, stretch=2, state=states[i], **place)
-        for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches[i + 1:], again):
-            assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2) and state == state_2
+        again = load(tokenizer, data, 10, B=1, buffer_batches=2, state=states[i], **place)
+        assert_equal_batches(batches[i + 1:], again)
 
 
 def first_epoch(tokenizer, data, rank, world_size):
@@ -111,22 +129,27 @@ def first_epoch(tokenizer, data, rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_trap_49_ranks_share_the_documents_whatever_the_row_groups(tokenizer, data, world_size):
+def test_ranks_share_the_documents_whatever_the_row_groups(tokenizer, data, world_size):
+    # docs/traps.md: too-few-rows
     parts = [first_epoch(tokenizer, data, rank, world_size) for rank in range(world_size)]
     assert sorted(sum(parts, [])) == sorted(documents_as_ids(tokenizer, "train", data))
     assert all(parts)
 
 
-def test_trap_49_two_ranks_share_the_rows_of_a_single_row_group(tokenizer, tmp_path):
+def test_two_ranks_share_the_rows_of_a_single_row_group(tokenizer, tmp_path):
+    # docs/traps.md: too-few-rows
     texts = [f"{i} the cat sat on the mat" for i in range(6)]
     folder = write_folder(tmp_path / "text", [["a dog"], texts], 100)
     for rank in (0, 1):
         ids = sum(tokenizer.encode(texts[rank::2], prepend=tokenizer.get_bos_token_id()), [])
         count = len(ids) // 16
-        assert stream_of(load_in_order(tokenizer, folder, count, split="val", rank=rank, world_size=2)) == ids[:16 * count]
+        place = {"rank": rank, "world_size": 2}
+        batches = load_in_order(tokenizer, folder, count, split="val", **place)
+        assert stream_of(batches) == ids[:16 * count]
 
 
-def test_trap_49_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
+def test_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
+    # docs/traps.md: too-few-rows
     folder = write_folder(tmp_path / "text", [["the cat sat on the mat"], ["a dog ran"]], 1)
     for rank in range(3):
         assert len(load(tokenizer, folder, 2, rank=rank, world_size=3)) == 2
@@ -141,7 +164,7 @@ def talk(question, answer):
 
 @pytest.fixture(scope="module")
 def talks():
-    """Conversations that differ, so that a row tells which ones are in it."""
+    """Conversations that differ, so that a sequence tells which ones are in it."""
     rng = random.Random(2)
     return [talk(f"{i} {sentence(rng, most=4)}", f"{sentence(rng, most=3)} {i}") for i in range(100)]
 
@@ -161,21 +184,26 @@ def conversations_in(tokenizer, inputs, targets):
 
 def test_targets_are_what_the_assistant_says_and_padding_is_ignored(tokenizer, talks):
     rendered = [tokenizer.render_conversation(t) for t in talks]
-    expected = {tuple(ids): [i if m else -1 for i, m in zip(ids[1:], mask[1:])] for ids, mask in rendered}
+    expected = {
+        tuple(ids): [i if m else -1 for i, m in zip(ids[1:], mask[1:])]
+        for ids, mask in rendered
+    }
     bos, seen, packed = tokenizer.get_bos_token_id(), set(), 0
     for inputs, targets, _ in pack(tokenizer, talks, 30):
         assert inputs.shape == targets.shape == (2, 48)
         found = conversations_in(tokenizer, inputs, targets)
         packed = max(packed, len(found))
         for ids, wanted in found:
-            key = tuple(ids) if tuple(ids) in expected else (*ids, tokenizer.encode_special("<|assistant_end|>"))
-            assert wanted[:len(ids) - 1] == expected[key][:len(ids) - 1]  # the last of a full row is a target alone
+            key = tuple(ids)
+            if key not in expected:  # the last token of a full sequence is a target alone
+                key = (*ids, tokenizer.encode_special("<|assistant_end|>"))
+            assert wanted[:len(ids) - 1] == expected[key][:len(ids) - 1]
             seen.add(key)
         assert not (targets == bos).any() and (targets[inputs == bos] == -1).all()
     assert len(seen) > 50 and packed > 2
 
 
-def test_an_epoch_holds_every_conversation_once_and_the_next_is_shuffled_anew(tokenizer, talks):
+def test_an_epoch_holds_every_conversation_once_and_the_next_has_another_order(tokenizer, talks):
     drawn = []
 
     class Watched(list):
@@ -188,14 +216,16 @@ def test_an_epoch_holds_every_conversation_once_and_the_next_is_shuffled_anew(to
     assert sorted(first) == sorted(second) == list(range(100)) and first != second
 
 
-def test_trap_14_a_conversation_longer_than_a_row_is_cut_and_still_teaches(tokenizer):
+def test_a_conversation_longer_than_a_sequence_is_cut_and_still_teaches(tokenizer):
+    # docs/traps.md: packing-clogged
     long = [talk("who?", "the cat sat on the mat and " * 40) for _ in range(40)]
     batches = pack(tokenizer, long + [talk("who?", "a dog")], 60)
     assert all((targets >= 0).sum() > 20 for _, targets, _ in batches)
     assert batches[-1][2][0] > 100, "the buffer is not clogged"
 
 
-def test_trap_14_a_question_longer_than_a_row_gives_a_row_without_targets_and_no_error(tokenizer):
+def test_a_question_longer_than_a_sequence_gives_no_targets_and_no_error(tokenizer):
+    # docs/traps.md: packing-clogged
     (batch,) = pack(tokenizer, [talk("the cat sat on the mat and " * 40, "yes")], 1)
     assert (batch[1] == -1).all()
 
@@ -210,13 +240,13 @@ def test_two_ranks_draw_different_conversations(tokenizer, talks):
     assert drawn(0) and drawn(1) and not drawn(0) & drawn(1)
 
 
-def test_trap_31_every_saved_place_goes_on_with_the_very_same_conversations(tokenizer, talks):
+def test_every_saved_state_resumes_with_the_very_same_conversations(tokenizer, talks):
+    # docs/traps.md: resume-forgets
     batches = pack(tokenizer, talks, 60)
     assert batches[-1][2][0] > 250, "two ends of an epoch were passed"
     for i in range(0, 50, 7):
         again = pack(tokenizer, talks, 8, state=batches[i][2])
-        for (inputs, targets, state), (inputs_2, targets_2, state_2) in zip(batches[i + 1:], again):
-            assert torch.equal(inputs, inputs_2) and torch.equal(targets, targets_2) and state == state_2
+        assert_equal_batches(batches[i + 1:], again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
