@@ -279,7 +279,7 @@ def _fetch(url, part, stop):
 
 
 def _full_length(reply):
-    """Bytes of the whole file, even where a reply brings its rest only; None where it is not told."""
+    """Bytes of the whole file, even where a reply brings only its rest; None where not told."""
     if reply.status_code == 206:
         length = reply.headers.get("Content-Range", "").rpartition("/")[2]
     else:

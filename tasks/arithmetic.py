@@ -1,74 +1,169 @@
-"""Sums, differences and products of numbers of one to three digits, bare and in words, solved by calling the Python tool.
+"""Sums, differences and products of numbers of one to three digits, bare and in words.
+
+The model solves them by calling the Python tool:
 
     What is 12 times 7?  ->  <python>12*7</python> <output>84</output> The answer is 84.
 
-What there is to learn is not arithmetic but to find the two numbers and the operation, and to leave the rest to the tool.
+What there is to learn is not arithmetic but to find the two numbers and the operation, and to leave
+the computation to the tool.
 """
 import random
 
 from tasks.common import Task, answer_text, check_split, conversation, last_number, split_of
 
-BARE = ("{a}{o}{b}", "{a} {o} {b}", "{a} {o} {b} =", "{a}{o}{b}=", "{a} {o} {b} = ?", "{a} {o} {b}?", "What is {a} {o} {b}?",
-        "What is {a}{o}{b}?", "What's {a} {o} {b}?", "Calculate {a} {o} {b}.", "Compute {a}{o}{b}.", "How much is {a} {o} {b}?",
-        "Can you work out {a} {o} {b}?")
+# a, b: the numbers; o: the sign of the operation; n: what is counted
+BARE = (
+    "{a}{o}{b}",
+    "{a} {o} {b}",
+    "{a} {o} {b} =",
+    "{a}{o}{b}=",
+    "{a} {o} {b} = ?",
+    "{a} {o} {b}?",
+    "What is {a} {o} {b}?",
+    "What is {a}{o}{b}?",
+    "What's {a} {o} {b}?",
+    "Calculate {a} {o} {b}.",
+    "Compute {a}{o}{b}.",
+    "How much is {a} {o} {b}?",
+    "Can you work out {a} {o} {b}?",
+)
 IN_WORDS = {
-    "+": ("What is {a} plus {b}?", "{a} plus {b}", "How much is {a} plus {b}?", "Add {a} and {b}.", "Add {a} to {b}.",
-          "What is the sum of {a} and {b}?", "What do you get when you add {a} and {b}?", "Calculate {a} plus {b}."),
-    "-": ("What is {a} minus {b}?", "{a} minus {b}", "How much is {a} minus {b}?", "Subtract {b} from {a}.",
-          "Take {b} away from {a}.", "What is {a} less {b}?", "What is left when you take {b} from {a}?",
-          "Calculate {a} minus {b}."),
-    "*": ("What is {a} times {b}?", "{a} times {b}", "How much is {a} times {b}?", "Multiply {a} by {b}.",
-          "What is {a} multiplied by {b}?", "What is the product of {a} and {b}?", "Multiply {a} and {b}.",
-          "Calculate {a} times {b}."),
+    "+": (
+        "What is {a} plus {b}?",
+        "{a} plus {b}",
+        "How much is {a} plus {b}?",
+        "Add {a} and {b}.",
+        "Add {a} to {b}.",
+        "What is the sum of {a} and {b}?",
+        "What do you get when you add {a} and {b}?",
+        "Calculate {a} plus {b}.",
+    ),
+    "-": (
+        "What is {a} minus {b}?",
+        "{a} minus {b}",
+        "How much is {a} minus {b}?",
+        "Subtract {b} from {a}.",
+        "Take {b} away from {a}.",
+        "What is {a} less {b}?",
+        "What is left when you take {b} from {a}?",
+        "Calculate {a} minus {b}.",
+    ),
+    "*": (
+        "What is {a} times {b}?",
+        "{a} times {b}",
+        "How much is {a} times {b}?",
+        "Multiply {a} by {b}.",
+        "What is {a} multiplied by {b}?",
+        "What is the product of {a} and {b}?",
+        "Multiply {a} and {b}.",
+        "Calculate {a} times {b}.",
+    ),
 }
 STORIES = {
-    "+": ("I have {a} {n} and get {b} more. How many {n} do I have?", "There are {a} {n} here and {b} {n} there. How many in all?",
-          "Ann has {a} {n} and Ben has {b}. How many {n} do they have together?"),
-    "-": ("I had {a} {n} and gave away {b}. How many {n} are left?", "There were {a} {n} and {b} are gone. How many remain?",
-          "Of {a} {n}, {b} were sold. How many {n} are left?"),
-    "*": ("There are {a} boxes with {b} {n} each. How many {n} are there?", "I buy {a} bags of {b} {n}. How many {n} is that?",
-          "Each of {a} people has {b} {n}. How many {n} in all?"),
+    "+": (
+        "I have {a} {n} and get {b} more. How many {n} do I have?",
+        "There are {a} {n} here and {b} {n} there. How many in all?",
+        "Ann has {a} {n} and Ben has {b}. How many {n} do they have together?",
+    ),
+    "-": (
+        "I had {a} {n} and gave away {b}. How many {n} are left?",
+        "There were {a} {n} and {b} are gone. How many remain?",
+        "Of {a} {n}, {b} were sold. How many {n} are left?",
+    ),
+    "*": (
+        "There are {a} boxes with {b} {n} each. How many {n} are there?",
+        "I buy {a} bags of {b} {n}. How many {n} is that?",
+        "Each of {a} people has {b} {n}. How many {n} in all?",
+    ),
 }
-THINGS = ("apples", "books", "coins", "pens", "stamps", "cards", "eggs", "stones", "cups", "shells", "letters", "tickets")
-NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-                "seventeen eighteen nineteen twenty").split()
-SIGNS = {"+": "+", "-": "-", "*": "**x×"}  # how a user writes them; half of the products with an asterisk
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "pens",
+    "stamps",
+    "cards",
+    "eggs",
+    "stones",
+    "cups",
+    "shells",
+    "letters",
+    "tickets",
+)
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten "
+    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
+
+# how a user writes the operation; half of the products have an asterisk
+SIGNS = {"+": "+", "-": "-", "*": "**x×"}
 RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+BARE_SHARE = 0.45           # of the questions
+BARE_OR_WORDS_SHARE = 0.85  # the rest are stories
+SLOPPY_SHARE = 0.25         # questions typed without a capital and a full stop
 
 
 class Arithmetic(Task):
-    """`size` problems. Split by the problem itself (`12*7` is in one of them, whatever the words around it)."""
+    """`size` problems. The split of a problem is decided by the problem itself.
+
+    So `12*7` is in one split only, whatever the words around it.
+    """
 
     def __init__(self, split, size=1000, **slice_):
         super().__init__(**slice_)
-        self.split, self.size = check_split(split), size
+        self.split = check_split(split)
+        self.size = size
 
     def num_examples(self):
         return self.size
 
     def get_example(self, i):
         rng = random.Random(f"arithmetic {self.split} {i}")
-        while True:
-            op, (a, b) = rng.choice("+-*"), (rng.randrange(10 ** rng.randint(1, 3)) for _ in "ab")
-            if split_of(f"{a}{op}{b}") == self.split:
-                break
-        kind, n = rng.random(), rng.choice(THINGS)
-        text_a, text_b = str(a), str(b)
-        if kind < 0.45:
-            template = rng.choice(BARE)
-        elif kind < 0.85 or op == "-" and a < b:  # stories have no negative results
-            template = rng.choice(IN_WORDS[op])
-            if max(a, b) <= 20 and rng.random() < 0.5:
-                text_a, text_b = NUMBER_WORDS[a], NUMBER_WORDS[b]
-        else:
-            template = rng.choice(STORIES[op])
-        question = template.format(a=text_a, b=text_b, o=rng.choice(SIGNS[op]), n=n)
-        question = question[0].upper() + question[1:]
-        if rng.random() < 0.25:  # as people type
-            question = question[0].lower() + question[1:].rstrip("?.")
+        a, op, b = self._draw_problem(rng)
+        question = _draw_question(rng, a, op, b)
         result = str(RESULT[op](a, b))
-        return conversation(question, [{"type": "python", "text": f"{a}{op}{b}"}, {"type": "python_output", "text": result},
-                                       {"type": "text", "text": f"The answer is {result}."}])
+        parts = [
+            {"type": "python", "text": f"{a}{op}{b}"},
+            {"type": "python_output", "text": result},
+            {"type": "text", "text": f"The answer is {result}."},
+        ]
+        return conversation(question, parts)
+
+    def _draw_problem(self, rng):
+        """(a, operation, b) of this task's split; the numbers of digits are uniform."""
+        while True:
+            op = rng.choice("+-*")
+            a = rng.randrange(10 ** rng.randint(1, 3))
+            b = rng.randrange(10 ** rng.randint(1, 3))
+            if split_of(f"{a}{op}{b}") == self.split:
+                return a, op, b
 
     def evaluate(self, conversation, parts):
-        return last_number(answer_text(parts)) == int(conversation["messages"][-1]["content"][1]["text"])
+        """Right when the last number of the answer is the result."""
+        _, output, _ = conversation["messages"][-1]["content"]
+        return last_number(answer_text(parts)) == int(output["text"])
+
+
+def _draw_question(rng, a, op, b):
+    """The problem as a user would put it. (The order of the draws decides every item: keep it.)"""
+    kind = rng.random()
+    thing = rng.choice(THINGS)
+    has_story = op != "-" or a >= b  # stories have no negative results
+    text_a = str(a)
+    text_b = str(b)
+    if kind < BARE_SHARE:
+        template = rng.choice(BARE)
+    elif kind < BARE_OR_WORDS_SHARE or not has_story:
+        template = rng.choice(IN_WORDS[op])
+        if max(a, b) <= 20 and rng.random() < 0.5:
+            text_a = NUMBER_WORDS[a]
+            text_b = NUMBER_WORDS[b]
+    else:
+        template = rng.choice(STORIES[op])
+
+    question = template.format(a=text_a, b=text_b, o=rng.choice(SIGNS[op]), n=thing)
+    question = question[0].upper() + question[1:]
+    if rng.random() < SLOPPY_SHARE:
+        question = question[0].lower() + question[1:].rstrip("?.")
+    return question

@@ -1,7 +1,11 @@
-"""What a task is: a numbered list of conversations, with a way to judge an answer. Tasks combine to mixtures and sequences.
+"""What a task is: a numbered list of conversations, with a way to judge an answer.
 
-A conversation is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}; the content of an
-assistant message is text, or a list of parts {"type": "text" | "python" | "python_output", "text": ...}.
+Tasks combine to mixtures and sequences. A conversation is
+
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+
+The content of an assistant message is text, or a list of parts
+{"type": "text" | "python" | "python_output", "text": ...}.
 """
 import random
 import re
@@ -9,40 +13,63 @@ import re
 from nanochat.common import UserError, fraction
 
 TEST_SHARE = 0.1
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+MAX_DIGITS = 100    # a longer number is no answer
 
 
 def split_of(item):
-    """"test" or "train", decided by what the item is and by nothing else, so that no item is ever in both.
+    """"test" or "train", decided by what the item is and by nothing else.
 
-    (A split made by different seeds is none: the same item can be drawn in both, and random.seed(1) equals random.seed(-1).)
+    So no item is ever in both splits. (Different seeds do not make two splits: the same item can be
+    drawn with both, and random.seed(1) equals random.seed(-1).)
     """
     return "test" if fraction("split " + item) < TEST_SHARE else "train"
 
 
 def check_split(split):
+    """`split` itself, which must be "train" or "test"; UserError otherwise."""
     if split not in ("train", "test"):
         raise UserError(f"split is train or test, not {split!r}")
     return split
 
 
 def conversation(question, answer, **fields):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
+    """A conversation of one question and one answer. fields: what the task adds to it."""
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages, **fields}
 
 
 def answer_text(parts):
-    """The text that the user reads, of parts or of plain text: tool calls and their outputs left out."""
-    return parts if isinstance(parts, str) else "".join(part["text"] for part in parts if part["type"] == "text")
+    """The text that the user reads: tool calls and their outputs are dropped.
+
+    parts: a list of parts, or plain text, which is returned as it is.
+    """
+    if isinstance(parts, str):
+        return parts
+    return "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def last_number(text):
-    """The last whole number of a text as an int, or None. `1,000`, `1000` and `1000.0` are one number."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.replace("\N{MINUS SIGN}", "-"))
-    whole, _, rest = found[-1].replace(",", "").partition(".") if found else ("", "", "")
-    return int(whole) if found and len(whole) < 100 and not rest.strip("0") else None
+    """The last number of a text as an int, or None where there is none or it is not whole.
+
+    `1,000`, `1000` and `1000.0` are the same number.
+    """
+    found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    if not found:
+        return None
+    whole, _, decimals = found[-1].replace(",", "").partition(".")
+    if len(whole) >= MAX_DIGITS or decimals.strip("0"):
+        return None
+    return int(whole)
 
 
 class Task:
-    """Conversations `start` to `stop` of a data set. Subclasses give num_examples(), get_example(i) and evaluate().
+    """Conversations `start` to `stop` of a data set.
+
+    Subclasses give num_examples(), get_example(i) and evaluate().
 
     chance: the share of right answers that guessing gives.
     """
@@ -50,10 +77,11 @@ class Task:
     chance = 0.0
 
     def __init__(self, start=0, stop=None):
-        self.start, self.stop = start, stop
+        self.start = start
+        self.stop = stop
 
     def num_examples(self):
-        """Size of the whole data set, `start` and `stop` left aside."""
+        """Size of the whole data set, regardless of `start` and `stop`."""
         raise NotImplementedError
 
     def get_example(self, i):
@@ -61,16 +89,23 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation, parts):
-        """True if `parts` (what tokenizer.parse_completion returns) answers the conversation's last question rightly."""
+        """Whether `parts` answers the conversation's last question rightly.
+
+        parts: what tokenizer.parse_completion returns for the model's answer.
+        """
         raise NotImplementedError
 
+    def _indices(self):
+        """The range of indices into the whole data set, clamped to what exists."""
+        return range(self.num_examples())[self.start:self.stop]
+
     def __len__(self):
-        return len(range(self.num_examples())[self.start:self.stop])
+        return len(self._indices())
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
-        return self.get_example(range(self.num_examples())[self.start:self.stop][i])
+        return self.get_example(self._indices()[i])
 
 
 class TaskSequence(Task):
@@ -85,12 +120,15 @@ class TaskSequence(Task):
         return len(self.order)
 
     def get_example(self, i):
-        task, row = self.order[i]
-        return self.tasks[task][row]
+        t, example = self.order[i]
+        return self.tasks[t][example]
 
 
 class TaskMixture(TaskSequence):
-    """Every example of every task exactly once, in an order shuffled with a fixed seed. List a task twice to weigh it double."""
+    """Every example of every task exactly once, in an order shuffled with a fixed seed.
+
+    A task that is listed twice has double weight.
+    """
 
     def __init__(self, tasks, **slice_):
         super().__init__(tasks, **slice_)
@@ -98,11 +136,14 @@ class TaskMixture(TaskSequence):
 
 
 def render_mc(question, letters, choices):
-    """A multiple-choice question as text. The letter comes after its choice: a small model binds what it has just read.
+    """A multiple-choice question as text.
+
+    The letter comes after its choice: a small model binds what it has just read.
 
     >>> print(render_mc("What does abs do?", "AB", ["Adds.", "Takes away the sign."]))
     What does abs do?
     - Adds.=A
     - Takes away the sign.=B
     """
-    return "\n".join([question, *(f"- {choice}={letter}" for letter, choice in zip(letters, choices))])
+    lines = [f"- {choice}={letter}" for letter, choice in zip(letters, choices)]
+    return "\n".join([question, *lines])

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from nanochat import dataset
 from nanochat.common import UserError
+from nanochat.sources import python_files
 from tasks import pydoc
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture, TaskSequence, last_number, render_mc, split_of
@@ -20,10 +20,19 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee, all_words
 
 @pytest.fixture(scope="module", autouse=True)
 def small_library(tmp_path_factory):
-    """The words and objects of a few modules of the standard library instead of all sources on this machine."""
-    names = ("textwrap.py", "heapq.py", "shutil.py", "glob.py", "statistics.py", "calendar.py", "argparse.py", "json/__init__.py",
-             "json/decoder.py")
-    files = [file for file in dataset.python_files(("stdlib",)) if file[1] in names]
+    """The words and objects of a few modules of the standard library instead of all sources."""
+    names = (
+        "textwrap.py",
+        "heapq.py",
+        "shutil.py",
+        "glob.py",
+        "statistics.py",
+        "calendar.py",
+        "argparse.py",
+        "json/__init__.py",
+        "json/decoder.py",
+    )
+    files = [file for file in python_files(("stdlib",)) if file[1] in names]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
         patch.setattr("tasks.spellingbee.python_files", lambda *_: files)
