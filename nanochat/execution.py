@@ -1,11 +1,10 @@
-"""
-The tool that the model may call while it answers: a calculator that can also count letters.
+"""The tool that the model may call while it answers: a calculator that can also count letters.
 
-What stands between <|python_start|> and <|python_end|> is text written by a small model, so it is never handed to
-`eval`. It passes three gates instead: a pattern that knows every token allowed, Python's own parser, and a walk over
-the tree that computes the few kinds of node it knows. Every intermediate value is bounded, so the answer comes in
-microseconds and no timeout is needed. (Timeouts by signal work on the main thread only, and a server answers from
-another one.)
+What stands between <|python_start|> and <|python_end|> is text written by a small model, so it is
+never passed to `eval`. It passes three gates instead: a pattern that knows every token allowed,
+Python's own parser, and a walk over the tree that computes the few kinds of node it knows. Every
+intermediate value is bounded, so the answer comes in microseconds and no timeout is needed.
+(Timeouts by signal work on the main thread only, and a server answers from another one.)
 """
 import ast
 import math
@@ -16,12 +15,27 @@ MAX_CHARS = 200
 MAX_MAGNITUDE = 10**50      # of every intermediate value
 MAX_EXPONENT = 200
 
-ALLOWED = re.compile(r"""(?: [0-9.+\-*/%()\ ] | "[^"\\\n]*" | '[^'\\\n]*' | \.count(?=\() | len(?=\() )+""", re.VERBOSE)
+ALLOWED = re.compile(
+    r"""(?:
+        [0-9.+\-*/%()\ ]               # numbers and operators
+        | "[^"\\\n]*" | '[^'\\\n]*'     # strings without escapes
+        | \.count(?=\() | len(?=\()     # the two functions
+    )+""",
+    re.VERBOSE,
+)
 THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-             ast.UAdd: operator.pos, ast.USub: operator.neg}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
 class Refused(Exception):
@@ -29,11 +43,11 @@ class Refused(Exception):
 
 
 def use_tool(expression):
-    """
-    Compute one expression: numbers with + - * / // % ** and parentheses, `"text".count("t")`, `len("text")`.
+    """Compute one expression.
 
-    Returns the result as text, or None when the expression is refused or has no finite result. Never raises for a
-    string, whatever is in it.
+    It may hold numbers with + - * / // % ** and parentheses, `"text".count("t")` and `len("text")`.
+    Returns the result as text, or None when the expression is refused or has no finite result.
+    Never raises for a string, whatever is in it.
 
         use_tool("12 * (3 + 4)")              -> "84"
         use_tool("20 / 2")                    -> "10"
@@ -53,22 +67,30 @@ def use_tool(expression):
 
 
 def _number(node):
-    """The value of a node: an int or a float no larger than MAX_MAGNITUDE. Raises Refused for any other node."""
+    """The value of a node, an int or a float of at most MAX_MAGNITUDE; Refused for any other."""
     match node:
         case ast.Constant(value=int() | float() as value):
             pass
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
             value = OPERATORS[type(op)](_number(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            left, right = _number(left), _number(right)
-            # 10**50 to the 200th is a number of 10,000 digits: the most that is ever computed before the check below
+            left = _number(left)
+            right = _number(right)
+            # 10**50 to the 200th has 10,000 digits: the most that is computed before the check
             if isinstance(op, ast.Pow) and abs(right) > MAX_EXPONENT:
                 raise Refused
             value = OPERATORS[type(op)](left, right)
-        case ast.Call(func=ast.Name(id="len"), args=[ast.Constant(value=str() as text)], keywords=[]):
+        case ast.Call(
+            func=ast.Name(id="len"),
+            args=[ast.Constant(value=str() as text)],
+            keywords=[],
+        ):
             value = len(text)
-        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
-                      args=[ast.Constant(value=str() as part)], keywords=[]):
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+            args=[ast.Constant(value=str() as part)],
+            keywords=[],
+        ):
             value = text.count(part)
         case _:
             raise Refused
@@ -79,7 +101,12 @@ def _number(node):
 
 
 def _to_text(value):
-    """A whole number without a decimal point, any other one with at most 12 significant digits: 0.1 + 0.2 is 0.3."""
-    if isinstance(value, float) and not (value.is_integer() and math.fabs(value) < 1e15):
-        return format(value, ".12g")
-    return str(int(value))
+    """A whole number without a decimal point, any other with at most 12 significant digits.
+
+    So 20 / 2 is 10, and 0.1 + 0.2 is 0.3.
+    """
+    if isinstance(value, int):
+        return str(int(value))
+    if value.is_integer() and math.fabs(value) < 1e15:
+        return str(int(value))
+    return format(value, ".12g")

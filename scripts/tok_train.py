@@ -4,7 +4,8 @@ Train the tokenizer on the training documents, and save it in $NANOCHAT_BASE_DIR
     python -m scripts.tok_train
     python -m scripts.tok_train --data=notes/ --vocab_size=8192
 
-The validation file is never read for this: a vocabulary fitted to it would flatter every later figure.
+The validation split is never read for this: a vocabulary fitted to it would flatter every later
+figure.
 """
 import itertools
 import time
@@ -12,70 +13,116 @@ import time
 import torch
 
 from nanochat.common import UserError, get_base_dir, get_dist_info, print0
-from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
-from nanochat.dataset import iter_documents
+from nanochat.dataset import open_dataset
 from nanochat.hardware import measure_matmul_flops, preferred_dtype
+from nanochat.metrics import finish_stage
 from nanochat.tokenizer import Tokenizer
 
 data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
-vocab_size: int = None  # all tokens, bytes and special ones too. None: 32768 on a GPU, 4096 or 2048 on a CPU, less for little text
-max_chars: int = None   # characters to train on. None: 2,000,000,000 on a GPU machine, 50,000,000 on a CPU
-superbpe = False        # tokens of several words, learnt in a second pass: a fifth fewer tokens (arXiv 2503.13423)
-transition = "0.4"      # share of the vocabulary learnt before that; t80k and t180k are names for 0.4 and 0.9
-doc_cap = 10_000        # characters of a document that count; one huge document must not decide the vocabulary
+vocab_size: int = None  # all tokens; None: 65536 (GPU), 4096 or 2048 (CPU), less for little text
+max_chars: int = None   # characters to train on; None: 2e9 on a GPU machine, 50,000,000 on a CPU
+superbpe = False        # tokens of several words, learnt in a second pass (arXiv 2503.13423)
+transition = "0.4"      # share of the vocabulary learnt before that; t80k, t180k: 0.4 and 0.9
+doc_cap = 10_000        # characters of each document that count, so that no huge one dominates
 settings = configure(globals())
 
-require(settings, 1, "max_chars", "doc_cap")
-if get_dist_info()[1] != 0:
-    raise SystemExit(0)  # under torchrun one process trains; the others have nothing to wait for
+# Tokens of the default vocabulary, bytes and special tokens included. With 65,536 of them, depth 20
+# has the documented 561 M parameters. A slow CPU sees so few tokens in its minutes that 4,096 of
+# them are not learnt (dev/LOG.md).
+GPU_VOCAB_SIZE = 65_536
+CPU_VOCAB_SIZE = 4_096
+SLOW_CPU_VOCAB_SIZE = 2_048
+SLOW_CPU_FLOPS = 220e9      # a CPU below this many FLOP/s is slow
+MIN_VOCAB_SIZE = 512        # for very little text
+CHARS_PER_TOKEN = 256       # of training text, which leaves every token enough to be learnt from
 
-try:
-    share = {"t80k": 0.4, "t180k": 0.9}.get(transition) or float(transition)
-except ValueError:
-    share = -1.0
-if not 0 < share < 1:
-    raise UserError(f"transition={transition} is not a share of the vocabulary: use a number between 0 and 1, t80k or t180k")
-
-gpu = torch.cuda.is_available()
-max_chars = max_chars or (2_000_000_000 if gpu else 50_000_000)
+TRANSITIONS = {"t80k": 0.4, "t180k": 0.9}  # names from the paper
+VALIDATION_DOCUMENTS = 300
 
 
 class TrainingTexts:
-    """What there is to train on, as often as somebody iterates."""
+    """The texts to train on, capped by doc_cap and max_chars; can be iterated several times."""
+
+    def __init__(self, dataset, max_chars, doc_cap):
+        self.dataset = dataset
+        self.max_chars = max_chars
+        self.doc_cap = doc_cap
 
     def __iter__(self):
-        left = max_chars
-        for text in iter_documents("train", data):
-            text = text[: min(doc_cap, left)]
+        left = self.max_chars
+        for text in self.dataset.documents("train"):
+            text = text[:min(self.doc_cap, left)]
             yield text
             left -= len(text)
             if left <= 0:
                 return
 
 
-def default_vocab_size(chars_per_token=256):
-    """The usual size, or what leaves every token enough text to be learned from.
+def read_transition(transition):
+    """The share of the vocabulary that is learnt within words, a float between 0 and 1."""
+    try:
+        share = TRANSITIONS.get(transition) or float(transition)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UserError(
+            f"transition={transition} is not a share of the vocabulary: "
+            "use a number between 0 and 1, t80k or t180k"
+        )
+    return share
 
-    A CPU below 220 GFLOP/s sees so few tokens in its minutes that 4096 of them are not learnt (dev/LOG.md): it takes 2048.
-    """
-    cpu = torch.device("cpu")
-    fast = gpu or measure_matmul_flops(cpu, getattr(torch, preferred_dtype("cpu"))) > 220e9
-    usual, chars = 32768 if gpu else 4096 if fast else 2048, 0
-    for text in TrainingTexts():
+
+def usual_vocab_size(is_gpu):
+    """The size of the vocabulary where there is enough text."""
+    if is_gpu:
+        return GPU_VOCAB_SIZE
+    dtype = getattr(torch, preferred_dtype("cpu"))
+    is_fast = measure_matmul_flops(torch.device("cpu"), dtype) > SLOW_CPU_FLOPS
+    return CPU_VOCAB_SIZE if is_fast else SLOW_CPU_VOCAB_SIZE
+
+
+def fitting_vocab_size(texts, usual):
+    """`usual`, or what leaves every token CHARS_PER_TOKEN characters where there is less text."""
+    chars = 0
+    for text in texts:
         chars += len(text)
-        if chars >= usual * chars_per_token:
+        if chars >= usual * CHARS_PER_TOKEN:
             return usual
-    return max(chars // chars_per_token, 512)
+    return max(chars // CHARS_PER_TOKEN, MIN_VOCAB_SIZE)
 
 
+# 1) settings
+require(settings, 1, "max_chars", "doc_cap")
+if get_dist_info()[1] != 0:
+    raise SystemExit(0)  # under torchrun one process trains; the others have nothing to wait for
+share = read_transition(transition)
 start = time.time()
-vocab_size = vocab_size or default_vocab_size()
-tokenizer = Tokenizer.train_from_iterator(TrainingTexts(), vocab_size, share if superbpe else None)
+is_gpu = torch.cuda.is_available()
+max_chars = max_chars or (2_000_000_000 if is_gpu else 50_000_000)
+
+# 2) text, and the size of vocabulary that it allows
+dataset = open_dataset(data)
+texts = TrainingTexts(dataset, max_chars, doc_cap)
+vocab_size = vocab_size or fitting_vocab_size(texts, usual_vocab_size(is_gpu))
+
+# 3) train and save
+tokenizer = Tokenizer.train_from_iterator(texts, vocab_size, share if superbpe else None)
 tokenizer.save(get_base_dir() / "tokenizer")
 
-sample = list(itertools.islice(iter_documents("val", data), 300))
+# 4) how far the tokenizer compresses documents that it has not seen
+sample = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
 n_bytes = sum(len(text.encode("utf-8")) for text in sample)
-n_tokens = sum(len(row) for row in tokenizer.encode(sample))
-print0(f"{vocab_size} tokens, {n_bytes / n_tokens:.3f} bytes per token on {len(sample)} validation documents")
-finish_stage("tok_train", time.time() - start, settings, vocab_size=vocab_size, bytes_per_token=n_bytes / n_tokens)
+n_tokens = sum(len(ids) for ids in tokenizer.encode(sample))
+bytes_per_token = n_bytes / n_tokens
+print0(
+    f"{vocab_size} tokens, {bytes_per_token:.3f} bytes per token "
+    f"on {len(sample)} validation documents"
+)
+finish_stage(
+    "tok_train",
+    time.time() - start,
+    settings,
+    vocab_size=vocab_size,
+    bytes_per_token=bytes_per_token,
+)
