@@ -1,4 +1,8 @@
-"""What several test files share: a base directory of their own, and running a stage as a user does."""
+"""What several test files share.
+
+A base directory for each test, the command of a stage as a user runs it, and the record that a
+stage ends with.
+"""
 import json
 import os
 import subprocess
@@ -21,17 +25,31 @@ def base_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_in_the_home_directory(tmp_path_factory):
-    """A test that forgets `base_dir` must not touch the real one in ~/.cache."""
+    """A test that forgets `base_dir` must not touch the user's base directory in ~/.cache."""
     os.environ["NANOCHAT_BASE_DIR"] = str(tmp_path_factory.mktemp("shared_base"))
 
 
 @pytest.fixture
 def run_module():
-    """run_module("scripts.tok_train", "--vocab_size=300", base=...) -> CompletedProcess, output as text."""
-    def run(module, *arguments, base=None, timeout=300, **environment):
-        environment = {**os.environ, **({"NANOCHAT_BASE_DIR": str(base)} if base else {}), **environment}
-        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, timeout=timeout,
-                              capture_output=True, text=True, encoding="utf-8")
+    """A function that runs a module in a process of its own and gives its CompletedProcess.
+
+    run_module("scripts.tok_train", "--vocab_size=300", base=folder): output is text, `base` becomes
+    $NANOCHAT_BASE_DIR, and further keywords are environment variables.
+    """
+    def run(module, *arguments, base=None, timeout=300, **variables):
+        environment = dict(os.environ)
+        if base:
+            environment["NANOCHAT_BASE_DIR"] = str(base)
+        environment.update(variables)
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env=environment,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
     return run
 
 

@@ -1,13 +1,18 @@
-"""A training stage in which certain batches go wrong, as FAULTS='{"4": "nan"}' in the environment says (batches count from 1).
+"""A training stage in which chosen batches go wrong, for the tests of the guard and of resuming.
 
-    nan      the last rank's gradients become NaN
-    spike    gradients a hundred times too large
-    sick     the weights become NaN, as after a bad update
-    missing  the batch never comes
-    hang     the last rank sleeps
-    kill     the process is killed; interrupt: as by Ctrl+C; terminate, terminate twice: as by a scheduler
+The environment variable FAULTS says which: FAULTS='{"4": "nan"}'. Batches count from 1.
 
-At "end" no memory is left for the last validation ("memory").
+    nan              the gradients of the last rank become NaN
+    spike            the gradients become a hundred times too large
+    sick             the weights become NaN, as after a bad update
+    missing          the batch is skipped by the loader
+    hang             the last rank sleeps
+    kill             the process is killed
+    interrupt        the process gets SIGINT, as by Ctrl+C
+    terminate        the process gets SIGTERM, as by a scheduler
+    terminate twice  the process gets SIGTERM twice
+
+With {"end": "memory"} the validation at the end finds no memory.
 """
 import json
 import os
@@ -20,8 +25,16 @@ import torch
 
 from nanochat import dataloader, loss_eval, parallel
 
+SIGNALS = {
+    "kill": [signal.SIGKILL],
+    "interrupt": [signal.SIGINT],
+    "terminate": [signal.SIGTERM],
+    "terminate twice": [signal.SIGTERM, signal.SIGTERM],
+}
+
 
 def install():
+    """Replace what the stages call by functions that fail as FAULTS says."""
     faults = json.loads(os.environ["FAULTS"])
     at_the_end = faults.pop("end", None)
     faults = {int(number): fault for number, fault in faults.items()}
@@ -39,18 +52,19 @@ def install():
         fault = faults.get(calls[0])
         if fault == "sick":
             next(model.parameters()).data.fill_(torch.nan)
-        last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
-        if fault == "hang" and last:
+        is_last_rank = _rank() == _world_size() - 1
+        if fault == "hang" and is_last_rank:
             time.sleep(999)
-        for number in {"kill": [signal.SIGKILL], "interrupt": [signal.SIGINT], "terminate": [signal.SIGTERM],
-                       "terminate twice": [signal.SIGTERM] * 2}.get(fault, []):
+        for number in SIGNALS.get(fault, []):
             os.kill(os.getpid(), number)
         if fault in ("nan", "spike"):
             layout = arguments[-1]
             layout.overlap = False  # so that the gradients do not leave during the backward pass
         result = accumulate(model, *arguments)
-        for p in model.parameters() if fault == "spike" or fault == "nan" and last else ():
-            p.grad *= 100 if fault == "spike" else torch.nan
+        if fault == "spike":
+            _scale_gradients(model, 100)
+        if fault == "nan" and is_last_rank:
+            _scale_gradients(model, torch.nan)
         return result
 
     def no_memory(*_, **__):
@@ -61,6 +75,19 @@ def install():
         loss_eval.evaluate_bpb = no_memory
     for name in ("tokenizing_distributed_data_loader_with_state", "sft_data_generator"):
         setattr(dataloader, name, without_the_missing(getattr(dataloader, name)))
+
+
+def _rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _scale_gradients(model, factor):
+    for parameter in model.parameters():
+        parameter.grad *= factor
 
 
 if __name__ == "__main__":
