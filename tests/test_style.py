@@ -37,20 +37,16 @@ BANNED = [
     # sequences of a step, entries of a vocabulary
     ("rows at once", "micro_batch_size"),
     ("passes per|passes *=(?!=)", "grad_accum_steps"),
-    ("row tokens", "tokens per micro-batch"),
+    ("row_tokens", "tokens per micro-batch"),
     ("rows per (?:rank|device|step)", "sequences per rank, device or step"),
     ("(?:extra|padded) rows", "vocab_size_padded"),
     # lookups and counts
-    (
-        # the verb stays: "would reach", "reach the server"
-        "(?<!to )(?<!can )(?<!cannot )(?<!will )(?<!would )(?<!could )(?<!must )(?<!not )"
-        "reach(?! the )(?! a )",
-        "lookback (tokens)",
-    ),
+    # the name and the noun; the verb stays
+    (r"\.reach|(?:the|its|a) reach|reach *[-+=,)\]]|(?-i:REACH)", "lookback (tokens)"),
     ("left_out", "leave_one_out"),
-    ("(?-i:PARTS)", "mixture components"),
-    ("(?-i:ORDERS)", "max n-gram order"),
-    ("(?-i:LEAST)", "minimum count"),
+    ("(?<!_)(?-i:PARTS)", "mixture components"),
+    ("(?<!_)(?-i:ORDERS)", "max n-gram order"),
+    ("(?<!_)(?-i:LEAST)", "minimum count"),
     ("totals, kinds|kinds, hits", "context count, distinct continuations, target count"),
     ("how far to believe", "mixture weights"),
     ("(?<!is )(?<!are )(?<!was )silent", "zero-initialised"),
@@ -236,6 +232,8 @@ def banned_words(text):
     "rows_at_once = 4",
     "x.unfold(1, self.reach, 1)",
     "REACH = 512",
+    "def __init__(self, reach):",
+    "the reach of the lookups",
     "model.left_out = True",
     "at half the rate",
     "until the warm-down",
@@ -260,7 +258,9 @@ def test_a_banned_word_is_found(text):
     "at least two orders of magnitude",
     "parts of a message, in the order of a hash",
     "what a step would reach",
-    "a client that cannot reach the server",
+    "so that tests reach every case",
+    "NGRAM_ORDERS = 4",
+    "return row\n\ntokens = 4",
     "silently ignored",
     "the rate of requests",
     "the learning rate",
