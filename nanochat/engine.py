@@ -327,3 +327,33 @@ class Stream:
             self.finish_reason = self._sequence.finish_reason
             piece += self._decoder.flush()
         return piece
+
+
+# ------------------------------------------------------------------------------------------------
+# samples that a training run shows
+
+def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
+    """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
+
+    ids_of(prompt): the ids that stand for a prompt; None: its text. The model is in training mode
+    again afterwards.
+    """
+    model.eval()
+    engine = Engine(model, tokenizer)
+    samples = []
+    for prompt in prompts:
+        start = ids_of(prompt) if ids_of else prompt
+        text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
+        samples.append({"prompt": prompt, "text": text})
+        print(f"  {prompt}|{text!r}", flush=True)
+    model.train()
+    return samples
+
+
+def sample_chats(model, tokenizer, questions, max_new_tokens):
+    """Answer each question greedily, as sample_texts() does."""
+    def ids_of(question):
+        message = {"role": "user", "content": question}
+        return tokenizer.render_for_completion({"messages": [message]})
+
+    return sample_texts(model, tokenizer, questions, max_new_tokens, ids_of)

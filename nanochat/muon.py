@@ -50,12 +50,16 @@ class Muon(torch.optim.Optimizer):
     partition = "matrices"  # parallel.Layout may give a rank some of the matrices, each whole
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
-        by_shape = {}
-        for p in params:
-            by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        groups = [{"params": same, **options} for same in by_shape.values()]
-        super().__init__(groups, {})
+        params = list(params)
+        if params and not isinstance(params[0], dict):
+            params = [{"params": params}]
+        groups = []
+        for group in params:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
+            groups += [{**group, "params": same} for same in by_shape.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):

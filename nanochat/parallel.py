@@ -5,10 +5,7 @@ a `Layout` stands between the model and its optimizers. One training step is:
 
     loss, size = accumulate_gradients(model, micro_batches, scale, size, layout)
     loss, grad_norm = layout.reduce(loss)
-    layout.clip(max_norm, grad_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-    layout.gather()
+    layout.apply(max_norm, grad_norm)           # clip, update, gather
     layout.zero_grad()
 
 A step that is skipped calls only reduce() and zero_grad(). Every rank makes the same calls. The
@@ -374,7 +371,14 @@ class Layout:
             if tensor.grad is not None:
                 stored_values(tensor.grad).mul_(scale)
 
-    # phases 3 (the optimizers' step) and 4: gather
+    # phases 3 and 4: apply and gather
+
+    def apply(self, max_norm, grad_norm):
+        """Clip the averaged gradient, update what is held here, exchange the parameters."""
+        self.clip(max_norm, grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.gather()
 
     @torch.no_grad()
     def gather(self):

@@ -1,15 +1,52 @@
-"""The protocol of a training run: what every training stage does around its loop."""
-import signal
+"""The protocol of a training run: what every training stage does around its own loop.
 
-from nanochat.common import print0
+The loop stays in each script and calls this, never the other way round:
+
+    while not run.over():                            # budget, stop request, diverged weights
+        if run.evaluation_due():  ...                # the stage's own evaluation
+        if run.save_due():  run.save(...)
+        run.begin_step()
+        ...                                          # forward, backward, reduce
+        accepted = run.accepts(loss, grad_norm)
+        if accepted:  ...                            # apply at this learning rate
+        if accepted:  run.record(loss, lr, grad_norm)
+        else:  run.skip(model, layout)               # or roll back
+    run.exit_unless_finished()
+
+It imports no loader, no loss and no schedule, and knows no stage.
+"""
+import faulthandler
+import gc
+import json
+import math
+import signal
+import statistics
+import time
+
+import torch
+
+from nanochat.checkpoint_manager import CheckpointManager
+from nanochat.common import all_reduce_max, compute_cleanup, print0
+from nanochat.guard import Guard, failure_message
+from nanochat.hardware import peak_flops
+from nanochat.metrics import finish_stage, open_log, open_logger
+from nanochat.start import resume_hint
+
+PROGRESS_SECONDS = 5      # of training between two lines of progress
+SPEED_STEPS = 20          # the speed that is shown is the median of the last steps
+WARM_STEPS = 3            # steps that compile and allocate; they do not count for the speed
 
 
 class StopRequest:
-    """Ctrl+C or SIGTERM asks the loop to stop at its next step; a second one stops at once."""
+    """Ctrl+C, SIGTERM or SIGHUP asks the loop to stop after its step; a second one stops at once.
+
+    signal is the number of the signal that came, or 0.
+    """
 
     def __init__(self):
         self.signal = 0
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._handle) for number in signals}
 
     def release(self):
         """No step is to come: from here on a signal ends the process at once."""
@@ -24,7 +61,268 @@ class StopRequest:
         print0("stopping after this step; once more stops at once")
 
 
-def how_to_go_on(settings):
-    """What a stage says when it was stopped and has saved."""
-    named = [f"--{name}" for name in ("resume_from_checkpoint", "extend") if settings.get(name) is not None]
-    return f"the same command with --resume {'in place of ' + named[0] + ' ' if named else ''}goes on"
+class Run:
+    """A training run: its clock and budget, its checkpoints, its guard and its record.
+
+    stage: the script's name. settings: what configure() returned. compute: what compute_init()
+    returned. start: a Start (start.py). meta: the run's entry in every meta file. horizon: a
+    Horizon (plan.py); with neither steps nor minutes over() is told the progress.
+
+    step, elapsed (seconds of training, evaluation aside), progress and lr_scale (halved by every
+    roll back) are for the loop to read.
+    """
+
+    def __init__(self, stage, settings, compute, folder, start, meta, horizon, total_batch_size,
+                 flops_per_token, matmul_flops):
+        self.stage, self.settings, self.compute, self.folder = stage, settings, compute, folder
+        self.meta, self.horizon, self.total_batch_size = meta, horizon, total_batch_size
+        self.flops_per_token, self.matmul_flops = flops_per_token, matmul_flops
+
+        # where the run stands
+        self.step = self.first_step = meta["step"]
+        self.elapsed = self.saved_at = meta["elapsed"]
+        self.lr_scale = meta.get("rate_scale", 1.0)
+        self.progress = self._progress(0.0)
+        self.quarter = int(4 * self.progress)
+        self.durations = []          # seconds of each step
+        self.shown_at = 0.0          # elapsed at the last line of progress
+
+        # what may end it
+        self.stopped = 0             # the signal that asked for it
+        self.diverged = ""           # why no step may be taken any more
+        self.stop_request = StopRequest()
+        self.guard = Guard()
+        if start.state:
+            self.guard.load_state_dict(start.state["guard"])
+
+        # where it is written
+        resumed_from = self.step if start.state else None
+        self.checkpoints = CheckpointManager(folder, compute.rank, settings["keep"], resumed_from)
+        self.logger = open_logger(settings["logger"], folder, settings)
+        self.log_file = open_log(folder, self.step) if compute.rank == 0 else None
+
+    # ---------------------------------------------------------------------- before each step
+
+    def over(self, data_progress=0.0):
+        """Whether the loop ends here: budget used, stop asked for, or weights diverged.
+
+        data_progress: the share of the data that was seen, where that is the budget. Every rank
+        calls it: all take the same decision.
+        """
+        self.watch()
+        if self.diverged:
+            return True
+        writing = self.checkpoints.writing()
+        numbers = self.elapsed, self.stop_request.signal, writing, data_progress
+        self.elapsed, stopped, writing, data_progress = all_reduce_max(*numbers)
+        self.stopped = int(stopped)
+        if not writing:
+            self.checkpoints.finish(raise_on_error=False)
+        self.progress = self._progress(data_progress)
+        # the last step is the one after which another would not fit
+        half_a_step = 0.0
+        if self.horizon.minutes and self.durations:
+            half_a_step = 0.5 * self.durations[-1] / (60 * self.horizon.minutes)
+        return bool(self.stopped) or self.progress + half_a_step >= 1
+
+    def watch(self):
+        """The watchdog: a step that takes too long ends the run, every rank saying where it was."""
+        faulthandler.dump_traceback_later(60 * self.settings["hang_minutes"], exit=True)
+
+    def _progress(self, data_progress):
+        if self.horizon.num_iterations:
+            return self.step / self.horizon.num_iterations
+        if self.horizon.minutes:
+            return self.elapsed / (60 * self.horizon.minutes)
+        return data_progress
+
+    def evaluation_due(self, every=None):
+        """Whether to evaluate before this step: every so many steps, or at each quarter of the
+        run. Never on weights that the guard doubts."""
+        if self.step == self.first_step or self.guard.bad:
+            return False
+        if every is not None:
+            return bool(every) and self.step % every == 0
+        quarter = int(4 * self.progress)
+        if quarter <= self.quarter:
+            return False
+        self.quarter = quarter
+        return True
+
+    def save_due(self, wanted=False):
+        """Whether to save before this step: by steps, by minutes, or because the stage wants it."""
+        if self.step == self.first_step or self.guard.bad:
+            return False
+        every = self.settings["save_every"]
+        if every and self.step % every == 0:
+            return True
+        return wanted or self.elapsed - self.saved_at >= 60 * self.settings["save_minutes"]
+
+    def save(self, model, layout, loader_state, **fields):
+        """Begin to save this step; a thread writes it while training continues.
+
+        fields: what the stage adds to the meta file.
+        """
+        self.saved_at = self.elapsed
+        own = {
+            "optimizers": layout.optimizer_state(),
+            "loader": loader_state,
+            "rng": torch.get_rng_state(),
+            "guard": self.guard.state_dict(),
+        }
+        meta = {
+            **self.meta,
+            "settings": self.settings,
+            "rate_scale": self.lr_scale,
+            "elapsed": self.elapsed,
+            "tokens": self.step * self.total_batch_size,
+            "finished": False,
+            **fields,
+        }
+        self.checkpoints.save(self.step, model, own, meta)
+
+    # ---------------------------------------------------------------------- a step
+
+    def begin_step(self):
+        self.step_began = time.perf_counter()
+
+    def _end_step(self):
+        self.durations.append(time.perf_counter() - self.step_began)
+        self.elapsed += self.durations[-1]
+
+    def accepts(self, loss, grad_norm):
+        """Whether the optimizers may use this gradient. loss, grad_norm: the same on all ranks."""
+        self.verdict, self.reason = self.guard.verdict(loss, grad_norm)
+        return self.verdict == "ok"
+
+    def skip(self, model, layout):
+        """Instead of record(): leave this batch out, or roll back, or give the run up."""
+        self._end_step()
+        print0(f"step {self.step + 1}: {self.reason}: {self.verdict}")
+        self.log(skipped=self.reason, verdict=self.verdict)
+        if self.verdict == "skip":
+            return
+        good_step = self.checkpoints.last_good(self.step)
+        if self.verdict == "stop" or good_step is None:
+            self.diverged = self.reason
+            return
+        self.step = good_step
+        self.lr_scale /= 2
+        self.checkpoints.load(good_step, model, layout.optimizers)
+        print0(f"back to step {good_step}, with other data and {self.lr_scale:g} times the "
+               "learning rate")
+
+    def record(self, loss, lr, grad_norm):
+        """A step was taken: count it, show it, log it. lr: the learning rate of the matrices."""
+        self._end_step()
+        self.step += 1
+        if self.settings["compile"] and len(self.durations) == 1 and self.durations[0] > 2:
+            print0(f"the first step took {self.durations[0]:.0f} s with compiling; the result is "
+                   "kept for the next run")
+        if self.step == self.first_step + WARM_STEPS:
+            gc.collect()
+            gc.freeze()
+            gc.disable()  # a collection would stall the loop for half a second
+        if self.elapsed - self.shown_at >= PROGRESS_SECONDS or self.step <= self.first_step + 1:
+            self.shown_at = self.elapsed
+            self._show(loss, lr, grad_norm)
+        self.log(loss=loss, lr=lr, grad_norm=grad_norm)
+
+    def _show(self, loss, lr, grad_norm):
+        seconds = statistics.median(self.durations[-SPEED_STEPS:])
+        speed = self.total_batch_size / seconds
+        flops = speed * self.flops_per_token / self.compute.world_size
+        share = 100 * flops / self.matmul_flops
+        print0(
+            f"step {self.step:5d} | {100 * self.progress:3.0f} % | loss {loss:.4f} | "
+            f"lr {lr:.2g} | norm {grad_norm:.2f} | {speed:,.0f} tok/s | "
+            f"{share:.0f} % of matmul rate | {self._seconds_left(seconds) / 60:.1f} min left")
+
+    def _seconds_left(self, seconds_per_step):
+        if self.horizon.num_iterations:
+            return max(0, self.horizon.num_iterations - self.step) * seconds_per_step
+        if self.horizon.minutes:
+            return max(0, 60 * self.horizon.minutes - self.elapsed)
+        return self.elapsed * (1 / max(self.progress, 1e-3) - 1)
+
+    def log(self, **row):
+        """One line of log.jsonl, and the same numbers for the logger. Rank 0 writes."""
+        if self.compute.rank != 0:
+            return
+        tokens = self.step * self.total_batch_size
+        row = {"step": self.step, "tokens": tokens, "seconds": round(self.elapsed, 2), **row}
+        self.log_file.write(json.dumps(row) + "\n")
+        self.log_file.flush()
+        self.logger(self.step, row)
+
+    # ---------------------------------------------------------------------- endings
+
+    def last_save_is_due(self):
+        """Whether to save after the loop: not where the run diverged, nor where it was stopped
+        while the guard doubts the weights and an earlier step is there."""
+        if self.diverged:
+            return False
+        if self.stopped and self.guard.bad:
+            return self.checkpoints.newest() is None
+        return True
+
+    def exit_unless_finished(self):
+        """End the process with its status where the loop ended early: 1 where the run diverged,
+        128 + signal where it was stopped. Otherwise every file of the last save is complete."""
+        gc.unfreeze()
+        if self.diverged:
+            newest = self.checkpoints.newest()
+            print0(failure_message(self.diverged, self.folder, newest))
+            compute_cleanup()
+            raise SystemExit(1)
+        if self.stopped:
+            hint = resume_hint(self.settings)
+            self.checkpoints.finish()
+            if self.checkpoints.newest() == self.step:
+                print0(f"saved step {self.step} in {self.folder}: {hint}")
+            else:
+                print0(f"not saved, for the last batches were bad ({self.guard.bad[-1]}); step "
+                       f"{self.checkpoints.newest()} is in {self.folder}: {hint}")
+            compute_cleanup()
+            raise SystemExit(128 + self.stopped)
+        self.checkpoints.finish()  # before the last evaluation, which may run out of memory
+        self.stop_request.release()
+        self.watch()
+
+    def finish(self, model, seconds, **fields):
+        """Mark the last step as finished, and end the stage with its JSON line.
+
+        seconds: wall clock of the whole stage. fields: what the stage adds to the line; val_bpb
+        of the few documents by which steps are compared goes to the meta file as few_bpb.
+        """
+        amended = {"finished": True}
+        few_bpb = fields.pop("few_bpb", None)
+        if few_bpb is not None:
+            amended["val_bpb"] = few_bpb
+        self.checkpoints.amend(self.step, **amended)
+        faulthandler.cancel_dump_traceback_later()
+        steady = self.durations[WARM_STEPS:] or self.durations or [math.inf]
+        speed = self.total_batch_size / statistics.median(steady)
+        flops = speed * self.flops_per_token
+        on_gpu = self.compute.device.type == "cuda"
+        peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+        ranks = self.compute.world_size
+        finish_stage(
+            self.stage,
+            seconds,
+            self.settings,
+            steps=self.step,
+            tokens=self.step * self.total_batch_size,
+            train_seconds=self.elapsed,
+            tokens_per_second=speed,
+            flops_per_second=flops,
+            flops_per_second_of_weights=speed * 6 * model.matmul_parameters(),
+            matmul_flops_per_second=self.matmul_flops * ranks,
+            share_of_matmul_rate=flops / ranks / self.matmul_flops,
+            mfu=flops / ranks / peak if peak else None,
+            checkpoint=str(self.folder),
+            parameters=sum(p.numel() for p in model.parameters()),
+            config=self.meta["config"],
+            **fields,
+        )
+        compute_cleanup()

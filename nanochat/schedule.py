@@ -1,13 +1,16 @@
-"""Schedules as pure functions of progress (0 at the first step, 1 at the end), and the plan that a time budget buys.
+"""Schedules as pure functions of progress: 0 at the first step, 1 at the end of the budget.
 
-Progress is the share of the budget that is used, whatever the budget counts: minutes or steps. A run on a budget of
-time therefore always finishes its warm-down, however slow the machine turned out to be.
+Progress is the used share of the budget, whatever the budget counts: minutes, steps or a pass over
+the data. A run on a budget of time therefore always finishes its LR decay, however slow the
+machine turned out to be.
 """
-import math
 
 
 def lr_multiplier(progress, warmup=0.02, warmdown=0.6, final=0.02):
-    """Linear warm-up, flat, linear warm-down over the last `warmdown` of the run to `final` of the peak."""
+    """The learning rate as a share of its peak: linear warm-up, constant, linear decay.
+
+    The decay takes the last `warmdown` of the run and ends at `final` of the peak.
+    """
     if progress < warmup:
         return max(0.1, progress / warmup)
     if progress < 1 - warmdown:
@@ -16,36 +19,17 @@ def lr_multiplier(progress, warmup=0.02, warmdown=0.6, final=0.02):
 
 
 def muon_momentum(step, start=0.85, end=0.95, steps=300):
-    """Muon's momentum rises while the first gradients are still wild."""
+    """Muon's momentum at a step: it rises while the first gradients are still wild."""
     return start + (end - start) * min(1.0, step / steps)
 
 
-def default_minutes(device_type):
-    """Wall-clock budget where none is said: 5 minutes on a CPU, none on a GPU (there the horizon follows from depth)."""
-    return 5.0 if device_type == "cpu" else None
+def set_learning_rates(optimizers, multiplier, momentum=None):
+    """Give every parameter group its learning rate: its initial one times the multiplier.
 
-
-# What a CPU's time buys: rows of (least FLOPs of the whole run, depth, context, batch in tokens). FLOPs = measured
-# matmul rate x seconds. Found by the experiments in dev/LOG.md.
-CPU_PLANS = [
-    (0,       2, 256, 2048),
-    (10e12,   2, 256, 4096),
-    (60e12,   3, 256, 4096),
-    (200e12,  4, 256, 4096),
-    (3000e12, 6, 512, 8192),  # an estimate: no machine of ours was that fast
-]
-
-
-def gpu_plan(depth, vocab_size):
-    """(batch in tokens, weight decay) of a GPU run of that depth and its documented horizon, 20 tokens a weight.
-
-    The batch grows with the tokens of the run to the power .383 (Power Lines, arXiv 2505.13738) from the documented 524,288 at depth
-    20, in powers of two; the decay falls with the depth squared from .2 at depth 12, as nanochat has it.
+    momentum: Muon's, or None to leave it.
     """
-    weights = [12 * d * (64 * d) ** 2 + 64 * d * v for d, v in ((depth, vocab_size), (20, 32768))]
-    return 2 ** round(19 + 0.383 * math.log2(weights[0] / weights[1])), 0.2 * (12 / depth) ** 2
-
-
-def cpu_plan(flops):
-    """(depth, max_seq_len, total_batch_size) for a CPU run of so many FLOPs."""
-    return next(row[1:] for row in reversed(CPU_PLANS) if flops >= row[0])
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if momentum is not None and "momentum" in group:
+                group["momentum"] = momentum

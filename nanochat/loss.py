@@ -1,0 +1,136 @@
+"""Cross-entropy of a large vocabulary, in chunks, with a weight for each token.
+
+The logits of a whole batch are the largest tensor of a small model. Here a chunk of them is made,
+gives its share of the loss and of both gradients at once, and is gone (the idea of Cut
+Cross-Entropy, arXiv 2411.09009, and of Liger Kernel, arXiv 2410.10989). So the gradients are
+computed in the forward pass; the backward pass only multiplies them.
+
+What is done with the logits of one chunk is a pure function (`chunk_softcap`, and
+`chunk_mixture` in variants/ngrams.py), compiled on a GPU. tests/test_loss.py holds each to a
+reference implementation in plain autograd.
+
+Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
+"""
+import functools
+
+import torch
+
+# Logits in a chunk. On a CPU 4 MB, which stay in its cache; a GPU wants large matmuls.
+CHUNK_LOGITS = {"cpu": 1 << 20}
+CHUNK_LOGITS_DEFAULT = 1 << 28
+# Each chunk adds to the whole of the head's gradient, so that tiny ones would cost more than
+# they save.
+MIN_CHUNK_TOKENS = 128
+
+
+def softcap(logits, cap):
+    """cap * tanh(logits / cap): no logit leaves (-cap, cap) (Gemma 2, arXiv 2408.00118).
+
+    A cap of 0 or None changes nothing.
+    """
+    if not cap:
+        return logits
+    return cap * torch.tanh(logits / cap)
+
+
+def chunks(N, V, device):
+    """Slices of N tokens, each of about CHUNK_LOGITS logits."""
+    logits = CHUNK_LOGITS.get(device.type, CHUNK_LOGITS_DEFAULT)
+    size = max(MIN_CHUNK_TOKENS, logits // V)
+    return [slice(start, start + size) for start in range(0, N, size)]
+
+
+def cross_entropy_and_gradient(z, targets, cap):
+    """The arithmetic that every chunk shares. z: raw logits (n, V) float32, overwritten.
+
+    With the capped logits z' = cap tanh(z / cap) and p = softmax(z'):
+        d cross-entropy / dz = (p - onehot) * (1 - (z' / cap)^2)
+    Returns (the cross-entropies (n,), that gradient (n, V)).
+    """
+    if cap:
+        t = z.div_(cap).tanh_()
+        z = t * cap
+    label = targets[:, None]
+    log_sum = z.logsumexp(-1, keepdim=True)
+    losses = (log_sum - z.gather(1, label))[:, 0]
+    gradient = z.sub_(log_sum).exp_()
+    gradient.scatter_add_(1, label, torch.full_like(log_sum, -1.0))
+    if cap:
+        gradient.mul_(t.square_().neg_().add_(1))
+    return losses, gradient
+
+
+def chunk_softcap(cap, z, targets, weights):
+    """The pure function of the plain loss: z (n, V) raw float32 logits, overwritten.
+
+    targets (n,), weights (n,) -> (the weighted cross-entropies (n,), their gradient by z (n, V),
+    and () because no other input wants a gradient).
+    """
+    losses, gradient = cross_entropy_and_gradient(z, targets, cap)
+    return losses * weights, gradient.mul_(weights[:, None]), ()
+
+
+@functools.cache
+def compiled(chunk_loss):
+    """A chunk's function for a GPU: one kernel in place of ten passes over the logits."""
+    return torch.compile(chunk_loss, dynamic=True)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The sum of a loss of logits = x @ head.T that are never all there at once.
+
+    chunk_loss(cap, z (n, V), *inputs (n,) each) -> (losses (n,), gradient by z (n, V), gradients
+    by the last few of the inputs, (n,) each).
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, chunk_loss, cap, *inputs):
+        """x (N, C), head (V, C), inputs (N,) each -> the sum of all losses, 0-D float32."""
+        N, V = x.size(0), head.size(0)
+        w = head.to(x.dtype)
+        losses = torch.empty(N, dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x)
+        dw = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
+        others = []
+        function = compiled(chunk_loss) if x.device.type == "cuda" else chunk_loss
+        for part in chunks(N, V, x.device):
+            # 1. logits, losses and their gradient by the logits
+            z = (x[part] @ w.T).float()
+            losses[part], dz, more = function(cap, z, *(values[part] for values in inputs))
+            others.append(more)
+            # 2. the gradients by the features and by the head
+            dz = dz.to(x.dtype)
+            dx[part] = dz @ w
+            if x.device.type == "cpu" and x.dtype == torch.float32:
+                dw.addmm_(dz.T, x[part])
+            else:
+                dw.add_(dz.T @ x[part])
+        ctx.save_for_backward(dx, dw, *(torch.cat(pieces) for pieces in zip(*others)))
+        ctx.inputs = len(inputs)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, *others = ctx.saved_tensors
+        without = [None] * (ctx.inputs - len(others))
+        return dx * grad.to(dx.dtype), dw * grad, None, None, *without, *(d * grad for d in others)
+
+
+def softcap_cross_entropy(x, head, targets, weights, cap):
+    """The weighted sum of cross-entropies of softcapped logits, in nats, 0-D.
+
+    x (N, C), head (V, C), targets (N,) in [0, V), weights (N,).
+    """
+    return ChunkedLoss.apply(x, head, chunk_softcap, cap, targets, weights)
+
+
+@torch.no_grad()
+def token_log_probs(x, head, targets, cap):
+    """The log-probability of each target, (N,) float32 in nats, without gradient."""
+    w = head.to(x.dtype)
+    found = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for part in chunks(len(x), len(head), x.device):
+        z = softcap((x[part] @ w.T).float(), cap)
+        label = targets[part, None]
+        found[part] = (z.gather(1, label) - z.logsumexp(-1, keepdim=True))[:, 0]
+    return found
