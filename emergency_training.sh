@@ -12,4 +12,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit; fi
 if [ $# -gt 1 ]; then echo "error: emergency_training.sh takes one folder of checkpoints, or nothing" >&2; exit 2; fi
 source scripts/setup.sh || exit 1
-exec python -m nanochat.checkpoint_manager "$dir" --rescue
+exec python -m scripts.checkpoints "$dir" --rescue

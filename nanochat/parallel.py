@@ -38,6 +38,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from nanochat.common import UserError
 from nanochat.hardware import is_out_of_memory
@@ -430,7 +431,8 @@ class Layout:
                     f"into {here}: resume with the version, ranks and layout that saved it"
                 )
             own = [own_settings(group) for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
+            # copied, for training would otherwise update the mapped pages of a checkpoint's file
+            optimizer.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state))
             for group, settings in zip(optimizer.param_groups, own):
                 group.update(settings)
 

@@ -208,7 +208,7 @@ class Run:
             return
         self.step = good_step
         self.lr_scale /= 2
-        self.checkpoints.load(good_step, model, layout.optimizers)
+        self.checkpoints.load(good_step, model, layout)
         print0(f"back to step {good_step}, with other data and {self.lr_scale:g} times the "
                "learning rate")
 

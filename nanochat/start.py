@@ -235,5 +235,5 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     if reason:
         print0(f"the newest checkpoint of {folder} {reason}: starting from step 0")
         return fresh
-    load_weights(model, weights)
+    load_weights(model, weights, assign=False)
     return ChatStart(Start(RESUMED, folder, None, state, found), model, tokenizer)

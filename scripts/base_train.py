@@ -172,7 +172,7 @@ meta["budgets"] = {budget.kind: budget.amount}
 # ---- the model; from here on `model` is the module
 model = build_model(meta, device)
 if start.weights:
-    load_weights(model, start.weights)
+    load_weights(model, start.weights, assign=False)
 elif meta["config"].get("ngrams"):
     if counted:
         model.ngrams.fill(counted.keys, counted.counts)

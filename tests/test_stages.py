@@ -340,7 +340,7 @@ def test_the_emergency_run_passes_over_a_damaged_step(stages, text):
     assert "the same command with --resume in place of --resume_from_checkpoint goes on" in out and complete_steps(folder)[-1] == 7
     newest.write_bytes(newest.read_bytes()[:-7])
     out, _ = stages.fork("nanochat.checkpoint_manager", folder, "--rescue")
-    assert "going on from step 6" in out and "learning_rate=0.01 (was 0.02)" in out
+    assert "resuming from step 6" in out and "learning_rate=0.01 (was 0.02)" in out
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_a_quiet_one(stages, stage):

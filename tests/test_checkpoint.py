@@ -1,0 +1,492 @@
+"""A checkpoint is whole or not there, and says what is wrong with it in one line."""
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from checkpoint_cases import (  # noqa: F401 - fixtures among them
+    CONFIG,
+    error_of,
+    flip_a_byte,
+    folder,
+    in_a_child,
+    make,
+    meta,
+    must_be_whole,
+    problems,
+    save,
+    state_of,
+    tokenizer,
+    train_step,
+)
+from nanochat import checkpoint
+from nanochat.checkpoint import (
+    damaged_files,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+    upgrade_meta,
+    verify_files,
+    write_meta,
+)
+from nanochat.checkpoint_manager import (
+    CheckpointManager,
+    complete_steps,
+    load_model,
+    lock_folder,
+    read_checkpoint,
+)
+from nanochat.common import sha256
+
+# --------------------------------------------------------------------------------------------------
+# save and load
+
+
+def test_saving_and_loading_one_step(folder, meta):
+    model, optimizers = make(meta)
+    save_checkpoint(folder, 3, model, state_of(optimizers), meta)
+    weights, state, found = load_checkpoint(folder, 3, rank=0)
+    assert found["step"] == 3 and found["format"] == 2 and found["world_size"] == 1
+    assert state["loader"] == (1, 2, 3, 4)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    assert load_checkpoint(folder, 3)[1] is None
+    assert "meta_000004.json is missing" in error_of(load_checkpoint, folder, 4)
+
+
+def test_files_have_the_documented_names_and_plain_keys(folder, meta):
+    save(folder, 7, meta)
+    names = ["meta_000007.json", "model_000007.pt", "optim_000007_rank0.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert folder.parent.name == "base_checkpoints"
+    weights = torch.load(folder / "model_000007.pt", weights_only=True)
+    assert "embed.weight" in weights and not any("_orig_mod" in key for key in weights)
+    hashes = json.loads((folder / "meta_000007.json").read_text(encoding="utf-8"))["files"]
+    assert hashes.keys() == {"model_000007.pt", "optim_000007_rank0.pt"}
+
+
+def test_loaded_tensors_are_mapped_and_a_change_to_one_never_changes_the_file(folder, meta):
+    save(folder, 5, meta, optimizers=make(meta)[1])
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+    weights, state, _ = read_checkpoint(folder, rank=0)
+    for tensor in weights.values():
+        tensor.fill_(7)
+    state["rng"].fill_(7)
+
+    model = load_model("base", "cpu")[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert {name: sha256(folder / name) for name in before} == before
+
+
+def test_a_mapped_model_trains_as_a_copied_one(folder, meta):
+    model, optimizers = make(meta)
+    save(folder, 2, meta, model=model, optimizers=optimizers)
+    losses = []
+    for phase in ("train", "eval"):  # copied, mapped
+        loaded = load_model("base", "cpu", phase)[0]
+        optimizers = loaded.setup_optimizers()
+        torch.manual_seed(3)
+        losses.append([train_step(loaded.train(), optimizers) for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert must_be_whole(folder) == [2]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran-on-load",)
+
+
+def test_loading_runs_no_code_from_the_file(folder, meta, tmp_path, monkeypatch):
+    # docs/traps.md: unsafe-load
+    monkeypatch.chdir(tmp_path)
+    save(folder, 5, meta)
+    torch.save({"embed.weight": Evil()}, folder / "model_000005.pt")
+    found = read_meta(folder, 5)
+    found["files"]["model_000005.pt"] = sha256(folder / "model_000005.pt")
+    write_meta(folder, found)
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "ran-on-load").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# what is not complete
+
+
+def test_a_step_without_its_meta_file_is_not_there(folder, meta):
+    # docs/traps.md: meta-written-last
+    save(folder, 5, meta)
+    save(folder, 9, meta)
+    (folder / "meta_000009.json").unlink()
+    assert complete_steps(folder) == [5] and read_checkpoint(folder)[2]["step"] == 5
+    assert "choose from 5" in error_of(read_checkpoint, folder, 9)
+
+
+def test_a_crash_before_the_meta_file_leaves_the_old_step_as_the_latest(folder, meta, monkeypatch):
+    # docs/traps.md: meta-written-last
+    save(folder, 5, meta)
+    write = checkpoint.atomic_write
+
+    def crash_at_meta(path, data):
+        if path.suffix == ".json":
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", crash_at_meta)
+    with pytest.raises(OSError):
+        save(folder, 9, meta)
+    assert (folder / "model_000009.pt").exists() and complete_steps(folder) == [5]
+
+
+def test_a_full_disk_between_the_files_leaves_no_step_and_no_temporary_file(
+    folder, meta, monkeypatch
+):
+    # docs/traps.md: meta-written-last
+    save(folder, 5, meta)
+    rename = os.replace
+
+    def full_at_the_optimizer(source, target):
+        if "optim" in str(target):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full_at_the_optimizer)
+    with pytest.raises(OSError):
+        save(folder, 9, meta)
+    assert complete_steps(folder) == [5] and not list(folder.glob("*.tmp"))
+
+
+DAMAGES = ["", "{", "[1]", '{"files": {}}', '{"files": {"model_000009.pt": "0"}, "saved": 9}']
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_meta_file_is_no_meta_file(folder, meta, damage):
+    # docs/traps.md: meta-written-last
+    save(folder, 5, meta)
+    (folder / "meta_000009.json").write_text(damage, encoding="utf-8")
+    assert complete_steps(folder) == [5]
+
+
+def test_a_step_whose_other_files_are_missing_is_not_there(folder, meta):
+    save(folder, 5, meta)
+    (folder / "model_000005.pt").unlink()
+    assert complete_steps(folder) == []
+    assert "scripts.base_train" in error_of(load_model, "base", "cpu", model_tag="d1")
+
+
+def test_the_latest_is_the_last_saved_and_not_the_highest_number(folder, meta):
+    # docs/traps.md: meta-written-last
+    save(folder, 900, meta)
+    save(folder, 40, meta)  # a later, shorter run in the same folder
+    assert complete_steps(folder) == [900, 40] and read_checkpoint(folder)[2]["step"] == 40
+    assert read_checkpoint(folder, 900)[2]["step"] == 900
+
+
+def test_a_byte_flipped_anywhere_in_a_meta_file_is_named_or_harmless(folder, meta):
+    save(folder, 4, meta)
+    save(folder, 5, meta)
+    path = folder / "meta_000005.json"
+    good = path.read_bytes()
+    found = read_meta(folder, 5)
+    del found["digest"]
+    for place in range(len(good)):
+        flipped = bytes([good[place] ^ 1])
+        path.write_bytes(good[:place] + flipped + good[place + 1:])
+        problem = problems(folder)[5]
+        if problem is None:
+            seen = read_meta(folder, 5)
+            assert {key: seen.get(key) for key in found} == found
+        else:
+            assert "meta_000005.json is damaged" in problem
+            assert complete_steps(folder) == [4]
+
+
+# --------------------------------------------------------------------------------------------------
+# kills and failing disks
+
+
+def test_killed_at_every_write_sync_and_rename_a_save_leaves_the_step_before_it(folder, meta):
+    model, optimizers = make(meta, 1)
+    save(folder, 1, meta, model=model, optimizers=optimizers)
+    moments = [
+        (os, "fsync"),
+        (os, "replace"),
+        (os, "chmod"),
+        (torch, "save"),
+        (checkpoint, "atomic_write"),
+    ]
+    died = 0
+    for module, name in moments:
+        for count in range(1, 7):
+            def save_and_die():
+                real, calls = getattr(module, name), iter(range(1, 99))
+
+                def call(*arguments, **options):
+                    if next(calls) == count:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*arguments, **options)
+
+                setattr(module, name, call)
+                save(folder, 2, meta, model=model, optimizers=optimizers)
+
+            status = os.waitstatus_to_exitcode(os.waitpid(in_a_child(save_and_die), 0)[1])
+            died += status == -signal.SIGKILL
+            # the last sync is that of the folder, when the meta file already has its name
+            done = not status or (name, count) == ("fsync", 6)
+            assert must_be_whole(folder) == ([1, 2] if done else [1])
+            for path in folder.glob("*_000002*"):
+                path.unlink()
+    # three files are each synced, made readable, renamed and their name synced; torch saves two
+    # of them, the third is the meta file
+    assert died == 15
+
+
+def test_killed_at_a_hundred_random_moments_all_complete_steps_are_whole(folder, meta):
+    """A run that saves, completes and prunes; whatever it had completed stays, or is superseded."""
+    model, optimizers = make(meta, 1)
+    save(folder, 0, {**meta, "val_bpb": 1.5}, model=model, optimizers=optimizers)
+    moment, wait, newest = random.Random(1), 0.02, 0
+
+    def save_for_ever():
+        run = CheckpointManager(folder, 0)
+        for step in range(newest + 1, newest + 99):
+            run.save(step, model, state_of(optimizers), meta)
+            run.finish()
+
+    for _ in range(100):
+        child = in_a_child(save_for_ever)
+        time.sleep(2 * wait * moment.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        steps = must_be_whole(folder)
+        assert steps and steps[-1] >= newest, "what was complete once stays, or a newer one does"
+        assert steps[0] == 0, "the best by validation is never deleted"
+        # however fast the machine is, half the children complete a step
+        wait *= 0.8 if steps[-1] > newest else 1.25
+        newest = steps[-1]
+    assert newest > 10
+
+
+FAILURES = [
+    (28, "No space left on device"),
+    (5, "Input/output error"),
+    (30, "Read-only file system"),
+]
+
+
+@pytest.mark.parametrize("number, message", FAILURES)
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_the_steps_before(
+    folder, meta, monkeypatch, number, message, call
+):
+    save(folder, 5, meta)
+
+    def fail(*arguments):
+        raise OSError(number, message)
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match=message):
+        save(folder, 9, meta)
+    monkeypatch.undo()
+    assert must_be_whole(folder) == [5] and not list(folder.glob("*.tmp"))
+
+
+def test_a_step_that_is_saved_again_is_never_half_of_two_runs(folder, meta):
+    """A run that starts again in a folder and is killed while it saves must not leave the meta file
+    of the other run beside its own weights."""
+    save(folder, 5, meta, model=make(meta, 0)[0])
+
+    def killed_at_the_optimizer():
+        rename = os.replace
+
+        def replace(source, target):
+            if "optim" in str(target):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        os.replace = replace
+        save(folder, 5, meta, model=make(meta, 0)[0])
+
+    os.waitpid(in_a_child(killed_at_the_optimizer), 0)
+    assert must_be_whole(folder) == [] and list(folder.glob("*.tmp"))
+    lock_folder(folder, 0).close()
+    assert not list(folder.glob("*.tmp")), "the next run deletes what a killed one left"
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, meta):
+    model = make(meta, 0)[0]
+    model.embed.weight.data[0, 0] = torch.inf
+    with pytest.raises(OSError, match="step 2 was not saved in .* are not finite .embed.weight."):
+        save_checkpoint(folder, 2, model, None, meta)
+    assert complete_steps(folder) == [] and not list(folder.glob("*_000002*"))
+
+
+# --------------------------------------------------------------------------------------------------
+# verify
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that were read to verify them."""
+    names = []
+
+    def recording(path):
+        names.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", recording)
+    return names
+
+
+def make_old(folder, seconds=100):
+    """Let the files of a folder have been written some time ago."""
+    for path in folder.glob("*.pt"):
+        modified = path.stat().st_mtime - seconds
+        os.utime(path, (modified, modified))
+
+
+def test_a_file_that_was_verified_is_read_again_only_when_it_changed(folder, meta, read):
+    save(folder, 5, meta)
+    make_old(folder)
+    names = ["model_000005.pt", "optim_000005_rank0.pt"]
+    read.clear()
+    for _ in range(2):
+        read_checkpoint(folder, rank=0)
+    assert read == names, "at the first start, and not at the second"
+    read.clear()
+    found = read_meta(folder, 5)
+    assert verify_files(folder, found, names) == [] and read == names, "always"
+
+    # a changed time, the same contents
+    read.clear()
+    os.utime(folder / names[0], (5, 5))
+    assert damaged_files(folder, found, names) == [] and read == [names[0]]
+
+    # other contents; the damage is not forgotten
+    flip_a_byte(folder / names[1])
+    make_old(folder)
+    for _ in range(2):
+        assert damaged_files(folder, found, names) == [names[1]]
+    assert "optim_000005_rank0.pt is damaged" in error_of(read_checkpoint, folder, rank=0)
+
+    # other contents of the same size and time are found by verify_files, and remembered
+    modified = (folder / names[0]).stat().st_mtime_ns
+    flip_a_byte(folder / names[0])
+    os.utime(folder / names[0], ns=(modified, modified))
+    assert damaged_files(folder, found, names[:1]) == []
+    assert verify_files(folder, found, names[:1]) == names[:1]
+    assert damaged_files(folder, found, names[:1]) == names[:1]
+
+
+def test_a_file_written_a_moment_ago_is_not_remembered_as_verified(folder, meta, read):
+    """It may change again within the resolution of the file system's clock."""
+    save(folder, 5, meta)
+    read.clear()
+    for _ in range(2):
+        read_checkpoint(folder)
+    assert read == ["model_000005.pt"] * 2
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"model_000005.pt": 3, "gone.pt": [1, 2, "3"]}'])
+def test_a_damaged_record_of_verified_files_is_ignored(folder, meta, content):
+    save(folder, 5, meta)
+    make_old(folder)
+    record = folder / ".verified.json"
+    record.write_text(content, encoding="utf-8")
+    assert read_checkpoint(folder)[2]["step"] == 5
+    assert json.loads(record.read_text(encoding="utf-8")).keys() == {"model_000005.pt"}
+
+
+def test_a_folder_that_cannot_be_written_to_can_be_loaded_from(folder, meta, monkeypatch):
+    save(folder, 5, meta)
+
+    def read_only(path, data):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint, "atomic_write", read_only)
+    for _ in range(2):
+        assert read_checkpoint(folder, rank=0)[2]["step"] == 5
+    assert not (folder / ".verified.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# formats
+
+FULL_CONFIG = {**CONFIG, "softcap": 15.0, "rotary_base": 10000.0}
+
+
+def write_format_1(folder, meta, ngrams):
+    """A step as version 1 wrote it. The class was gpt, and the config said what was in it."""
+    config = {**FULL_CONFIG, "ngrams": ngrams}
+    model = make({**meta, "config": config}, 0)[0]
+    for buffer in model.ngrams.buffers() if ngrams else ():
+        buffer.zero_()  # nothing was counted
+    save(folder, 5, {**meta, "config": config}, model=model)
+    path = folder / "meta_000005.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written.pop("format") == 2
+    del written["digest"]
+    write_meta(folder, written)
+    return model
+
+
+@pytest.mark.parametrize("ngrams, model_class", [(0, "lookup"), (3, "lookup_ngrams")])
+def test_format_1_is_read(folder, meta, ngrams, model_class):
+    model = write_format_1(folder, meta, ngrams)
+    loaded, _, found = load_model("base", "cpu")
+    assert found["format"] == 2 and found["model_class"] == model_class
+    assert found["config"] == ({**FULL_CONFIG, "ngrams": 3} if ngrams else FULL_CONFIG)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_upgrading_a_meta_file_changes_neither_its_argument_nor_anything_else():
+    old = {"model_class": "gpt", "config": {"depth": 3, "ngrams": 0}, "step": 7, "stage": "x"}
+    copy = json.loads(json.dumps(old))
+    new = upgrade_meta(old)
+    assert old == copy
+    assert new == {**old, "format": 2, "model_class": "lookup", "config": {"depth": 3}}
+    assert upgrade_meta(new) == new
+    assert upgrade_meta({**old, "config": {"depth": 3}})["model_class"] == "lookup"
+    counted = {"depth": 3, "ngrams": 9}
+    new = upgrade_meta({**old, "config": counted})
+    assert new["model_class"] == "lookup_ngrams" and new["config"] == counted
+
+
+CHANGES = [
+    ({"format": 3}, "format 3"),
+    ({"format": "new"}, "format new"),
+    ({"model_class": "mamba"}, "model_class=mamba is unknown"),
+    ({"config": {**CONFIG, "wings": 2, "tail": 1}}, "(tail, wings)"),
+    ({"config": {**CONFIG, "width": 128}}, "the weights of the checkpoint do not fit"),
+]
+
+
+@pytest.mark.parametrize("change, needle", CHANGES)
+def test_what_this_version_cannot_load_is_refused_in_one_line(folder, meta, change, needle):
+    save(folder, 5, meta)
+    write_meta(folder, {**read_meta(folder, 5), **change})
+    assert needle in error_of(load_model, "base", "cpu")
+
+
+KEYS = ["tokenizer", "model_class", "config", "dtype", "files", "saved", "step", "world_size"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("format", [1, 2])
+def test_a_meta_file_that_misses_a_key_is_refused_in_one_line(folder, meta, key, format):
+    save(folder, 5, meta)
+    path = folder / "meta_000005.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    del found[key], found["digest"]
+    if format == 1:
+        del found["format"]
+    path.write_text(json.dumps(found), encoding="utf-8")
+    message = error_of(load_model, "base", "cpu")
+    assert f"has no {key}" in message and "meta_000005.json" in message

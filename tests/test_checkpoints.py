@@ -1,0 +1,91 @@
+"""python -m scripts.checkpoints: lists, verifies, deletes, and starts a rescue."""
+import os
+import sys
+
+import pytest
+
+from checkpoint_cases import (  # noqa: F401 - fixtures among them
+    flip_a_byte,
+    folder,
+    meta,
+    save,
+    tokenizer,
+)
+from nanochat.checkpoint import read_meta, write_meta
+from nanochat.checkpoint_manager import lock_folder
+from nanochat.common import UserError
+from scripts import checkpoints
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*words, status=0) -> what the command prints."""
+    def run(*words, status=0):
+        monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, words)])
+        with pytest.raises((SystemExit, UserError)) as end:
+            checkpoints.main()
+        assert (2 if end.type is UserError else end.value.code) == status
+        return capsys.readouterr().out + str(end.value)
+    return run
+
+
+def test_the_command_lists_verifies_and_prunes(folder, meta, command):
+    for step in (1, 2, 3):
+        save(folder, step, meta)
+    (folder / "meta_000004.json").write_text("{", encoding="utf-8")
+    lines = command(folder).splitlines()[:-1]
+    assert len(lines) == 4 and "meta_000004.json is damaged" in lines[0]
+    assert all("2.2500  complete" in line for line in lines[1:])
+    assert command().splitlines() == [*lines, "0"], "that of the checkpoint saved last"
+    listed = command(folder, "--verify", status=1)
+    assert listed.count("verified") == 3, "an incomplete step is no success"
+    (folder / "meta_000004.json").unlink()
+    assert command(folder, "--verify").count("verified") == 3
+    assert "no checkpoint in" in command(folder.parent)
+    flip_a_byte(folder / "model_000002.pt")
+    assert "DAMAGED: model_000002.pt" in command(folder, "--verify", status=1)
+    held = lock_folder(folder, 0)
+    assert "is training into" in command(folder, "--prune", status=2)
+    held.close()
+    assert "deleted steps: none" in command(folder, "--prune")
+    for step in (5, 6, 7, 8):
+        save(folder, step, {**meta, "val_bpb": 3.0})
+    assert "deleted steps: 2, 3, 5" in command(folder, "--prune"), "step 1 is the best"
+    assert "not a folder" in command(folder / "none", status=2)
+    refusal = command(folder.parent, "--rescue", status=2)
+    assert "name the folder of another run" in refusal
+
+
+def test_the_documented_name_of_the_command_still_works(folder, meta, run_module, base_dir):
+    save(folder, 1, meta)
+    for module in ("nanochat.checkpoint_manager", "scripts.checkpoints"):
+        done = run_module(module, str(folder), "--verify", base=base_dir)
+        assert done.returncode == 0 and "2.2500  verified" in done.stdout, done.stderr
+        done = run_module(module, str(folder / "none"), base=base_dir)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_emergency_run_halves_the_rate_once_and_has_as_many_ranks(folder, meta, monkeypatch):
+    runs = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: runs.append(arguments))
+    settings = {
+        "learning_rate": 0.02,
+        "grad_clip": 0.0,
+        "compile": True,
+        "save_minutes": 10.0,
+        "data": "a b",
+        "depth": None,
+    }
+    for changed in ({}, {**checkpoints.SAFE, "learning_rate": 0.01}):
+        fields = {"stage": "mid_train", "finished": False, "settings": {**settings, **changed}}
+        save(folder, 5, {**meta, **fields})
+        checkpoints.rescue(folder)
+    for run in runs:
+        assert "--learning_rate=0.01" in run and "--grad_clip=1.0" in run
+        assert "--data=a b" in run and "--compile=False" in run
+    assert runs[0][1:3] == ["-m", "scripts.mid_train"]
+    assert f"--resume_from_checkpoint={folder}/meta_000005.json" in runs[0]
+    write_meta(folder, {**read_meta(folder, 5), "world_size": 2})
+    checkpoints.rescue(folder)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert runs[2][1:8] == [*torchrun, "-m", "scripts.mid_train", "--"]
