@@ -37,8 +37,6 @@ from nanochat.common import UserError, all_reduce_max, get_base_dir, get_dist_in
 from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
-# the classes that the meta files of formats 1 and 2 name
-
 FOLDERS = {
     "base": "base_checkpoints",
     "mid": "mid_checkpoints",

@@ -335,9 +335,9 @@ class Stream:
 def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
     """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
 
-    ids_of(prompt): the ids that stand for a prompt; None: its text. The model is in training mode
-    again afterwards.
+    ids_of(prompt): the ids that stand for a prompt; None: its text.
     """
+    was_training = model.training
     model.eval()
     engine = Engine(model, tokenizer)
     samples = []
@@ -346,7 +346,7 @@ def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
         text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
         samples.append({"prompt": prompt, "text": text})
         print(f"  {prompt}|{text!r}", flush=True)
-    model.train()
+    model.train(was_training)
     return samples
 
 

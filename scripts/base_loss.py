@@ -1,6 +1,6 @@
 """Bits per byte of a base model on validation text, and samples.
 
-    python -m scripts.base_loss                      # the newest base model, on what nanochat.dataset holds for validation
+    python -m scripts.base_loss           # the newest base model, on nanochat.dataset's validation
     python -m scripts.base_loss --data=notes/ --documents=50
 """
 import itertools
@@ -8,18 +8,18 @@ import time
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import compute_cleanup, compute_init, print0
-from nanochat.metrics import finish_stage
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
-from nanochat.engine import Engine
+from nanochat.engine import sample_texts
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.metrics import finish_stage
 
 # settings
 source = "base"          # stage of the model: base, mid, sft or rl
 model_tag: str = None    # checkpoint folder; None: the newest
 step: int = None         # step; None: the newest
-data: str = None         # parquet folder or your own text; None: what python -m nanochat.dataset made
+data: str = None         # parquet folder or your own text; None: nanochat.dataset's
 split = "val"            # train or val
 documents = 300          # how many, whole
 device_type = ""         # cuda, mps or cpu; empty: cuda where there is one, else cpu
@@ -28,16 +28,27 @@ require(settings, 1, "documents")
 
 PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
 
+# the model
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type)
-model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
+device, rank, world_size = compute.device, compute.rank, compute.world_size
+model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 model.cast_for_inference(model.compute_dtype)
+
+# bits per byte, and samples
 texts = list(itertools.islice(iter_documents(split, data), documents))
-bpb = evaluate_bpb(model, tokenizer, texts, compute.device, rank=compute.rank, world_size=compute.world_size)
+bpb = evaluate_bpb(model, tokenizer, texts, device, rank=rank, world_size=world_size)
 print0(f"{bpb:.4f} bits per byte on {len(texts)} documents of {split}")
-if compute.rank == 0:
-    for prompt in PROMPTS:
-        print(f"  {prompt}|{Engine(model, tokenizer).generate(prompt, max_new_tokens=32, temperature=0)!r}")
-finish_stage("base_loss", time.perf_counter() - started, settings, val_bpb=bpb, split=split, documents=len(texts), checkpoint=meta["dir"])
+if rank == 0:
+    sample_texts(model, tokenizer, PROMPTS, max_new_tokens=32)
+finish_stage(
+    "base_loss",
+    time.perf_counter() - started,
+    settings,
+    val_bpb=bpb,
+    split=split,
+    documents=len(texts),
+    checkpoint=meta["dir"],
+)
 compute_cleanup()
