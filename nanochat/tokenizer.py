@@ -1,16 +1,20 @@
 """
 Text to token ids and back, and conversations to the ids that a model trains on.
 
-    tokenizer = Tokenizer.train_from_iterator(texts, vocab_size=4096)   # the Rust trainer, once: scripts/tok_train.py
-    tokenizer.save(directory)                                           # three text files, nothing to unpickle
-    tokenizer = get_tokenizer()                                         # from then on
+    # once, with the Rust trainer (scripts/tok_train.py); saved as three text files
+    tokenizer = Tokenizer.train_from_iterator(texts, vocab_size=4096)
+    tokenizer.save(directory)
 
-A byte-level BPE: every byte is a token, so every string has an encoding. Training and encoding are done by `rustbpe`.
-The pattern that splits text first is the trainer's, and travels with the ranks from then on: tiktoken with the two gives
-the same ids, and so does Hugging Face's `tokenizers` with the third file.
+    # from then on
+    tokenizer = get_tokenizer()
 
-Special tokens cannot be written. `encode` treats all text as ordinary text, also text that reads "<|bos|>"; control
-ids come from the renderers below and from nowhere else.
+A byte-level BPE: every byte is a token, so every string has an encoding. Training and encoding are
+done by `rustbpe`. The pattern that splits text first is the trainer's, and is saved with the ranks:
+tiktoken with the two gives the same ids, and so does Hugging Face's `tokenizers` with the third
+file.
+
+Special tokens cannot be written. `encode` treats all text as ordinary text, also text that reads
+"<|bos|>"; control ids come from the renderers below and from nowhere else.
 """
 
 import base64
@@ -30,13 +34,13 @@ SPECIAL_TOKENS = (
     "<|bos|>",              # begins every document and every conversation
     "<|user_start|>", "<|user_end|>",
     "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>",   # an expression that the assistant hands to the Python tool
-    "<|output_start|>", "<|output_end|>",   # and the tool's reply
+    "<|python_start|>", "<|python_end|>",   # an expression from the assistant to the Python tool
+    "<|output_start|>", "<|output_end|>",   # the tool's reply
     "<|system_start|>", "<|system_end|>",
     "<|mask|>",             # reserved for the diffusion objective
 )
 
-# Types of the parts of an assistant's message; "text" stands bare, the others between a pair of control tokens.
+# Parts of an assistant's message that stand between a pair of control tokens; "text" stands bare.
 PART_TOKENS = {
     "python": ("<|python_start|>", "<|python_end|>"),
     "python_output": ("<|output_start|>", "<|output_end|>"),
@@ -44,21 +48,30 @@ PART_TOKENS = {
 
 RANKS_FILE = "ranks.tiktoken"   # one line per token: its bytes in base64, a space, its rank
 HF_FILE = "tokenizer.json"      # the same for Hugging Face's `tokenizers`; we never read it
-META_FILE = "meta.json"         # written last: the pattern, the special tokens, and the hash of the ranks
+META_FILE = "meta.json"         # written last: pattern, special tokens, and the hash of the ranks
 
 
 def byte_spelling():
-    """{byte: character} as GPT-2 wrote bytes into text: those that print in Latin-1 as themselves, the others from U+0100 on."""
-    prints = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
-    rest = [b for b in range(256) if b not in prints]
-    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(rest)}
+    """{byte: character} as GPT-2 wrote bytes into text.
+
+    Bytes that print in Latin-1 are themselves, the others are the characters from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte) for byte in printable}
+    spelling |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return spelling
 
 
 class Tokenizer:
     """Immutable: made by `train_from_iterator` or `load`."""
 
     def __init__(self, ranks, pattern=None, special_tokens=SPECIAL_TOKENS):
-        """ranks: list of bytes, the token of rank i at index i. pattern: the split, a regular expression; None: ours."""
+        """ranks: list of bytes, the token of rank i at index i.
+
+        pattern: the regular expression that splits text; None: ours. UserError, with the reason of
+        rustbpe, when the ranks are not a vocabulary.
+        """
         self.pattern = pattern or rustbpe.Tokenizer().get_pattern()
         self._specials = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         self._special_names = {i: name for name, i in self._specials.items()}
@@ -73,22 +86,34 @@ class Tokenizer:
     @classmethod
     def train_from_iterator(cls, texts, vocab_size, transition=None):
         """
-        Trains on an iterable of strings. vocab_size counts everything: 256 bytes, merges and special tokens.
-        transition: for SuperBPE (arXiv 2503.13423), the share of the vocabulary that is learnt before tokens may hold
-        several words; the texts are then read twice.
-        UserError when the texts do not hold enough different pieces for that many tokens, or hold a lone surrogate.
+        Trains on an iterable of strings.
+
+        vocab_size: counts everything: 256 bytes, merges and special tokens.
+        transition: for SuperBPE (arXiv 2503.13423), the share of the vocabulary that is learnt
+        before tokens may hold several words; the texts are then iterated over twice.
+
+        UserError when the texts do not hold enough different pieces for that many tokens, or hold
+        a lone surrogate.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise UserError(f"vocab_size is {vocab_size}, but bytes and special tokens alone are {smallest}: use more")
+            raise UserError(
+                f"vocab_size is {vocab_size}, "
+                f"but bytes and special tokens alone are {smallest}: use more"
+            )
+
         merged = vocab_size - len(SPECIAL_TOKENS)
+        first_stage = merged if transition is None else max(256, round(transition * merged))
         bpe = rustbpe.Tokenizer()
         try:
-            bpe.train_from_iterator(texts, merged if transition is None else max(256, round(transition * merged)))
+            bpe.train_from_iterator(texts, first_stage)
             if transition is not None:
                 bpe.train_superwords(texts, merged)
         except UnicodeEncodeError as error:
-            raise UserError(f"the training text is not valid Unicode ({error}): remove lone surrogates") from None
+            raise UserError(
+                f"the training text is not valid Unicode ({error}): remove lone surrogates"
+            ) from None
+
         ranks = [token for token, _ in bpe.get_mergeable_ranks()]
         yielded = len(ranks) + len(SPECIAL_TOKENS)
         if yielded < vocab_size:
@@ -99,11 +124,15 @@ class Tokenizer:
         return cls(ranks, bpe.get_pattern())
 
     def save(self, directory):
-        """Writes the text files into `directory` (a Path). An interrupted save is noticed by the next load."""
+        """Writes the text files into `directory` (a Path).
+
+        The next load notices a save that was interrupted.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         ranks = self._ranks_text()
+        hugging_face = json.dumps(self.hugging_face(), ensure_ascii=False)
         atomic_write(directory / RANKS_FILE, ranks)
-        atomic_write(directory / HF_FILE, json.dumps(self.hugging_face(), ensure_ascii=False) + "\n")
+        atomic_write(directory / HF_FILE, hugging_face + "\n")
         meta = {
             "pattern": self.pattern,
             "special_tokens": list(self._specials),
@@ -115,20 +144,30 @@ class Tokenizer:
     def load(cls, directory):
         """The inverse of `save`. UserError when a file is missing or is not what was saved."""
         remedy = "run `python -m scripts.tok_train`"
+        meta_path, ranks_path = directory / META_FILE, directory / RANKS_FILE
+
+        # 1. read both files
         try:
-            meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-            text = (directory / RANKS_FILE).read_bytes()
-            pattern, specials, digest = meta["pattern"], meta["special_tokens"], meta["ranks_sha256"]
+            meta = json.loads(meta_path.read_text(encoding="utf-8"))
+            text = ranks_path.read_bytes()
+            pattern, specials = meta["pattern"], meta["special_tokens"]
+            digest = meta["ranks_sha256"]
             if not isinstance(pattern, str) or not isinstance(specials, list):
                 raise TypeError
         except FileNotFoundError:
             raise UserError(f"no tokenizer in {directory}: {remedy}") from None
         except (ValueError, KeyError, TypeError):   # not JSON, not UTF-8, or JSON of another shape
-            raise UserError(f"the tokenizer's {directory / META_FILE} is damaged: {remedy}") from None
+            raise UserError(f"the tokenizer's {meta_path} is damaged: {remedy}") from None
+
+        # 2. compare them with what was saved
         if hashlib.sha256(text).hexdigest() != digest:
-            raise UserError(f"the tokenizer's {directory / RANKS_FILE} is damaged: {remedy}")
+            raise UserError(f"the tokenizer's {ranks_path} is damaged: {remedy}")
         if not set(SPECIAL_TOKENS) <= set(specials):
-            raise UserError(f"the tokenizer in {directory} lacks special tokens of this version: {remedy}")
+            raise UserError(
+                f"the tokenizer in {directory} lacks special tokens of this version: {remedy}"
+            )
+
+        # 3. parse the ranks
         try:
             pairs = [line.split(b" ") for line in text.split(b"\n")[:-1]]
             ranks = [base64.b64decode(token, validate=True) for token, _ in pairs]
@@ -136,38 +175,87 @@ class Tokenizer:
         except (ValueError, binascii.Error):
             in_order = False
         if not in_order:
-            raise UserError(f"the tokenizer's {directory / RANKS_FILE} is not a list of ranks: {remedy}")
+            raise UserError(f"the tokenizer's {ranks_path} is not a list of ranks: {remedy}")
         return cls(ranks, pattern, specials)
 
+    def _ranks(self):
+        """The bytes of the ordinary tokens, in the order of their ranks."""
+        return self._bytes[:len(self._bytes) - len(self._specials)]
+
     def _ranks_text(self):
-        ranks = self._bytes[: len(self._bytes) - len(self._specials)]
-        return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+        """The content of RANKS_FILE, as bytes."""
+        lines = []
+        for rank, token in enumerate(self._ranks()):
+            lines.append(base64.b64encode(token) + b" %d\n" % rank)
+        return b"".join(lines)
 
     def hugging_face(self):
         """
-        The content of Hugging Face's tokenizer.json. Ranks name tokens, its merges name pairs: every pair of tokens that
-        spells a third is listed, in the order of the ranks. Bytes are spelled as GPT-2 did, one character each.
+        The content of Hugging Face's tokenizer.json, as a dict.
+
+        Ranks name tokens, its merges name pairs: every pair of tokens that spells a third is
+        listed, in the order of the ranks. Bytes are spelled as GPT-2 did, one character each.
         """
         spelling = byte_spelling()
-        spell = lambda token: "".join(spelling[b] for b in token)
-        ranks = self._bytes[: len(self._bytes) - len(self._specials)]
+        ranks = self._ranks()
+
+        def spell(token):
+            return "".join(spelling[byte] for byte in token)
+
         known = set(ranks)
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        merges = []
+        for token in ranks:
+            for cut in range(1, len(token)):
+                left, right = token[:cut], token[cut:]
+                if left in known and right in known:
+                    merges.append([spell(left), spell(right)])
+
+        added_tokens = []
+        for name, token_id in self._specials.items():
+            added_tokens.append({
+                "id": token_id,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            })
+
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": self.pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spell(token): rank for rank, token in enumerate(ranks)},
+            "merges": merges,
+        }
         return {
-            "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-            "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": False, "special": True} for name, i in self._specials.items()],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
-                byte_level]},
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "normalizer": None,
+            "post_processor": None,
+            "added_tokens": added_tokens,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "decoder": byte_level,
-            "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                "vocab": {spell(token): rank for rank, token in enumerate(ranks)},
-                "merges": [[spell(token[:cut]), spell(token[cut:])] for token in ranks for cut in range(1, len(token))
-                           if token[:cut] in known and token[cut:] in known],
-            },
+            "model": model,
         }
 
     @property
@@ -194,36 +282,49 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def token_bytes(self):
-        """Length of each token in raw bytes, by id; 0 for special tokens. Never measured on `str`: half of a
-        character would decode to U+FFFD and count three bytes."""
+        """Length of each token in raw bytes, by id; 0 for special tokens.
+
+        Never measured on `str`: half of a character would decode to U+FFFD and count three bytes.
+        """
         return [len(token) for token in self._bytes]
 
     # ------------------------------------------------------------------ text <-> ids
 
     def encode(self, text, prepend=None, append=None, num_threads=2):
         """
-        Ids of a string, or a list of ids for each of a list of strings (in num_threads threads). All text is ordinary
-        text. prepend, append: an id to put before and after each. UserError for lone surrogates, which UTF-8 lacks.
+        Ids of a string, or a list of ids for each of a list of strings.
+
+        All text is ordinary text. prepend, append: an id to put before and after each text.
+        A list is encoded in num_threads threads. UserError for lone surrogates, which UTF-8 lacks.
         """
         texts = [text] if isinstance(text, str) else text
         ids, lengths = self.encode_to_numpy(texts, prepend, num_threads)
-        rows, end = [], 0
+        end_ids = [] if append is None else [append]
+        encoded, start = [], 0
         for length in lengths:
-            begin, end = end, end + length
-            rows.append(ids[begin:end].tolist() + ([] if append is None else [append]))
-        return rows[0] if isinstance(text, str) else rows
+            encoded.append(ids[start:start + length].tolist() + end_ids)
+            start += length
+        return encoded[0] if isinstance(text, str) else encoded
 
     def encode_to_numpy(self, texts, prepend=None, num_threads=2):
-        """The ids of all texts one after another, an array of uint32, and how many each has: (N,), list. See encode."""
+        """The ids of N texts one after another, and how many each text has.
+
+        Returns (array of uint32, list of N lengths). Arguments and errors are those of encode.
+        """
         try:
             ids, lengths = self._bpe.encode_batch(texts, num_threads, prepend)
         except UnicodeEncodeError as error:
             character = f"U+{ord(error.object[error.start]):04X}"
-            raise UserError(f"character {error.start} of the text is a lone surrogate ({character}): remove it") from None
+            raise UserError(
+                f"character {error.start} of the text is a lone surrogate ({character}): remove it"
+            ) from None
         return np.frombuffer(ids, dtype=np.uint32), lengths
 
     def decode(self, ids):
-        """Text of the ordinary tokens; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Text of the ordinary tokens.
+
+        Special tokens have no text; bytes that are not UTF-8 become U+FFFD.
+        """
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     # ------------------------------------------------------------------ conversations <-> ids
@@ -234,14 +335,17 @@ class Tokenizer:
                       {"role": "assistant", "content": [{"type": "python", "text": "2+2"},
                                                         {"type": "python_output", "text": "4"},
                                                         {"type": "text", "text": "It is 4."}]}]}
-        becomes <|bos|><|user_start|>2+2?<|user_end|><|assistant_start|><|python_start|>2+2<|python_end|>
-        <|output_start|>4<|output_end|>It is 4.<|assistant_end|>.
+        becomes
+        <|bos|><|user_start|>2+2?<|user_end|>
+        <|assistant_start|><|python_start|>2+2<|python_end|>
+        <|output_start|>4<|output_end|>It is 4.<|assistant_end|>
 
-        Returns (ids, mask), two lists of the same length, cut to max_tokens. mask is 1 where the assistant has to
-        produce the token itself: its text, its Python and the control tokens around and after them; the tool's reply,
-        with its markers, is 0 like everything that others wrote. Content is a string or a list of parts; only the
-        assistant's may hold parts other than text. One system message may come first, then user and assistant take
-        turns. UserError otherwise.
+        Returns (ids, mask), two lists of the same length, cut to max_tokens. mask is 1 where the
+        assistant has to produce the token itself: its text, its Python and the control tokens
+        around and after them. The tool's reply, with its markers, is 0 like all that others wrote.
+
+        Content is a string or a list of parts; only the assistant's may hold parts other than text.
+        One system message may come first, then user and assistant take turns. UserError otherwise.
         """
         messages = check_conversation(conversation)
         ids, mask = [self.get_bos_token_id()], [0]
@@ -264,8 +368,11 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation):
-        """Ids of a conversation up to its last user message, then <|assistant_start|>: the model goes on from there.
-        A trailing assistant message is dropped."""
+        """Ids of a conversation up to its last user message, and <|assistant_start|>.
+
+        This is the prompt that the model continues with its answer. A trailing assistant message
+        is dropped. UserError where no user message is left to answer.
+        """
         messages = check_conversation(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -276,8 +383,10 @@ class Tokenizer:
 
     def parse_completion(self, ids):
         """
-        The inverse of rendering an assistant message: the ids after <|assistant_start|> become a list of parts
-        {"type": "text" | "python" | "python_output", "text": str}. Stops at <|assistant_end|>; leaves out empty parts.
+        The inverse of rendering an assistant message.
+
+        The ids after <|assistant_start|> become a list of parts {"type": "text" | "python" |
+        "python_output", "text": str}, up to <|assistant_end|>. Empty parts are dropped.
         """
         starts = {self._specials[start]: kind for kind, (start, _) in PART_TOKENS.items()}
         ends = {self._specials[end] for _, end in PART_TOKENS.values()}
@@ -302,8 +411,11 @@ class Tokenizer:
 
 class StreamDecoder:
     """
-    Text from ids one at a time. One character may span several tokens: what is incomplete is held back until the rest
-    arrives, so that no half emoji is shown. A U+FFFD that the model really wrote is complete and comes out at once.
+    Text from ids one at a time.
+
+    One character may span several tokens: what is incomplete is held back until the rest arrives,
+    so that no half emoji is shown. A U+FFFD that the model really wrote is complete, and comes out
+    at once.
     """
 
     def __init__(self, tokenizer):
