@@ -1,4 +1,5 @@
-"""A tokenizer, an engine and a running server for the tests of everything that stands between a model and its user."""
+"""A tokenizer, an engine and a running server, for the tests of all that is between a model and its
+user."""
 import contextlib
 import socket
 import threading
@@ -58,12 +59,17 @@ class FakeEngine:
     def __init__(self, pieces=("Hel", "lo", " ", "🙂", "!")):
         self.pieces, self.calls = list(pieces), []
         self.running = self.most_running = 0
-        self.gate = threading.Event()           # closed: the model "computes" until the test opens it
+        self.gate = threading.Event()   # closed: the model "computes" until the test opens it
         self.gate.set()
 
     def stream(self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
-        self.calls.append({"prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature,
-                           "top_k": top_k, "seed": seed})
+        self.calls.append({
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "seed": seed,
+        })
         return FakeStream(self, prompt, max_new_tokens)
 
 
@@ -84,7 +90,8 @@ def serve(engine):
     """Serve the engine on a free port of this machine; yields the server's address."""
     app = create_app(engine, FakeTokenizer(), MODEL)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

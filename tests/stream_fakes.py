@@ -8,7 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Reply:
-    """body: pieces of bytes, each sent at once, and events that are waited for between them. cut: the connection is closed in mid-answer."""
+    """One answer of the server.
+
+    body: pieces of bytes, each sent at once, and events that are waited for between them.
+    cut: the connection is closed in mid-answer.
+    """
     body: list = field(default_factory=list)
     status: int = 200
     headers: dict = field(default_factory=dict)
@@ -17,19 +21,35 @@ class Reply:
 
 
 def vllm(*deltas, finish="stop", usage=None):
-    """A stream in the shape that vLLM documents, one event a piece. A delta: a dict, or the text of its content."""
-    head = {"id": "chatcmpl-7", "object": "chat.completion.chunk", "created": 1763683200, "model": "test/model-7b"}
+    """A stream in the shape that vLLM documents, one event per piece.
+
+    deltas: each a dict, or the text of its content.
+    """
+    head = {
+        "id": "chatcmpl-7",
+        "object": "chat.completion.chunk",
+        "created": 1763683200,
+        "model": "test/model-7b",
+    }
 
     def choice(delta, reason=None):
-        return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
+        only = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**head, "choices": [only]}
 
     events = [choice({"role": "assistant", "content": ""})]
-    events += [choice(delta if isinstance(delta, dict) else {"content": delta}) for delta in deltas]
+    for delta in deltas:
+        events.append(choice(delta if isinstance(delta, dict) else {"content": delta}))
     if finish:
         events.append(choice({"content": ""}, finish))
         events[-1]["choices"][0]["stop_reason"] = None
     if usage:
-        events.append({**head, "choices": [], "usage": {"prompt_tokens": usage[0], "total_tokens": sum(usage), "completion_tokens": usage[1]}})
+        prompt, completion = usage
+        counts = {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + completion,
+            "completion_tokens": completion,
+        }
+        events.append({**head, "choices": [], "usage": counts})
     lines = [f"data: {json.dumps(event)}\n\n".encode() for event in events]
     return lines + [b"data: [DONE]\n\n"] * bool(finish)
 
@@ -42,15 +62,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_json(self, body, status=200, headers={}):
         body = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": len(body), **headers}
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
     def do_GET(self):
         if self.path == "/v1/models" and self.server.models is not None:
-            self.answer_json({"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+            models = [{"id": name, "object": "model"} for name in self.server.models]
+            self.answer_json({"object": "list", "data": models})
         else:
             self.answer_json({"detail": "Not Found"}, 404)
 
@@ -58,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.asked.append((asked, dict(self.headers)))
-            reply = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
+            replies = self.server.replies
+            reply = replies.pop(0) if len(replies) > 1 else replies[0]
         if callable(reply):
             reply = reply(asked)
         if isinstance(reply.body, dict):
@@ -66,13 +89,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(reply.status)
         self.send_header("Content-Type", "text/event-stream")
-        self.send_header(*(("Transfer-Encoding", "chunked") if reply.chunked else ("Connection", "close")))
+        if reply.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Connection", "close")
         self.end_headers()
         for piece in reply.body:
             if isinstance(piece, threading.Event):
                 assert piece.wait(60)
+            elif reply.chunked:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
             else:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if reply.chunked else piece)
+                self.wfile.write(piece)
         if reply.cut or not reply.chunked:
             self.close_connection = True
         else:
@@ -81,10 +109,19 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def play(*replies, models=("test/model-7b",)):
-    """A server with `address` and `asked` ([(body, headers)]). Each question gets the next reply, and from then on the last one."""
+    """A server with `address` and `asked` ([(body, headers)]).
+
+    replies: each a Reply, a function from the question to one, or a Reply's body. Each question gets
+    the next reply; where none is left, the last one again.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.replies = [reply if isinstance(reply, Reply) or callable(reply) else Reply(reply) for reply in replies]
-    server.models, server.asked, server.lock = models, [], threading.Lock()
+    server.replies = []
+    for reply in replies:
+        ready = isinstance(reply, Reply) or callable(reply)
+        server.replies.append(reply if ready else Reply(reply))
+    server.models = models
+    server.asked = []
+    server.lock = threading.Lock()
     server.handle_error = lambda *_: None   # a client that has left is no news
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

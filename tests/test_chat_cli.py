@@ -12,19 +12,29 @@ from scripts import chat_cli, chat_web
 
 
 def converse(engine, monkeypatch, capsys, *lines):
-    """Type the lines at the prompt, each a text or an exception; returns what was printed and the prompts as text."""
+    """Type the lines at the prompt, each a text or an exception.
+
+    Returns what was printed, and the prompts that the model got, as text.
+    """
     type_lines(monkeypatch, lines)
     chat_cli.chat(engine, FakeTokenizer())
     return capsys.readouterr().out, ["".join(map(chr, call["prompt"])) for call in engine.calls]
 
 
 def run(tmp_path, *arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, encoding="utf-8",
-                          cwd=Path(__file__).parent.parent, env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)})
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def test_a_conversation_remembers_and_clear_forgets(monkeypatch, capsys):
-    out, prompts = converse(FakeEngine(), monkeypatch, capsys, "one", "", " two ", "clear", "three", "quit")
+    lines = "one", "", " two ", "clear", "three", "quit"
+    out, prompts = converse(FakeEngine(), monkeypatch, capsys, *lines)
     assert out.count("Hello 🙂!") == 3
     assert prompts == ["\1\2one\3", "\1\2one\2Hello 🙂!\2two\3", "\1\2three\3"]
 
@@ -38,11 +48,12 @@ def test_ctrl_c_ends_the_answer_only(monkeypatch, capsys):
     engine = FakeEngine(["begun", KeyboardInterrupt()])
     out, prompts = converse(engine, monkeypatch, capsys, "one", "two", "quit")
     assert out.count("begun (stopped)") == 2 and prompts[1] == "\1\2one\2begun\2two\3"
-    engine = FakeEngine([KeyboardInterrupt()])      # before the first word: the turn leaves no trace
-    assert converse(engine, monkeypatch, capsys, "one", "two", "quit")[1] == ["\1\2one\3", "\1\2two\3"]
+    engine = FakeEngine([KeyboardInterrupt()])  # before the first word: the turn leaves no trace
+    _, prompts = converse(engine, monkeypatch, capsys, "one", "two", "quit")
+    assert prompts == ["\1\2one\3", "\1\2two\3"]
 
 
-def test_a_question_that_is_too_long_is_told_and_the_conversation_goes_on(monkeypatch, capsys):
+def test_a_question_that_is_too_long_is_told_and_the_conversation_continues(monkeypatch, capsys):
     engine = FakeEngine([UserError("the prompt is too long")])
     out, prompts = converse(engine, monkeypatch, capsys, "one", "two", "quit")
     assert out.count("(the prompt is too long)") == 2 and prompts[1] == "\1\2two\3"
@@ -54,8 +65,10 @@ def test_turns_of_a_conversation_draw_differently(monkeypatch, capsys):
     assert engine.calls[0]["seed"] != engine.calls[1]["seed"]
 
 
-def test_trap_37_control_characters_do_not_reach_the_terminal(capsys):
-    chat_cli.answer(FakeEngine(["a\x1b[2J\x07", "b\n\tc\x9b"]), FakeTokenizer(), [chat_cli.question("x")])
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    """docs/traps.md: control-tokens"""
+    engine = FakeEngine(["a\x1b[2J\x07", "b\n\tc\x9b"])
+    chat_cli.answer(engine, FakeTokenizer(), [chat_cli.question("x")])
     assert capsys.readouterr().out == "a[2Jb\n\tc\n"
 
 

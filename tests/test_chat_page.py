@@ -38,8 +38,13 @@ def page(request, browser, engine, served):
     page = browser.new_page(viewport={"width": request.param[0], "height": request.param[1]})
     page.set_default_timeout(20_000)
     problems = []
+
+    def on_console(message):
+        if message.type == "error":
+            problems.append(message.text)
+
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("console", on_console)
     page.goto(served[1] + "/")
     page.problems = problems
     yield page
@@ -67,7 +72,8 @@ def test_a_conversation(page, engine):
     wait_for_end(page)
     ask(page, "second")
     wait_for_end(page)
-    assert shown(page, "user") == ["first", "second"] and shown(page, "assistant") == ["Hello 🙂!"] * 2
+    assert shown(page, "user") == ["first", "second"]
+    assert shown(page, "assistant") == ["Hello 🙂!"] * 2
     prompts = ["".join(map(chr, call["prompt"])) for call in engine.calls]
     assert prompts[1] == "\1\2first\2Hello 🙂!\2second\3"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -120,7 +126,7 @@ def test_stop_before_the_first_word_gives_the_question_back(page, engine):
     assert "".join(map(chr, engine.calls[-1]["prompt"])) == "\1\2again\3"
 
 
-def test_new_chat_forgets_and_abandons_the_answer_under_way(page, engine):
+def test_new_chat_forgets_and_abandons_the_unfinished_answer(page, engine):
     engine.gate.clear()
     ask(page, "old")
     page.get_by_role("button", name="New chat").click()

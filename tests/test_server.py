@@ -31,26 +31,36 @@ def address(served, engine):
 
 @pytest.fixture
 def client(address):
-    openai = pytest.importorskip("openai", reason="the openai package, the client of this test, is not installed")
+    reason = "the openai package, the client of this test, is not installed"
+    openai = pytest.importorskip("openai", reason=reason)
     return openai.OpenAI(base_url=address + "/v1", api_key="any", max_retries=0, timeout=30)
 
 
 def post(address, **fields):
-    return requests.post(address + "/v1/chat/completions", json={"messages": HELLO, **fields}, timeout=30,
-                         stream=fields.get("stream", False))
+    return requests.post(
+        address + "/v1/chat/completions",
+        json={"messages": HELLO, **fields},
+        timeout=30,
+        stream=fields.get("stream", False),
+    )
 
 
 def test_openai_client_whole_answer(client, engine):
     answer = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, seed=7)
     assert answer.choices[0].message.content == TEXT
     assert answer.choices[0].finish_reason == "stop"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (8, 5, 13)
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (8, 5, 13)
     assert engine.calls[0]["temperature"] == 0 and engine.calls[0]["seed"] == 7
 
 
 def test_openai_client_stream(client):
-    chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True,
-                                                 stream_options={"include_usage": True}))
+    chunks = list(client.chat.completions.create(
+        model=MODEL,
+        messages=HELLO,
+        stream=True,
+        stream_options={"include_usage": True},
+    ))
     assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == TEXT
@@ -59,10 +69,18 @@ def test_openai_client_stream(client):
 
 
 def test_openai_client_length_and_text_parts(client, engine):
-    messages = [{"role": "developer", "content": "be brief"},
-                {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
-    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=5, max_completion_tokens=2)
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello", "length")
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": parts},
+        ],
+        max_tokens=5,
+        max_completion_tokens=2,
+    )
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("Hello", "length")
     assert engine.calls[0]["prompt"] == [1, 2, *map(ord, "be brief"), 2, *map(ord, "hello"), 3]
 
 
@@ -89,38 +107,62 @@ def test_stream_on_the_wire(address):
     *[({"max_tokens": bad}, "max_tokens") for bad in (10**9, 0, -1, "5", 1.5, True, [1])],
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     *[({"temperature": bad}, "temperature") for bad in (-0.1, 2.1, "1", False)],
-    ({"top_k": 0}, "top_k"), ({"top_k": 1001}, "top_k"), ({"seed": 2**70}, "seed"), ({"seed": "1"}, "seed"),
-    ({"n": 10**6}, "n"), ({"stop": ["x"]}, "stop"), ({"tools": [{}]}, "tools"), ({"top_p": 0.5}, "top_p"),
+    *[({"top_k": bad}, "top_k") for bad in (0, 1001)],
+    *[({"seed": bad}, "seed") for bad in (2**70, "1")],
+    ({"n": 10**6}, "n"),
+    ({"stop": ["x"]}, "stop"),
+    ({"tools": [{}]}, "tools"),
+    ({"top_p": 0.5}, "top_p"),
     ({"stream": "yes"}, "stream"), ({"stream_options": []}, "stream_options"),
     *[({"messages": bad}, "messages") for bad in (
-        None, [], "hello", {}, ["hello"], [{}], [{"role": "user"}], [{"role": "tool", "content": "x"}],
-        [{"role": [], "content": "x"}], [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user", "content": ["x"]}],
-        [*HELLO, {"role": "assistant", "content": "hi"}], [{"role": "user", "content": "x" * 5000}])],
+        None,
+        [],
+        "hello",
+        {},
+        ["hello"],
+        [{}],
+        [{"role": "user"}],
+        [{"role": "tool", "content": "x"}],
+        [{"role": [], "content": "x"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "user", "content": ["x"]}],
+        [*HELLO, {"role": "assistant", "content": "hi"}],
+        [{"role": "user", "content": "x" * 5000}],
+    )],
 ])
 def test_bad_fields_are_400_in_openai_shape(address, engine, fields, param):
     response = post(address, **fields)
     error = response.json()["error"]
     assert response.status_code == 400 and set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error" and error["param"] in (param, None) and error["message"]
+    assert error["type"] == "invalid_request_error" and error["message"]
+    assert error["param"] in (param, None)
     assert engine.calls == []
 
 
 @pytest.mark.parametrize("body, status", [
-    (b"", 400), (b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b" " * 1_100_000, 413),
+    (b"", 400),
+    (b"{", 400),
+    (b"[]", 400),
+    (b"\xff", 400),
+    (b"[" * 100_000, 400),
+    (b" " * 1_100_000, 413),
     (b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}', 400),
     (b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": NaN}', 400),
     (b'{"messages": [{"role": "user", "content": "  "}]}', 400),
 ])
 def test_bad_bodies(address, body, status):
     url = address + "/v1/chat/completions"
-    response = requests.post(url, data=body, headers={"Content-Type": "application/json"}, timeout=30)
-    assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
+    headers = {"Content-Type": "application/json"}
+    response = requests.post(url, data=body, headers=headers, timeout=30)
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_body_must_be_declared_as_json(address):
     url, body = address + "/v1/chat/completions", json.dumps({"messages": HELLO})
-    assert requests.post(url, data=body, headers={"Content-Type": "text/plain"}, timeout=30).status_code == 400
+    headers = {"Content-Type": "text/plain"}
+    assert requests.post(url, data=body, headers=headers, timeout=30).status_code == 400
 
 
 def test_unknown_routes_are_404_in_openai_shape(address):
@@ -138,7 +180,10 @@ def test_absent_max_tokens_is_capped_and_the_context_is_never_exceeded(address, 
 
 
 def test_oldest_turns_are_dropped(address, engine):
-    turns = [{"role": role, "content": f"{i} " + "x" * 20} for i in range(20) for role in ("user", "assistant")]
+    turns = [
+        {"role": role, "content": f"{i} " + "x" * 20}
+        for i in range(20) for role in ("user", "assistant")
+    ]
     assert post(address, messages=[*turns, *HELLO], max_tokens=50).status_code == 200
     prompt = engine.calls[0]["prompt"]
     assert len(prompt) <= 150 and prompt[-6:] == [*map(ord, "hello"), 3]
@@ -147,7 +192,11 @@ def test_oldest_turns_are_dropped(address, engine):
 def test_requests_queue_while_health_answers(address, engine):
     engine.gate.clear()
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(post(address).json())) for _ in range(4)]
+
+    def ask():
+        answers.append(post(address).json())
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
     for _ in range(20):
@@ -160,7 +209,8 @@ def test_requests_queue_while_health_answers(address, engine):
     assert engine.most_running == 1
 
 
-def test_trap_36_a_client_that_leaves_frees_the_slot(address, engine):
+def test_a_client_that_leaves_frees_the_slot(address, engine):
+    """docs/traps.md: server-slots-and-leaks"""
     engine.pieces = ["word "] * 150
     for i in range(20):
         engine.gate.clear()
@@ -177,7 +227,8 @@ def test_trap_36_a_client_that_leaves_frees_the_slot(address, engine):
     assert engine.running == 0
 
 
-def test_trap_36_a_client_that_leaves_the_queue_is_never_served(address, engine):
+def test_a_client_that_leaves_the_queue_is_never_served(address, engine):
+    """docs/traps.md: server-slots-and-leaks"""
     engine.gate.clear()
     first = threading.Thread(target=post, args=[address])
     first.start()
@@ -210,19 +261,26 @@ def test_a_failing_model_says_so_and_the_next_request_is_served(address, engine)
     assert post(address).json()["choices"][0]["message"]["content"] == "fine"
 
 
-def test_trap_36_conversations_are_not_logged(engine, capfd, caplog):
+def test_conversations_are_not_logged(engine, capfd, caplog):
+    """docs/traps.md: server-slots-and-leaks"""
     engine.pieces = ["canary-answer"]
     with serve(engine) as address:
         for stream in (False, True):
-            response = post(address, messages=[{"role": "user", "content": "canary-question"}], stream=stream)
+            question = [{"role": "user", "content": "canary-question"}]
+            response = post(address, messages=question, stream=stream)
             assert "canary-answer" in response.text
     assert "canary" not in "".join(capfd.readouterr()) + caplog.text
 
 
-def test_trap_36_no_foreign_origin_is_allowed(address):
-    for response in (requests.options(address + "/v1/chat/completions", timeout=30,
-                                      headers={"Origin": "http://evil.test", "Access-Control-Request-Method": "POST"}),
-                     requests.get(address + "/v1/models", headers={"Origin": "http://evil.test"}, timeout=30)):
+def test_no_foreign_origin_is_allowed(address):
+    """docs/traps.md: server-slots-and-leaks"""
+    chat, models = address + "/v1/chat/completions", address + "/v1/models"
+    origin = {"Origin": "http://evil.test"}
+    preflight = {**origin, "Access-Control-Request-Method": "POST"}
+    for response in (
+        requests.options(chat, headers=preflight, timeout=30),
+        requests.get(models, headers=origin, timeout=30),
+    ):
         assert not [name for name in response.headers if name.lower().startswith("access-control")]
 
 

@@ -47,7 +47,8 @@ def test_vocabulary_counts_everything(tokenizer):
         tokenizer.encode_special("the")
 
 
-def test_trap_07_token_bytes_never_through_str(tokenizer):
+def test_token_bytes_never_through_str(tokenizer):
+    """docs/traps.md: token-byte-lengths"""
     lengths = tokenizer.token_bytes()
     assert lengths == [len(tokenizer.id_to_bytes(i)) for i in range(VOCAB_SIZE)]
     assert sorted(lengths)[: len(SPECIAL_TOKENS)] == [0] * len(SPECIAL_TOKENS)
@@ -56,7 +57,8 @@ def test_trap_07_token_bytes_never_through_str(tokenizer):
         assert sum(lengths[i] for i in tokenizer.encode(text)) == len(text.encode("utf-8"))
 
 
-def test_trap_08_one_split_pattern(tokenizer, tmp_path):
+def test_one_split_pattern(tokenizer, tmp_path):
+    """docs/traps.md: split-pattern-mismatch"""
     tokenizer.save(tmp_path)
     pattern = rustbpe.Tokenizer().get_pattern()
     assert tokenizer.pattern == Tokenizer.load(tmp_path).pattern == pattern
@@ -64,7 +66,8 @@ def test_trap_08_one_split_pattern(tokenizer, tmp_path):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("202122")] == ["20", "21", "22"]
 
 
-def test_trap_09_artifact_is_text(tokenizer, tmp_path):
+def test_artifact_is_text(tokenizer, tmp_path):
+    """docs/traps.md: pickled-tokenizer"""
     tokenizer.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([META_FILE, RANKS_FILE, HF_FILE])
     lines = (tmp_path / RANKS_FILE).read_text(encoding="ascii").splitlines()
@@ -74,7 +77,8 @@ def test_trap_09_artifact_is_text(tokenizer, tmp_path):
     assert meta["special_tokens"] == list(SPECIAL_TOKENS)
 
 
-def test_trap_05_files_are_utf8_whatever_the_locale(tokenizer, tmp_path):
+def test_files_are_utf8_whatever_the_locale(tokenizer, tmp_path):
+    """docs/traps.md: encoding-and-splitlines"""
     tokenizer.save(tmp_path)
     code = ("import sys, warnings; from pathlib import Path; from nanochat.tokenizer import Tokenizer\n"
             "warnings.simplefilter('error', EncodingWarning)\n"
@@ -171,7 +175,8 @@ def test_training_on_bad_input(texts, vocab_size, remedy):
 
 # ---------------------------------------------------------------- text
 
-def test_trap_10_round_trip_of_random_unicode_and_every_byte(tokenizer):
+def test_round_trip_of_random_unicode_and_every_byte(tokenizer):
+    """docs/traps.md: dropped-text"""
     rng = random.Random(10)
     texts = ["", "\n", "\u2028", "\x00", *(random_text(rng, rng.randrange(200)) for _ in range(200))]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
@@ -179,14 +184,16 @@ def test_trap_10_round_trip_of_random_unicode_and_every_byte(tokenizer):
     assert single == {bytes([b]) for b in range(256)}
 
 
-def test_trap_10_lone_surrogates_are_rejected(tokenizer):
+def test_lone_surrogates_are_rejected(tokenizer):
+    """docs/traps.md: dropped-text"""
     for text in ("a\ud83d", ["fine", "\udc80"]):
         with pytest.raises(UserError, match="lone surrogate"):
             tokenizer.encode(text)
 
 
-def test_trap_10_white_space_of_any_length(tokenizer):
+def test_white_space_of_any_length(tokenizer):
     """A million spaces overflow a backtracking regex engine, whose panic no `except Exception` would catch."""
+    # docs/traps.md: dropped-text
     for text in (" " * 1_000_000 + "x", "x" + "\n " * 300_000, "=" * 500_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -206,7 +213,8 @@ def hostile_text(rng):
     return "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 12))) + random_text(rng, rng.randrange(10))
 
 
-def test_trap_37_special_tokens_cannot_be_written(tokenizer):
+def test_special_tokens_cannot_be_written(tokenizer):
+    """docs/traps.md: control-tokens"""
     rng = random.Random(37)
     first_special = tokenizer.get_bos_token_id()
     for _ in range(500):
@@ -215,8 +223,9 @@ def test_trap_37_special_tokens_cannot_be_written(tokenizer):
         assert max(ids) < first_special and tokenizer.decode(ids) == text
 
 
-def test_trap_37_nor_smuggled_into_a_conversation(tokenizer):
+def test_nor_smuggled_into_a_conversation(tokenizer):
     """Whatever the texts say, the control ids of a conversation are those of its structure."""
+    # docs/traps.md: control-tokens
     rng = random.Random(38)
 
     def controls(text):
@@ -235,7 +244,8 @@ def test_trap_37_nor_smuggled_into_a_conversation(tokenizer):
 # ---------------------------------------------------------------- streams
 
 @pytest.mark.parametrize("text", ["👩‍🚀🚀 日本語 né", "a genuine \ufffd in between", ""])
-def test_trap_11_stream_never_shows_half_a_character(tokenizer, text):
+def test_stream_never_shows_half_a_character(tokenizer, text):
+    """docs/traps.md: half-characters"""
     ids = [i for b in text.encode("utf-8") for i in range(256) if tokenizer.id_to_bytes(i) == bytes([b])]
     for ids in (ids, tokenizer.encode(text)):
         stream = StreamDecoder(tokenizer)
@@ -244,7 +254,8 @@ def test_trap_11_stream_never_shows_half_a_character(tokenizer, text):
         assert all(piece.count("\ufffd") <= text.count("\ufffd") for piece in pieces)
 
 
-def test_trap_11_stream_does_not_stall(tokenizer):
+def test_stream_does_not_stall(tokenizer):
+    """docs/traps.md: half-characters"""
     stream = StreamDecoder(tokenizer)
     byte = {tokenizer.id_to_bytes(i): i for i in range(256)}
     assert stream.feed(byte[b"\xff"]) == "\ufffd"       # never part of a character: shown at once
