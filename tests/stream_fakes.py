@@ -111,8 +111,8 @@ class Handler(BaseHTTPRequestHandler):
 def play(*replies, models=("test/model-7b",)):
     """A server with `address` and `asked` ([(body, headers)]).
 
-    replies: each a Reply, a function from the question to one, or a Reply's body. Each question gets
-    the next reply; where none is left, the last one again.
+    replies: each a Reply, a function from the question to one, or a Reply's body. Each question
+    gets the next reply; where none is left, the last one again.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.replies = []

@@ -1,4 +1,5 @@
-"""Text, ids and conversations: what goes in comes out, and nothing that a user types becomes a control token."""
+"""Text, ids and conversations: what goes in comes out, and nothing that a user types becomes a
+control token."""
 import base64
 import json
 import random
@@ -11,7 +12,15 @@ from conftest import ROOT, last_json
 from test_rustbpe import random_text, stdlib_text
 
 from nanochat.common import UserError
-from nanochat.tokenizer import HF_FILE, META_FILE, RANKS_FILE, SPECIAL_TOKENS, StreamDecoder, Tokenizer, get_tokenizer
+from nanochat.tokenizer import (
+    HF_FILE,
+    META_FILE,
+    RANKS_FILE,
+    SPECIAL_TOKENS,
+    StreamDecoder,
+    Tokenizer,
+    get_tokenizer,
+)
 
 VOCAB_SIZE = 1000
 
@@ -23,7 +32,8 @@ def tokenizer():
 
 
 def assistant(*parts):
-    return {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": list(parts)}]}
+    question = {"role": "user", "content": "2+2?"}
+    return {"messages": [question, {"role": "assistant", "content": list(parts)}]}
 
 
 def part(kind, text):
@@ -47,7 +57,7 @@ def test_vocabulary_counts_everything(tokenizer):
         tokenizer.encode_special("the")
 
 
-def test_token_bytes_never_through_str(tokenizer):
+def test_token_bytes_are_never_measured_on_str(tokenizer):
     """docs/traps.md: token-byte-lengths"""
     lengths = tokenizer.token_bytes()
     assert lengths == [len(tokenizer.id_to_bytes(i)) for i in range(VOCAB_SIZE)]
@@ -57,7 +67,7 @@ def test_token_bytes_never_through_str(tokenizer):
         assert sum(lengths[i] for i in tokenizer.encode(text)) == len(text.encode("utf-8"))
 
 
-def test_one_split_pattern(tokenizer, tmp_path):
+def test_the_split_pattern_is_one_and_travels_with_the_tokenizer(tokenizer, tmp_path):
     """docs/traps.md: split-pattern-mismatch"""
     tokenizer.save(tmp_path)
     pattern = rustbpe.Tokenizer().get_pattern()
@@ -66,10 +76,11 @@ def test_one_split_pattern(tokenizer, tmp_path):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("202122")] == ["20", "21", "22"]
 
 
-def test_artifact_is_text(tokenizer, tmp_path):
+def test_the_artifact_is_text(tokenizer, tmp_path):
     """docs/traps.md: pickled-tokenizer"""
     tokenizer.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([META_FILE, RANKS_FILE, HF_FILE])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted([META_FILE, RANKS_FILE, HF_FILE])
     lines = (tmp_path / RANKS_FILE).read_text(encoding="ascii").splitlines()
     tokens = [tokenizer.id_to_bytes(i) for i in range(len(lines))]
     assert [base64.b64decode(line.split()[0]) for line in lines] == tokens
@@ -80,11 +91,22 @@ def test_artifact_is_text(tokenizer, tmp_path):
 def test_files_are_utf8_whatever_the_locale(tokenizer, tmp_path):
     """docs/traps.md: encoding-and-splitlines"""
     tokenizer.save(tmp_path)
-    code = ("import sys, warnings; from pathlib import Path; from nanochat.tokenizer import Tokenizer\n"
-            "warnings.simplefilter('error', EncodingWarning)\n"
-            "t = Tokenizer.load(Path(sys.argv[1])); t.save(Path(sys.argv[2])); print(t.fingerprint)")
-    run = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-c", code, tmp_path, tmp_path / "again"],
-                         cwd=ROOT, capture_output=True, encoding="utf-8")
+    code = (
+        "import sys, warnings\n"
+        "from pathlib import Path\n"
+        "from nanochat.tokenizer import Tokenizer\n"
+        "warnings.simplefilter('error', EncodingWarning)\n"
+        "tokenizer = Tokenizer.load(Path(sys.argv[1]))\n"
+        "tokenizer.save(Path(sys.argv[2]))\n"
+        "print(tokenizer.fingerprint)"
+    )
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    run = subprocess.run(
+        [*command, tmp_path, tmp_path / "again"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
     assert run.stdout.strip() == tokenizer.fingerprint, run.stderr
 
 
@@ -126,16 +148,23 @@ def test_hugging_face_reads_our_file_and_finds_the_same_ids(request, tmp_path, k
 def test_superbpe_needs_fewer_tokens_and_gives_all_text_back(superbpe):
     plain = Tokenizer.train_from_iterator(stdlib_text(300_000), 2000)
     texts = stdlib_text(300_000)
-    rows = superbpe.encode(texts)
-    assert [superbpe.decode(row) for row in rows] == texts
-    assert sum(map(len, rows)) < 0.95 * sum(map(len, plain.encode(texts)))
+    encoded = superbpe.encode(texts)
+    assert [superbpe.decode(ids) for ids in encoded] == texts
+    assert sum(map(len, encoded)) < 0.95 * sum(map(len, plain.encode(texts)))
 
 
 def test_a_mixed_corpus_trains_and_comes_back():
-    texts = ["Der Turm ist hoch. Die Straße auch.", "塔は高い。", "башня высокая", "برج بلند است", "def f(x): return x", "👍🏽🇨🇦"] * 20
+    texts = [
+        "Der Turm ist hoch. Die Straße auch.",
+        "塔は高い。",
+        "башня высокая",
+        "برج بلند است",
+        "def f(x): return x",
+        "👍🏽🇨🇦",
+    ] * 20
     for transition in (None, 0.5):
         tokenizer = Tokenizer.train_from_iterator(texts, 330, transition=transition)
-        assert [tokenizer.decode(row) for row in tokenizer.encode(texts)] == texts
+        assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
 
 
 def damage(name, change):
@@ -178,9 +207,11 @@ def test_training_on_bad_input(texts, vocab_size, remedy):
 def test_round_trip_of_random_unicode_and_every_byte(tokenizer):
     """docs/traps.md: dropped-text"""
     rng = random.Random(10)
-    texts = ["", "\n", "\u2028", "\x00", *(random_text(rng, rng.randrange(200)) for _ in range(200))]
+    random_texts = [random_text(rng, rng.randrange(200)) for _ in range(200)]
+    texts = ["", "\n", "\u2028", "\x00", *random_texts]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
-    single = {tokenizer.id_to_bytes(i) for i in range(VOCAB_SIZE) if tokenizer.token_bytes()[i] == 1}
+    lengths = tokenizer.token_bytes()
+    single = {tokenizer.id_to_bytes(i) for i in range(VOCAB_SIZE) if lengths[i] == 1}
     assert single == {bytes([b]) for b in range(256)}
 
 
@@ -192,8 +223,11 @@ def test_lone_surrogates_are_rejected(tokenizer):
 
 
 def test_white_space_of_any_length(tokenizer):
-    """A million spaces overflow a backtracking regex engine, whose panic no `except Exception` would catch."""
-    # docs/traps.md: dropped-text
+    """docs/traps.md: dropped-text
+
+    A million spaces overflow a backtracking regex engine, whose panic no `except Exception` would
+    catch.
+    """
     for text in (" " * 1_000_000 + "x", "x" + "\n " * 300_000, "=" * 500_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -201,16 +235,20 @@ def test_white_space_of_any_length(tokenizer):
 def test_lists_and_ids_before_and_after(tokenizer):
     bos = tokenizer.get_bos_token_id()
     one, two = tokenizer.encode("one"), tokenizer.encode("two")
-    assert tokenizer.encode(["one", "two"], num_threads=1) == tokenizer.encode(("one", "two")) == [one, two]
+    assert tokenizer.encode(["one", "two"], num_threads=1) == [one, two]
+    assert tokenizer.encode(("one", "two")) == [one, two]
     assert tokenizer.encode("one", prepend=bos) == [bos] + one
-    assert tokenizer.encode(["one", "two"], prepend=bos, append=0) == [[bos] + one + [0], [bos] + two + [0]]
+    both = tokenizer.encode(["one", "two"], prepend=bos, append=0)
+    assert both == [[bos] + one + [0], [bos] + two + [0]]
     assert tokenizer.decode([bos] + one) == "one"
 
 
 def hostile_text(rng):
     """Text with names of special tokens in it, whole, broken and run together."""
-    pieces = [*SPECIAL_TOKENS, "<|", "|>", "bos", "user_start", "\u2581", "<|endoftext|>", " ", "\n"]
-    return "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 12))) + random_text(rng, rng.randrange(10))
+    broken = ["<|", "|>", "bos", "user_start", "\u2581", "<|endoftext|>", " ", "\n"]
+    pieces = [*SPECIAL_TOKENS, *broken]
+    names = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 12)))
+    return names + random_text(rng, rng.randrange(10))
 
 
 def test_special_tokens_cannot_be_written(tokenizer):
@@ -223,9 +261,11 @@ def test_special_tokens_cannot_be_written(tokenizer):
         assert max(ids) < first_special and tokenizer.decode(ids) == text
 
 
-def test_nor_smuggled_into_a_conversation(tokenizer):
-    """Whatever the texts say, the control ids of a conversation are those of its structure."""
-    # docs/traps.md: control-tokens
+def test_special_tokens_cannot_be_smuggled_into_a_conversation(tokenizer):
+    """docs/traps.md: control-tokens
+
+    Whatever the texts say, the control ids of a conversation are those of its structure.
+    """
     rng = random.Random(38)
 
     def controls(text):
@@ -244,17 +284,18 @@ def test_nor_smuggled_into_a_conversation(tokenizer):
 # ---------------------------------------------------------------- streams
 
 @pytest.mark.parametrize("text", ["👩‍🚀🚀 日本語 né", "a genuine \ufffd in between", ""])
-def test_stream_never_shows_half_a_character(tokenizer, text):
+def test_a_stream_never_shows_half_a_character(tokenizer, text):
     """docs/traps.md: half-characters"""
-    ids = [i for b in text.encode("utf-8") for i in range(256) if tokenizer.id_to_bytes(i) == bytes([b])]
-    for ids in (ids, tokenizer.encode(text)):
+    id_of_byte = {tokenizer.id_to_bytes(i): i for i in range(256)}
+    byte_by_byte = [id_of_byte[bytes([b])] for b in text.encode("utf-8")]
+    for ids in (byte_by_byte, tokenizer.encode(text)):
         stream = StreamDecoder(tokenizer)
         pieces = [stream.feed(i) for i in ids]
         assert "".join(pieces) == text and stream.flush() == ""
         assert all(piece.count("\ufffd") <= text.count("\ufffd") for piece in pieces)
 
 
-def test_stream_does_not_stall(tokenizer):
+def test_a_stream_does_not_stall(tokenizer):
     """docs/traps.md: half-characters"""
     stream = StreamDecoder(tokenizer)
     byte = {tokenizer.id_to_bytes(i): i for i in range(256)}
@@ -267,11 +308,16 @@ def test_stream_does_not_stall(tokenizer):
 # ---------------------------------------------------------------- conversations
 
 def test_render_conversation(tokenizer):
-    conversation = assistant(part("python", "2+2"), part("python_output", "4"), part("text", "It is 4."))
+    conversation = assistant(
+        part("python", "2+2"),
+        part("python_output", "4"),
+        part("text", "It is 4."),
+    )
     conversation["messages"].insert(0, {"role": "system", "content": "Be brief."})
     ids, mask = tokenizer.render_conversation(conversation)
     expected = [
-        (0, "<|bos|><|system_start|>Be brief.<|system_end|><|user_start|>2+2?<|user_end|><|assistant_start|>"),
+        (0, "<|bos|><|system_start|>Be brief.<|system_end|>"),
+        (0, "<|user_start|>2+2?<|user_end|><|assistant_start|>"),
         (1, "<|python_start|>2+2<|python_end|>"),
         (0, "<|output_start|>4<|output_end|>"),
         (1, "It is 4.<|assistant_end|>"),
@@ -313,8 +359,13 @@ def test_parse_completion_of_what_a_model_may_write(tokenizer):
     special, text = tokenizer.encode_special, tokenizer.encode
     ids = [special("<|bos|>"), *text("a"), special("<|python_start|>"), *text("1+")]
     ids += [special("<|output_start|>"), *text("2")]
-    assert tokenizer.parse_completion(ids) == [part("text", "a"), part("python", "1+"), part("python_output", "2")]
-    assert tokenizer.parse_completion([special("<|python_start|>"), special("<|python_end|>")]) == []
+    assert tokenizer.parse_completion(ids) == [
+        part("text", "a"),
+        part("python", "1+"),
+        part("python_output", "2"),
+    ]
+    empty_call = [special("<|python_start|>"), special("<|python_end|>")]
+    assert tokenizer.parse_completion(empty_call) == []
 
 
 @pytest.mark.parametrize("conversation", [
@@ -348,7 +399,8 @@ def test_tok_train_and_tok_eval(run_module, tmp_path, monkeypatch):
     assert train.returncode == 0, train.stderr
     record = last_json(train.stdout)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    assert record["stage"] == "tok_train" and record["vocab_size"] == get_tokenizer().get_vocab_size()
+    assert record["stage"] == "tok_train"
+    assert record["vocab_size"] == get_tokenizer().get_vocab_size()
     assert 512 <= record["vocab_size"] <= 300_000 / 256  # little text, small vocabulary
 
     evaluation = run_module("scripts.tok_eval", data, base=base)
@@ -357,7 +409,8 @@ def test_tok_train_and_tok_eval(run_module, tmp_path, monkeypatch):
 
     before = get_tokenizer().fingerprint
     bad = run_module("scripts.tok_train", data, "--vocab_size=500000", base=base)
-    assert bad.returncode == 2 and "--vocab_size=" in bad.stderr and len(bad.stderr.strip().split("\n")) == 1
+    assert bad.returncode == 2 and "--vocab_size=" in bad.stderr
+    assert len(bad.stderr.strip().split("\n")) == 1
     assert get_tokenizer().fingerprint == before
 
 
@@ -367,7 +420,8 @@ def test_superbpe_from_the_command_line(run_module, tmp_path):
     for wrong in ("--transition=t90k", "--transition=1.5"):
         bad = run_module("scripts.tok_train", data, "--superbpe=1", wrong, base=base)
         assert bad.returncode == 2 and "share of the vocabulary" in bad.stderr
-    train = run_module("scripts.tok_train", data, "--superbpe=1", "--transition=t80k", "--vocab_size=1000", base=base)
+    options = "--superbpe=1", "--transition=t80k", "--vocab_size=1000"
+    train = run_module("scripts.tok_train", data, *options, base=base)
     assert train.returncode == 0, train.stderr
     evaluation = run_module("scripts.tok_eval", data, base=base)
     assert evaluation.returncode == 0, evaluation.stderr
@@ -378,14 +432,15 @@ def test_superbpe_from_the_command_line(run_module, tmp_path):
 
 def test_tok_benchmark_compares_the_same_merges_and_ids(run_module, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(stdlib_text(600_000)), encoding="utf-8")
-    run = run_module("scripts.tok_benchmark", f"--data={tmp_path / 'text.txt'}", "--vocab_size=600", "--repeats=1",
-                     base=tmp_path / "base")
+    options = f"--data={tmp_path / 'text.txt'}", "--vocab_size=600", "--repeats=1"
+    run = run_module("scripts.tok_benchmark", *options, base=tmp_path / "base")
     if run.returncode == 2 and "wheel could not be installed" in run.stderr:
         pytest.skip("the published wheel cannot be had")
     assert run.returncode == 0, run.stderr
     record = last_json(run.stdout)
     assert record["merges_identical"] and record["ids_identical"]
-    assert all(record[key] > 0 for key in ("train_ratio", "encode_ratio", "encode_two_threads_gain"))
+    ratios = "train_ratio", "encode_ratio", "encode_two_threads_gain"
+    assert all(record[ratio] > 0 for ratio in ratios)
 
 
 def test_validation_text_never_trains_the_tokenizer(run_module, tmp_path, monkeypatch):
@@ -393,7 +448,8 @@ def test_validation_text_never_trains_the_tokenizer(run_module, tmp_path, monkey
     import pyarrow.parquet as pq
     for name, word in (("a", "training"), ("b", "validation")):
         pq.write_table(pa.table({"text": [f"{word} {word}"] * 20}), tmp_path / f"{name}.parquet")
-    run = run_module("scripts.tok_train", f"--data={tmp_path}", "--vocab_size=275", base=tmp_path / "base")
+    options = f"--data={tmp_path}", "--vocab_size=275"
+    run = run_module("scripts.tok_train", *options, base=tmp_path / "base")
     assert run.returncode == 0, run.stderr
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     tokenizer = get_tokenizer()
