@@ -1,4 +1,6 @@
-"""The terminal client against hand-written streams in vLLM's documented shape (stream_fakes.vllm), and against our own server."""
+"""The terminal client against hand-written streams in vLLM's documented shape (stream_fakes.vllm),
+and against our own server."""
+
 import ast
 import contextlib
 import os
@@ -16,7 +18,12 @@ from conftest import ROOT
 from scripts import chat
 
 FILE = ROOT / "scripts" / "chat.py"
-THOUGHT = ({"reasoning_content": "They greet"}, {"reasoning_content": " me."}, {"content": "\n\nHello"}, "!")
+THOUGHT = (
+    {"reasoning_content": "They greet"},
+    {"reasoning_content": " me."},
+    {"content": "\n\nHello"},
+    "!",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,43 +47,64 @@ def terminal(monkeypatch):
     def on_a_terminal(screen):
         begin(screen)
         screen.terminal = True
+
     monkeypatch.setattr(chat.Screen, "__init__", on_a_terminal)
 
 
 @pytest.fixture
 def converse(monkeypatch, capsys):
-    """converse(server, line, ..., words=()) -> what was printed. A line is typed at the prompt, or an exception that comes there."""
+    """converse(server, line, ..., words=()) -> what was printed.
+
+    A line is typed at the prompt, or an exception that comes there.
+    """
+
     def run(server, *lines, words=()):
         type_lines(monkeypatch, lines)
         assert chat.main([f"--url={server.address}", *words]) == 0
         return capsys.readouterr().out
+
     return run
 
 
 @pytest.fixture
 def once(capsys):
     """once(server, ...) -> (status, output, errors) of one question."""
+
     def run(server, *words):
         status = chat.main([f"--url={server.address}", "--once", "hello", *words])
         return (status, *capsys.readouterr())
+
     return run
 
 
 def contents(server):
     """The conversation of each question as (role, text) pairs."""
-    return [[(message["role"], message["content"]) for message in body["messages"]] for body, _ in server.asked]
+    return [
+        [(message["role"], message["content"]) for message in body["messages"]]
+        for body, _ in server.asked
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # conversations
+
 
 def test_a_conversation_remembers_and_clear_forgets(converse):
     with play(vllm("Hel", "lo", "!")) as server:
-        out = converse(server, "one", "", " two ", "clear", "three", "quit", words=["--system=Be brief."])
+        out = converse(
+            server, "one", "", " two ", "clear", "three", "quit", words=["--system=Be brief."]
+        )
     assert out.count("model-7b: Hello!\n") == 3
     system, answer = ("system", "Be brief."), ("assistant", "Hello!")
-    assert contents(server) == [[system, ("user", "one")], [system, ("user", "one"), answer, ("user", "two")], [system, ("user", "three")]]
-    assert all(body["model"] == "test/model-7b" and body["stream"] and "max_tokens" not in body for body, _ in server.asked)
+    assert contents(server) == [
+        [system, ("user", "one")],
+        [system, ("user", "one"), answer, ("user", "two")],
+        [system, ("user", "three")],
+    ]
+    assert all(
+        body["model"] == "test/model-7b" and body["stream"] and "max_tokens" not in body
+        for body, _ in server.asked
+    )
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
@@ -89,8 +117,13 @@ def test_end_of_input_and_ctrl_c_at_the_prompt_end_the_program(converse, end):
 def test_settings_reach_the_server(once):
     with play(vllm("a"), models=None) as server:
         assert once(server, "--model=m", "--max-tokens=9", "--temperature=0", "--system=s")[0] == 0
-    assert server.asked[0][0] == {"model": "m", "stream": True, "max_tokens": 9, "temperature": 0.0,
-                                  "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]}
+    assert server.asked[0][0] == {
+        "model": "m",
+        "stream": True,
+        "max_tokens": 9,
+        "temperature": 0.0,
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}],
+    }
 
 
 def test_our_own_server_is_talked_to(converse):
@@ -102,14 +135,22 @@ def test_our_own_server_is_talked_to(converse):
         failed = converse(server, "one", "quit")
     assert out.count("nanochat-test: Hello 🙂!\n") == 2
     prompts = ["".join(map(chr, call["prompt"])) for call in engine.calls]
-    assert prompts == ["\1\2one\3", "\1\2one\2Hello 🙂!\2two\3", "\1\2one\3"] and engine.calls[0]["max_new_tokens"] == 50
+    assert (
+        prompts == ["\1\2one\3", "\1\2one\2Hello 🙂!\2two\3", "\1\2one\3"]
+        and engine.calls[0]["max_new_tokens"] == 50
+    )
     assert "(the model failed; the server's log says why)" in failed and "secret" not in failed
 
 
 def test_the_first_of_several_models_is_taken_and_none_is_an_error(once):
     with play(vllm("a"), models=("first", "second")) as server:
         status, out, err = once(server)
-        assert (status, out) == (0, "a\n") and "first" in err and "--model" in err and server.asked[0][0]["model"] == "first"
+        assert (
+            (status, out) == (0, "a\n")
+            and "first" in err
+            and "--model" in err
+            and server.asked[0][0]["model"] == "first"
+        )
     with play(vllm("a"), models=()) as server:
         status, out, err = once(server)
         assert (status, out) == (1, "") and "--model" in err and err.count("\n") == 1
@@ -125,13 +166,20 @@ def test_the_key_is_sent_and_a_missing_one_is_named(once, monkeypatch):
         assert server.asked[0][1]["Authorization"] == "Bearer secret"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # thoughts
 
-@pytest.mark.parametrize("deltas", [
-    THOUGHT, [{"reasoning": "They greet"}, {"reasoning": " me.", "content": None}, "\n\nHello", "!"],
-    ["<think>They greet me.</think>\n\nHello!"], list("<think>They greet me.</think>\n\nHello!"),
-], ids=["reasoning_content", "reasoning", "inline", "inline, letter by letter"])
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        THOUGHT,
+        [{"reasoning": "They greet"}, {"reasoning": " me.", "content": None}, "\n\nHello", "!"],
+        ["<think>They greet me.</think>\n\nHello!"],
+        list("<think>They greet me.</think>\n\nHello!"),
+    ],
+    ids=["reasoning_content", "reasoning", "inline", "inline, letter by letter"],
+)
 def test_thoughts_are_dim_and_no_part_of_the_conversation(converse, terminal, deltas):
     with play(vllm(*deltas)) as server:
         out = converse(server, "one", "two", "quit")
@@ -142,10 +190,14 @@ def test_thoughts_are_dim_and_no_part_of_the_conversation(converse, terminal, de
 def test_a_real_terminal_is_recognised():
     screen, output = pty.openpty()
     with play(vllm(*THOUGHT)) as server:
-        process = subprocess.Popen([sys.executable, str(FILE), f"--url={server.address}", "--once", "hello"], stdin=subprocess.DEVNULL, stdout=output)
+        process = subprocess.Popen(
+            [sys.executable, str(FILE), f"--url={server.address}", "--once", "hello"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
         os.close(output)
         seen = b""
-        with contextlib.suppress(OSError):      # the terminal's end, on Linux
+        with contextlib.suppress(OSError):  # the terminal's end, on Linux
             while piece := os.read(screen, 1000):
                 seen += piece
         assert process.wait(timeout=60) == 0
@@ -158,15 +210,20 @@ def test_into_a_pipe_goes_the_answer_alone(once):
         assert once(server) == (0, "Hello!\n", "")
 
 
-@pytest.mark.parametrize("text, thought, answer", [
-    ("<think>7 < 12</thin </think>\n\nIt is <b>.", "7 < 12</thin ", "It is <b>."),
-    ("\n<think>\n</think>yes", "\n", "yes"),
-    ("a <think>b", "", "a <think>b"),                       # the opening tag counts at the start alone
-    ("<think>a</think>b</think><think>c", "a", "b</think><think>c"),
-    ("<think>never ends", "never ends", ""),
-    ("<thin", "", "<thin"), ("", "", ""), ("a</thin", "", "a</thin"),
-])
-def test_trap_inline_thoughts_are_parted_wherever_the_pieces_are_cut(text, thought, answer):
+@pytest.mark.parametrize(
+    "text, thought, answer",
+    [
+        ("<think>7 < 12</thin </think>\n\nIt is <b>.", "7 < 12</thin ", "It is <b>."),
+        ("\n<think>\n</think>yes", "\n", "yes"),
+        ("a <think>b", "", "a <think>b"),  # the opening tag counts at the start alone
+        ("<think>a</think>b</think><think>c", "a", "b</think><think>c"),
+        ("<think>never ends", "never ends", ""),
+        ("<thin", "", "<thin"),
+        ("", "", ""),
+        ("a</thin", "", "a</thin"),
+    ],
+)
+def test_inline_thoughts_are_separated_wherever_the_pieces_are_cut(text, thought, answer):
     for i in range(len(text) + 1):
         for j in range(i, len(text) + 1):
             parts, shown = chat.Thoughts(), []
@@ -174,7 +231,10 @@ def test_trap_inline_thoughts_are_parted_wherever_the_pieces_are_cut(text, thoug
                 shown += parts.feed(piece)
             shown += parts.feed("", last=True)
             assert "".join(piece for dim, piece in shown if dim) == thought, (i, j)
-            assert "".join(piece for dim, piece in shown if not dim) == parts.answer == answer, (i, j)
+            assert "".join(piece for dim, piece in shown if not dim) == parts.answer == answer, (
+                i,
+                j,
+            )
 
 
 def test_thoughts_whose_opening_tag_was_in_the_prompt_are_no_part_of_the_conversation(converse):
@@ -191,19 +251,41 @@ def test_a_tag_in_the_text_is_text_where_the_server_parts_the_thoughts(once):
 def test_thoughts_that_used_up_the_tokens_leave_no_trace(converse, terminal):
     with play(vllm("<think>hm", finish="length")) as server:
         out = converse(server, "one", "two", "quit")
-    assert out.count("(cut: no more tokens were allowed)") == 2 and contents(server)[1] == [("user", "two")]
+    assert out.count("(cut: no more tokens were allowed)") == 2 and contents(server)[1] == [
+        ("user", "two")
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what reaches the terminal
 
-@pytest.mark.parametrize("escape", ["\x1b[2J", "\x1b[38;5;1m", "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\", "\x1bc", "\x1b(0", "\x1bP1$q\x1b\\", "\x07", "\r", "\x9b"])
-def test_trap_37_escapes_are_stripped_wherever_the_pieces_are_cut(escape):
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "\x1b[2J",
+        "\x1b[38;5;1m",
+        "\x1b]0;title\x07",
+        "\x1b]8;;http://x\x1b\\",
+        "\x1bc",
+        "\x1b(0",
+        "\x1bP1$q\x1b\\",
+        "\x07",
+        "\r",
+        "\x9b",
+    ],
+)
+def test_escapes_are_stripped_wherever_the_pieces_are_cut(escape):
+    # docs/traps.md: control-tokens
     text = f"a{escape}b\n\tc"
     for i in range(len(text) + 1):
         for j in range(i, len(text) + 1):
             cleaner = chat.Cleaner()
-            assert "".join(map(cleaner.feed, (text[:i], text[i:j], text[j:]))) + cleaner.feed("", last=True) == "ab\n\tc", (i, j)
+            assert (
+                "".join(map(cleaner.feed, (text[:i], text[i:j], text[j:])))
+                + cleaner.feed("", last=True)
+                == "ab\n\tc"
+            ), (i, j)
 
 
 def test_an_escape_that_never_ends_holds_nothing_back_for_ever():
@@ -213,20 +295,29 @@ def test_an_escape_that_never_ends_holds_nothing_back_for_ever():
     assert chat.Cleaner().feed("a\x1b[1", last=True) == "a1"
 
 
-def test_trap_37_nothing_that_a_server_sends_steers_the_terminal(once, terminal):
-    with play(vllm({"reasoning_content": "\x1b[2"}, {"reasoning_content": "Jhm"}, "\x1b[", "31mred")) as server:
+def test_nothing_that_a_server_sends_controls_the_terminal(once, terminal):
+    # docs/traps.md: control-tokens
+    with play(
+        vllm({"reasoning_content": "\x1b[2"}, {"reasoning_content": "Jhm"}, "\x1b[", "31mred")
+    ) as server:
         assert once(server)[1] == f"{chat.DIM}hm{chat.PLAIN}\nred\n"
-    with play(Reply({"error": {"message": "\x1b[2Jno\n\x07"}}, status=400), models=("\x1b[2Jx", "y")) as server:
+    with play(
+        Reply({"error": {"message": "\x1b[2Jno\n\x07"}}, status=400), models=("\x1b[2Jx", "y")
+    ) as server:
         _, out, err = once(server)
         assert "\x1b" not in out + err and "400: no" in err
     with play(vllm("a", finish="\x1b[2Jodd")) as server:
         assert once(server)[1] == "a (odd)\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # failures
 
-CUT = [Reply(vllm("Hel", "lo", finish=None), cut=True), Reply(vllm("Hel", "lo", finish=None)), Reply(vllm("Hel", "lo", finish=None), chunked=False)]
+CUT = [
+    Reply(vllm("Hel", "lo", finish=None), cut=True),
+    Reply(vllm("Hel", "lo", finish=None)),
+    Reply(vllm("Hel", "lo", finish=None), chunked=False),
+]
 
 
 @pytest.mark.parametrize("reply", CUT, ids=["connection lost", "no finish_reason", "closed"])
@@ -243,40 +334,75 @@ def test_a_cut_answer_leaves_no_trace_in_the_conversation(converse, waits):
     assert "Hello\n(the connection was lost)" in out and contents(server)[1] == [("user", "two")]
 
 
-@pytest.mark.parametrize("failure, wait", [
-    (Reply({"error": {"message": "busy"}}, status=503), 1), (Reply({"detail": "slow down"}, status=429, headers={"Retry-After": "7"}), 7),
-    (Reply({"error": "later"}, status=502, headers={"Retry-After": "9999"}), 60), (Reply([], cut=True), 1), (Reply(vllm(finish=None)), 1),
-])
+@pytest.mark.parametrize(
+    "failure, wait",
+    [
+        (Reply({"error": {"message": "busy"}}, status=503), 1),
+        (Reply({"detail": "slow down"}, status=429, headers={"Retry-After": "7"}), 7),
+        (Reply({"error": "later"}, status=502, headers={"Retry-After": "9999"}), 60),
+        (Reply([], cut=True), 1),
+        (Reply(vllm(finish=None)), 1),
+    ],
+)
 def test_before_the_first_token_a_passing_failure_is_tried_again(once, waits, failure, wait):
     with play(failure, failure, vllm("<think>hm</think>Hello")) as server:
         status, out, err = once(server)
-    assert (status, out) == (0, "Hello\n") and waits == [wait, wait] and err.count("trying again") == 2 and len(server.asked) == 3
+    assert (
+        (status, out) == (0, "Hello\n")
+        and waits == [wait, wait]
+        and err.count("trying again") == 2
+        and len(server.asked) == 3
+    )
 
 
 def test_after_three_tries_it_gives_up(once, waits):
     with play(Reply({"error": {"message": "busy"}}, status=503)) as server:
         status, out, err = once(server)
-    assert status == 1 and err.endswith("error: 503: busy\n") and len(server.asked) == 3 and waits == [1, 1]
+    assert (
+        status == 1
+        and err.endswith("error: 503: busy\n")
+        and len(server.asked) == 3
+        and waits == [1, 1]
+    )
 
 
-@pytest.mark.parametrize("reply, said", [
-    (Reply({"error": {"message": "the prompt is too long", "code": 400}}, status=400), "400: the prompt is too long"),
-    (Reply({"detail": [{"loc": ["body"], "msg": "bad"}]}, status=422), "422: "),
-    (Reply([b"<html>"], status=500), "500: Internal Server Error"),
-    (Reply([b'data: {"error": {"message": "out of memory"}}\n\n']), "out of memory"), (Reply([b"data: {oops\n\n"]), "not JSON"), (Reply([b"data: []\n\n"]), "[]"),
-    (Reply([b'data: {"choices": [{"delta": "x"}]}\n\n']), "not OpenAI's shape"), (Reply([b'data: {"choices": [1]}\n\n']), "not OpenAI's shape"),
-])
-def test_other_failures_are_told_at_once_and_the_conversation_goes_on(converse, once, waits, reply, said):
+@pytest.mark.parametrize(
+    "reply, said",
+    [
+        (
+            Reply({"error": {"message": "the prompt is too long", "code": 400}}, status=400),
+            "400: the prompt is too long",
+        ),
+        (Reply({"detail": [{"loc": ["body"], "msg": "bad"}]}, status=422), "422: "),
+        (Reply([b"<html>"], status=500), "500: Internal Server Error"),
+        (Reply([b'data: {"error": {"message": "out of memory"}}\n\n']), "out of memory"),
+        (Reply([b"data: {oops\n\n"]), "not JSON"),
+        (Reply([b"data: []\n\n"]), "[]"),
+        (Reply([b'data: {"choices": [{"delta": "x"}]}\n\n']), "not OpenAI's shape"),
+        (Reply([b'data: {"choices": [1]}\n\n']), "not OpenAI's shape"),
+    ],
+)
+def test_other_failures_are_told_at_once_and_the_conversation_continues(
+    converse, once, waits, reply, said
+):
     with play(reply) as server:
         status, _, err = once(server)
-        assert status == 1 and err.startswith("error: ") and said in err and waits == [] and len(server.asked) == 1
+        assert (
+            status == 1
+            and err.startswith("error: ")
+            and said in err
+            and waits == []
+            and len(server.asked) == 1
+        )
     with play(reply, vllm("Hello")) as server:
         out = converse(server, "one", "two", "quit")
         assert said in out and "Hello" in out and contents(server)[1] == [("user", "two")]
 
 
 def test_comments_and_other_lines_of_a_stream_are_ignored(once):
-    with play([b": ping\n\n", b"event: x\r\nid: 7\r\n", *vllm("a"), b"data: after the end\n\n"]) as server:
+    with play(
+        [b": ping\n\n", b"event: x\r\nid: 7\r\n", *vllm("a"), b"data: after the end\n\n"]
+    ) as server:
         assert once(server) == (0, "a\n", "")
 
 
@@ -284,22 +410,31 @@ def test_comments_and_other_lines_of_a_stream_are_ignored(once):
 def test_pieces_are_shown_when_they_come(monkeypatch, once, chunked):
     gate, show = threading.Event(), chat.Screen.show
 
-    def show_and_go_on(screen, thought, text):
+    def show_and_continue(screen, thought, text):
         show(screen, thought, text)
         if text:
-            gate.set()      # the server waits for this before it goes on
-    monkeypatch.setattr(chat.Screen, "show", show_and_go_on)
+            gate.set()  # the server waits for this before it sends more
+
+    monkeypatch.setattr(chat.Screen, "show", show_and_continue)
     first, *rest = vllm("a", finish=None)[1:] + vllm("b")[1:]
     with play(Reply([first, gate, *rest], chunked=chunked)) as server:
         assert once(server) == (0, "ab\n", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # as its user runs it
 
+
 def start(server, *words, **environment):
-    return subprocess.Popen([sys.executable, str(FILE), f"--url={server.address}", *words], text=True, encoding="utf-8", stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment})
+    return subprocess.Popen(
+        [sys.executable, str(FILE), f"--url={server.address}", *words],
+        text=True,
+        encoding="utf-8",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
 
 
 def read_until(process, text):
@@ -352,11 +487,26 @@ def test_it_runs_from_anywhere_without_torch_and_the_rest_of_the_repository(tmp_
     for name in ("torch", "numpy", "nanochat", "fastapi", "tiktoken"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')", encoding="utf-8")
     with play(vllm("Grüße")) as server:
-        process = subprocess.run([sys.executable, str(FILE), f"--url={server.address}", "--once", "hello"], capture_output=True, text=True,
-                                 encoding="utf-8", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        process = subprocess.run(
+            [sys.executable, str(FILE), f"--url={server.address}", "--once", "hello"],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
     assert (process.returncode, process.stdout, process.stderr) == (0, "Grüße\n", "")
-    names = {alias.name for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8"))) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)}
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    names |= {
+        node.module
+        for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+    }
     assert names <= sys.stdlib_module_names | {"requests"}
 
 
@@ -367,16 +517,27 @@ def test_half_a_character_does_not_end_the_program():
     assert (process.returncode, out, err) == (0, "a?b\n", "")
 
 
-@pytest.mark.parametrize("words, hint", [
-    (["--url=localhost:8000"], "http://"), (["--url=http://"], "http://"), (["--url=http://a b"], "http://"), (["--once", " "], "--once"),
-    (["--promt=x"], "--promt"), (["--max_tokens=many"], "max_tokens"), (["--max_tokens=0"], "max_tokens"), (["--temperature=nan"], "temperature"),
-    (["--temperature=-1"], "temperature"),
-])
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (["--url=localhost:8000"], "http://"),
+        (["--url=http://"], "http://"),
+        (["--url=http://a b"], "http://"),
+        (["--once", " "], "--once"),
+        (["--promt=x"], "--promt"),
+        (["--max_tokens=many"], "max_tokens"),
+        (["--max_tokens=0"], "max_tokens"),
+        (["--temperature=nan"], "temperature"),
+        (["--temperature=-1"], "temperature"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(words, hint, capsys):
     with pytest.raises(SystemExit) as end:
         chat.main(words)
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith("error: ") and hint in err and err.count("\n") == 1
+    assert (
+        end.value.code == 2 and err.startswith("error: ") and hint in err and err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("key", ["k€", "k\r", "two words"])
@@ -384,7 +545,9 @@ def test_a_key_that_no_header_can_carry_is_named(monkeypatch, capsys, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(SystemExit) as end:
         chat.main([])
-    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: OPENAI_API_KEY must be")
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(
+        "error: OPENAI_API_KEY must be"
+    )
 
 
 def test_a_reader_that_has_gone_is_no_traceback():
@@ -400,4 +563,9 @@ def test_a_server_that_is_not_there_is_one_line_and_status_1(once, waits):
     with play(vllm("a")) as server:
         pass
     status, out, err = once(server)
-    assert (status, out) == (1, "") and err.startswith("error: no answer") and "--url" in err and err.count("\n") == 1
+    assert (
+        (status, out) == (1, "")
+        and err.startswith("error: no answer")
+        and "--url" in err
+        and err.count("\n") == 1
+    )

@@ -44,9 +44,11 @@ def test_settings_in_every_spelling(script, tmp_path):
     config = tmp_path / "mine.py"
     config.write_text('"""Mine."""\ndepth = 6   # because\nrate = 2\n', encoding="utf-8")
     assert settings_of(script) == {"depth": None, "rate": 0.5, "name": "x", "fast": False}
-    assert settings_of(script, "--depth=4", "--rate", "1", "--fast") == {"depth": 4, "rate": 1.0, "name": "x", "fast": True}
+    changed = {"depth": 4, "rate": 1.0, "name": "x", "fast": True}
+    assert settings_of(script, "--depth=4", "--rate", "1", "--fast") == changed
     assert settings_of(script, "--", str(config), "--depth=3", "--name=7")["depth"] == 3
-    assert settings_of(script, str(config))["rate"] == 2.0 and settings_of(script, "--name=7")["name"] == "7"
+    assert settings_of(script, str(config))["rate"] == 2.0
+    assert settings_of(script, "--name=7")["name"] == "7"
     assert settings_of(script, "-d", "4", aliases={"d": "depth"})["depth"] == 4
     assert settings_of(script, "--depth=4", "--depth=None")["depth"] is None
     assert settings_of(script, "--fast=0", "--fast=1")["fast"] is True
@@ -54,17 +56,42 @@ def test_settings_in_every_spelling(script, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["--dpth=4"], "unknown setting --dpth; did you mean --depth?"),
-    (["--CONSTANT=4"], "unknown setting"), (["--later=4"], "unknown setting"),
-    (["--depth=four"], "--depth takes int, not 'four'"), (["--depth=1.5"], "--depth takes int"), (["--rate=True"], "--rate takes float"),
-    (["--depth"], "--depth needs a value"), (["--rate=None"], "--rate takes float, not None"), (["none.py"], "'none.py' does not exist"),
+    (["--CONSTANT=4"], "unknown setting"),
+    (["--later=4"], "unknown setting"),
+    (["--depth=four"], "--depth takes int, not 'four'"),
+    (["--depth=1.5"], "--depth takes int"),
+    (["--rate=True"], "--rate takes float"),
+    (["--depth"], "--depth needs a value"),
+    (["--rate=None"], "--rate takes float, not None"),
+    (["none.py"], "'none.py' does not exist"),
 ])
 def test_bad_settings(script, words, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         settings_of(script, *words)
 
 
+def test_help_says_what_a_none_becomes_on_this_machine(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        settings_of(
+            script,
+            "--rate=2",
+            "--help",
+            defaults_here=lambda settings: {"depth": 10 * settings["rate"], "name": "unused"},
+        )
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert "--depth=None           int   layers (here: 20.0)" in lines[-4].strip()
+    assert lines[-2].endswith("a name"), "a setting that is given needs no other value"
+
+
 def run_code(code):
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 @pytest.mark.parametrize("error, status, line", [
@@ -73,7 +100,8 @@ def run_code(code):
     ("KeyboardInterrupt()", 130, "error: interrupted\n"),
 ])
 def test_errors_end_with_one_line_and_their_status(error, status, line):
-    done = run_code(f"from nanochat.common import *\nfrom nanochat.common import UserError\ninstall_error_hook()\nraise {error}")
+    done = run_code("from nanochat.common import UserError, install_error_hook\n"
+                    f"install_error_hook()\nraise {error}")
     assert (done.returncode, done.stderr) == (status, line)
 
 
@@ -90,7 +118,10 @@ def test_an_atomic_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
             file.write(b"half")
             raise RuntimeError
     assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["file"]
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+
+    def fail(handle):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError):
         atomic_write(path, "new")
     assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["file"]

@@ -1,5 +1,8 @@
-"""The report card, from records and logs made here: what it shows and leaves out, and that it holds no live markup."""
+"""The report card, from records and logs made here: what it shows, what it has no section for, and
+that it holds no live markup."""
+
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -22,36 +25,79 @@ def training(base, stage, **fields):
     """The record of a training stage, with a log of ten steps beside its checkpoint."""
     folder = base / stage
     folder.mkdir(parents=True, exist_ok=True)
-    log = [{"step": s, "tokens": 100 * s, "loss": 5 - s / 4, "lr": 0.01, "seconds": s} for s in range(1, 11)]
+    log = [
+        {"step": s, "tokens": 100 * s, "loss": 5 - s / 4, "lr": 0.01, "seconds": s}
+        for s in range(1, 11)
+    ]
     log.insert(5, {"step": 5, "val_bpb": 2.5})
     log.insert(6, {"step": 5, "samples": [{"prompt": "def f(", "text": EVIL}]})
     log.append({"step": 10, "samples": [{"prompt": "def f(", "text": "x): return 1"}]})
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
-    return record(stage, steps=10, tokens=1_500_000, tokens_per_second=1234.5, flops_per_second=2e11,
-                  matmul_flops_per_second=8e11, val_bpb=1.2345, checkpoint=str(folder), parameters=4_200_000,
-                  config={"n_layer": 4}, **fields)
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in log), encoding="utf-8"
+    )
+    return record(
+        stage,
+        steps=10,
+        tokens=1_500_000,
+        tokens_per_second=1234.5,
+        flops_per_second=2e11,
+        matmul_flops_per_second=8e11,
+        val_bpb=1.2345,
+        checkpoint=str(folder),
+        parameters=4_200_000,
+        config={"n_layer": 4},
+        **fields,
+    )
 
 
 def write(base, rows):
-    (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (base / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @pytest.fixture
 def whole_run(base_dir):
-    write(base_dir, [
-        record("tok_train", vocab_size=4096, bytes_per_token=3.5), training(base_dir, "base_train"),
-        training(base_dir, "chat_sft"),
-        record("chat_eval", accuracy={"arithmetic": 0.99, "spelling": 0.9, "pydoc": 0.6, "identity": 1.0},
-               items={"arithmetic": 200, "spelling": 200, "pydoc": 200, "identity": 200}, chance={"pydoc": 0.25})])
+    write(
+        base_dir,
+        [
+            record("tok_train", vocab_size=4096, bytes_per_token=3.5),
+            training(base_dir, "base_train"),
+            training(base_dir, "chat_sft"),
+            record(
+                "chat_eval",
+                accuracy={"arithmetic": 0.99, "spelling": 0.9, "pydoc": 0.6, "identity": 1.0},
+                items={"arithmetic": 200, "spelling": 200, "pydoc": 200, "identity": 200},
+                chance={"pydoc": 0.25},
+            ),
+        ],
+    )
     return base_dir
 
 
 def test_report_shows_what_the_run_did(whole_run):
     report.write_report(whole_run, total=125)
     text = (whole_run / "report.md").read_text(encoding="utf-8")
-    for expected in ("A Test CPU", "4.2 M", "1.234", "1.23 k", "200 GFLOP/s", "25.0 %", "2 min 5 s", "def f(",
-                     "x): return 1", "base_train, step 5", "4096", "3.50 bytes", "5.25 MB", "float32", "n_layer",
-                     "electricity", "assumption", "fluent guesses"):
+    for expected in (
+        "A Test CPU",
+        "4.2 M",
+        "1.234",
+        "1.23 k",
+        "200 GFLOP/s",
+        "25.0 %",
+        "2 min 5 s",
+        "def f(",
+        "x): return 1",
+        "base_train, step 5",
+        "4096",
+        "3.50 bytes",
+        "5.25 MB",
+        "float32",
+        "n_layer",
+        "electricity",
+        "assumption",
+        "fluent guesses",
+    ):
         assert expected in text, expected
     assert re.search(r"\| pydoc \| 60\.0 % \| 53\.1 to 66\.5 % \| 25\.0 % \| 200 \|", text)
     for name in re.findall(r"\]\((\w+\.png)\)", text):
@@ -80,7 +126,11 @@ def test_html_is_self_contained_and_samples_are_only_text(whole_run):
 def test_markdown_samples_are_code(whole_run):
     report.write_report(whole_run)
     lines = (whole_run / "report.md").read_text(encoding="utf-8").split("\n")
-    assert "    " + EVIL.split("\n")[0] in lines and "    # heading" in lines and "# heading" not in lines
+    assert (
+        "    " + EVIL.split("\n")[0] in lines
+        and "    # heading" in lines
+        and "# heading" not in lines
+    )
 
 
 def test_table_cells_cannot_break_the_table():
@@ -103,27 +153,53 @@ def test_nothing_to_report_names_the_remedy(base_dir):
 
 
 def test_last_record_of_each_stage_since_the_start_counts():
-    rows = [record("mid_train"), {"stage": "start"}, record("base_train", seconds=1), record("chat_sft"),
-            record("base_train", seconds=2), record("report")]
+    rows = [
+        record("mid_train"),
+        {"stage": "start"},
+        record("base_train", seconds=1),
+        record("chat_sft"),
+        record("base_train", seconds=2),
+        record("report"),
+    ]
     stages = report.last_run(rows)
     assert list(stages) == ["chat_sft", "base_train"] and stages["base_train"]["seconds"] == 2
 
 
 def test_log_of_a_resumed_run_counts_every_step_once(tmp_path):
-    steps = [1, 2, 3, 3, 4, 5, 4, 5, 6]    # two rows of step 3; saved after it, stopped in 5, resumed with 4
+    steps = [
+        1,
+        2,
+        3,
+        3,
+        4,
+        5,
+        4,
+        5,
+        6,
+    ]  # two rows of step 3; saved after it, stopped in 5, resumed with 4
     lines = [json.dumps({"step": step, "loss": i}) for i, step in enumerate(steps)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 7, "lo', encoding="utf-8")
     rows = report.training_log({"checkpoint": str(tmp_path)})
-    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0), (2, 1), (3, 2), (3, 3), (4, 6), (5, 7), (6, 8)]
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (1, 0),
+        (2, 1),
+        (3, 2),
+        (3, 3),
+        (4, 6),
+        (5, 7),
+        (6, 8),
+    ]
 
 
-def test_trap_05_line_separators_inside_strings_do_not_split_records(tmp_path):
+def test_line_separators_inside_strings_do_not_split_records(tmp_path):
+    # docs/traps.md: encoding-and-splitlines
     line = json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False)
     (tmp_path / "x.jsonl").write_text(line + "\n", encoding="utf-8")
     assert report.read_jsonl(tmp_path / "x.jsonl") == [{"text": "a\u2028b\x85c"}]
 
 
-def test_trap_24_unknown_rates_say_unknown(base_dir):
+def test_unknown_throughputs_say_unknown(base_dir):
+    # docs/traps.md: wrong-throughput
     row = training(base_dir, "base_train")
     del row["matmul_flops_per_second"], row["tokens_per_second"]
     write(base_dir, [row])
@@ -133,9 +209,17 @@ def test_trap_24_unknown_rates_say_unknown(base_dir):
     assert line.count("unknown") == 2
 
 
-@pytest.mark.parametrize("number, unit, expected", [
-    (0, "", "0"), (999, "", "999"), (1234567, "", "1.23 M"), (3.1e11, "FLOP/s", "310 GFLOP/s"), (15123, "", "15.1 k"),
-    (None, "", "unknown")])
+@pytest.mark.parametrize(
+    "number, unit, expected",
+    [
+        (0, "", "0"),
+        (999, "", "999"),
+        (1234567, "", "1.23 M"),
+        (3.1e11, "FLOP/s", "310 GFLOP/s"),
+        (15123, "", "15.1 k"),
+        (None, "", "unknown"),
+    ],
+)
 def test_si(number, unit, expected):
     assert report.si(number, unit) == expected
 
@@ -158,3 +242,26 @@ def test_commands(whole_run, run_module):
     row = last_json(done.stdout)
     assert row["stage"] == "speedrun" and row["seconds"] == 900 and row["val_bpb"] == 1.2345
     assert row["accuracy"] == {"arithmetic": 0.99, "spelling": 0.9, "pydoc": 0.6, "identity": 1.0}
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "inline"])
+def test_a_notebooks_plotting_backend_does_not_matter(whole_run, run_module, backend):
+    done = run_module("nanochat.report", base=whole_run, MPLBACKEND=backend)
+    assert done.returncode == 0, done.stderr
+    assert (whole_run / "report_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_report_is_written_and_says_how_to_get_plots(
+    whole_run, run_module, tmp_path
+):
+    broken = tmp_path / "packages" / "matplotlib"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('not here')", encoding="utf-8")
+    path = f"{broken.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = run_module("nanochat.report", base=whole_run, PYTHONPATH=path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert last_json(done.stdout)["report"] == str(whole_run / "report.md")
+    text = (whole_run / "report.md").read_text(encoding="utf-8")
+    assert "pip install matplotlib" in text and ".png" not in text and "## Accuracy" in text
+    page = (whole_run / "report.html").read_text(encoding="utf-8")
+    assert "pip install matplotlib" in page and "<img" not in page

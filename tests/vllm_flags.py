@@ -1,36 +1,39 @@
-"""The flags of `vllm serve` that this repository prints, as data, and a check of a command against them.
+"""The flags of `vllm serve` that this repository prints, as data, and a check of a command.
 
-The versions are those between which we rely on a flag: outside them it is gone, or we do not know. The table is written
-from vLLM's documentation; no engine runs here.
+The versions are those between which we rely on a flag: outside them it is gone, or we do not know.
+The table is written from vLLM's documentation; no engine runs here.
 """
 import json
 import re
 
 SWITCH = object()
 BYTES = 128 * 10**9   # of a DGX Spark
-#    name                          type    range or choices                          first      last
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+QUANTIZATIONS = ("fp8", "awq", "awq_marlin", "gptq")
+#    name                          type    range or choices                first    last
 FLAGS = [
-    ("--allowed-origins",          json,   list,                                     (0, 3),    None),
-    ("--block-size",               int,    (1, 8, 16, 32, 64, 128),                  (0, 11),   (0, 11)),
-    ("--dtype",                    str,    ("auto", "half", "float16", "bfloat16", "float", "float32"), (0, 3), None),
-    ("--enable-chunked-prefill",   SWITCH, None,                                     (0, 4),    None),
-    ("--enable-prefix-caching",    SWITCH, None,                                     (0, 3),    None),
-    ("--gpu-memory-utilization",   float,  range(0, 1),                              (0, 3),    None),
-    ("--hf-overrides",             json,   dict,                                     (0, 7),    None),
-    ("--host",                     str,    r"[0-9.]+|localhost",                     (0, 3),    None),
-    ("--kv-cache-memory-bytes",    int,    range(2**30, BYTES),                      (0, 11),   None),
-    ("--max-model-len",            int,    range(1, 163841),                         (0, 3),    None),
-    ("--max-num-batched-tokens",   int,    range(1, 2**20),                          (0, 3),    None),
-    ("--max-num-seqs",             int,    range(1, 4097),                           (0, 3),    None),
-    ("--no-enable-prefix-caching", SWITCH, None,                                     (0, 9),    None),
-    ("--port",                     int,    range(1, 65536),                          (0, 3),    None),
-    ("--quantization",             str,    ("fp8", "awq", "awq_marlin", "gptq"),     (0, 6),    None),
-    ("--reasoning-parser",         str,    ("deepseek_r1", "qwen3"),                 (0, 9),    None),
-    ("--revision",                 str,    r"[0-9A-Za-z._/-]+",                      (0, 3),    None),
-    ("--rope-scaling",             json,   dict,                                     (0, 3),    (0, 10)),   # 0.11.0 has it, 0.11.2 not
-    ("--swap-space",               float,  range(0, 256),                            (0, 3),    (0, 17)),
-    ("--tensor-parallel-size",     int,    (1, 2, 4, 8, 16),                         (0, 3),    None),
-    ("--trust-remote-code",        SWITCH, None,                                     (0, 3),    None),
+    ("--allowed-origins",          json,   list,                           (0, 3),  None),
+    ("--block-size",               int,    (1, 8, 16, 32, 64, 128),        (0, 11), (0, 11)),
+    ("--dtype",                    str,    DTYPES,                         (0, 3),  None),
+    ("--enable-chunked-prefill",   SWITCH, None,                           (0, 4),  None),
+    ("--enable-prefix-caching",    SWITCH, None,                           (0, 3),  None),
+    ("--gpu-memory-utilization",   float,  range(0, 1),                    (0, 3),  None),
+    ("--hf-overrides",             json,   dict,                           (0, 7),  None),
+    ("--host",                     str,    r"[0-9.]+|localhost",           (0, 3),  None),
+    ("--kv-cache-memory-bytes",    int,    range(2**30, BYTES),            (0, 11), None),
+    ("--max-model-len",            int,    range(1, 163841),               (0, 3),  None),
+    ("--max-num-batched-tokens",   int,    range(1, 2**20),                (0, 3),  None),
+    ("--max-num-seqs",             int,    range(1, 4097),                 (0, 3),  None),
+    ("--no-enable-prefix-caching", SWITCH, None,                           (0, 9),  None),
+    ("--port",                     int,    range(1, 65536),                (0, 3),  None),
+    ("--quantization",             str,    QUANTIZATIONS,                  (0, 6),   None),
+    ("--reasoning-parser",         str,    ("deepseek_r1", "qwen3"),       (0, 9),  None),
+    ("--revision",                 str,    r"[0-9A-Za-z._/-]+",            (0, 3),  None),
+    # 0.11.0 has it, 0.11.2 does not.
+    ("--rope-scaling",             json,   dict,                           (0, 3),  (0, 10)),
+    ("--swap-space",               float,  range(0, 256),                  (0, 3),  (0, 17)),
+    ("--tensor-parallel-size",     int,    (1, 2, 4, 8, 16),               (0, 3),  None),
+    ("--trust-remote-code",        SWITCH, None,                           (0, 3),  None),
 ]
 TABLE = {name: row for name, *row in FLAGS}
 
@@ -53,8 +56,12 @@ def value_problem(kind, allowed, text):
 
 
 def problems(words, version):
-    """What is wrong with the command ["vllm", "serve", model, flags...] in the vLLM of `version`, (0, 11): a list of lines."""
-    found, seen = [], set()
+    """What is wrong with a command in the vLLM of `version`: a list of lines.
+
+    words: ["vllm", "serve", model, flags...]. version: (0, 11).
+    """
+    found = []
+    seen = set()
     if words[:2] != ["vllm", "serve"] or len(words) < 3 or words[2].startswith("-"):
         return [f"not `vllm serve MODEL`: {words[:3]}"]
     words = words[3:]
