@@ -3,7 +3,7 @@
 One bad batch, one flipped bit or a learning rate slightly too high ends in NaN, and NaN spreads:
 once it is in a weight or in Adam's running averages it never leaves. The guard therefore judges
 loss and gradient norm after the reduction over ranks and before the update. All ranks hold the same
-two numbers (a NaN on one rank makes the sum over all ranks NaN), so all ranks reach the same
+two numbers (a NaN on one rank makes the sum over all ranks NaN), so all ranks come to the same
 verdict without another collective. The guard never replaces a value: a batch counts whole or not at
 all, and a run that skipped a batch equals a run that never saw it.
 
