@@ -138,7 +138,7 @@ if [ ${#extra[@]} -gt 0 ] && [ "$verb" != start ]; then
     refuse "words after -- go to 'vllm serve', so they belong to start"
 fi
 
-# whole NAME LEAST MOST: refuses the setting unless it is a whole number between the two.
+# whole NAME MIN MAX: refuses the setting unless it is a whole number in this range.
 whole() {
     local value="${!1}"
     if ! [[ "$value" =~ ^[1-9][0-9]{0,8}$|^0$ ]] ||

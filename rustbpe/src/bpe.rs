@@ -68,7 +68,10 @@ where
 ///
 /// Frequent pieces are counted in a small table in the processor's cache, where another piece may push them out to the
 /// large one.
-fn count_share<'t, T: AsRef<str>>(texts: &'t [T], splitter: &Splitter) -> Result<FxHashMap<&'t [u8], u64>, String> {
+fn count_share<'t, T: AsRef<str>>(
+    texts: &'t [T],
+    splitter: &Splitter,
+) -> Result<FxHashMap<&'t [u8], u64>, String> {
     const BITS: u32 = 14;
     let mut table: FxHashMap<&[u8], u64> = FxHashMap::default();
     let mut recent: Vec<(u128, &[u8], u64)> = vec![(0, &[], 0); 1 << BITS];
@@ -125,7 +128,8 @@ impl Pieces {
     /// Pieces of the tokens that `encoder` has, whatever its split; long ones are cut.
     pub fn of_tokens(counts: &Counts, encoder: &Encoder) -> Self {
         let each: Vec<(&Box<[u8]>, &u64)> = counts.iter().collect();
-        let encoded: Vec<Vec<u32>> = each.par_iter().map(|(piece, _)| encoder.merge_all(piece)).collect();
+        let encoded: Vec<Vec<u32>> =
+            each.par_iter().map(|(piece, _)| encoder.merge_all(piece)).collect();
         let mut pieces = Pieces::default();
         for (ids, (_, &count)) in encoded.iter().zip(each) {
             for part in ids.chunks(LONGEST) {
@@ -206,7 +210,8 @@ pub fn train<E>(
             pairs.entry((w[0], w[1])).or_default().add(i as u32, pieces.count[i]);
         }
     }
-    let mut heap: BinaryHeap<(i64, Reverse<Pair>)> = pairs.iter().map(|(&p, n)| (n.count, Reverse(p))).collect();
+    let mut heap: BinaryHeap<(i64, Reverse<Pair>)> =
+        pairs.iter().map(|(&p, n)| (n.count, Reverse(p))).collect();
 
     let first = tokens.len();
     while tokens.len() < vocab_size {
@@ -244,7 +249,11 @@ pub fn train<E>(
         }
         came.sort_unstable();
         came.dedup();
-        heap.extend(came.into_iter().map(|p| (pairs.get(&p).map_or(0, |n| n.count), Reverse(p))).filter(|c| c.0 > 0));
+        heap.extend(
+            came.into_iter()
+                .map(|p| (pairs.get(&p).map_or(0, |n| n.count), Reverse(p)))
+                .filter(|c| c.0 > 0),
+        );
     }
     Ok(())
 }
@@ -252,5 +261,6 @@ pub fn train<E>(
 /// What SuperBPE lets a token be: at most four words, and nothing across ": ", which separates a question's
 /// "Answer:" from the answer.
 pub fn superword(token: &[u8]) -> bool {
-    token.split(|&b| b == b' ').filter(|word| !word.is_empty()).count() <= 4 && !token.windows(2).any(|w| w == b": ")
+    token.split(|&b| b == b' ').filter(|word| !word.is_empty()).count() <= 4
+        && !token.windows(2).any(|w| w == b": ")
 }

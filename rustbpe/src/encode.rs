@@ -54,13 +54,17 @@ impl Encoder {
         }
         let mut id_of_byte = [0; 256];
         for byte in 0..=255u8 {
-            let Some(&id) = id_of_token.get(&[byte][..]) else { return Err(format!("no token for the byte {byte}")) };
+            let Some(&id) = id_of_token.get(&[byte][..]) else {
+                return Err(format!("no token for the byte {byte}"));
+            };
             id_of_byte[byte as usize] = id;
         }
         let mut pairs = FxHashMap::default();
         for (token, &id) in &id_of_token {
             for cut in 1..token.len() {
-                if let (Some(&a), Some(&b)) = (id_of_token.get(&token[..cut]), id_of_token.get(&token[cut..])) {
+                if let (Some(&a), Some(&b)) =
+                    (id_of_token.get(&token[..cut]), id_of_token.get(&token[cut..]))
+                {
                     pairs.insert(key(a, b), id);
                 }
             }

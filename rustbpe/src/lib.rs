@@ -55,7 +55,9 @@ impl Tokenizer {
         pattern: Option<String>,
     ) -> PyResult<()> {
         if vocab_size < 256 {
-            return Err(PyValueError::new_err(format!("vocab_size is {vocab_size}, the bytes alone are 256")));
+            return Err(PyValueError::new_err(format!(
+                "vocab_size is {vocab_size}, the bytes alone are 256"
+            )));
         }
         let pattern = pattern.unwrap_or_else(|| split::WORDS.to_string());
         let counts = count(py, iterator, &splitter(&pattern)?)?;
@@ -70,7 +72,12 @@ impl Tokenizer {
     }
 
     /// SuperBPE's second stage: goes on from this vocabulary to `vocab_size`, with tokens of several words.
-    fn train_superwords(&mut self, py: Python<'_>, iterator: &Bound<'_, PyAny>, vocab_size: usize) -> PyResult<()> {
+    fn train_superwords(
+        &mut self,
+        py: Python<'_>,
+        iterator: &Bound<'_, PyAny>,
+        vocab_size: usize,
+    ) -> PyResult<()> {
         let mut tokens = self.tokens.clone();
         let counts = count(py, iterator, &splitter(split::SUPERWORDS)?)?;
         let encoder = self.encoder()?;
@@ -110,7 +117,9 @@ impl Tokenizer {
         prepend: Option<u32>,
     ) -> PyResult<(Bound<'py, PyBytes>, Vec<usize>)> {
         let encoder = self.encoder()?;
-        let rows = py.detach(|| encode_rows(encoder, &texts, threads, prepend)).map_err(PyValueError::new_err)?;
+        let rows = py
+            .detach(|| encode_rows(encoder, &texts, threads, prepend))
+            .map_err(PyValueError::new_err)?;
         let total: usize = rows.iter().map(Vec::len).sum();
         let ids = PyBytes::new_with(py, 4 * total, |buffer| {
             for (bytes, id) in buffer.chunks_exact_mut(4).zip(rows.iter().flatten()) {
@@ -127,7 +136,8 @@ impl Tokenizer {
     fn split(text: &str, pattern: &str, by_hand: bool) -> PyResult<Vec<String>> {
         let splitter = if by_hand { Splitter::new(pattern) } else { Splitter::by_regex(pattern) };
         let mut pieces = vec![];
-        let done = splitter.and_then(|s| s.for_each(text, |piece| pieces.push(text[piece].to_string())));
+        let done =
+            splitter.and_then(|s| s.for_each(text, |piece| pieces.push(text[piece].to_string())));
         done.map(|()| pieces).map_err(PyValueError::new_err)
     }
 }
@@ -140,7 +150,11 @@ impl Tokenizer {
     }
 
     fn encoder(&self) -> PyResult<&encode::Encoder> {
-        let untrained = || PyValueError::new_err("the tokenizer has not been trained: call train_from_iterator first");
+        let untrained = || {
+            PyValueError::new_err(
+                "the tokenizer has not been trained: call train_from_iterator first",
+            )
+        };
         self.encoder.as_ref().ok_or_else(untrained)
     }
 }
@@ -169,17 +183,22 @@ fn count(py: Python<'_>, texts: &Bound<'_, PyAny>, splitter: &Splitter) -> PyRes
     let (mut batch, mut bytes, mut total): (Vec<PyBackedStr>, usize, usize) = (vec![], 0, 0);
     let mut progress = Progress::new();
     loop {
-        let text = texts.next().map(|text| text?.extract::<PyBackedStr>().map_err(PyErr::from)).transpose()?;
+        let text = texts
+            .next()
+            .map(|text| text?.extract::<PyBackedStr>().map_err(PyErr::from))
+            .transpose()?;
         let last = text.is_none();
         if let Some(text) = text {
             bytes += text.len();
             batch.push(text);
         }
         if last || bytes >= BATCH_BYTES {
-            py.detach(|| bpe::count_pieces(&batch, splitter, &mut counts)).map_err(PyValueError::new_err)?;
+            py.detach(|| bpe::count_pieces(&batch, splitter, &mut counts))
+                .map_err(PyValueError::new_err)?;
             py.check_signals()?;
             total += bytes;
-            progress.say(|| format!("{} MB counted, {} different pieces", total >> 20, counts.len()));
+            progress
+                .say(|| format!("{} MB counted, {} different pieces", total >> 20, counts.len()));
             batch.clear();
             bytes = 0;
         }
@@ -210,7 +229,11 @@ fn encode_rows(
     let parts: Vec<_> = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads.min(texts.len())).map(|_| scope.spawn(work)).collect();
         let mine = work();
-        others.into_iter().map(|thread| thread.join().expect("encoding does not panic")).chain([mine]).collect()
+        others
+            .into_iter()
+            .map(|thread| thread.join().expect("encoding does not panic"))
+            .chain([mine])
+            .collect()
     });
     let mut rows = vec![vec![]; texts.len()];
     for part in parts {

@@ -45,7 +45,8 @@ impl Splitter {
     }
 
     pub fn by_regex(pattern: &str) -> Result<Self, String> {
-        let regex = Regex::new(pattern).map_err(|e| format!("the split pattern is not valid: {e}"))?;
+        let regex =
+            Regex::new(pattern).map_err(|e| format!("the split pattern is not valid: {e}"))?;
         Ok(Splitter::Regex(Box::new(regex)))
     }
 
@@ -66,7 +67,11 @@ impl Splitter {
 }
 
 #[inline(always)]
-fn scan<'t>(text: &'t str, end: impl Fn(Text<'t>, usize) -> usize, mut f: impl FnMut(Range<usize>)) {
+fn scan<'t>(
+    text: &'t str,
+    end: impl Fn(Text<'t>, usize) -> usize,
+    mut f: impl FnMut(Range<usize>),
+) {
     let text = Text { bytes: text.as_bytes(), classes: classes() };
     let mut at = 0;
     while at < text.bytes.len() {
@@ -117,9 +122,13 @@ fn classes() -> &'static [u8] {
     static CLASSES: OnceLock<Vec<u8>> = OnceLock::new();
     CLASSES.get_or_init(|| {
         let mut table = vec![OTHER; char::MAX as usize + 1];
-        for (pattern, class) in [(r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE), (r"[\r\n]", NEWLINE)] {
+        for (pattern, class) in
+            [(r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE), (r"[\r\n]", NEWLINE)]
+        {
             let hir = regex_syntax::parse(pattern).expect("a fixed pattern");
-            let regex_syntax::hir::HirKind::Class(regex_syntax::hir::Class::Unicode(ranges)) = hir.kind() else {
+            let regex_syntax::hir::HirKind::Class(regex_syntax::hir::Class::Unicode(ranges)) =
+                hir.kind()
+            else {
                 unreachable!("a class of characters")
             };
             for range in ranges.iter() {
@@ -148,9 +157,17 @@ impl Text<'_> {
     }
 
     fn class_beyond_ascii(self, at: usize, first: u8) -> (u8, usize) {
-        let length = if first < 0xE0 { 2 } else if first < 0xF0 { 3 } else { 4 };
+        let length = if first < 0xE0 {
+            2
+        } else if first < 0xF0 {
+            3
+        } else {
+            4
+        };
         let lead = (first as usize) & (0x7F >> length);
-        let code = self.bytes[at + 1..at + length].iter().fold(lead, |code, &b| code << 6 | (b & 0x3F) as usize);
+        let code = self.bytes[at + 1..at + length]
+            .iter()
+            .fold(lead, |code, &b| code << 6 | (b & 0x3F) as usize);
         (self.classes[code], length)
     }
 
