@@ -73,15 +73,18 @@ def test_the_loader_takes_an_open_dataset_as_well_as_its_path(tokenizer, data):
 def test_the_stream_is_all_documents_behind_bos_and_targets_are_one_ahead(tokenizer, data, split):
     ids = sum(documents_as_ids(tokenizer, split, data), [])
     assert len(ids) > 3 * 32
-    batches = load_in_order(tokenizer, data, 3 * len(ids) // 16, split=split)  # three epochs, give or take
+    three_epochs = 3 * len(ids) // 16  # give or take
+    batches = load_in_order(tokenizer, data, three_epochs, split=split)
     stream = stream_of(batches)
     assert stream == (ids * 4)[:len(stream)]
     targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
     assert targets[:-1] == stream[1:] and targets[-1] == (ids * 4)[len(stream)]
-    assert all(t.shape == (1, 16) and t.dtype == torch.int64 for batch in batches for t in batch[:2])
+    for inputs, targets, _ in batches:
+        assert inputs.shape == targets.shape == (1, 16)
+        assert inputs.dtype == targets.dtype == torch.int64
 
 
-def test_each_sequence_of_a_shuffle_buffer_is_yielded_once_in_an_order_that_changes(tokenizer, data):
+def test_each_sequence_of_a_buffer_is_yielded_once_in_an_order_that_changes(tokenizer, data):
     def sequences(batches):
         return [
             tuple(a + b)
@@ -99,7 +102,8 @@ def test_each_sequence_of_a_shuffle_buffer_is_yielded_once_in_an_order_that_chan
 
 
 def test_the_stream_does_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer, data):
-    assert stream_of(load(tokenizer, data, 40)) == stream_of(load(tokenizer, data, 40, documents_at_once=1))
+    one_at_a_time = load(tokenizer, data, 40, documents_at_once=1)
+    assert stream_of(load(tokenizer, data, 40)) == stream_of(one_at_a_time)
 
 
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
@@ -155,18 +159,25 @@ def test_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
         assert len(load(tokenizer, folder, 2, rank=rank, world_size=3)) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # conversations
 
 def talk(question, answer):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages}
 
 
 @pytest.fixture(scope="module")
 def talks():
     """Conversations that differ, so that a sequence tells which ones are in it."""
     rng = random.Random(2)
-    return [talk(f"{i} {sentence(rng, most=4)}", f"{sentence(rng, most=3)} {i}") for i in range(100)]
+    return [
+        talk(f"{i} {sentence(rng, most=4)}", f"{sentence(rng, most=3)} {i}")
+        for i in range(100)
+    ]
 
 
 def pack(tokenizer, task, count, B=2, T=48, **options):
@@ -174,7 +185,10 @@ def pack(tokenizer, task, count, B=2, T=48, **options):
 
 
 def conversations_in(tokenizer, inputs, targets):
-    """[(ids, targets)] of the conversations in a batch: each begins at a bos that something other than bos follows."""
+    """[(ids, targets)] of the conversations in a batch.
+
+    Each begins at a bos that something other than bos follows.
+    """
     bos, found = tokenizer.get_bos_token_id(), []
     for row, wanted in zip(inputs.tolist(), targets.tolist()):
         starts = [i for i, token in enumerate(row) if token == bos] + [len(row)]
@@ -249,7 +263,7 @@ def test_every_saved_state_resumes_with_the_very_same_conversations(tokenizer, t
         assert_equal_batches(batches[i + 1:], again)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The batches and the saved states of today are those of yesterday: a resumed run depends on it.
 
 def numbered_documents(count, step):
@@ -325,4 +339,5 @@ def test_batches_of_conversations_are_pinned(byte_tokenizer, rank, world_size, s
     assert digest(batches) == expected
     resumed = pack(byte_tokenizer, conversations, 20, state=batches[19][2], **options)
     assert digest(resumed) == digest(batches[20:])
-    assert digest(pack(byte_tokenizer, conversations, 20, seed=2, **options)) != digest(batches[:20])
+    other_seed = pack(byte_tokenizer, conversations, 20, seed=2, **options)
+    assert digest(other_seed) != digest(batches[:20])

@@ -1,4 +1,4 @@
-"""Where text comes from: the user's files, the sources on this machine, and shards from a (loopback) server."""
+"""Where text comes from: the user's files, the sources here, shards from a (loopback) server."""
 import hashlib
 import http.server
 import io
@@ -36,6 +36,7 @@ def base(tmp_path, monkeypatch):
 
 def write_parquet(path, texts, column="text", row_group_size=2):
     pq.write_table(pa.table({column: texts}), path, row_group_size=row_group_size)
+    return path
 
 
 def shard_folder(folder, *shards):
@@ -45,8 +46,12 @@ def shard_folder(folder, *shards):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # reading
+
+def both_splits(data):
+    return [*iter_documents("train", data), *iter_documents("val", data)]
+
 
 def test_a_folder_of_parquet_is_read_in_place(tmp_path, base):
     folder = shard_folder(tmp_path / "mine", ["a", "b", "c"], ["d"], ["v", "w"])
@@ -87,7 +92,8 @@ def test_every_pass_reads_every_file_from_its_first_row_group(tmp_path):
     assert [(path.name, i) for path, i in iter_row_groups(paths[:-1])] == [
         ("part_0.parquet", 0), ("part_0.parquet", 1), ("part_1.parquet", 0), ("part_1.parquet", 1)]
     for _ in range(3):
-        assert [text for where in iter_row_groups(paths[:-1]) for text in read_row_group(*where)] == list("abcdef")
+        groups = iter_row_groups(paths[:-1])
+        assert [text for group in groups for text in read_row_group(*group)] == list("abcdef")
 
 
 def test_a_missing_file_is_an_error_and_never_another_validation(base):
@@ -123,17 +129,23 @@ def test_rows_are_shared_out_so_that_one_row_group_feeds_every_rank(tmp_path, wo
     assert all(shares) and sorted(sum(shares, []), key=int) == texts
 
 
+def text_file(path, content):
+    """Write `content`, str or bytes, to `path`, which is returned."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda d: d / "nothing", "does not exist"),
     (lambda d: d, "holds no"),
-    (lambda d: (d / "a.pdf").write_bytes(b"x") and d / "a.pdf", "is none of"),
-    (lambda d: (d / "a.txt").write_text(" \n", encoding="utf-8") and d, "is empty"),
-    (lambda d: (d / "a.txt").write_bytes(b"caf\xe9 au lait") and d / "a.txt", "not UTF-8 .byte 3"),
-    (lambda d: (d / "a.jsonl").write_text('{"text": "a"}\n{"txt": "b"}', encoding="utf-8") and d / "a.jsonl", "line 2"),
-    (lambda d: (d / "a.jsonl").write_text('{"text": "\\ud800"}', encoding="utf-8") and d / "a.jsonl", "line 1"),
-    (lambda d: (d / "a.parquet").write_bytes(b"PAR1 cut short") and d / "a.parquet", "not a whole parquet"),
-    (lambda d: write_parquet(d / "a.parquet", ["x"], "body") or d / "a.parquet", "no column 'text'"),
-    (lambda d: write_parquet(d / "a.parquet", [1, 2]) or d / "a.parquet", "of strings"),
+    (lambda d: text_file(d / "a.pdf", "x"), "is none of"),
+    (lambda d: text_file(d / "a.txt", " \n").parent, "is empty"),
+    (lambda d: text_file(d / "a.txt", b"caf\xe9 au lait"), "not UTF-8 .byte 3"),
+    (lambda d: text_file(d / "a.jsonl", '{"text": "a"}\n{"txt": "b"}'), "line 2"),
+    (lambda d: text_file(d / "a.jsonl", '{"text": "\\ud800"}'), "line 1"),
+    (lambda d: text_file(d / "a.parquet", "PAR1 cut short"), "not a whole parquet"),
+    (lambda d: write_parquet(d / "a.parquet", ["x"], "body"), "no column 'text'"),
+    (lambda d: write_parquet(d / "a.parquet", [1, 2]), "of strings"),
     (lambda d: shard_folder(d / "m", pa.array([], pa.string()), ["v"]), "no documents"),
 ])
 def test_bad_data(tmp_path, make, words):
@@ -151,7 +163,7 @@ def test_no_data_yet_and_bad_split(tmp_path):
         next(iter_documents("test", shard_folder(tmp_path / "m", ["a"], ["b"])))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # the user's text
 
 def test_a_text_file_gives_its_last_twentieth_for_validation(tmp_path):
@@ -163,7 +175,13 @@ def test_a_text_file_gives_its_last_twentieth_for_validation(tmp_path):
     assert max(map(len, train)) <= 6000 and 0.04 < len("".join(val)) / len(text) < 0.06
 
 
-@pytest.mark.parametrize("text", ["ab", "a\n", "one line only", "two\nlines", "\n".join(map(str, range(50)))])
+@pytest.mark.parametrize("text", [
+    "ab",
+    "a\n",
+    "one line only",
+    "two\nlines",
+    "\n".join(map(str, range(50))),
+])
 def test_even_a_tiny_file_is_split(tmp_path, text):
     path = tmp_path / "my.txt"
     path.write_text(text, encoding="utf-8")
@@ -183,25 +201,27 @@ def test_a_folder_is_converted_once_and_again_when_a_file_changes(tmp_path, caps
     (notes / ".hidden" / "a.txt").write_text("secret", encoding="utf-8")
     paths = parquet_paths(notes)
     assert "skipped 1 files" in capsys.readouterr().out
-    everything = sorted([*iter_documents("train", notes), *iter_documents("val", notes)])
-    assert everything == sorted([f"note {i}" for i in range(30)] + ["from jsonl", "from parquet"])
+    everything = [f"note {i}" for i in range(30)] + ["from jsonl", "from parquet"]
+    assert sorted(both_splits(notes)) == sorted(everything)
     assert parquet_paths(notes) == paths and capsys.readouterr().out == ""
     (notes / "sub" / "0.md").write_text("another note", encoding="utf-8")
-    assert parquet_paths(notes) != paths and "another note" in [*iter_documents("train", notes), *iter_documents("val", notes)]
+    assert parquet_paths(notes) != paths and "another note" in both_splits(notes)
 
 
 def test_a_single_parquet_file_gives_training_and_validation(tmp_path):
     folder = shard_folder(tmp_path / "one", [f"document {i}" for i in range(100)])
     for data in (folder, folder / "part_0.parquet"):
-        assert len(list(iter_documents("train", data))) == 95 and len(list(iter_documents("val", data))) == 5
+        assert len(list(iter_documents("train", data))) == 95
+        assert len(list(iter_documents("val", data))) == 5
 
 
 def test_jsonl_is_split_at_newlines_only(tmp_path):
     # docs/traps.md: encoding-and-splitlines
     path = tmp_path / "my.jsonl"
     texts = ["a\u2028b", "c\u0085d", "caf\u00e9"] * 10
-    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
-    assert [*iter_documents("train", path), *iter_documents("val", path)] == texts
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert both_splits(path) == texts
 
 
 def test_split_document_joins_to_the_text_again():
@@ -219,7 +239,7 @@ def test_split_validation_takes_whole_documents_where_it_can():
     assert train == ["short"] * 30 and val == ["long" * 1000]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # text that is on the machine
 
 @pytest.fixture
@@ -234,11 +254,14 @@ def made_sources(tmp_path, monkeypatch):
 
 '''
     for i in range(60):
-        (folder / f"m{i}.py").write_text("".join(body.format(i="abc"[i % 3] * (i + 1), k="xyz"[k % 3] * (k + 1))
-                                                 for k in range(40)), encoding="utf-8")
-    (folder / "copy.py").write_text((folder / "m0.py").read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "table.py").write_text("t = [" + "0x41, 0x42, " * 500 + "]", encoding="utf-8")
-    (folder / "latin.py").write_bytes(b"# caf\xe9 caf\xe9\n" * 50)
+        functions = [
+            body.format(i="abc"[i % 3] * (i + 1), k="xyz"[k % 3] * (k + 1))
+            for k in range(40)
+        ]
+        text_file(folder / f"m{i}.py", "".join(functions))
+    text_file(folder / "copy.py", (folder / "m0.py").read_bytes())
+    text_file(folder / "table.py", "t = [" + "0x41, 0x42, " * 500 + "]")
+    text_file(folder / "latin.py", b"# caf\xe9 caf\xe9\n" * 50)
     files = [("stdlib", path.name, path) for path in sorted(folder.glob("*.py"))]
     monkeypatch.setattr(sources, "python_files", lambda packages: files)
     monkeypatch.setattr(sources, "VALIDATION_SHARE", 0.2)
@@ -285,28 +308,35 @@ def test_near_duplicates_are_found_by_their_lines():
     lines = [f"this is line number {i} of a text" for i in range(10)]
     seen = Seen()
     assert not seen.repeats("\n".join(lines))
-    assert seen.repeats("\n".join(["    " + line for line in lines[:8]] + ["and something quite new here"]))
-    assert not seen.repeats("\n".join(lines[:2] + [f"another text has its own line {i}" for i in range(8)]))
+    indented = ["    " + line for line in lines[:8]]
+    assert seen.repeats("\n".join([*indented, "and something quite new here"]))
+    others = [f"another text has its own line {i}" for i in range(8)]
+    assert not seen.repeats("\n".join(lines[:2] + others))
 
 
 def test_sources_on_this_machine_without_tests():
     names = [name for _, name, _ in python_files(("stdlib", "numpy"))]
-    assert "textwrap.py" in names and "json/decoder.py" in names and "numpy/__init__.py" in names
-    assert names == sorted(names[:names.index("numpy/__config__.py")]) + names[names.index("numpy/__config__.py"):]
+    assert {"textwrap.py", "json/decoder.py", "numpy/__init__.py"} <= set(names)
+    first_of_numpy = names.index("numpy/__config__.py")
+    assert names == sorted(names[:first_of_numpy]) + names[first_of_numpy:]
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for name in names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # shards from a server
 
 def shard_bytes(seed):
     file = io.BytesIO()
-    pq.write_table(pa.table({"text": [f"{seed} {i} {i * 7919 % 1009}" for i in range(40_000)]}), file)
+    texts = [f"{seed} {i} {i * 7919 % 1009}" for i in range(40_000)]
+    pq.write_table(pa.table({"text": texts}), file)
     return file.getvalue()
 
 
 class Hub:
-    """A server with shards 0, 1 and 1822. `script` maps a shard's name to what goes wrong in its next requests."""
+    """A server with shards 0, 1 and 1822.
+
+    `script` maps a shard's name to what goes wrong in its next requests.
+    """
 
     def __init__(self):
         self.files = {f"shard_{i:05d}.parquet": shard_bytes(i) for i in (0, 1, 1822)}
@@ -326,7 +356,8 @@ class Hub:
                     self.send_error(trouble or 404)
                     return
                 body = hub.files[name]
-                start = int(self.headers["Range"][6:-1]) if self.headers.get("Range") and trouble != "no range" else 0
+                wanted = self.headers.get("Range") if trouble != "no range" else None
+                start = int(wanted[6:-1]) if wanted else 0
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -336,7 +367,8 @@ class Hub:
                 if name in hub.tags:
                     self.send_header("X-Linked-Etag", f'"{hub.tags[name]}"')
                 self.end_headers()
-                self.wfile.write(body[start:start + len(body) // 2] if trouble == "cut" else body[start:])
+                end = start + len(body) // 2 if trouble == "cut" else len(body)
+                self.wfile.write(body[start:end])
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -353,19 +385,34 @@ def hub(monkeypatch):
     hub.server.server_close()
 
 
+def run_command(*arguments):
+    """The documented command, as a user runs it."""
+    words = [sys.executable, "-m", "nanochat.dataset", *arguments]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
 def test_fineweb_fetches_the_shards_and_always_the_validation_shard(hub, base):
     assert download_fineweb(2) == {}
-    assert [path.name for path in parquet_paths()] == ["shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"]
+    assert [path.name for path in parquet_paths()] == [
+        "shard_00000.parquet",
+        "shard_00001.parquet",
+        "shard_01822.parquet",
+    ]
     assert all(path.read_bytes() == hub.files[path.name] for path in parquet_paths())
     before = len(hub.requests)
-    assert download_fineweb(2) == {} and len(hub.requests) == before, "what is there is not fetched again"
+    assert download_fineweb(2) == {}
+    assert len(hub.requests) == before, "what is there is not fetched again"
 
 
 def test_errors_are_retried_and_cut_bodies_continued(hub, base):
     # docs/traps.md: half-downloaded
-    hub.script = {"shard_00000.parquet": [503, "cut", "cut"], "shard_01822.parquet": ["cut", "no range"]}
+    hub.script = {
+        "shard_00000.parquet": [503, "cut", "cut"],
+        "shard_01822.parquet": ["cut", "no range"],
+    }
     assert download_fineweb(1) == {}
-    assert any(name == "shard_00000.parquet" and given for name, given in hub.requests), "a cut body is continued"
+    ranges = [given for name, given in hub.requests if name == "shard_00000.parquet"]
+    assert any(ranges), "a cut body is continued"
     assert all(path.read_bytes() == hub.files[path.name] for path in parquet_paths())
     assert not list(base.rglob("*.part"))
 
@@ -389,26 +436,32 @@ def test_damaged_files_are_never_taken(hub, base):
     hub.tags = {"shard_01822.parquet": "0" * 64}
     failed = download_fineweb(1)
     assert list(failed) == ["shard_01822.parquet"] and "hash" in failed["shard_01822.parquet"]
-    assert (base / "base_data" / "shard_00000.parquet").read_bytes() == hub.files["shard_00000.parquet"]
-    assert not (base / "base_data" / "shard_01822.parquet").exists()
+    folder = base / "base_data"
+    assert (folder / "shard_00000.parquet").read_bytes() == hub.files["shard_00000.parquet"]
+    assert not (folder / "shard_01822.parquet").exists()
 
 
 def test_the_command_exits_with_1_and_lists_what_is_missing(hub, base):
     # docs/traps.md: half-downloaded
-    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", "-n", "4", "--workers=2"], capture_output=True, text=True)
+    run = run_command("-n", "4", "--workers=2")
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert "2 shards are missing" in run.stderr and "shard_00002.parquet, shard_00003.parquet" in run.stderr
+    assert "2 shards are missing" in run.stderr
+    assert "shard_00002.parquet, shard_00003.parquet" in run.stderr
     assert len(run.stderr.strip().split("\n")) == 1
-    assert [name for name, _ in hub.requests].count("shard_00002.parquet") == 1, "a shard that is not there is not asked for again"
+    names = [name for name, _ in hub.requests]
+    assert names.count("shard_00002.parquet") == 1, "an absent shard is not asked for again"
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["-n", "0"], "1 to 1822"), (["-n", "1823"], "1 to 1822"), (["--source=web"], "local, installed or fineweb"),
+    (["-n", "0"], "1 to 1822"),
+    (["-n", "1823"], "1 to 1822"),
+    (["--source=web"], "local, installed or fineweb"),
     (["--source=fineweb", "--workers=0"], "1 or more"),
 ])
 def test_bad_settings_exit_with_2_and_one_line(arguments, words, base):
-    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", *arguments], capture_output=True, text=True)
-    assert run.returncode == 2 and words in run.stderr and len(run.stderr.strip().split("\n")) == 1
+    run = run_command(*arguments)
+    assert run.returncode == 2 and words in run.stderr
+    assert len(run.stderr.strip().split("\n")) == 1
     assert not list(base.rglob("*.json"))
 
 
@@ -434,8 +487,9 @@ def test_a_download_that_brings_nothing_leaves_the_text_that_was_there(made_sour
 
 
 def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(tmp_path, base):
-    (tmp_path / "my.JSONL").write_text('\ufeff{"text": "one two three"}\n{"text": "four"}\n', encoding="utf-8")
-    assert [*iter_documents("train", tmp_path / "my.JSONL")][0].startswith("one")
+    lines = '\ufeff{"text": "one two three"}\n{"text": "four"}\n'
+    path = text_file(tmp_path / "my.JSONL", lines)
+    assert [*iter_documents("train", path)][0].startswith("one")
 
 
 def digest(value):
@@ -443,7 +497,7 @@ def digest(value):
 
 
 def test_local_documents_are_pinned(made_sources):
-    """The same sources give the same text on every day, and a build of yesterday is still up to date."""
+    """The same sources give the same text on every day; yesterday's build is still up to date."""
     assert digest(collect_local()) == "e312f272cf7d0253"
     index = build_local()
     assert index["key"] == "7dbb6bfe194a51bc" and digest(sorted(index)) == "e004404a10cf5ce3"
@@ -456,10 +510,13 @@ def test_documents_of_the_users_files_are_pinned(tmp_path):
     notes.mkdir()
     words = "caf\u00e9 " * 7
     for i in range(9):
-        paragraphs = [f"Note {i}, paragraph {j}: {words[:5 * (j % 7)]}\n" + "\n" * (j % 3) for j in range(300 * i)]
-        (notes / f"note{i}.md").write_text("".join(paragraphs) or "short", encoding="utf-8")
+        paragraphs = [
+            f"Note {i}, paragraph {j}: {words[:5 * (j % 7)]}\n" + "\n" * (j % 3)
+            for j in range(300 * i)
+        ]
+        text_file(notes / f"note{i}.md", "".join(paragraphs) or "short")
     (notes / "some.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n', encoding="utf-8")
     write_parquet(notes / "table.parquet", ["from", None, "parquet", ""])
-    assert digest([[*iter_documents("train", notes)], [*iter_documents("val", notes)]]) == "11329a9bb2b98ba7"
-    single = notes / "note2.md"
-    assert digest([[*iter_documents("train", single)], [*iter_documents("val", single)]]) == "ae6a05c4fb946f36"
+    for data, expected in ((notes, "11329a9bb2b98ba7"), (notes / "note2.md", "ae6a05c4fb946f36")):
+        splits = [list(iter_documents(split, data)) for split in ("train", "val")]
+        assert digest(splits) == expected

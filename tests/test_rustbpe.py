@@ -1,4 +1,4 @@
-"""BPE training and encoding against slow Python twins, Hugging Face and tiktoken, and the traps they could fall into."""
+"""BPE training and encoding against slow reference implementations, Hugging Face and tiktoken."""
 import itertools
 import json
 import os
@@ -19,8 +19,14 @@ import tiktoken
 
 PATTERN = rustbpe.Tokenizer().get_pattern()
 
-# GPT-2's order: bytes that print as themselves in Latin-1, then the others.
-BYTE_ORDER = sorted(range(256), key=lambda b: (not (33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255), b))
+
+def prints_as_itself(byte):
+    """Whether a byte is a visible character in Latin-1."""
+    return 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+
+
+# GPT-2's order: bytes that print as themselves, then the others.
+BYTE_ORDER = sorted(range(256), key=lambda byte: (not prints_as_itself(byte), byte))
 
 
 def train(texts, vocab_size, pattern=None):
@@ -36,11 +42,17 @@ def tokens_of(tokenizer):
 
 
 def slow_train(texts, vocab_size):
-    """The twin: counts every pair afresh for every merge; of equal counts the smaller pair of ids wins."""
+    """The reference implementation: counts every pair again for every merge.
+
+    Of equal counts the smaller pair of ids wins.
+    """
     tokens = [bytes([b]) for b in BYTE_ORDER]
     id_of_byte = {b: i for i, b in enumerate(BYTE_ORDER)}
-    words = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
-    words = [([id_of_byte[b] for b in word.encode("utf-8")], count) for word, count in words.items()]
+    counts = Counter(piece for text in texts for piece in regex.findall(PATTERN, text))
+    words = [
+        ([id_of_byte[b] for b in word.encode("utf-8")], count)
+        for word, count in counts.items()
+    ]
     while len(tokens) < vocab_size:
         pairs = Counter()
         for ids, count in words:
@@ -84,26 +96,26 @@ def random_text(rng, length):
     return "".join(char() for _ in range(length))
 
 
-def test_equals_slow_twin_on_code():
+def test_equals_the_reference_implementation_on_code():
     texts = stdlib_text(40_000)
     assert tokens_of(train(texts, 400)) == slow_train(texts, 400)
 
 
-def test_equals_slow_twin_where_counts_tie_and_pairs_overlap():
+def test_equals_the_reference_implementation_where_counts_tie_and_pairs_overlap():
     rng = random.Random(7)
     for alphabet in ("ab", "aab ", "xyz1 \n", "äé日 a"):
         texts = ["".join(rng.choice(alphabet) for _ in range(rng.randrange(60))) for _ in range(40)]
         assert tokens_of(train(texts, 380)) == slow_train(texts, 380)
 
 
-def test_equals_slow_twin_on_random_unicode():
+def test_equals_the_reference_implementation_on_random_unicode():
     rng = random.Random(8)
     texts = [random_text(rng, 300) for _ in range(20)]
     assert tokens_of(train(texts, 330)) == slow_train(texts, 330)
 
 
 def test_equals_hugging_face():
-    """5 MB, the vocabulary of the CPU run: the same merges in the same order, and the same ids for every document."""
+    """5 MB, the vocabulary of the CPU run: the same merges in order, and the same ids."""
     hf = pytest.importorskip("tokenizers")
     texts = stdlib_text(5_000_000)
     other = hf.Tokenizer(hf.models.BPE())
@@ -111,16 +123,26 @@ def test_equals_hugging_face():
         hf.pre_tokenizers.Split(hf.Regex(PATTERN), "isolated"),
         hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
-    other.train_from_iterator(texts, hf.trainers.BpeTrainer(
-        vocab_size=4096, show_progress=False, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
-    # Hugging Face spells each byte as a character: itself where it prints, else the next one from U+0100 on.
-    spelled = {chr(b): b for b in BYTE_ORDER[:188]} | {chr(256 + i): b for i, b in enumerate(BYTE_ORDER[188:])}
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=4096,
+        show_progress=False,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    other.train_from_iterator(texts, trainer)
+    # Hugging Face spells each byte as a character: itself where it prints, else the next one from
+    # U+0100 on.
+    spelled = {chr(b): b for b in BYTE_ORDER[:188]}
+    spelled |= {chr(256 + i): b for i, b in enumerate(BYTE_ORDER[188:])}
     merges = json.loads(other.to_str())["model"]["merges"]
     tokens = tokens_of(train(texts, 4096))
     assert tokens[256:] == [bytes(spelled[c] for c in left + right) for left, right in merges]
 
-    encoding = tiktoken.Encoding("test", pat_str=PATTERN, mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                                 special_tokens={})
+    encoding = tiktoken.Encoding(
+        "test",
+        pat_str=PATTERN,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={},
+    )
     for text, encoded in zip(texts, other.encode_batch(texts)):
         assert encoding.encode_ordinary(text) == encoded.ids
 
@@ -157,8 +179,13 @@ def superwords():
 
 
 SUPERWORDS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]{2,}[\r\n/]*| +(?!\S)"
-ODD = ["", "'", "'s", "'S it'll I'VE 'streets 'ſ 'Ve\u0345", "a'", " \t x", "\n\n  \n x", "  ", " \u00a0\u3000", "\r\n\r", "\t\t!",
-       "1234567", " 12", "½²³ ٣٤", "!!!\n\n//x", " !", " !!", " !\n", "/ / //", "  !!", "a  b   c", "a \n", "日本語12日", "e\u0301é"]
+ODD = [
+    "", "'", "'s", "'S it'll I'VE 'streets 'ſ 'Ve\u0345", "a'",
+    " \t x", "\n\n  \n x", "  ", " \u00a0\u3000", "\r\n\r", "\t\t!",
+    "1234567", " 12", "½²³ ٣٤",
+    "!!!\n\n//x", " !", " !!", " !\n", "/ / //", "  !!",
+    "a  b   c", "a \n", "日本語12日", "e\u0301é",
+]
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, SUPERWORDS + rf"|(?:(?!{SUPERWORDS})[\s\S])+"])
@@ -175,7 +202,8 @@ def test_the_scanners_split_as_the_patterns_say(pattern):
 @pytest.mark.parametrize("pattern", [PATTERN, SUPERWORDS + rf"|(?:(?!{SUPERWORDS})[\s\S])+"])
 def test_the_scanners_split_real_text_as_the_patterns_say(pattern):
     for text in real_text(10_000_000):
-        assert rustbpe.Tokenizer.split(text, pattern) == rustbpe.Tokenizer.split(text, pattern, by_hand=False)
+        by_hand = rustbpe.Tokenizer.split(text, pattern)
+        assert by_hand == rustbpe.Tokenizer.split(text, pattern, by_hand=False)
 
 
 @pytest.mark.parametrize("words", [True, False])
@@ -221,7 +249,10 @@ def test_a_batch_is_its_texts_in_order(threads):
 
 
 def slow_superwords(texts, tokens, vocab_size):
-    """The twin of the second stage: the first stage's merges in order, then on, counting every pair afresh."""
+    """The reference implementation of the second stage.
+
+    It applies the first stage's merges in order, then continues, counting every pair again.
+    """
     tokens, ranks = list(tokens), {token: rank for rank, token in enumerate(tokens)}
     rows = []
     for text in texts:
@@ -258,7 +289,7 @@ def slow_superwords(texts, tokens, vocab_size):
     return tokens
 
 
-def test_superwords_equal_the_slow_twin_and_hold_several_words():
+def test_superwords_equal_the_reference_implementation_and_hold_several_words():
     texts = stdlib_text(50_000)
     tokenizer = train(texts, 400)
     first = tokens_of(tokenizer)
@@ -346,7 +377,7 @@ def test_no_text_is_kept():
 
 def test_gil_is_released():
     # docs/traps.md: leaked-python-objects
-    """Another thread goes on while a call runs that executes no Python at all."""
+    """Another thread runs on while a call runs that executes no Python at all."""
     ticks, done = 0, threading.Event()
 
     def tick():
@@ -381,7 +412,8 @@ def interrupted(texts, vocab_size):
 
 def test_ctrl_c_stops_counting():
     with pytest.raises(KeyboardInterrupt):
-        interrupted(itertools.repeat("so many words " * 1000), 300)  # without end, and without Python code
+        # without end, and without Python code
+        interrupted(itertools.repeat("so many words " * 1000), 300)
 
 
 def test_ctrl_c_stops_merging():

@@ -51,8 +51,16 @@ def answer(conversation):
 
 
 def every_task(split):
-    return [Arithmetic(split, 200), SimpleSpelling(split, 200), SpellingBee(split, 200), Identity(split), PyDoc(split),
-            PyDoc(split, form="what"), PyDoc(split, form="module"), PyDoc(split, form="letter")]
+    return [
+        Arithmetic(split, 200),
+        SimpleSpelling(split, 200),
+        SpellingBee(split, 200),
+        Identity(split),
+        PyDoc(split),
+        PyDoc(split, form="what"),
+        PyDoc(split, form="module"),
+        PyDoc(split, form="letter"),
+    ]
 
 
 class Numbers(Task):
@@ -67,7 +75,7 @@ class Numbers(Task):
         return self.first + i
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # what every task keeps to
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -77,8 +85,10 @@ def test_examples_are_deterministic_well_formed_and_judged_right(split):
         for i in range(min(len(task), 60)):
             conversation = task[i]
             assert conversation == again[i]
-            assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"] * (len(conversation["messages"]) // 2)
-            assert question(conversation).strip() and all(part["text"] for part in answer(conversation))
+            roles = [message["role"] for message in conversation["messages"]]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
+            assert question(conversation).strip()
+            assert all(part["text"] for part in answer(conversation))
             assert task.evaluate(conversation, answer(conversation))
             assert not task.evaluate(conversation, [{"type": "text", "text": "wrong"}])
             assert not task.evaluate(conversation, [])
@@ -86,23 +96,30 @@ def test_examples_are_deterministic_well_formed_and_judged_right(split):
 
 def test_no_test_question_is_a_training_question():
     # docs/traps.md: seed-sign
-    """Splits are decided by what an item is: seeds would not do, random.seed(1) is random.seed(-1)."""
+    """What an item is decides its split. Seeds would not do: random.seed(1) is random.seed(-1)."""
+    def questions(task):
+        return {question(task[i]).lower().rstrip("?.! ") for i in range(len(task))}
+
     for train, test in zip(every_task("train"), every_task("test")):
-        seen = {question(train[i]).lower().rstrip("?.! ") for i in range(len(train))}
-        assert not seen & {question(test[i]).lower().rstrip("?.! ") for i in range(len(test))}, type(test)
+        assert not questions(train) & questions(test), type(test)
 
 
 def test_problems_words_sentences_and_phrasings_are_disjoint():
     # docs/traps.md: seed-sign
-    problems = {split: {answer(task[i])[0]["text"] for i in range(len(task))}
-                for split in ("train", "test") for task in [Arithmetic(split, 2000)]}
+    def items(*tasks):
+        return [task[i] for task in tasks for i in range(len(task))]
+
+    problems, words, shown = {}, {}, {}
+    for split in ("train", "test"):
+        problems[split] = {answer(item)[0]["text"] for item in items(Arithmetic(split, 2000))}
+        spelled = items(SimpleSpelling(split, 3000), SpellingBee(split, 3000))
+        words[split] = {item["word"] for item in spelled}
+        lines = [line for item in items(PyDoc(split)) for line in question(item).split("\n")[1:]]
+        shown[split] = {line.rpartition("=")[0] for line in lines}
     assert not problems["train"] & problems["test"]
-    words = {split: {task[i]["word"] for task in (SimpleSpelling(split, 3000), SpellingBee(split, 3000)) for i in range(len(task))}
-             for split in ("train", "test")}
     assert not words["train"] & words["test"]
-    assert all(4 <= len(word) <= 10 and word.isascii() and word.islower() for words in words.values() for word in words)
-    shown = {split: {line.rpartition("=")[0] for i in range(len(task)) for line in question(task[i]).split("\n")[1:]}
-             for split in ("train", "test") for task in [PyDoc(split)]}
+    for word in words["train"] | words["test"]:
+        assert 4 <= len(word) <= 10 and word.isascii() and word.islower()
     assert not shown["train"] & shown["test"]
     for _, training, held_out in TOPICS:
         assert not set(training) & set(held_out)
@@ -120,7 +137,7 @@ def test_unknown_split_or_form():
         PyDoc("train", form="essay")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # combining tasks
 
 def test_mixture_is_complete_and_deterministic():
@@ -152,14 +169,14 @@ def test_numbers_are_compared_as_numbers():
     result = int(answer(task[0])[1]["text"])
     assert task.evaluate(task[0], [{"type": "text", "text": f"So it is {result:,}.0"}])
     assert not task.evaluate(task[0], [{"type": "text", "text": str(result + 1)}])
-    assert not task.evaluate(task[0], answer(task[0])[:2]), "a tool's output alone is no answer to the user"
+    assert not task.evaluate(task[0], answer(task[0])[:2]), "a tool's output alone is no answer"
 
 
 def test_render_mc():
     assert render_mc("Which?", "AB", ["one", "two"]) == "Which?\n- one=A\n- two=B"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # single tasks
 
 def test_arithmetic_python_parts_are_right():
@@ -183,9 +200,11 @@ def test_spelling_parts_are_right():
         assert answer(spelling[i])[0]["text"].replace(" ", "") == spelling[i]["word"]
         text, python, output, _ = answer(bee[i])
         word, letter = python["text"].split('"')[1], python["text"].split('"')[3]
-        assert python["text"] == f'"{word}".count("{letter}")' and word.count(letter) == int(output["text"])
+        assert python["text"] == f'"{word}".count("{letter}")'
+        assert word.count(letter) == int(output["text"])
         assert [c for c in text["text"] if c.isalpha()] == list(word)
-    assert not spelling.evaluate(spelling[0], [{"type": "text", "text": spelling[0]["word"]}]), "written whole is not spelled"
+    written_whole = [{"type": "text", "text": spelling[0]["word"]}]
+    assert not spelling.evaluate(spelling[0], written_whole), "written whole is not spelled"
 
 
 def test_made_up_words_are_training_words():
@@ -218,12 +237,15 @@ def test_choices_are_sentences_of_the_same_split_and_the_right_one_stands_anywhe
     for split in ("train", "test"):
         task = PyDoc(split, "choice", size=400)
         examples = [task[i] for i in range(len(task))]
-        assert all(len(set(c["choices"])) == 4 and c["choices"][c["gold"]] == answer(c)[0]["text"] for c in examples)
+        for c in examples:
+            assert len(set(c["choices"])) == 4
+            assert c["choices"][c["gold"]] == answer(c)[0]["text"]
         counts = Counter(c["gold"] for c in examples)
         assert max(counts.values()) - min(counts.values()) <= 1
         sentences[split] = {text for c in examples for text in c["choices"]}
-        assert task.evaluate(examples[0], [{"type": "text", "text": examples[0]["choices"][examples[0]["gold"]]}])
-        assert not task.evaluate(examples[0], [{"type": "text", "text": examples[0]["choices"][examples[0]["gold"] - 1]}])
+        choices, gold = examples[0]["choices"], examples[0]["gold"]
+        assert task.evaluate(examples[0], [{"type": "text", "text": choices[gold]}])
+        assert not task.evaluate(examples[0], [{"type": "text", "text": choices[gold - 1]}])
     assert not sentences["train"] & sentences["test"]
 
 
@@ -242,9 +264,15 @@ def test_pydoc_finds_what_is_there():
 
 
 @pytest.mark.parametrize("doc, sentence", [
-    ("Return the :class:`~a.Thing` of\n    two things.  More text.", "Return the a.Thing of two things."),
+    (
+        "Return the :class:`~a.Thing` of\n    two things.  More text.",
+        "Return the a.Thing of two things.",
+    ),
     ("f(x) -- Tell what x is made of.", "Tell what x is made of."),
-    ("Too short.", ""), ("Return self and nothing else at all.", ""), ("", ""), (">>> 1 + 1 + 1 + 1 + 1 + 1\n3", ""),
+    ("Too short.", ""),
+    ("Return self and nothing else at all.", ""),
+    ("", ""),
+    (">>> 1 + 1 + 1 + 1 + 1 + 1\n3", ""),
 ])
 def test_first_sentence(doc, sentence):
     assert first_sentence(doc) == sentence
@@ -257,9 +285,14 @@ def test_shorten_cuts_at_a_word():
 
 def test_custom_conversations_keep_line_separators_inside_strings(tmp_path):
     # docs/traps.md: encoding-and-splitlines
-    messages = [{"role": "user", "content": "caf\u00e9\u2028?"}, {"role": "assistant", "content": "yes\u2028no"}]
+    messages = [
+        {"role": "user", "content": "caf\u00e9\u2028?"},
+        {"role": "assistant", "content": "yes\u2028no"},
+    ]
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps(messages, ensure_ascii=False) + "\n\n" + json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    bare = json.dumps(messages, ensure_ascii=False)
+    under_key = json.dumps({"messages": messages})
+    path.write_text(f"{bare}\n\n{under_key}\n", encoding="utf-8")
     task = CustomJSON(path)
     assert len(task) == 2 and task[0] == task[1] == {"messages": messages}
 
@@ -281,11 +314,13 @@ def test_custom_conversations_that_are_wrong(tmp_path, line, words):
 
 
 def test_last_number_takes_whatever_a_model_writes():
-    assert last_number("9" * 400) is None and last_number("7 is 1,000.0") == 1000 and last_number("-3.50") is None
+    assert last_number("9" * 400) is None
+    assert last_number("7 is 1,000.0") == 1000
+    assert last_number("-3.50") is None
     assert last_number("\u22124") == -4 and last_number("none") is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The items of today are those of yesterday: figures of different days are of the same questions.
 
 SYLLABLES = "ba ce do fi gu ha je ko li mu na pe ro si tu".split()
@@ -297,10 +332,17 @@ def made_library(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     words = sorted(a + b + c for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES)[::9]
     (tmp_path / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    objects = [{"name": f"module_{i % 7}.function_{i}" + (".method" if i % 3 == 0 else ""), "homes": 1 + i % 5 // 4,
-                "sentence": f"Return the {words[i]} of the {words[-i - 1]} that was given, and {words[2 * i]}."}
-               for i in range(150)]
-    (tmp_path / "pydoc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in objects), encoding="utf-8")
+    lines = []
+    for i in range(150):
+        method = ".method" if i % 3 == 0 else ""
+        first, second, third = words[i], words[-i - 1], words[2 * i]
+        row = {
+            "name": f"module_{i % 7}.function_{i}{method}",
+            "homes": 1 + i % 5 // 4,
+            "sentence": f"Return the {first} of the {second} that was given, and {third}.",
+        }
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "pydoc.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def digest(task):
@@ -318,8 +360,18 @@ def digest(task):
     (lambda split: PyDoc(split, "module"), "1b6aeec114b92373", "91266cf6d35800d7"),
     (lambda split: PyDoc(split, "choice", size=300), "9e6785e5ae9cbaa7", "301ecdf33630feca"),
     (lambda split: PyDoc(split, "letter", size=300), "b8b8dabffad8f062", "08a52766082cb626"),
-    (lambda split: TaskMixture([Identity(split), SimpleSpelling(split, 50), Arithmetic(split, 50)]), "e15152a0e723b126", "0d4334ec4b1c9ab4"),
-    (lambda split: TaskSequence([Identity(split, stop=5), Arithmetic(split, 50)], start=3), "23d249502593d685", "a6bc756c5f0c77b9"),
+    (
+        lambda split: TaskMixture(
+            [Identity(split), SimpleSpelling(split, 50), Arithmetic(split, 50)]
+        ),
+        "e15152a0e723b126",
+        "0d4334ec4b1c9ab4",
+    ),
+    (
+        lambda split: TaskSequence([Identity(split, stop=5), Arithmetic(split, 50)], start=3),
+        "23d249502593d685",
+        "a6bc756c5f0c77b9",
+    ),
 ])
 def test_items_are_pinned(made_library, make, train, test):
     assert (digest(make("train")), digest(make("test"))) == (train, test)
