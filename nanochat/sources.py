@@ -30,7 +30,7 @@ from nanochat.dataset import DOCUMENT_CHARS, parquet_paths, split_document, writ
 from nanochat.metrics import finish_stage
 
 source: str = None  # local, installed or fineweb; None: fineweb where -n is given, else local
-shards: int = None  # -n, FineWeb-Edu training shards of about 100 MB, 1 to 1822; None: 240
+shards: int = None  # -n, training shards of FineWeb-Edu, 100 MB each, 1 to 1822; fineweb alone: 240
 workers = 4         # downloads at a time
 
 
