@@ -587,7 +587,14 @@ def tree_paths(readme):
     return paths
 
 
+def named_modules(page):
+    """Files of the modules that a page runs with `python -m`."""
+    names = re.findall(r"-m ((?:nanochat|scripts|tasks)\.[\w.]*\w)", page)
+    return {name.replace(".", "/") + ".py" for name in names}
+
+
 def test_paths_are_read_from_a_page_and_from_a_tree():
+    assert named_modules("`python -m scripts.base_train -x`.") == {"scripts/base_train.py"}
     assert named_paths("`a/b.py`, `x = 1`, `speedrun.sh`, `GPT`") == {"a/b.py", "speedrun.sh"}
     readme = (
         "## The tree\n\n```\n"
@@ -616,3 +623,10 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
     missing = [f"README.md: {path} does not exist" for path in named if not (ROOT / path).exists()]
     unnamed = [f"README.md: the tree lacks {path}" for path in sorted(top - set(named))]
     _report(missing + unnamed)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/numerical_stability.md"])
+def test_a_page_runs_modules_that_exist(page):
+    modules = sorted(named_modules((ROOT / page).read_text(encoding="utf-8")))
+    assert modules
+    _report(f"{page}: {module} does not exist" for module in modules if module not in MODULES)
