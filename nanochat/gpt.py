@@ -205,7 +205,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # padded for the hardware; the extra rows are never predicted
+        # padded for the hardware; the padding is never predicted
         self.vocab_size_padded = 64 * math.ceil(config.vocab_size / 64)
         self.embed = Embedding(self.vocab_size_padded, config.width)
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.depth))
@@ -390,7 +390,8 @@ class GPT(nn.Module):
         window = kv_cache.window(None, 1)
         recent = self.recent_tokens(idx, kv_cache, window)
         x = self.features(idx, recent, kv_cache, window)
-        return self.logits_at(x, recent, torch.zeros(len(idx), dtype=torch.long, device=idx.device))
+        first = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
+        return self.logits_at(x, recent, first)
 
     def logits_at(self, x, recent, positions):
         """The logits at one position of each sequence: x (n, T, C), positions (n,) -> (n, V)."""

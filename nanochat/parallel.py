@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from nanochat.common import UserError
+from nanochat.common import UserError, get_dist_info
 from nanochat.hardware import is_out_of_memory
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
@@ -482,6 +482,14 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
             "which changes nothing but the speed",
             flush=True,
         )
+
+
+def count_targets(micro_batches):
+    """How many targets (those that are not -1) the micro-batches of all ranks have, 0-D."""
+    targets = sum((targets >= 0).sum() for _, targets, *_ in micro_batches)
+    if get_dist_info()[3] > 1:
+        dist.all_reduce(targets)
+    return targets
 
 
 def forward_backward(model, micro_batches, scale, micro_batch_size, layout):

@@ -62,12 +62,8 @@ def choose_base_checkpoint(settings, metas, named_step=None):
     """
     factor = settings["extend"]
     newest = metas[-1] if metas else None
-    extends_already = (
-        factor is not None
-        and newest is not None
-        and newest.get("extend") == factor
-        and not newest["finished"]
-    )
+    unfinished = newest is not None and not newest["finished"]
+    extends_already = factor is not None and unfinished and newest.get("extend") == factor
     if factor is not None and not extends_already:
         if named_step is not None:
             return Choice(EXTENDED, named_step)

@@ -15,7 +15,7 @@ from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
-from nanochat.parallel import Layout, accumulate_gradients, prepare
+from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.plan import chat_batch, chat_horizon
 from nanochat.run import Run
 from nanochat.schedule import set_learning_rates
@@ -29,7 +29,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 # settings
 model_tag: str = None        # checkpoint folder to read and write; None: the newest base model
 from_step: int = None        # step of the model to start from; None: its newest
-minutes: float = None        # wall clock of the loop; None: 5 on a CPU, else one pass of the mixture
+minutes: float = None        # wall clock of the loop; None: 5 on a CPU, one epoch on a GPU
 num_iterations: int = None   # optimizer steps, in place of minutes
 device_batch_size: int = None  # sequences per device and pass; None: pretraining's, at most 16
 total_batch_size: int = None   # tokens per optimizer step; None: one pass of every device
@@ -121,14 +121,11 @@ while not run.over(data_progress()):
     if run.evaluation_due():
         show_samples()
 
-    # the mean is over the targets of all ranks, wherever they fell
+    # forward and backward: the mean is over the targets of all ranks, wherever they fell; the
+    # next batches are read while the device works
     run.begin_step()
-    targets = sum((targets >= 0).sum() for _, targets, _ in micro_batches)
-    if world_size > 1:
-        torch.distributed.all_reduce(targets)
+    targets = count_targets(micro_batches)
     loss_scale = world_size / targets.clamp(min=1)  # the layout averages over ranks
-
-    # forward and backward; the next batches are read while the device works
     loss, micro_batch_size = accumulate_gradients(
         model, micro_batches, loss_scale, micro_batch_size, layout)
     loader_state = micro_batches[-1][2]

@@ -22,7 +22,7 @@ import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -181,7 +181,8 @@ class NGrams(nn.Module):
     def find_contexts(self, recent):
         """recent (N, S), the newest last, -1 before the first -> Contexts."""
         # 1. the training text: the first n-gram of each context, and the first behind the last
-        newest_first = recent[:, -NGRAM_ORDERS:].clamp(min=0).long().unbind(-1)[::-1]
+        newest = recent[:, -NGRAM_ORDERS:].clamp(min=0).long()
+        newest_first = newest.unbind(-1)[::-1]
         keys = torch.stack(context_keys(newest_first), -1)
         begin = torch.searchsorted(self.keys, keys)
         found = self.keys[begin.clamp(max=len(self.keys) - 1)]
@@ -226,21 +227,26 @@ class NGrams(nn.Module):
         weight_of_one_count = weights / contexts.counts.clamp(min=1)
         # 1. the training text: every n-gram of every context, one after another
         continuations = contexts.continuations.flatten()
-        positions = torch.arange(len(continuations), device=recent.device)
-        context = torch.repeat_interleave(positions, continuations)
+        device = recent.device
+        numbers = torch.arange(len(continuations), device=device)
+        context = torch.repeat_interleave(numbers, continuations)  # that each n-gram belongs to
         offset = continuations.cumsum(0) - continuations
-        nth = torch.arange(len(context), device=recent.device) - offset[context]
-        at = nth + contexts.begin.flatten()[context]
+        nth_of_context = torch.arange(len(context), device=device) - offset[context]
+        begin = contexts.begin.flatten()
+        at = begin[context] + nth_of_context
         token = self.keys[at] & ((1 << TOKEN_BITS) - 1)
         place = (context // NGRAM_ORDERS) * V + token
         times = self.cumulative[at + 1] - self.cumulative[at]
-        probs = times * weight_of_one_count[:, :NGRAM_ORDERS].flatten()[context]
-        mixed = weights.new_zeros(N * V).index_add_(0, place, probs).view(N, V)
+        weight_of_context = weight_of_one_count[:, :NGRAM_ORDERS].flatten()
+        probs = times * weight_of_context[context]
+        mixed = weights.new_zeros(N * V)
+        mixed = mixed.index_add_(0, place, probs).view(N, V)
         # 2. the context itself
         in_context = weight_of_one_count[:, NGRAM_ORDERS:]
         matches = contexts.matches.to(weights.dtype)
         probs = torch.einsum("nc,ncs->ns", in_context, matches)
-        return mixed.scatter_add_(1, recent[:, 1:].clamp(min=0).long(), probs)
+        next_tokens = recent[:, 1:].clamp(min=0).long()
+        return mixed.scatter_add_(1, next_tokens, probs)
 
 
 def without_this_one(found):
@@ -332,15 +338,18 @@ class NGramGPT(LookupGPT):
         leave_one_out = self.leave_one_out and self.training
         found = self.ngrams.look_up(recent, targets, leave_one_out)
         weights = self.gate_weights(x, found.context_counts, found.continuations)
-        share = weights[:, 1:].exp() * found.target_counts / found.context_counts.clamp(min=1)
-        return weights[:, 0], share.sum(-1)
+        of_components = weights[:, 1:].exp()
+        counted = of_components * found.target_counts / found.context_counts.clamp(min=1)
+        return weights[:, 0], counted.sum(-1)
 
     def logits(self, x, recent):
         """The log of the mixed probabilities, float32 (..., V)."""
-        flat, tokens = x.reshape(-1, x.size(-1)), recent.reshape(-1, self.lookback)
+        flat = x.reshape(-1, x.size(-1))
+        tokens = recent.reshape(-1, self.lookback)
         contexts = self.ngrams.find_contexts(tokens)
         weights = self.gate_weights(flat, contexts.counts, contexts.continuations).exp()
-        network = weights[:, :1] * super().logits(flat, tokens).softmax(-1)
+        probs = super().logits(flat, tokens).softmax(-1)
+        network = weights[:, :1] * probs
         counted = self.ngrams.next_token_probs(
             tokens, contexts, weights[:, 1:], self.config.vocab_size)
         return (network + counted).log().view(*x.shape[:-1], -1)
@@ -348,18 +357,29 @@ class NGramGPT(LookupGPT):
     def loss(self, x, recent, targets, weights):
         x, recent, targets = x.flatten(0, 1), recent.flatten(0, 1), targets.flatten()
         log_gate, counted = self.mixture(x, recent, targets)
-        inputs = targets, weights.flatten(), log_gate, counted
-        return ChunkedLoss.apply(x, self.head_weight(), chunk_mixture, self.config.softcap, *inputs)
+        return ChunkedLoss.apply(
+            x,
+            self.head_weight(),
+            chunk_mixture,
+            self.config.softcap,
+            targets,
+            weights.flatten(),
+            log_gate,
+            counted,
+        )
 
     def target_log_probs(self, x, recent, targets):
         own = super().target_log_probs(x, recent, targets)
-        log_gate, counted = self.mixture(x.flatten(0, 1), recent.flatten(0, 1), targets.flatten())
-        mixed = (log_gate + own.flatten()).exp() + counted
+        x, recent = x.flatten(0, 1), recent.flatten(0, 1)
+        log_gate, counted = self.mixture(x, recent, targets.flatten())
+        network = (log_gate + own.flatten()).exp()
+        mixed = network + counted
         return mixed.log().view(targets.shape)
 
     def without_counts(self):
         """The network alone as a LookupGPT, for a purpose to which the counted text is foreign."""
-        config = {name: getattr(self.config, name) for name in GPTConfig.__dataclass_fields__}
+        config = asdict(self.config)
+        del config["ngrams"]
         with torch.device("meta"):
             model = LookupGPT(GPTConfig(**config))
         weights = self.state_dict()
