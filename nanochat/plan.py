@@ -15,13 +15,14 @@ and the activations to an account of the real tensors):
     logits       one chunk of logits, three times, and the head's gradient
     tables       4 for each parameter of embeddings and hashed tables
 """
+import functools
 import math
 import time
 from typing import NamedTuple
 
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, all_reduce_max
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
 
 BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
@@ -353,6 +354,20 @@ def measure_step(model_class, config, device, dtype, tokens=1024, repeats=2):
     return idx[:, 1:].numel() / fastest
 
 
+def speed_of(model_class, vocab_size, compute):
+    """A function (depth, max_seq_len) -> measured training tokens per second of all ranks.
+
+    Every rank must call it alike: it contains a collective.
+    """
+    @functools.cache
+    def speed(depth, max_seq_len):
+        config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
+        own = measure_step(model_class, config, compute.device, compute.dtype)
+        return compute.world_size * all_reduce_max(own)[0]
+
+    return speed
+
+
 def tokens_within(budget, flops_per_token, parameters, tokens_per_second):
     """How many training tokens a Budget buys at a shape; tokens_per_second() measures if needed."""
     if budget.kind == "target_flops":
@@ -374,6 +389,14 @@ class Machine(NamedTuple):
     memory: int          # bytes of a device, or None where it is not known
     dtype_bytes: int     # of an activation
     matmul_flops: float  # measured, of a device
+
+
+def this_machine(compute, matmul_flops):
+    """The Machine that this process runs on. compute: what compute_init() returned."""
+    device = compute.device
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    dtype_bytes = compute.dtype.itemsize
+    return Machine(device.type, compute.world_size, memory, dtype_bytes, matmul_flops)
 
 
 class Plan(NamedTuple):

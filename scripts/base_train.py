@@ -8,7 +8,6 @@
 From top to bottom: settings, where the run starts, what the budget buys, the model, the data, the
 loop, the ending.
 """
-import functools
 import itertools
 import math
 import time
@@ -20,23 +19,23 @@ from nanochat.checkpoint_manager import build_model, checkpoint_dir, load_weight
 from nanochat.common import UserError, all_reduce_max, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
-from nanochat.dataset import iter_documents
+from nanochat.dataset import open_dataset
 from nanochat.engine import sample_texts
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import Machine, choose_budget, make_plan, measure_step
+from nanochat.plan import choose_budget, make_plan, speed_of, this_machine
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
 from nanochat.start import EXTENDED, FRESH, start_base
 from nanochat.tokenizer import get_tokenizer
-from nanochat.variants import MODEL_CLASSES
+from nanochat.variants import MODEL_CLASSES, TRAINABLE
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 
 # settings
 data: str = None             # parquet folder, or your own .txt .md .jsonl; None: nanochat.dataset's
 model_tag: str = None        # name of the checkpoint folder; None: dN for depth N
-model: str = None            # gpt, lookup or portable (nanochat/variants); None: lookup on a CPU
+model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: lookup on a CPU
 depth: int = None            # layers; width is 64 x depth. None: 20 on a GPU, by speed on a CPU
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, by speed on a CPU
@@ -102,37 +101,26 @@ if meta and dtype:
 factor = extend if not meta or start.kind == EXTENDED else None
 budget = choose_budget(settings, device.type, meta and meta["budgets"], factor)
 model_name = model or ("lookup" if device.type == "cpu" else "gpt")
-if model_name not in ("gpt", "lookup", "portable"):
-    raise UserError(f"model={model_name} does not exist: choose gpt, lookup or portable")
-if meta:
-    model_name = meta["model_class"]
+if model_name not in TRAINABLE:
+    raise UserError(f"model={model_name} does not exist: choose from {', '.join(TRAINABLE)}")
+model_name = meta["model_class"] if meta else model_name
 model_class = MODEL_CLASSES[model_name]
 vocab_size = tokenizer.get_vocab_size()
-plan_began = time.perf_counter()
-
-
-@functools.cache
-def speed(depth, max_seq_len):
-    """Measured training tokens per second of all ranks."""
-    config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
-    return world_size * all_reduce_max(measure_step(model_class, config, device, compute.dtype))[0]
-
-
-memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else None
-machine = Machine(device.type, world_size, memory, compute.dtype.itemsize, matmul_flops)
+planning_began = time.perf_counter()  # measuring and counting are training time
+machine = this_machine(compute, matmul_flops)
+speed = speed_of(model_class, vocab_size, compute)
 plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, meta)
 for line in plan.describe(model_name, world_size):
     print0(line)
-planning_seconds = time.perf_counter() - plan_began
 max_seq_len, total_batch_size = plan.shape.max_seq_len, plan.batch.total_batch_size
 micro_batch_size, grad_accum_steps = plan.batch.micro_batch_size, plan.batch.grad_accum_steps
 
 # ---- a fresh run counts n-grams, and describes its model
+dataset = open_dataset(data)
 counted = None
 folder = start.folder
 if start.kind == FRESH:
     folder = checkpoint_dir("base", model_tag or f"d{plan.shape.depth}")
-    counting_began = time.perf_counter()
     counts_fit = model_name == "lookup" and vocab_size <= MAX_VOCAB_SIZE
     if ngram_tokens and not counts_fit:
         raise UserError(
@@ -143,7 +131,7 @@ if start.kind == FRESH:
     if rank == 0 and ngram_tokens:
         # counting takes four times as long as reading, and may take a fifth of the minutes
         reading_seconds = 3 * plan.horizon.minutes if plan.horizon.minutes else math.inf
-        texts = iter_documents("train", data)
+        texts = dataset.documents("train")
         counted = count_texts(texts, tokenizer, ngram_tokens, reading_seconds)
     kept, counted_tokens = 0, 0
     if counted:
@@ -154,8 +142,9 @@ if start.kind == FRESH:
     if kept:
         model_name = "lookup_ngrams"
         config = NGramConfig(**asdict(config), ngrams=kept)
-        seconds = time.perf_counter() - counting_began
-        print0(f"kept {kept:,} n-grams in {seconds:.1f} s, which count as training time")
+        print0(f"kept {kept:,} n-grams")
+    elapsed = time.perf_counter() - planning_began
+    print0(f"planning and counting took {elapsed:.1f} s, which count as training time")
     meta = {
         "stage": "base_train",
         "model_class": model_name,
@@ -165,7 +154,7 @@ if start.kind == FRESH:
         "total_batch_size": total_batch_size,
         "step": 0,
         "counted": counted_tokens,
-        "elapsed": time.perf_counter() - counting_began + planning_seconds,
+        "elapsed": elapsed,
     }
 meta["budgets"] = {budget.kind: budget.amount}
 
@@ -192,7 +181,7 @@ if start.state:
 
 # ---- data
 length = 0
-for text in iter_documents("train", data):
+for text in dataset.documents("train"):
     length += len(tokenizer.encode(text)) + 1
     if length > max_seq_len:
         break
@@ -201,8 +190,9 @@ else:
                     f"{length}: lower --max_seq_len")
 loader_state = start.state and start.state["loader"]
 loader = tokenizing_distributed_data_loader_with_state(
-    tokenizer, micro_batch_size, max_seq_len, "train", data, device, rank, world_size, loader_state)
-validation = list(itertools.islice(iter_documents("val", data), VALIDATION_DOCUMENTS))
+    tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,
+    loader_state)
+validation = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
 few = validation[:FEW_DOCUMENTS]
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 

@@ -13,3 +13,6 @@ MODEL_CLASSES = {
     "lookup_ngrams": NGramGPT,    # and with counts of the training text mixed into its prediction
     "portable": PortableGPT,      # shaped like Qwen3, for runtimes that others wrote
 }
+
+# What --model may name: pretraining makes lookup_ngrams of lookup where it counts n-grams.
+TRAINABLE = [name for name in MODEL_CLASSES if name != "lookup_ngrams"]
