@@ -1,9 +1,13 @@
-//! Text to ids: split, then in each piece join the neighbours whose token has the lowest rank, until none are left.
+//! Text to ids: split, then in each piece merge the neighbours whose token has the lowest rank,
+//! until no pair of neighbours is a token.
 //!
-//! Three things make it fast. Most pieces were seen before, and a small table from piece to ids remembers them (as wide
-//! as a processor's cache, so that a collision simply overwrites). A piece that is new asks for the rank of a pair of
-//! ids, not of two strings joined. And a long piece keeps its pairs in a heap, so that a megabyte of one letter takes
-//! n log n steps; for a short one a plain search is faster.
+//! Three things make it fast:
+//!
+//! 1. Most pieces were seen before. A small table from piece to ids remembers them. It has a fixed
+//!    size, that of a processor's cache, and a collision overwrites.
+//! 2. A new piece looks up the rank of a pair of ids, not of two strings joined.
+//! 3. A long piece keeps its pairs in a heap, so that a megabyte of one letter takes n log n
+//!    steps. For a short piece a plain search is faster.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -11,25 +15,25 @@ use std::sync::Mutex;
 
 use rustc_hash::FxHashMap;
 
-use crate::split::{pack, slot, Splitter, PACKED};
+use crate::split::{pack, table_index, Splitter, MAX_PACKED};
 
-const NONE: u32 = u32::MAX;
-const LONG: usize = 100; // pieces of more bytes use the heap
-const CACHED_IDS: usize = 3; // with these a place in the table has 32 bytes
+const NONE: u32 = u32::MAX; // rank of a pair that is no token; id of a part that was merged away
+const HEAP_ABOVE: usize = 100; // pieces of more bytes use the heap
+const CACHED_IDS: usize = 3; // with these an entry of the table has 32 bytes
 const CACHE_BITS: u32 = 17;
 
-/// A packed piece and its ids.
+/// A packed piece and its ids: an entry of the table of pieces that were seen before.
 #[derive(Clone, Copy)]
-struct Seen {
+struct CacheEntry {
     packed: u128,
-    bytes: u8, // 0: nothing is here
+    bytes: u8, // 0: the entry is empty
     count: u8,
     ids: [u32; CACHED_IDS],
 }
 
-/// What one thread needs. Made once, lent out by the encoder.
+/// What one thread needs to encode. Allocated once, and kept by the encoder between calls.
 struct Scratch {
-    seen: Vec<Seen>,
+    cache: Vec<CacheEntry>,
     parts: Vec<u32>,
     ranks: Vec<u32>,
 }
@@ -40,11 +44,11 @@ pub struct Encoder {
     id_of_token: FxHashMap<Box<[u8]>, u32>,
     /// (left id << 32 | right id) -> id of the token that both spell together.
     pairs: FxHashMap<u64, u32>,
-    idle: Mutex<Vec<Scratch>>,
+    idle_scratch: Mutex<Vec<Scratch>>,
 }
 
 impl Encoder {
-    /// tokens: by rank. An error is a byte without a token, or a token that is there twice.
+    /// tokens: by rank. An error is a byte without a token, or two tokens that are the same.
     pub fn new(tokens: &[Vec<u8>], splitter: Splitter) -> Result<Self, String> {
         let mut id_of_token: FxHashMap<Box<[u8]>, u32> = FxHashMap::default();
         for (id, token) in tokens.iter().enumerate() {
@@ -62,43 +66,49 @@ impl Encoder {
         let mut pairs = FxHashMap::default();
         for (token, &id) in &id_of_token {
             for cut in 1..token.len() {
-                if let (Some(&a), Some(&b)) =
-                    (id_of_token.get(&token[..cut]), id_of_token.get(&token[cut..]))
-                {
-                    pairs.insert(key(a, b), id);
+                let left = id_of_token.get(&token[..cut]);
+                let right = id_of_token.get(&token[cut..]);
+                if let (Some(&left), Some(&right)) = (left, right) {
+                    pairs.insert(pair_key(left, right), id);
                 }
             }
         }
-        Ok(Encoder { splitter, id_of_byte, id_of_token, pairs, idle: Mutex::new(vec![]) })
+        Ok(Encoder { splitter, id_of_byte, id_of_token, pairs, idle_scratch: Mutex::new(vec![]) })
     }
 
     /// Appends the ids of `text` to `ids`. An error is a pattern that backtracks without end.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), String> {
-        let mut scratch = self.borrow();
+        let mut scratch = self.take_scratch();
         ids.reserve(text.len() / 3);
         let text_bytes = text.as_bytes();
         let done = self.splitter.for_each(text, |piece| {
-            if piece.len() > PACKED {
+            if piece.len() > MAX_PACKED {
                 return self.encode_piece(&text_bytes[piece], &mut scratch, ids);
             }
-            let (packed, bytes) = (pack(text_bytes, piece.clone()), piece.len() as u8);
-            let slot = slot(packed, CACHE_BITS);
-            let seen = &scratch.seen[slot];
-            if seen.packed == packed && seen.bytes == bytes {
-                let end = ids.len() + seen.count as usize;
-                ids.extend_from_slice(&seen.ids); // a fixed number, with no loop to mispredict
+            let packed = pack(text_bytes, piece.clone());
+            let bytes = piece.len() as u8;
+            let at = table_index(packed, CACHE_BITS);
+
+            // Seen before: copy its ids.
+            let entry = &scratch.cache[at];
+            if entry.packed == packed && entry.bytes == bytes {
+                let end = ids.len() + entry.count as usize;
+                ids.extend_from_slice(&entry.ids); // a fixed number, with no loop to mispredict
                 return ids.truncate(end);
             }
+
+            // New: merge, and remember the ids if they are few.
             let from = ids.len();
             self.encode_piece(&text_bytes[piece], &mut scratch, ids);
             let new = &ids[from..];
             if new.len() <= CACHED_IDS {
-                let mut seen = Seen { packed, bytes, count: new.len() as u8, ids: [0; CACHED_IDS] };
-                seen.ids[..new.len()].copy_from_slice(new);
-                scratch.seen[slot] = seen;
+                let count = new.len() as u8;
+                let mut entry = CacheEntry { packed, bytes, count, ids: [0; CACHED_IDS] };
+                entry.ids[..new.len()].copy_from_slice(new);
+                scratch.cache[at] = entry;
             }
         });
-        self.idle.lock().expect("no thread panics here").push(scratch);
+        self.idle_scratch.lock().expect("no thread panics here").push(scratch);
         done
     }
 
@@ -114,7 +124,7 @@ impl Encoder {
         ids.extend_from_slice(parts);
     }
 
-    /// Ids of the bytes of a piece become ids of its tokens, whatever the split would say.
+    /// The ids of a piece's tokens, as if the split had left it whole.
     pub fn merge_all(&self, piece: &[u8]) -> Vec<u32> {
         let mut parts = piece.iter().map(|&b| self.id_of_byte[b as usize]).collect();
         self.merge(&mut parts, &mut vec![]);
@@ -122,14 +132,14 @@ impl Encoder {
     }
 
     fn rank(&self, left: u32, right: u32) -> u32 {
-        self.pairs.get(&key(left, right)).copied().unwrap_or(NONE)
+        self.pairs.get(&pair_key(left, right)).copied().unwrap_or(NONE)
     }
 
     fn merge(&self, parts: &mut Vec<u32>, ranks: &mut Vec<u32>) {
-        if parts.len() > LONG {
+        if parts.len() > HEAP_ABOVE {
             return self.merge_long(parts);
         }
-        // ranks[i]: of the token that parts i and i + 1 spell; a token's id is its rank.
+        // ranks[i] is that of the token that parts i and i + 1 spell. A token's id is its rank.
         ranks.clear();
         ranks.extend(parts.windows(2).map(|w| self.rank(w[0], w[1])));
         while let Some((at, &rank)) = ranks.iter().enumerate().min_by_key(|&(_, rank)| rank) {
@@ -148,8 +158,8 @@ impl Encoder {
         }
     }
 
-    /// The same with a heap of (rank, place) and links between what is left. An entry is stale when the pair at its place
-    /// no longer has that rank.
+    /// The same with a heap of (rank, place) and a linked list of the remaining parts. An entry of
+    /// the heap is stale when the pair at its place no longer has that rank.
     fn merge_long(&self, parts: &mut Vec<u32>) {
         let n = parts.len();
         let mut next: Vec<usize> = (1..=n).collect();
@@ -185,15 +195,15 @@ impl Encoder {
         parts.retain(|&id| id != NONE);
     }
 
-    fn borrow(&self) -> Scratch {
-        let idle = self.idle.lock().expect("no thread panics here").pop();
+    fn take_scratch(&self) -> Scratch {
+        let idle = self.idle_scratch.lock().expect("no thread panics here").pop();
         idle.unwrap_or_else(|| {
-            let nothing = Seen { packed: 0, bytes: 0, count: 0, ids: [0; CACHED_IDS] };
-            Scratch { seen: vec![nothing; 1 << CACHE_BITS], parts: vec![], ranks: vec![] }
+            let empty = CacheEntry { packed: 0, bytes: 0, count: 0, ids: [0; CACHED_IDS] };
+            Scratch { cache: vec![empty; 1 << CACHE_BITS], parts: vec![], ranks: vec![] }
         })
     }
 }
 
-fn key(left: u32, right: u32) -> u64 {
+fn pair_key(left: u32, right: u32) -> u64 {
     (left as u64) << 32 | right as u64
 }

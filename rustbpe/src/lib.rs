@@ -1,12 +1,13 @@
 //! The Python module `rustbpe`: a thin binding around `bpe.rs` (training) and `encode.rs`.
 //!
-//! The GIL is held only while strings are taken from the caller's iterator and results are handed over. Long loops look
-//! for Ctrl+C, and print every two seconds how far they are.
+//! The GIL is held only while strings are taken from the caller's iterator and results are handed
+//! over. Long loops check for Ctrl+C, and print their progress every two seconds.
 
 mod bpe;
 mod encode;
 mod split;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,8 @@ use pyo3::types::PyBytes;
 
 use split::Splitter;
 
-/// Text counted at a time: enough for all cores to have work, little enough to hold in memory and to be interrupted.
+/// Text counted at a time: enough for all cores to have work, little enough to hold in memory and
+/// to be interrupted.
 const BATCH_BYTES: usize = 16 << 20;
 
 /// A vocabulary and its split: learnt from text, or made from the tokens of an earlier one.
@@ -35,8 +37,8 @@ impl Tokenizer {
         Tokenizer { pattern: split::WORDS.to_string(), tokens: vec![], encoder: None }
     }
 
-    /// tokens: by rank, the 256 bytes among them. ValueError for a missing byte, a token that is there twice, and a
-    /// pattern that is not valid.
+    /// tokens: by rank, the 256 bytes among them. ValueError for a missing byte, for two tokens
+    /// that are the same, and for a pattern that is not valid.
     #[staticmethod]
     fn from_tokens(tokens: Vec<Vec<u8>>, pattern: String) -> PyResult<Self> {
         let mut tokenizer = Tokenizer { pattern, tokens, encoder: None };
@@ -44,8 +46,8 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Learns a vocabulary of `vocab_size` tokens, the 256 bytes among them, from an iterable of strings.
-    /// Ends with fewer when every piece of the text has become one token.
+    /// Learns a vocabulary of `vocab_size` tokens, the 256 bytes among them, from an iterable of
+    /// strings. The vocabulary stays smaller when every piece of the text has become one token.
     #[pyo3(signature = (iterator, vocab_size, pattern=None))]
     fn train_from_iterator(
         &mut self,
@@ -55,23 +57,23 @@ impl Tokenizer {
         pattern: Option<String>,
     ) -> PyResult<()> {
         if vocab_size < 256 {
-            return Err(PyValueError::new_err(format!(
-                "vocab_size is {vocab_size}, the bytes alone are 256"
-            )));
+            let message = format!("vocab_size is {vocab_size}, the bytes alone are 256");
+            return Err(PyValueError::new_err(message));
         }
         let pattern = pattern.unwrap_or_else(|| split::WORDS.to_string());
-        let counts = count(py, iterator, &splitter(&pattern)?)?;
+        let counts = count_pieces(py, iterator, &splitter(&pattern)?)?;
         let mut tokens = bpe::byte_order().into_iter().map(|b| vec![b]).collect();
         py.detach(|| {
             let pieces = bpe::Pieces::of_bytes(&counts);
             drop(counts);
-            bpe::train(pieces, &mut tokens, vocab_size, |_| true, &mut ticker())
+            bpe::train(pieces, &mut tokens, vocab_size, |_| true, &mut merge_progress())
         })?;
         (self.pattern, self.tokens) = (pattern, tokens);
         self.prepare()
     }
 
-    /// SuperBPE's second stage: goes on from this vocabulary to `vocab_size`, with tokens of several words.
+    /// SuperBPE's second stage: extends this vocabulary to `vocab_size`, with tokens of several
+    /// words.
     fn train_superwords(
         &mut self,
         py: Python<'_>,
@@ -79,12 +81,12 @@ impl Tokenizer {
         vocab_size: usize,
     ) -> PyResult<()> {
         let mut tokens = self.tokens.clone();
-        let counts = count(py, iterator, &splitter(split::SUPERWORDS)?)?;
+        let counts = count_pieces(py, iterator, &splitter(split::SUPERWORDS)?)?;
         let encoder = self.encoder()?;
         py.detach(|| {
             let pieces = bpe::Pieces::of_tokens(&counts, encoder);
             drop(counts);
-            bpe::train(pieces, &mut tokens, vocab_size, bpe::superword, &mut ticker())
+            bpe::train(pieces, &mut tokens, vocab_size, bpe::is_superword, &mut merge_progress())
         })?;
         (self.pattern, self.tokens) = (split::SUPERWORDS.to_string(), tokens);
         self.prepare()
@@ -106,8 +108,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The ids of many texts, one after another as 32-bit numbers in native order, and how many each text has.
-    /// `prepend` is put before each.
+    /// The ids of many texts, one after another as 32-bit numbers in native order, and the number
+    /// of ids of each text. `prepend` is put before each text.
     #[pyo3(signature = (texts, threads, prepend=None))]
     fn encode_batch<'py>(
         &self,
@@ -117,17 +119,18 @@ impl Tokenizer {
         prepend: Option<u32>,
     ) -> PyResult<(Bound<'py, PyBytes>, Vec<usize>)> {
         let encoder = self.encoder()?;
-        let rows = py
-            .detach(|| encode_rows(encoder, &texts, threads, prepend))
+        let encoded = py
+            .detach(|| encode_texts(encoder, &texts, threads, prepend))
             .map_err(PyValueError::new_err)?;
-        let total: usize = rows.iter().map(Vec::len).sum();
+        let lengths: Vec<usize> = encoded.iter().map(Vec::len).collect();
+        let total: usize = lengths.iter().sum();
         let ids = PyBytes::new_with(py, 4 * total, |buffer| {
-            for (bytes, id) in buffer.chunks_exact_mut(4).zip(rows.iter().flatten()) {
+            for (bytes, id) in buffer.chunks_exact_mut(4).zip(encoded.iter().flatten()) {
                 bytes.copy_from_slice(&id.to_ne_bytes());
             }
             Ok(())
         })?;
-        Ok((ids, rows.iter().map(Vec::len).collect()))
+        Ok((ids, lengths))
     }
 
     /// The pieces of a text. by_hand=False asks the regex engine, also where there is a scanner.
@@ -136,9 +139,11 @@ impl Tokenizer {
     fn split(text: &str, pattern: &str, by_hand: bool) -> PyResult<Vec<String>> {
         let splitter = if by_hand { Splitter::new(pattern) } else { Splitter::by_regex(pattern) };
         let mut pieces = vec![];
-        let done =
-            splitter.and_then(|s| s.for_each(text, |piece| pieces.push(text[piece].to_string())));
-        done.map(|()| pieces).map_err(PyValueError::new_err)
+        let add = |range: Range<usize>| pieces.push(text[range].to_string());
+        splitter
+            .and_then(|splitter| splitter.for_each(text, add))
+            .map_err(PyValueError::new_err)?;
+        Ok(pieces)
     }
 }
 
@@ -150,12 +155,8 @@ impl Tokenizer {
     }
 
     fn encoder(&self) -> PyResult<&encode::Encoder> {
-        let untrained = || {
-            PyValueError::new_err(
-                "the tokenizer has not been trained: call train_from_iterator first",
-            )
-        };
-        self.encoder.as_ref().ok_or_else(untrained)
+        let message = "the tokenizer has not been trained: call train_from_iterator first";
+        self.encoder.as_ref().ok_or_else(|| PyValueError::new_err(message))
     }
 }
 
@@ -163,24 +164,31 @@ fn splitter(pattern: &str) -> PyResult<Splitter> {
     Splitter::new(pattern).map_err(PyValueError::new_err)
 }
 
-/// Looks for Ctrl+C now and then, and says how many merges are done.
-fn ticker() -> impl FnMut(usize, usize) -> PyResult<()> {
-    let (mut progress, mut looked) = (Progress::new(), Instant::now());
-    move |done, of| {
-        if looked.elapsed() > Duration::from_millis(50) {
-            looked = Instant::now();
+/// A callback for training: checks for Ctrl+C now and then, and prints how many merges are done.
+fn merge_progress() -> impl FnMut(usize, usize) -> PyResult<()> {
+    let mut progress = Progress::new();
+    let mut checked = Instant::now();
+    move |done, total| {
+        if checked.elapsed() > Duration::from_millis(50) {
+            checked = Instant::now();
             Python::attach(|py| py.check_signals())?;
-            progress.say(|| format!("{done} of {of} merges"));
+            progress.print(|| format!("{done} of {total} merges"));
         }
         Ok(())
     }
 }
 
 /// How often each piece occurs in an iterable of strings.
-fn count(py: Python<'_>, texts: &Bound<'_, PyAny>, splitter: &Splitter) -> PyResult<bpe::Counts> {
+fn count_pieces(
+    py: Python<'_>,
+    texts: &Bound<'_, PyAny>,
+    splitter: &Splitter,
+) -> PyResult<bpe::Counts> {
     let mut counts = bpe::Counts::default();
     let mut texts = texts.try_iter()?;
-    let (mut batch, mut bytes, mut total): (Vec<PyBackedStr>, usize, usize) = (vec![], 0, 0);
+    let mut batch: Vec<PyBackedStr> = vec![];
+    let mut batch_bytes = 0;
+    let mut total_bytes = 0;
     let mut progress = Progress::new();
     loop {
         let text = texts
@@ -189,18 +197,18 @@ fn count(py: Python<'_>, texts: &Bound<'_, PyAny>, splitter: &Splitter) -> PyRes
             .transpose()?;
         let last = text.is_none();
         if let Some(text) = text {
-            bytes += text.len();
+            batch_bytes += text.len();
             batch.push(text);
         }
-        if last || bytes >= BATCH_BYTES {
+        if last || batch_bytes >= BATCH_BYTES {
             py.detach(|| bpe::count_pieces(&batch, splitter, &mut counts))
                 .map_err(PyValueError::new_err)?;
             py.check_signals()?;
-            total += bytes;
-            progress
-                .say(|| format!("{} MB counted, {} different pieces", total >> 20, counts.len()));
+            total_bytes += batch_bytes;
+            let megabytes = total_bytes >> 20;
+            progress.print(|| format!("{megabytes} MB counted, {} different pieces", counts.len()));
             batch.clear();
-            bytes = 0;
+            batch_bytes = 0;
         }
         if last {
             return Ok(counts);
@@ -208,8 +216,9 @@ fn count(py: Python<'_>, texts: &Bound<'_, PyAny>, splitter: &Splitter) -> PyRes
     }
 }
 
-/// The ids of each text, `prepend` before them. Threads take the next text that no other has taken.
-fn encode_rows(
+/// The ids of each text, `prepend` before them. Each thread takes the next text that no other
+/// thread has taken.
+fn encode_texts(
     encoder: &encode::Encoder,
     texts: &[PyBackedStr],
     threads: usize,
@@ -235,16 +244,16 @@ fn encode_rows(
             .chain([mine])
             .collect()
     });
-    let mut rows = vec![vec![]; texts.len()];
+    let mut encoded = vec![vec![]; texts.len()];
     for part in parts {
         for (i, ids) in part? {
-            rows[i] = ids;
+            encoded[i] = ids;
         }
     }
-    Ok(rows)
+    Ok(encoded)
 }
 
-/// Lets one line through every two seconds.
+/// Prints at most one line every two seconds.
 struct Progress(Instant);
 
 impl Progress {
@@ -252,7 +261,7 @@ impl Progress {
         Progress(Instant::now())
     }
 
-    fn say(&mut self, line: impl Fn() -> String) {
+    fn print(&mut self, line: impl Fn() -> String) {
         if self.0.elapsed() > Duration::from_secs(2) {
             println!("rustbpe: {}", line());
             self.0 = Instant::now();

@@ -1,27 +1,30 @@
 //! Splitting text into the pieces that merges never cross.
 //!
-//! A regular expression says what the pieces are and travels with the vocabulary. Running it is most of the time of a
-//! tokenizer, though: it tries seven alternatives at every place and backtracks. The two patterns that we train with are
-//! therefore also written out by hand, as scanners that look at each character about once. Any other pattern goes
-//! through the regex engine. That both ways give the same pieces is tested on real text and on random Unicode.
+//! A regular expression says what the pieces are, and travels with the vocabulary. Running it
+//! would take most of a tokenizer's time, though: it tries seven alternatives at every place and
+//! backtracks. The two patterns that we train with are therefore also written by hand, as scanners
+//! that look at each character about once. Any other pattern is run by the regex engine. Tests
+//! compare both ways on real text and on random Unicode.
 
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use fancy_regex::Regex;
+use regex_syntax::hir::{Class, HirKind};
 
-/// GPT-4's split, but numbers in runs of one or two digits instead of three: with a small vocabulary, a thousand
-/// tokens for three-digit numbers are better spent on words. The alternatives cover every character (letter, number,
-/// white space, none of these), and have to: tiktoken drops what the pattern does not match.
-/// This is its only copy: Python asks for it with `get_pattern` and stores it beside the ranks.
+/// GPT-4's split, but numbers in runs of one or two digits instead of three: with a small
+/// vocabulary, a thousand tokens for three-digit numbers are better spent on words. The
+/// alternatives cover every character (letter, number, white space, none of these). They have to,
+/// since tiktoken drops what the pattern does not match. This is the only copy of the pattern:
+/// Python asks for it with `get_pattern` and stores it beside the ranks.
 pub const WORDS: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
 );
 
-/// The split of SuperBPE's second stage (arXiv 2503.13423): numbers, runs of punctuation and of spaces stand alone, and
-/// everything between two of them is one piece, so that a token may hold several words. The last alternative is that
-/// rest: tiktoken needs it spelled out.
+/// The split of SuperBPE's second stage (arXiv 2503.13423): numbers, runs of punctuation and runs
+/// of spaces stand alone, and everything between two of them is one piece, so that a token may
+/// hold several words. The last alternative spells out everything else, which tiktoken needs.
 pub const SUPERWORDS: &str = concat!(
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]{2,}[\r\n/]*| +(?!\S)",
     r"|(?:(?!\p{N}{1,3}| ?[^\s\p{L}\p{N}]{2,}[\r\n/]*| +(?!\S))[\s\S])+",
@@ -50,7 +53,8 @@ impl Splitter {
         Ok(Splitter::Regex(Box::new(regex)))
     }
 
-    /// Hands the place of each piece of `text`, in bytes, to `f`. An error is a pattern that backtracks without end.
+    /// Calls `f` with the range of each piece of `text`, in bytes. An error is a pattern that
+    /// backtracks without end.
     pub fn for_each(&self, text: &str, mut f: impl FnMut(Range<usize>)) -> Result<(), String> {
         match self {
             // in closures: a scanner that is called, not inlined, halves the speed of encoding
@@ -81,29 +85,31 @@ fn scan<'t>(
     }
 }
 
-/// The longest piece that `pack` takes.
-pub const PACKED: usize = 16;
+/// The most bytes of a piece that `pack` takes.
+pub const MAX_PACKED: usize = 16;
 
-/// The bytes of a piece of at most 16 as a number: two pieces of the same length are compared in one step.
+/// The bytes of a piece of at most 16 as a number: two pieces of the same length are compared in
+/// one step.
 #[inline(always)]
 pub fn pack(text: &[u8], piece: Range<usize>) -> u128 {
     let length = piece.len();
-    match text.get(piece.start..piece.start + PACKED) {
+    match text.get(piece.start..piece.start + MAX_PACKED) {
         Some(whole) => {
             let whole = u128::from_le_bytes(whole.try_into().expect("16 bytes"));
             whole & (u128::MAX >> (128 - 8 * length as u32))
         }
         None => {
-            let mut buffer = [0; PACKED];
+            let mut buffer = [0; MAX_PACKED];
             buffer[..length].copy_from_slice(&text[piece]);
             u128::from_le_bytes(buffer)
         }
     }
 }
 
-/// A place in a table of 2^bits for a packed piece: the top bits of a product with the golden ratio (Knuth).
+/// A hash of a packed piece, as an index into a table of 2^bits entries: the top bits of a product
+/// with the golden ratio (Knuth, The Art of Computer Programming, 6.4).
 #[inline(always)]
-pub fn slot(packed: u128, bits: u32) -> usize {
+pub fn table_index(packed: u128, bits: u32) -> usize {
     let (low, high) = (packed as u64, (packed >> 64) as u64);
     let mixed = (low ^ high.rotate_left(29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     ((mixed ^ mixed >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - bits)) as usize
@@ -122,13 +128,11 @@ fn classes() -> &'static [u8] {
     static CLASSES: OnceLock<Vec<u8>> = OnceLock::new();
     CLASSES.get_or_init(|| {
         let mut table = vec![OTHER; char::MAX as usize + 1];
-        for (pattern, class) in
-            [(r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE), (r"[\r\n]", NEWLINE)]
-        {
+        let patterns =
+            [(r"\p{L}", LETTER), (r"\p{N}", NUMBER), (r"\s", SPACE), (r"[\r\n]", NEWLINE)];
+        for (pattern, class) in patterns {
             let hir = regex_syntax::parse(pattern).expect("a fixed pattern");
-            let regex_syntax::hir::HirKind::Class(regex_syntax::hir::Class::Unicode(ranges)) =
-                hir.kind()
-            else {
+            let HirKind::Class(Class::Unicode(ranges)) = hir.kind() else {
                 unreachable!("a class of characters")
             };
             for range in ranges.iter() {
@@ -157,12 +161,10 @@ impl Text<'_> {
     }
 
     fn class_beyond_ascii(self, at: usize, first: u8) -> (u8, usize) {
-        let length = if first < 0xE0 {
-            2
-        } else if first < 0xF0 {
-            3
-        } else {
-            4
+        let length = match first {
+            0..=0xDF => 2,
+            0xE0..=0xEF => 3,
+            _ => 4,
         };
         let lead = (first as usize) & (0x7F >> length);
         let code = self.bytes[at + 1..at + length]
@@ -182,7 +184,8 @@ impl Text<'_> {
         }
     }
 
-    /// Where a run of letters from `at` on ends. Eight ASCII characters at a time: a loop's end costs a misprediction.
+    /// Where a run of letters from `at` on ends. It takes eight ASCII characters at a time, since
+    /// the end of a loop costs a misprediction.
     #[inline(always)]
     fn letters(self, mut at: usize) -> usize {
         while let Some(eight) = self.bytes.get(at..at + 8) {
@@ -203,8 +206,9 @@ impl Text<'_> {
     }
 }
 
-/// How many of eight bytes are ASCII letters, counted from the first up to one that is none. All eight are compared at
-/// once: adding 0x80 - 'a' carries into a byte's top bit if it is at least an 'a', adding 0x7F - 'z' if it is beyond 'z'.
+/// How many of eight bytes are ASCII letters, counted from the first up to one that is none. All
+/// eight are compared at once: adding 0x80 - 'a' carries into a byte's top bit if the byte is at
+/// least an 'a', adding 0x7F - 'z' if it is beyond 'z'.
 #[inline(always)]
 fn ascii_letters(bytes: u64) -> u32 {
     const EACH: u64 = 0x0101_0101_0101_0101;
@@ -249,7 +253,8 @@ fn word_end(text: Text, at: usize) -> usize {
     }
 }
 
-/// Length of what follows the apostrophe: (?i:[sdmt]|ll|ve|re). The long s is an s to a regex that ignores case.
+/// Length of what follows the apostrophe: (?i:[sdmt]|ll|ve|re). The long s is an s to a regex that
+/// ignores case.
 fn contraction(rest: &[u8]) -> Option<usize> {
     match rest {
         [b's' | b'd' | b'm' | b't' | b'S' | b'D' | b'M' | b'T', ..] => Some(1),
@@ -258,8 +263,9 @@ fn contraction(rest: &[u8]) -> Option<usize> {
     }
 }
 
-/// White space that belongs to nothing after it: \s*[\r\n]|\s+(?!\S)|\s+, that is up to the last line break of the run,
-/// else to the run's end where the text ends, else to before its last character, unless that is the only one.
+/// White space that belongs to nothing after it: \s*[\r\n]|\s+(?!\S)|\s+. It ends after the last
+/// line break of the run. Without a line break it ends with the text, or else before the run's
+/// last character, unless that is the only one.
 fn space_end(text: Text, at: usize) -> usize {
     let (mut end, mut last, mut after_newline) = (at, at, None);
     loop {
@@ -277,19 +283,20 @@ fn space_end(text: Text, at: usize) -> usize {
 
 /// Where the piece of SUPERWORDS that begins at `at` ends.
 fn superword_end(text: Text, at: usize) -> usize {
-    if let Some(end) = lone_end(text, at) {
+    if let Some(end) = standalone_end(text, at) {
         return end;
     }
     let mut end = at + text.class(at).1;
-    while end < text.bytes.len() && lone_end(text, end).is_none() {
+    while end < text.bytes.len() && standalone_end(text, end).is_none() {
         end += text.class(end).1;
     }
     end
 }
 
-/// Where a number, a run of punctuation or a run of spaces that begins at `at` ends, if one does.
+/// Where a number, a run of punctuation or a run of spaces that begins at `at` ends; None where no
+/// such run begins there.
 #[inline(always)]
-fn lone_end(text: Text, at: usize) -> Option<usize> {
+fn standalone_end(text: Text, at: usize) -> Option<usize> {
     let (class, length) = text.class(at);
     let second = at + length;
     match class {
