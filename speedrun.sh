@@ -114,8 +114,8 @@ model_stage() {
     shift
     if [ -n "$device" ]; then set -- "$@" "--device_type=$device"; fi
     if [ "$GPUS" -gt 1 ]; then
-        command=(torchrun --standalone "--nproc_per_node=$GPUS" -m "scripts.$name")
-        if [ $# -gt 0 ]; then command+=(--); fi    # torchrun's own settings end here
+        # The two dashes end torchrun's own settings.
+        command=(torchrun --standalone "--nproc_per_node=$GPUS" -m "scripts.$name" --)
     else
         command=(python -m "scripts.$name")
     fi

@@ -368,6 +368,13 @@ def test_all_gpus_that_torch_sees_are_used(sandbox):
     assert "--source=fineweb" in calls[0]
 
 
+def test_resume_is_a_setting_of_the_stage_and_not_of_torchrun(sandbox):
+    """Also where the stage has no other setting."""
+    sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130", TORCH_SEES="2")
+    calls, _ = sandbox.run(TORCH_SEES="2")
+    assert calls[0] == ["-m", "scripts.mid_train", "--", "--resume"]
+
+
 @pytest.mark.parametrize("gpus, ranks", [("1", []), ("2", ["--nproc_per_node=2"] * 5), ("0", [])])
 def test_a_number_of_gpus_is_honoured_where_there_are_eight(sandbox, gpus, ranks):
     calls, _ = sandbox.run(TORCH_SEES="8", GPUS=gpus)
