@@ -233,9 +233,9 @@ def complete_steps(dir):
     return [meta["step"] for meta in complete_metas(dir)]
 
 
-def print_incomplete(dir):
-    """One line for each step of `dir` that is ignored because it is not complete."""
-    for step in list_steps(dir):
+def print_incomplete(dir, steps):
+    """One line for each of `steps`, of list_steps(dir), that is ignored: it is not complete."""
+    for step in steps:
         if step.problem:
             print0(f"step {step.step} of {dir} is ignored: {step.problem}")
 
@@ -244,7 +244,7 @@ def resumable(dir):
     """Whether `dir` has a complete step. If it has not, the incomplete ones are printed."""
     if complete_steps(dir):
         return True
-    print_incomplete(dir)
+    print_incomplete(dir, list_steps(dir))
     return False
 
 
@@ -325,10 +325,13 @@ def read_checkpoint(dir, step=None, rank=None, stage=None):
 
 def candidates(dir, step):
     """The metas of the steps that may be read: of `step`, or of all complete ones if it is None."""
-    print_incomplete(dir)
-    metas = complete_metas(dir)
+    steps = list_steps(dir)
+    print_incomplete(dir, steps)
+    metas = [found.meta for found in steps if found.meta]
     if not metas:
-        raise UserError(f"no complete checkpoint in {dir}{reason_for_none(dir)}")
+        newest = f" ({steps[-1].problem})" if steps else ""
+        remedy = f"{advice(source_of(dir))}, or name another --model_tag"
+        raise UserError(f"no complete checkpoint in {dir}{newest}: {remedy}")
     if step is None:
         return metas
     for meta in metas:
@@ -336,14 +339,6 @@ def candidates(dir, step):
             return [meta]
     known = ", ".join(str(meta["step"]) for meta in metas)
     raise UserError(f"step {step} is not in {dir}: choose from {known}")
-
-
-def reason_for_none(dir):
-    """What there is instead of a complete step, and the remedy."""
-    source = next((name for name, folder in FOLDERS.items() if folder == dir.parent.name), "base")
-    steps = list_steps(dir)
-    found = f" ({steps[-1].problem})" if steps else ""
-    return f"{found}: {advice(source)}, or name another --model_tag"
 
 
 def check_origin(dir, meta, stage):
@@ -388,6 +383,14 @@ def checkpoint_dir(source, model_tag):
         choices = ", ".join(FOLDERS)
         raise UserError(f"source={source} is not a stage: choose from {choices}")
     return get_base_dir() / FOLDERS[source] / model_tag
+
+
+def source_of(dir):
+    """The stage (base, mid, sft or rl) whose checkpoints are in `dir`; base for other folders."""
+    for source, folder in FOLDERS.items():
+        if folder == Path(dir).parent.name:
+            return source
+    return "base"
 
 
 def advice(source):

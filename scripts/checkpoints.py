@@ -18,7 +18,6 @@ from nanochat.checkpoint_manager import (
     FOLDERS,
     KEEP,
     checkpoint_dir,
-    complete_metas,
     lock_folder,
     newest_meta,
     print_incomplete,
@@ -107,8 +106,11 @@ def state_of(meta, damaged, verified):
 
 def newest_undamaged(dir):
     """The meta of the newest step of `dir` whose files all have their hash, or None."""
-    print_incomplete(dir)
-    for meta in reversed(complete_metas(dir)):
+    steps = list_steps(dir)
+    print_incomplete(dir, steps)
+    for _, meta, problem in reversed(steps):
+        if problem:
+            continue
         if not damaged_files(dir, meta, list(meta["files"])):
             return meta
     return None
