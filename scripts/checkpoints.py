@@ -165,6 +165,7 @@ def rescue(dir):
         f"resuming from step {meta['step']} of {dir} with {', '.join(changes)}. "
         "Ctrl+C saves; the same command resumes"
     )
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save, for torchrun
     os.execv(sys.executable, [sys.executable, *launcher, *words])
 
 

@@ -44,6 +44,9 @@ begin_run() {
     fi
     NANOCHAT_RUN="$(awk '$1 == "run" { print $2 }' "$run_state")"
     export NANOCHAT_RUN
+    # torchrun kills its ranks this many seconds after a signal, 30 by default: too few to save a
+    # large model.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
     stop_what_was_left
     trap 'forward_signal INT 130' INT

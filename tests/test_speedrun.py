@@ -195,6 +195,8 @@ esac
 
 # Runs the module in the fake python, once whatever the ranks: `torchrun ... -m MODULE [--] ...`
 FAKE_TORCHRUN = r"""#!/usr/bin/env bash
+echo "$2 ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:?the ranks would be killed while they save}" \
+    >/dev/null || exit 1
 echo "$2" >>"$CALLS.ranks"
 shift 2
 exec python "$@"
