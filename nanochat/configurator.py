@@ -169,7 +169,8 @@ def _print_help(doc, declared, settings, here):
     for name, (kind, text) in declared.items():
         if settings[name] is None and name in here:
             text += f" (here: {here[name]})"
-        print(f"  --{name}={settings[name]!r:<14} {kind.__name__:<5} {text}")
+        assignment = f"--{name}={settings[name]!r}"
+        print(f"  {assignment:<30} {kind.__name__:<5} {text}")
 
 
 def configure(namespace, argv=None, aliases={}, defaults_here=None):

@@ -22,13 +22,14 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.common import UserError, all_reduce_max
+from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
 
 BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
 CPU_MINUTES = 5.0              # the budget on a CPU where none is given
 GPU_PARAM_DATA_RATIO = 20.0    # tokens per matmul parameter on a GPU (Chinchilla, arXiv 2203.15556)
 GPU_DEPTH, GPU_CONTEXT = 20, 2048
+NGRAM_TOKENS = 32_000_000      # tokens whose n-grams a CPU counts
 DOCUMENTED_VOCAB = 65536       # of the documented run at depth 20
 ACTIVATIONS_PER_LAYER = 22     # numbers kept for the backward pass, in units of the width
 MEMORY_SHARE = 0.85            # of a device's memory that a plan uses; the rest is fragmentation
@@ -70,6 +71,31 @@ def choose_budget(settings, device_type, resumed=None, factor=None):
     if device_type == "cpu":
         return Budget("minutes", CPU_MINUTES)
     return Budget("target_param_data_ratio", GPU_PARAM_DATA_RATIO)
+
+
+def pretraining_defaults(settings):
+    """What base_train's settings of None become on this machine, for its --help."""
+    device_type = choose_device_type(settings["device_type"])
+    if device_type == "cuda":
+        depth = settings["depth"] or GPU_DEPTH
+        return {
+            "model": "gpt",
+            "depth": GPU_DEPTH,
+            "max_seq_len": GPU_CONTEXT,
+            "target_param_data_ratio": GPU_PARAM_DATA_RATIO,
+            "total_batch_size": gpu_shape(depth, DOCUMENTED_VOCAB).total_batch_size,
+            "weight_decay": round(gpu_weight_decay(depth), 4),
+            "ngram_tokens": 0,
+        }
+    shapes = [f"{row[1]} from {row[0] / 1e6:g} M tokens on" for row in CPU_SHAPES[1:]]
+    return {
+        "model": "lookup" if device_type == "cpu" else "gpt",
+        "depth": f"by measured speed: {', '.join(shapes)}",
+        "max_seq_len": f"{CPU_SHAPES[0][2]}, at depth {CPU_SHAPES[-1][1]} {CPU_SHAPES[-1][2]}",
+        "minutes": CPU_MINUTES,
+        "weight_decay": 0.0,
+        "ngram_tokens": NGRAM_TOKENS if device_type == "cpu" else 0,
+    }
 
 
 # ------------------------------------------------------------------------------------------------

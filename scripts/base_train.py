@@ -24,7 +24,14 @@ from nanochat.engine import sample_texts
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import choose_budget, make_plan, speed_of, this_machine
+from nanochat.plan import (
+    NGRAM_TOKENS,
+    choose_budget,
+    make_plan,
+    pretraining_defaults,
+    speed_of,
+    this_machine,
+)
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
 from nanochat.start import EXTENDED, FRESH, start_base
@@ -65,14 +72,13 @@ resume = False               # resume from the newest checkpoint of this tag
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 extend: float = None         # or from before the LR decay, to a horizon so many times as long
 seed = 42                    # of the initial weights
-settings = configure(globals())
+settings = configure(globals(), defaults_here=pretraining_defaults)
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 0, "ngram_tokens")
 
 PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
 VALIDATION_DOCUMENTS = 300   # of the last validation
 FEW_DOCUMENTS = 30           # of each validation on the way, by which steps are compared
-NGRAM_TOKENS = 32_000_000    # counted by default
 
 # ---- compute
 started = time.perf_counter()
