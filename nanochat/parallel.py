@@ -112,11 +112,13 @@ class ReplicatedBucket:
             self.places.append(slice(end, end + p.numel()))
             end += round_up(p.numel(), step)
         self.numel = round_up(end, ranks * step)
-        self.work = None
-        self.forget()
+        self.missing = set(params)  # whose gradients are not complete in this step
+        self.work = None            # the reduction that has started,
+        self.buffer = None          # what it reads,
+        self.summed = None          # and what it writes
 
-    def forget(self):
-        """Expect all gradients again."""
+    def expect_all(self):
+        """A new step: all gradients are missing again."""
         self.missing = set(self.params)
 
     def held(self):
@@ -140,7 +142,7 @@ class ReplicatedBucket:
 
     def start(self, buffer):
         """Start to sum a buffer of gradients over ranks."""
-        self.summed = buffer
+        self.buffer = self.summed = buffer
         self.work = dist.all_reduce(buffer, async_op=True)
 
     def finish(self):
@@ -156,9 +158,7 @@ class ReplicatedBucket:
         return None
 
     def _release(self):
-        self.work = None
-        self.summed = None
-        self.buffer = None
+        self.work = self.buffer = self.summed = None
 
 
 class ShardedBucket(ReplicatedBucket):
@@ -182,7 +182,7 @@ class ShardedBucket(ReplicatedBucket):
         return [self.shard]
 
     def start(self, buffer):
-        self.buffer = buffer  # lives until the sum is there
+        self.buffer = buffer
         self.summed = buffer.new_empty(self.numel // self.ranks)
         self.work = dist.reduce_scatter_tensor(self.summed, buffer, async_op=True)
 
@@ -193,6 +193,8 @@ class ShardedBucket(ReplicatedBucket):
         self._release()
 
     def start_gather(self):
+        in_place = self.params[0].data_ptr() == self.values.data_ptr()
+        assert in_place, "the model was moved after its layout was made"
         return dist.all_gather_into_tensor(self.values, self.shard.view(-1), async_op=True)
 
 
@@ -231,10 +233,9 @@ class Layout:
 
         self.params = self._held()  # the model's parameters, whoever holds them
         self.buckets = []           # in the order in which they start
-        self.started = 0            # how many of them have started in this step
         self.overlap = False        # whether buckets start during the backward pass
         self.order_is_known = False
-        self._expect_nothing()
+        self._begin_step()
         if self.ranks > 1:
             self._make_buckets()
 
@@ -277,9 +278,9 @@ class Layout:
 
     def _gradient_is_complete(self, bucket, p):
         """A hook, called in every backward pass once the gradient of p is accumulated."""
-        if not self.last_pass:
+        if not self.last_pass or p not in bucket.missing:
             return
-        bucket.missing.discard(p)
+        bucket.missing.remove(p)
         if bucket.missing:
             return
         self.completed.append(bucket)
@@ -306,7 +307,7 @@ class Layout:
             bucket.finish()
         if self.buckets and not self.order_is_known:
             self._learn_order()
-        self._expect_nothing()
+        self._begin_step()
 
     def _learn_order(self):
         """From the next step on, buckets start in the order in which rank 0 completed them."""
@@ -317,12 +318,12 @@ class Layout:
         self.buckets = [self.buckets[i] for i in order.tolist()]
         self.order_is_known = True
 
-    def _expect_nothing(self):
-        self.started = 0
-        self.last_pass = False
-        self.completed = []
+    def _begin_step(self):
+        self.started = 0        # how many buckets have started to reduce
+        self.last_pass = False  # whether a backward pass completes the gradients
+        self.completed = []     # the buckets whose gradients are complete, in that order
         for bucket in self.buckets:
-            bucket.forget()
+            bucket.expect_all()
 
     # phase 2: judge
 
@@ -395,7 +396,7 @@ class Layout:
         """Set all gradients to None, also those of a step that is skipped."""
         if self.started:
             self._finish_reductions()  # other ranks wait for what has begun
-        self._expect_nothing()
+        self._begin_step()
         for tensor in self.params + self._held():
             tensor.grad = None
 
