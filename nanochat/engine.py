@@ -65,7 +65,7 @@ class Sequence:
 
     prompt            ids of the prompt
     tokens            ids generated so far, the tool's replies and the closing token included
-    max_new_tokens    tokens reaches at most this length
+    max_new_tokens    the most tokens to generate
     temperature, top_k, generator    how its tokens are sampled
     status            "new", "waiting" (admitted, without a slot), "running" or "finished"
     finish_reason     "stop" or "length"; None before the end, and for a caller who left early

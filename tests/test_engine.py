@@ -1,5 +1,7 @@
 """Generation: cached equals recomputed, alone equals among others, the tool runs inside, and
 nothing that looks like a control token is shown."""
+import contextlib
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def make_model(tokenizer, kv_heads=4, T=48):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(tokenizer):
     return Engine(make_model(tokenizer), tokenizer)
 
@@ -103,23 +105,39 @@ def test_a_sequence_admitted_while_others_run_takes_a_free_slot_and_gets_the_sam
     assert engine.kv_cache is None and engine.running == {}
 
 
-def test_a_sequence_that_no_free_slot_can_hold_waits_for_the_next_cache(engine):
+def test_a_sequence_waits_for_the_next_cache_where_no_slot_is_free_or_none_is_long_enough(engine):
+    brief = engine.new_sequence([9], max_new_tokens=1, temperature=0)
     first = engine.new_sequence([5], max_new_tokens=5, temperature=0)
+    engine.admit(brief)
     engine.admit(first)
     engine.step()
-    no_slot = engine.new_sequence([9], max_new_tokens=2, temperature=0)
-    engine.admit(no_slot)
+    assert brief.status == "finished" and len(engine.running) < engine.kv_cache.slots
+
     too_long = engine.new_sequence([7, 7], max_new_tokens=30, temperature=0)
+    behind = engine.new_sequence([9], max_new_tokens=2, temperature=0)
     engine.admit(too_long)
+    engine.admit(behind)
+    while first.status != "finished":
+        engine.step()
+        assert (too_long.status, behind.status) == ("waiting", "waiting")  # in order of admission
     engine.step()
-    assert (no_slot.status, too_long.status) == ("waiting", "waiting")
-    run(engine, first)
-    engine.step()
-    assert "waiting" not in (no_slot.status, too_long.status)
-    run(engine, no_slot, too_long)
-    for sequence in (first, no_slot, too_long):
+    assert "waiting" not in (too_long.status, behind.status)
+    run(engine, too_long, behind)
+    for sequence in (brief, first, too_long, behind):
         options = {"max_new_tokens": sequence.max_new_tokens, "temperature": 0}
         assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
+def test_a_sequence_waits_while_every_slot_is_taken(engine):
+    first = engine.new_sequence([5, 5], max_new_tokens=5, temperature=0)
+    engine.admit(first)
+    engine.step()
+    second = engine.new_sequence([9], max_new_tokens=2, temperature=0)
+    engine.admit(second)
+    engine.step()
+    assert (first.status, second.status) == ("running", "waiting")
+    run(engine, first, second)
+    assert second.tokens == alone(engine, [9], max_new_tokens=2, temperature=0)
 
 
 @pytest.mark.parametrize("turns", [(0, 1), (0, 0, 1), (0, 1, 1, 1)])
@@ -128,12 +146,12 @@ def test_two_interleaved_streams_are_both_right(engine, turns):
     asked = [("the cat", {"seed": 5, "max_new_tokens": 12}), ([7, 7, 9], {"temperature": 0})]
     wanted = [engine.generate(prompt, **options) for prompt, options in asked]
     streams = [engine.stream(prompt, **options) for prompt, options in asked]
-    readers, texts, turn = [iter(stream) for stream in streams], ["", ""], 0
-    while None in (streams[0].finish_reason, streams[1].finish_reason):
-        who = turns[turn % len(turns)]
-        texts[who] += next(readers[who], "")
-        turn += 1
+    readers, texts = [iter(stream) for stream in streams], ["", ""]
+    for _ in range(100):
+        for who in turns:
+            texts[who] += next(readers[who], "")
     assert texts == wanted
+    assert None not in [stream.finish_reason for stream in streams]
     assert not engine.running and not engine.waiting
 
 
@@ -174,11 +192,9 @@ def test_a_step_that_fails_can_be_repeated(engine, monkeypatch):
         return sample(*arguments)
 
     monkeypatch.setattr("nanochat.engine.sample", fails_at_times)
-    while any(sequence.status != "finished" for sequence in sequences):
-        try:
+    for _ in range(200):
+        with contextlib.suppress(KeyboardInterrupt):
             engine.step()
-        except KeyboardInterrupt:
-            pass
     monkeypatch.undo()
     assert [sequence.tokens for sequence in sequences] == engine.generate_batch(PROMPTS, **SAMPLING)
 
