@@ -45,7 +45,7 @@ from nanochat.hardware import is_out_of_memory
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
 ALIGNMENT = 16             # elements: a parameter in a bucket begins where vector loads may begin
-WIRE_DTYPES = (torch.float32, torch.bfloat16)
+WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def prepare(model, compile=True):
@@ -215,15 +215,15 @@ class Layout:
     parameters are views of the buckets: move the model to its device before, not after.
     """
 
-    def __init__(self, optimizers, kind="auto", reduce_dtype=torch.float32):
+    def __init__(self, optimizers, kind="auto", reduce_dtype="float32"):
         if kind not in ("auto", *BUCKETS):
             kinds = ", ".join(BUCKETS)
             raise UserError(f"layout={kind} is unknown: choose from auto, {kinds}")
         if reduce_dtype not in WIRE_DTYPES:
-            raise UserError(f"reduce_dtype={reduce_dtype}: choose float32 or bfloat16")
+            raise UserError(f"reduce_dtype={reduce_dtype}: choose from {', '.join(WIRE_DTYPES)}")
 
         self.optimizers = optimizers
-        self.reduce_dtype = reduce_dtype
+        self.reduce_dtype = WIRE_DTYPES[reduce_dtype]
         self.rank, self.ranks = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()

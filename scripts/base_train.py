@@ -180,7 +180,7 @@ print0(f"{parameters:,} parameters, width {model.config.width}, vocabulary {voca
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, plan.weight_decay)
-layout = Layout(optimizers, parallel, getattr(torch, reduce_dtype))
+layout = Layout(optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())

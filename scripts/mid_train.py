@@ -78,7 +78,7 @@ matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
-layout = Layout(optimizers, parallel, getattr(torch, reduce_dtype))
+layout = Layout(optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())

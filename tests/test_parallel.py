@@ -164,7 +164,7 @@ def worker(rank, ranks, port, folder):
             "order": bucket_names(training),
             "state": training.layout.optimizer_state(),
         }
-        narrow = Training(rank, ranks, kind=kind, reduce_dtype=torch.bfloat16)
+        narrow = Training(rank, ranks, kind=kind, reduce_dtype="bfloat16")
         results[kind]["bfloat16"] = narrow.run().result()
 
     results["gradients"] = averaged_gradients(rank, ranks)
@@ -417,8 +417,8 @@ def test_unknown_kinds_and_dtypes_are_refused_in_one_line():
     kinds = "choose from auto, replicated, zero2"
     with pytest.raises(ValueError, match=f"layout=zero3 is unknown: {kinds}"):
         Layout([], kind="zero3")
-    with pytest.raises(ValueError, match="reduce_dtype=torch.float16: choose float32 or bfloat16"):
-        Layout([], reduce_dtype=torch.float16)
+    with pytest.raises(ValueError, match="reduce_dtype=float16: choose from float32, bfloat16"):
+        Layout([], reduce_dtype="float16")
 
 
 def test_state_of_another_layout_is_refused_in_one_line():
