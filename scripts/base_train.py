@@ -206,6 +206,7 @@ micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 run = Run(
     "base_train", settings, compute, folder, start, meta, plan.horizon, total_batch_size,
     model.flops_per_token(max_seq_len), matmul_flops)
+del start  # what was read is mapped from files that the run may delete
 best_bpb = meta.get("best_bpb", math.inf)
 lr_warmup = 0.0 if meta.get("extend") else 0.02
 decaying = run.step > 0 and run.progress > 1 - warmdown

@@ -108,6 +108,7 @@ print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a 
 run = Run(
     "chat_sft", settings, compute, start.folder, start, meta, horizon, total_batch_size,
     model.flops_per_token(T), matmul_flops)
+del start  # what was read is mapped from files that the run may delete
 
 
 def show_samples():
