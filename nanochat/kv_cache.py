@@ -26,6 +26,11 @@ class LayerCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     @property
+    def length(self):
+        """How many tokens a slot can hold."""
+        return self.k.size(1)
+
+    @property
     def nbytes(self):
         return self.k.nbytes + self.v.nbytes
 
@@ -52,7 +57,7 @@ class KVCache:
     """
 
     def __init__(self, layers, slots, device):
-        """layers: list of LayerCache, each with this number of slots."""
+        """layers: list of LayerCache, or of a class that has .length and .nbytes, too."""
         self.layers = layers
         self.slots = slots
         self.device = device
@@ -61,7 +66,7 @@ class KVCache:
     @property
     def length(self):
         """How many tokens a slot can hold."""
-        return self.layers[0].k.size(1)
+        return self.layers[0].length
 
     @property
     def nbytes(self):
