@@ -255,12 +255,16 @@ class Engine:
     # --------------------------------------------------------------------------------------------
     # callers of step()
 
-    def generate_batch(self, prompts, **options):
+    def generate_batch(self, prompts, seeds=None, **options):
         """prompts: list of lists of ids -> list of lists of new ids (the closing token included).
 
-        options: as of Sequence, the same for all. UserError for a prompt that does not fit.
+        seeds: one for each prompt, so that several samples of one prompt differ; None: the option
+        `seed` for all. options: as of Sequence. UserError for a prompt that does not fit.
         """
-        sequences = [self.new_sequence(prompt, **options) for prompt in prompts]
+        sequences = []
+        for number, prompt in enumerate(prompts):
+            own = {} if seeds is None else {"seed": seeds[number]}
+            sequences.append(self.new_sequence(prompt, **{**options, **own}))
         for sequence in sequences:
             self.admit(sequence)
         try:

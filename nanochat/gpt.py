@@ -1,4 +1,4 @@
-"""The GPT of nanochat: rotary positions, QK norm, ReLU-squared MLP, RMSNorm without gains, softcapped logits.
+"""The GPT: rotary positions, QK norm, ReLU-squared MLP, RMSNorm without gains, softcapped logits.
 
 One dial: depth. The width is 64 * depth, the heads have 128 dimensions (64 in small models), and
 the rest follows. At depth 20 and a vocabulary of 65,536 this is the documented model of 561 M

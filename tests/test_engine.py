@@ -72,6 +72,13 @@ def test_a_request_alone_and_in_a_ragged_batch_give_the_same_tokens(engine):
         assert engine.generate_batch([prompt], **SAMPLING) == [ids]
 
 
+def test_each_sample_of_a_prompt_has_the_tokens_of_its_own_seed(engine):
+    prompt, options = [5, 9, 70], {"max_new_tokens": 12, "temperature": 1.0}
+    samples = engine.generate_batch([prompt] * 3, seeds=[1, 2, 1], **options)
+    assert samples[0] == samples[2] != samples[1]
+    assert [samples[1]] == engine.generate_batch([prompt], seed=2, **options)
+
+
 def run(engine, *sequences):
     """Take steps until the sequences are finished."""
     while any(sequence.status != "finished" for sequence in sequences):

@@ -1,4 +1,4 @@
-"""The GPT with lookups: tables of pairs and triples of tokens, value embeddings, x0 skip connection.
+"""The GPT with lookups: tables of pairs and triples, value embeddings, x0 skip connection.
 
 A lookup costs no matmul, and a short run on a CPU learns each frequent pair of tokens from a table
 long before its layers could. What each part is worth stands in dev/LOG.md.
