@@ -56,7 +56,7 @@ class PortableAttention(Attention):
         return self.q_norm(q), self.k_norm(k), v
 
     def place(self, q_or_k, cos, sin):
-        return rotate(q_or_k, cos, sin)
+        return rotate(q_or_k, cos, -sin)  # nanochat rotates the other way round than Qwen3
 
 
 class SwiGLU(MLP):
