@@ -1,0 +1,323 @@
+"""What every model class owes, and each variant against a definition of its own."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, noise
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.parallel import Layout, accumulate_gradients
+from nanochat.variants import MODEL_CLASSES
+from nanochat.variants.lookup import HASHED_ROWS_MAX, HashedEmbedding, LookupGPT
+from nanochat.variants.portable import PortableConfig, PortableGPT
+
+every_class = pytest.mark.parametrize(
+    "model_class", MODEL_CLASSES.values(), ids=MODEL_CLASSES.keys())
+
+
+def config_of(model_class, depth=1, **more):
+    """The class's own config of a depth; an NGramGPT has room for as many n-grams as it counted."""
+    if model_class is MODEL_CLASSES["lookup_ngrams"]:
+        more["ngrams"] = 7
+    return model_class.config_class.from_depth(depth, VOCAB_SIZE, CONTEXT, **more)
+
+
+# -------------------------------------------------------------------------------- every class
+
+@every_class
+def test_every_class_trains_and_its_loss_falls(model_class):
+    torch.manual_seed(0)
+    config = config_of(model_class)
+    assert (config.depth, config.width, config.vocab_size) == (1, 64, VOCAB_SIZE)
+    model = model_class(config)
+    model.init_weights()
+    if model_class is MODEL_CLASSES["lookup_ngrams"]:
+        model.ngrams.fill(torch.arange(7), torch.ones(7, dtype=torch.int32))  # counts of nothing
+    layout = Layout(model.setup_optimizers())
+    idx = noise(4, 17)
+    batches = [(idx[:, :-1], idx[:, 1:])]
+    losses = []
+    for _ in range(5):
+        loss, _ = accumulate_gradients(model, batches, 1 / 64, 4, layout)
+        loss, grad_norm = layout.reduce(loss)
+        layout.apply(1.0, grad_norm)
+        layout.zero_grad()
+        losses.append(loss)
+    assert losses[0] == pytest.approx(torch.tensor(VOCAB_SIZE).log().item(), rel=0.4)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@every_class
+def test_cached_decoding_of_every_class_equals_the_whole(model_class):
+    model = make_model(model_class, kv_heads=2).eval()
+    idx = noise(2, 20)
+    with torch.no_grad():
+        whole = model(idx)
+    pieces = in_pieces(model, idx, [7, 1, 1, 11])
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+
+
+@every_class
+def test_prefill_and_decode_of_every_class_equal_the_whole(model_class):
+    model = make_model(model_class).eval()
+    idx, lengths = noise(2, 9), [5, 8]
+    kv_cache = model.new_kv_cache(2, CONTEXT)
+    with torch.no_grad():
+        found = model.prefill(idx, kv_cache, [0, 1], lengths)
+        kv_cache.advance([0, 1], lengths)
+        newest = noise(2, 1)
+        after = model.decode(newest, kv_cache)
+        for slot, length in enumerate(lengths):
+            ids = torch.cat((idx[slot, :length], newest[slot]))
+            alone = model(ids[None])[0]
+            torch.testing.assert_close(found[slot], alone[-2], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(after[slot], alone[-1], atol=1e-5, rtol=1e-5)
+
+
+@every_class
+def test_log_probs_of_every_class_are_the_logits_own(model_class):
+    model = make_model(model_class).eval()
+    idx, targets = noise(2, 16), noise(2, 16)
+    targets[:, ::5] = -1
+    each = F.cross_entropy(
+        model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    log_probs = model.log_probs(idx, targets)
+    torch.testing.assert_close(log_probs, -each.detach().view(2, 16), atol=1e-5, rtol=1e-5)
+    weights = torch.randn(2, 16)
+    loss = model(idx, targets, weights)
+    torch.testing.assert_close(loss, -(log_probs * weights).sum(), atol=1e-4, rtol=1e-5)
+
+
+@every_class
+def test_the_roles_of_every_class_partition_its_parameters(model_class):
+    model = make_model(model_class)
+    roles = [id(p) for group in model.parameters_by_role().values() for p in group]
+    assert sorted(roles) == sorted(id(p) for p in model.parameters())
+    groups = [group for o in model.setup_optimizers() for group in o.param_groups]
+    in_groups = [id(p) for group in groups for p in group["params"]]
+    assert sorted(in_groups) == sorted(roles)
+
+
+@every_class
+def test_init_weights_of_every_class_sets_everything_on_the_meta_device(model_class):
+    """docs/traps.md: meta-init"""
+    model = empty_model(model_class, config_of(model_class, depth=2))
+    model.init_weights()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    if model_class is MODEL_CLASSES["lookup_ngrams"]:
+        model.ngrams.fill(torch.arange(7), torch.ones(7, dtype=torch.int32))
+    assert torch.isfinite(model(noise(1, CONTEXT))).all()
+
+
+@every_class
+def test_casting_the_matrices_of_every_class_once_changes_no_bit(model_class):
+    idx, targets = noise(2, 32), noise(2, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        cast_each_time, cast_once = make_model(model_class).eval(), make_model(model_class).eval()
+        cast_each_time.compute_dtype = dtype
+        cast_once.cast_for_inference(dtype)
+        dtypes = {
+            p.dtype for name, p in cast_once.named_parameters()
+            if name.startswith(("head", "blocks.")) and p.ndim == 2
+        }
+        assert dtypes == {dtype} and cast_once.embed.weight.dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(cast_once(idx), cast_each_time(idx))
+            both = [model.log_probs(idx, targets) for model in (cast_once, cast_each_time)]
+            assert torch.equal(*both)
+
+
+# -------------------------------------------------------------------------------- lookup
+
+def test_a_token_is_looked_up_alone_and_with_the_one_and_the_two_before_it():
+    model = make_model(LookupGPT, depth=0)
+    idx, rows = noise(2, 9), model.bigram.num_embeddings
+    assert rows == model.trigram.num_embeddings == 64 * 128
+    with torch.no_grad():
+        for ids, logits in zip(idx.tolist(), model(idx)):
+            for first, before, token, found in zip([0, 0] + ids, [0] + ids, ids, logits):
+                pair, triple = before * 7919 + token, first * 1000003 + before * 7919 + token
+                x = model.embed.weight[token] + model.bigram.weight[pair % rows]
+                x = x + model.trigram.weight[triple % rows]
+                x = x + model.smear * model.embed.weight[before]
+                x = F.rms_norm(F.rms_norm(x, (64,)), (64,))
+                wanted = 15 * torch.tanh(model.head.weight[:97] @ x / 15)
+                torch.testing.assert_close(found, wanted)
+
+
+def test_grouped_query_attention_equals_repeated_heads_and_values():
+    grouped, full = make_model(LookupGPT, kv_heads=2), make_model(LookupGPT, kv_heads=4)
+    state = grouped.state_dict()
+    for name in list(state):
+        if name.endswith((".k.weight", ".v.weight")):
+            state[name] = state[name].view(2, 16, 64).repeat_interleave(2, 0).reshape(64, 64)
+        if name.startswith("values"):
+            state[name] = state[name].view(-1, 2, 16).repeat_interleave(2, 1).reshape(-1, 64)
+    full.load_state_dict(state)
+    idx = noise(2, 32)
+    torch.testing.assert_close(grouped(idx), full(idx))
+
+
+def test_with_its_lookups_neutralised_it_is_the_plain_model():
+    lookup, plain = make_model(LookupGPT), make_model()
+    with torch.no_grad():
+        tables = [lookup.bigram.weight, lookup.trigram.weight]
+        for p in (lookup.smear, *tables, *(table.weight for table in lookup.values)):
+            p.zero_()
+        for block in lookup.blocks:
+            block.blend.copy_(torch.tensor([1.0, 0.0]))
+    weights = lookup.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    idx = noise(2, 32)
+    torch.testing.assert_close(lookup(idx), plain(idx))
+
+
+def test_value_embeddings_are_shared_from_both_ends():
+    for depth, shared in ((1, [0]), (4, [0, 1, 1, 0]), (5, [0, 1, 2, 1, 0])):
+        model = make_model(LookupGPT, depth=depth)
+        idx = noise(1, 3)
+        inputs = model.block_inputs(idx, model.embed(idx))
+        assert len(model.values) == (depth + 1) // 2
+        for given, table in zip(inputs, shared):
+            assert torch.equal(given["value"], model.values[table](idx))
+
+
+def test_fresh_lookups_have_no_effect():
+    torch.manual_seed(0)
+    model = LookupGPT(GPTConfig.from_depth(2, VOCAB_SIZE, CONTEXT))
+    model.init_weights()
+    idx = noise(2, 8)
+    entrance = F.rms_norm(model.embed(idx), (128,))
+    torch.testing.assert_close(model.enter(idx, model.recent_tokens(idx)), entrance)
+    assert all(block.blend.tolist() == [1.0, pytest.approx(0.1)] for block in model.blocks)
+
+
+def test_hashed_tables_are_bounded_and_their_gradients_sparse_on_a_cpu():
+    model = make_model(LookupGPT)
+    model(noise(2, 8), noise(2, 8)).backward()
+    for table in (model.bigram, model.trigram):
+        assert isinstance(table, HashedEmbedding) and table.weight.grad.is_sparse
+    assert not model.embed.weight.grad.is_sparse
+    with torch.device("meta"):
+        large = LookupGPT(GPTConfig.from_depth(1, 65536, CONTEXT))
+    assert large.bigram.num_embeddings == HASHED_ROWS_MAX == 131072
+
+
+# -------------------------------------------------------------------------------- portable
+
+def qwen3_of_transformers(config):
+    """The Qwen3ForCausalLM of transformers in the shape of a PortableConfig."""
+    transformers = pytest.importorskip("transformers", reason="the outside opinion")
+    if not hasattr(transformers, "Qwen3ForCausalLM"):
+        pytest.skip("this transformers has no Qwen3")
+    theirs = transformers.Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
+        rope_theta=config.rotary_base,  # as older versions of transformers have it
+        hidden_act="silu",
+        attention_bias=False,
+        tie_word_embeddings=config.tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
+    return transformers.Qwen3ForCausalLM(theirs).eval()
+
+
+def names_in_qwen3(model):
+    """{name in transformers: our parameter}, of every parameter."""
+    pairs = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.gain}
+    if model.head is not None:
+        pairs["lm_head.weight"] = model.head.weight
+    for i, block in enumerate(model.blocks):
+        a, m = block.attention, block.mlp
+        of_the_block = {
+            "input_layernorm": block.attention_norm.gain,
+            "post_attention_layernorm": block.mlp_norm.gain,
+            "self_attn.q_norm": a.q_norm.gain,
+            "self_attn.k_norm": a.k_norm.gain,
+            "self_attn.q_proj": a.q.weight,
+            "self_attn.k_proj": a.k.weight,
+            "self_attn.v_proj": a.v.weight,
+            "self_attn.o_proj": a.out.weight,
+            "mlp.gate_proj": m.gate.weight,
+            "mlp.up_proj": m.up.weight,
+            "mlp.down_proj": m.down.weight,
+        }
+        pairs.update(
+            {f"model.layers.{i}.{name}.weight": p for name, p in of_the_block.items()})
+    return pairs
+
+
+@pytest.mark.parametrize("tied, rotary_base, norm_eps", [
+    (False, 1000000.0, 1e-6),
+    (True, 10000.0, 1e-2),  # large enough to matter
+])
+def test_portable_logits_and_gradients_equal_transformers_qwen3(tied, rotary_base, norm_eps):
+    ours = make_model(
+        PortableGPT, kv_heads=2, tied=tied, rotary_base=rotary_base, norm_eps=norm_eps)
+    theirs = qwen3_of_transformers(ours.config)
+    pairs = names_in_qwen3(ours)
+    wanted = dict(theirs.named_parameters())
+    assert wanted.keys() == pairs.keys() and len(pairs) == len(list(ours.parameters()))
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(pairs[name][:parameter.size(0)])  # without the padded vocabulary
+
+    idx = noise(3, 20)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+    inputs, targets = idx[:, :-1], idx[:, 1:]
+    (ours(inputs, targets) / targets.numel()).backward()
+    F.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten()).backward()
+    for name, parameter in wanted.items():
+        gradient = pairs[name].grad[:parameter.size(0)]
+        torch.testing.assert_close(gradient, parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_portable_without_gains_has_no_scalars():
+    model = make_model(PortableGPT, gains=False)
+    assert model.parameters_by_role()["scalar"] == []
+    assert all(p.ndim == 2 for p in model.parameters())
+    assert torch.isfinite(model(noise(2, 8))).all()
+    with_gains = make_model(PortableGPT)
+    # two norms of a block and the last one, (C,) each; queries' and keys' (D,)
+    scalars = sum(p.numel() for p in with_gains.parameters_by_role()["scalar"])
+    assert scalars == 2 * (2 * 64 + 2 * 16) + 64
+
+
+def test_portable_without_gains_is_portable_with_gains_of_one():
+    plain, gains = make_model(PortableGPT, gains=False), make_model(PortableGPT)
+    with torch.no_grad():
+        for p in gains.parameters_by_role()["scalar"]:
+            p.fill_(1)
+    gains.load_state_dict(plain.state_dict(), strict=False)
+    idx = noise(2, 16)
+    torch.testing.assert_close(plain(idx), gains(idx))
+
+
+def test_portable_adds_only_what_it_overrides():
+    names = {name for name, _ in make_model(PortableGPT, gains=False).named_parameters()}
+    plain = {name for name, _ in make_model(GPT).named_parameters()}
+    assert names - plain == {f"blocks.{i}.mlp.gate.weight" for i in range(2)}
+    assert plain <= names
+    tied = {name for name, _ in make_model(PortableGPT, gains=False, tied=True).named_parameters()}
+    assert names - tied == {"head.weight"}
+
+
+def test_swiglu_weighs_as_much_as_two_matrices_of_four_widths():
+    config = PortableConfig.from_depth(12, 65536, 2048)
+    assert (config.width, config.mlp_width) == (768, 2048)
+    with torch.device("meta"):
+        portable, plain = PortableGPT(config), GPT(GPTConfig.from_depth(12, 65536, 2048))
+    assert portable.matmul_parameters() == plain.matmul_parameters()
+    # an odd width is rounded up to a multiple of 64; a given one stays
+    assert PortableConfig.from_depth(1, 97, 32).mlp_width == 192
+    assert PortableConfig.from_depth(1, 97, 32, mlp_width=100).mlp_width == 100
