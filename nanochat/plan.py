@@ -52,16 +52,18 @@ def choose_budget(settings, device_type, resumed=None, factor=None):
     """The one budget of a run.
 
     settings: of the script; at most one of BUDGETS may be set. resumed: the {kind: amount} of the
-    run that this one continues, or None; factor: by how much that is extended, or None.
+    run that this one continues, or None; factor: by how much that is extended now, or None (an
+    extended run that is resumed has been extended before).
     UserError for two budgets, for one that is not positive, and for extend with a budget.
     """
     given = {kind: settings[kind] for kind in BUDGETS if settings.get(kind) is not None}
     words = ", ".join(f"{kind}={amount}" for kind, amount in given.items())
     if len(given) > 1 or any(amount <= 0 for amount in given.values()):
         raise UserError(f"{words}: give one budget, above zero")
-    if factor is not None and (factor <= 1 or given):
+    extend = settings.get("extend")
+    if extend is not None and (extend <= 1 or given):
         raise UserError(
-            f"extend={factor} must be above 1, and takes no other budget: it multiplies that of "
+            f"extend={extend} must be above 1, and takes no other budget: it multiplies that of "
             "the run before")
     if given:
         return Budget(*next(iter(given.items())))

@@ -104,7 +104,7 @@ if meta and dtype:
     meta["dtype"] = dtype
 
 # ---- what the budget buys: every decision, and its reason
-factor = extend if not meta or start.kind == EXTENDED else None
+factor = extend if start.kind == EXTENDED else None
 budget = choose_budget(settings, device.type, meta and meta["budgets"], factor)
 model_name = model or ("lookup" if device.type == "cpu" else "gpt")
 if model_name not in TRAINABLE:
