@@ -130,11 +130,12 @@ def cpu_shape(tokens_at, depth=None):
     measure, so the rows are asked from the smallest on, up to the first that does not pay.
     depth: where it is given already; then the rows nearest to it decide context and batch.
     """
-    rows = CPU_SHAPES
+    rows, reason = CPU_SHAPES, "the smallest shape"
     if depth is not None:
         nearest = max((row[1] for row in rows if row[1] <= depth), default=rows[0][1])
         rows = [row for row in rows if row[1] == nearest]
-    chosen, reason = rows[0], "the smallest shape"
+        reason = f"the smallest context and batch of depth {nearest}"
+    chosen = rows[0]
     for row in rows[1:]:
         enough, row_depth, context, _ = row
         tokens = tokens_at(depth or row_depth, context)
