@@ -31,7 +31,10 @@ GPU_PARAM_DATA_RATIO = 20.0    # tokens per matmul parameter on a GPU (Chinchill
 GPU_DEPTH, GPU_CONTEXT = 20, 2048
 NGRAM_TOKENS = 32_000_000      # tokens whose n-grams a CPU counts
 DOCUMENTED_VOCAB = 65536       # of the documented run at depth 20
-ACTIVATIONS_PER_LAYER = 22     # numbers kept for the backward pass, in units of the width
+# Numbers that a layer keeps of each token for the backward pass, in units of the width. Counted
+# from autograd's saved tensors in float32 (tests/test_plan.py): 19 in GPT, 20 in LookupGPT, 26 in
+# PortableGPT; 19 in each with compiled blocks, which in bfloat16 keep the cast matrices as well.
+ACTIVATIONS_PER_LAYER = 22
 MEMORY_SHARE = 0.85            # of a device's memory that a plan uses; the rest is fragmentation
 MAX_MICRO_BATCH = {"cpu": 16, "mps": 16, "cuda": 32}
 # Of the measured matmul rate that a training step reaches, for an estimate of the hours. CPU:
@@ -363,9 +366,8 @@ def checkpoint_bytes(model):
 def measure_step(model_class, config, device, dtype, tokens=1024, repeats=2):
     """Training tokens per second of a model, by running it: the fastest of a few small steps.
 
-    Uncompiled and without communication. A
-    matmul's speed says too little: a step reaches half to four fifths of it with AVX2, a quarter
-    with AVX512-bf16 (dev/LOG.md).
+    Uncompiled and without communication. A matmul's speed says too little: a step reaches half to
+    four fifths of it with AVX2, a quarter with AVX512-bf16 (dev/LOG.md).
     """
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay untouched
         model = build_on_meta(model_class, config).to_empty(device=device)

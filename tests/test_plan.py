@@ -1,0 +1,615 @@
+"""Every decision before the first step, without a process, a GPU or a measurement.
+
+Memory is held to the bytes of real tensors, and activations to an account of what autograd keeps.
+"""
+import itertools
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.plan import (
+    ACTIVATIONS_PER_LAYER,
+    BUDGETS,
+    CPU_MINUTES,
+    CPU_SHAPES,
+    GPU_PARAM_DATA_RATIO,
+    MAX_MICRO_BATCH,
+    Batch,
+    Budget,
+    Horizon,
+    Machine,
+    build_on_meta,
+    chat_batch,
+    chat_horizon,
+    checkpoint_bytes,
+    choose_batch,
+    choose_budget,
+    choose_horizon,
+    cpu_shape,
+    fits,
+    gpu_shape,
+    gpu_weight_decay,
+    largest_divisor,
+    make_plan,
+    matmul_parameters,
+    measure_step,
+    memory,
+    micro_batch_limit,
+    tokens_within,
+)
+from nanochat.variants import MODEL_CLASSES
+from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.portable import PortableGPT
+
+GB = 10**9
+VOCAB_SIZE = 65536
+NAMES = (
+    "depth", "max_seq_len", "kv_heads", "total_batch_size", "device_batch_size", "weight_decay",
+    "extend", *BUDGETS)
+
+
+def settings_with(**given):
+    """The settings of base_train as far as a plan reads them: all None, but for these."""
+    assert given.keys() <= {*NAMES, "keep"}
+    return {**dict.fromkeys(NAMES), "keep": 3, **given}
+
+
+# -------------------------------------------------------------------------------- 1. the budget
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_a_given_budget_is_the_budget(kind):
+    given = settings_with(**{kind: 12})
+    for device_type, resumed in itertools.product(("cpu", "cuda"), (None, {"minutes": 7.0})):
+        assert choose_budget(given, device_type, resumed) == Budget(kind, 12)
+
+
+def test_without_a_budget_the_device_decides():
+    assert choose_budget(settings_with(), "cpu") == Budget("minutes", CPU_MINUTES)
+    ratio = Budget("target_param_data_ratio", GPU_PARAM_DATA_RATIO)
+    assert choose_budget(settings_with(), "cuda") == choose_budget(settings_with(), "mps") == ratio
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_a_resumed_run_keeps_its_budget_and_an_extended_one_multiplies_it(kind):
+    resumed = {kind: 10.0}
+    for device_type in ("cpu", "cuda"):
+        assert choose_budget(settings_with(), device_type, resumed) == Budget(kind, 10.0)
+        extend = settings_with(extend=2.5)
+        assert choose_budget(extend, device_type, resumed, 2.5) == Budget(kind, 25.0)
+        # the run before had been extended already
+        assert choose_budget(extend, device_type, resumed) == Budget(kind, 10.0)
+
+
+@pytest.mark.parametrize("pair", [*itertools.combinations(BUDGETS, 2)])
+def test_two_budgets_are_refused(pair):
+    with pytest.raises(UserError) as refused:
+        choose_budget(settings_with(**dict.fromkeys(pair, 3)), "cpu")
+    assert str(refused.value) == f"{pair[0]}=3, {pair[1]}=3: give one budget, above zero"
+
+
+@pytest.mark.parametrize("amount", [0, -1.5])
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_a_budget_that_is_not_above_zero_is_refused(kind, amount):
+    with pytest.raises(UserError, match=f"{kind}={amount}: give one budget, above zero"):
+        choose_budget(settings_with(**{kind: amount}), "cuda")
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])  # None: it was extended before
+def test_extend_takes_no_budget_and_a_factor_above_1(factor):
+    for kind in BUDGETS:
+        with pytest.raises(UserError, match="extend=2.0 must be above 1, and takes no other"):
+            choose_budget(settings_with(extend=2.0, **{kind: 5}), "cpu", {"minutes": 5}, factor)
+    for extend in (1.0, 0.5, 0.0, -2.0):
+        with pytest.raises(UserError, match=f"extend={extend} must be above 1"):
+            choose_budget(settings_with(extend=extend), "cpu", {"minutes": 5}, factor and extend)
+
+
+# -------------------------------------------------------------------------------- 2. the shape
+
+def asked_shapes(tokens_at, depth=None):
+    """(the Shape of a CPU, the shapes for which the training tokens were asked)."""
+    asked = []
+
+    def asking(depth, max_seq_len):
+        asked.append((depth, max_seq_len))
+        return tokens_at(depth, max_seq_len)
+
+    return cpu_shape(asking, depth), asked
+
+
+def test_more_tokens_never_plan_a_smaller_model():
+    def tokens_at(scale):
+        return lambda depth, max_seq_len: scale * 1e6 / depth**2
+
+    shapes = [asked_shapes(tokens_at(scale))[0] for scale in (0, 1, 4, 10, 50, 100, 1e3, 1e9)]
+    sizes = [shape[:3] for shape in shapes]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == CPU_SHAPES[0][1:] and sizes[-1] == CPU_SHAPES[-1][1:]
+    assert len(set(sizes)) == len(CPU_SHAPES)
+
+
+@pytest.mark.parametrize("paying", range(1, len(CPU_SHAPES) + 1))
+def test_speed_is_asked_from_the_smallest_row_on_and_no_further_than_needed(paying):
+    """paying: how many rows the budget pays for."""
+    tokens = CPU_SHAPES[paying - 1][0]
+    shape, asked = asked_shapes(lambda depth, max_seq_len: tokens)
+    assert shape[:3] == CPU_SHAPES[paying - 1][1:]
+    assert asked == [row[1:3] for row in CPU_SHAPES[1:paying + 1]]
+
+
+def test_the_reason_of_a_shape_names_what_was_bought_and_what_was_not():
+    smallest, _ = asked_shapes(lambda depth, max_seq_len: 1000)
+    assert smallest.reason == (
+        "the smallest shape; 0.0 M tokens at depth 2 would be too few, 0.9 M are needed")
+    middle, _ = asked_shapes(lambda depth, max_seq_len: 3e6)
+    assert middle.reason == (
+        "the budget buys 3.0 M tokens at depth 3; 3.0 M tokens at depth 4 would be too few, "
+        "5.5 M are needed")
+    largest, _ = asked_shapes(lambda depth, max_seq_len: 1e9)
+    assert largest.reason == "the budget buys 1000.0 M tokens at depth 6"
+
+
+@pytest.mark.parametrize("depth, rest", [
+    (1, (256, 2048)),   # as the smallest row
+    (3, (256, 4096)),
+    (5, (256, 4096)),   # as depth 4
+    (6, (512, 8192)),
+    (12, (512, 8192)),
+])
+def test_a_given_depth_stays_and_takes_the_rest_from_the_nearest_row(depth, rest):
+    shape, asked = asked_shapes(lambda depth, max_seq_len: 0, depth)
+    assert shape[:3] == (depth, *rest)
+    assert asked == ([(1, 256)] if depth == 1 else [])
+    assert ("smallest shape" in shape.reason) is False
+
+
+def test_a_given_depth_takes_the_larger_batch_where_the_budget_pays():
+    shape, asked = asked_shapes(lambda depth, max_seq_len: 1e6, depth=2)
+    assert shape[:3] == (2, 256, 4096) and asked == [(2, 256)]
+
+
+def test_the_depth_of_a_gpu_run_gives_its_batch_and_its_weight_decay():
+    depths = 4, 12, 20, 32
+    for vocab_size in (32768, VOCAB_SIZE):
+        shapes = [gpu_shape(depth, vocab_size) for depth in depths]
+        assert [shape.depth for shape in shapes] == list(depths)
+        assert {shape.max_seq_len for shape in shapes} == {2048}
+        batches = [shape.total_batch_size for shape in shapes]
+        assert batches == sorted(batches)
+        assert batches[1:] == [262144, 524288, 1048576]
+    assert gpu_shape(4, 32768).total_batch_size == 131072
+    assert gpu_shape(None, VOCAB_SIZE) == gpu_shape(20, VOCAB_SIZE)  # the documented run
+    assert "524,288 tokens at depth 20" in gpu_shape(12, VOCAB_SIZE).reason
+
+    decays = [gpu_weight_decay(depth) for depth in depths]
+    assert decays == sorted(decays, reverse=True)
+    assert decays[1] == pytest.approx(0.2) and decays[2] == pytest.approx(0.072)
+
+
+def test_the_documented_matmul_parameters_are_those_of_the_model():
+    for depth in (4, 12, 20):
+        model = build_on_meta(GPT, GPTConfig.from_depth(depth, VOCAB_SIZE, 2048))
+        assert matmul_parameters(depth, VOCAB_SIZE) == model.matmul_parameters()
+
+
+# -------------------------------------------------------------------------------- 3. the batch
+
+def tokens_of(batch, max_seq_len, ranks):
+    return batch.micro_batch_size * batch.grad_accum_steps * ranks * max_seq_len
+
+
+@pytest.mark.parametrize("gb", [24, 80, 192])
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_any_number_of_gpus_trains_depth_20(ranks, gb):
+    machine = Machine("cuda", ranks, gb * GB, 2, 4e14)
+    budget = Budget("num_iterations", 10)
+    plan = make_plan(settings_with(), budget, machine, GPT, VOCAB_SIZE, speed=None)
+    batch = plan.batch
+    assert tokens_of(batch, 2048, ranks) == batch.total_batch_size
+    assert batch.micro_batch_size <= 32
+    assert 0.9 * 524288 <= batch.total_batch_size <= 524288
+    if gb == 24:
+        assert batch.micro_batch_size >= 3
+    else:
+        assert batch.micro_batch_size >= 16
+    if gb == 192 and ranks in (1, 2, 4, 8):
+        assert batch == Batch(524288, 32, 8 // ranks)  # nothing is rounded
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("limit", [1, 5, 16, 32])
+@pytest.mark.parametrize("wanted", [100, 4096, 262144, 1048576])
+def test_a_batch_is_its_factors_and_near_what_was_wanted(ranks, limit, wanted):
+    max_seq_len = 512
+    batch = choose_batch(wanted, max_seq_len, ranks, limit)
+    assert tokens_of(batch, max_seq_len, ranks) == batch.total_batch_size
+    assert 1 <= batch.micro_batch_size <= limit
+    one_each = max_seq_len * ranks
+    assert batch.total_batch_size <= max(wanted, one_each)
+    assert batch.total_batch_size > 0.9 * wanted - one_each
+
+
+def test_a_device_is_half_full_where_a_tenth_fewer_sequences_allow_it():
+    # 43 sequences, a prime: 42 = 2 x 21
+    assert choose_batch(43 * 512, 512, 1, 32) == Batch(42 * 512, 21, 2)
+    # 37 fit as they are
+    assert choose_batch(37 * 512, 512, 1, 64) == Batch(37 * 512, 37, 1)
+
+
+def test_given_numbers_are_never_changed():
+    assert choose_batch(1, 512, 2, 32, 43 * 1024) == Batch(43 * 1024, 1, 43)
+    assert choose_batch(1, 512, 2, 32, 48 * 1024, 12) == Batch(48 * 1024, 12, 4)
+    assert choose_batch(48 * 1024, 512, 2, 32, None, 12) == Batch(48 * 1024, 12, 4)
+    # more than fits in the plan's opinion: the user decides
+    assert choose_batch(1, 512, 2, 4, 48 * 1024, 24) == Batch(48 * 1024, 24, 2)
+    # a rank has fewer sequences than it may take at a time
+    assert choose_batch(1, 512, 2, 32, 4 * 1024, 24) == Batch(4 * 1024, 4, 1)
+
+
+def test_what_does_not_divide_is_refused_with_both_numbers():
+    with pytest.raises(UserError) as refused:
+        choose_batch(1, 512, 3, 32, 4096)
+    assert str(refused.value) == (
+        "total_batch_size=4096 is not a multiple of max_seq_len x ranks = 512 x 3")
+    for total_batch_size in (None, 43 * 512):
+        with pytest.raises(UserError) as refused:
+            choose_batch(43 * 512, 512, 1, 32, total_batch_size, 8)
+        assert str(refused.value) == (
+            "device_batch_size=8 does not divide the 43 sequences that a rank has per step")
+
+
+def test_the_largest_divisor_is_found():
+    found = [largest_divisor(n, 8) for n in (1, 6, 12, 13, 64, 85)]
+    assert found == [1, 6, 6, 1, 8, 5]
+
+
+def chat_settings(**given):
+    assert given.keys() <= {"device_batch_size", "total_batch_size", "minutes", "num_iterations"}
+    names = "device_batch_size", "total_batch_size", "minutes", "num_iterations"
+    return {**dict.fromkeys(names), **given}
+
+
+def test_a_chat_stage_takes_one_pass_over_the_batch_of_pretraining():
+    assert chat_batch(chat_settings(), 256, 1, 2048) == Batch(2048, 8, 1)
+    assert chat_batch(chat_settings(), 256, 2, 2048) == Batch(2048, 4, 1)
+    assert chat_batch(chat_settings(), 2048, 8, 524288) == Batch(262144, 16, 1)  # at most 16
+    assert chat_batch(chat_settings(), 2048, 8, 4096) == Batch(16384, 1, 1)      # at least 1
+    given = chat_settings(device_batch_size=4, total_batch_size=8192)
+    assert chat_batch(given, 256, 2, 2048) == Batch(8192, 4, 4)
+    with pytest.raises(UserError) as refused:
+        chat_batch(chat_settings(total_batch_size=1000), 256, 2, 2048)
+    assert str(refused.value) == (
+        "total_batch_size=1000 is not a multiple of device_batch_size x context x ranks = "
+        "4 x 256 x 2")
+
+
+# -------------------------------------------------------------------------------- 4. the horizon
+
+def test_every_budget_becomes_steps_or_minutes():
+    def horizon(kind, amount):
+        return choose_horizon(
+            Budget(kind, amount), total_batch_size=1000, flops_per_token=50, parameters=200)
+
+    assert horizon("minutes", 2.5) == Horizon(None, 2.5)
+    assert horizon("num_iterations", 7) == Horizon(7, None)
+    assert horizon("num_iterations", 7 * 1.5) == Horizon(10, None)  # extended
+    assert horizon("target_flops", 1e6) == Horizon(20, None)
+    assert horizon("target_param_data_ratio", 20) == Horizon(4, None)
+    assert horizon("target_flops", 1) == Horizon(1, None)  # never none
+    assert horizon("target_param_data_ratio", 1e-3) == Horizon(1, None)
+
+
+def test_the_horizon_of_a_chat_stage():
+    for device_type in ("cpu", "cuda", "mps"):
+        assert chat_horizon(chat_settings(num_iterations=9), device_type) == Horizon(9, None)
+        assert chat_horizon(chat_settings(minutes=2.0), device_type) == Horizon(None, 2.0)
+        for given in ({"minutes": 0.0}, {"num_iterations": -1}):
+            with pytest.raises(UserError, match="a budget must be above zero"):
+                chat_horizon(chat_settings(**given), device_type)
+    assert chat_horizon(chat_settings(), "cpu") == Horizon(None, CPU_MINUTES)
+    assert chat_horizon(chat_settings(), "cuda") == Horizon(None, None)  # one pass over the data
+
+
+# -------------------------------------------------------------------------------- 5. memory
+
+def model_of(name, depth=2, max_seq_len=64, vocab_size=97):
+    """A fresh model of a class, by its name in MODEL_CLASSES."""
+    torch.manual_seed(0)
+    model_class = MODEL_CLASSES[name]
+    config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
+    if name == "lookup_ngrams":
+        config.ngrams = 7
+    model = model_class(config)
+    model.init_weights()
+    if name == "lookup_ngrams":
+        model.ngrams.fill(torch.arange(7), torch.ones(7, dtype=torch.int32))
+    return model
+
+
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_parameters_gradients_and_optimizer_take_what_real_tensors_take(name):
+    model = model_of(name)
+    tokens = torch.randint(97, (2, 64))
+    model(tokens, tokens).backward()
+    optimizers = model.setup_optimizers()
+    for optimizer in optimizers:
+        optimizer.step()
+
+    planned = memory(model, 2, 4, device_type="cpu")
+    assert planned.parameters + planned.tables == nbytes(model.parameters())
+    hashed = set(model.parameters_by_role().get("hashed", []))
+    tables = [*model.parameters_by_role()["embedding"], *hashed]
+    assert planned.tables == nbytes(tables)
+    # the sparse gradients of hashed tables count as activations
+    dense = [p.grad for p in model.parameters() if p not in hashed]
+    assert not any(grad.is_sparse for grad in dense) and planned.gradients == nbytes(dense)
+    state = [
+        tensor
+        for optimizer in optimizers
+        for values in optimizer.state.values()
+        for key, tensor in values.items()
+        if key != "step"
+    ]
+    assert planned.optimizer == nbytes(state)
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_the_meta_device_counts_the_same_and_a_gpu_has_dense_gradients(name):
+    model = model_of(name)
+    on_meta = build_on_meta(type(model), model.config)
+    assert all(p.is_meta for p in on_meta.parameters())
+    for device_type in ("cpu", "cuda"):
+        whole = memory(model, 3, 2, device_type=device_type)
+        assert memory(on_meta, 3, 2, device_type=device_type) == whole
+    assert whole.gradients == nbytes(model.parameters())
+
+
+def test_optimizer_state_is_divided_among_the_ranks_and_nothing_else():
+    model = build_on_meta(GPT, GPTConfig.from_depth(4, VOCAB_SIZE, 2048))
+    alone, of_four = (memory(model, 8, 2, ranks) for ranks in (1, 4))
+    assert of_four == alone._replace(optimizer=alone.optimizer // 4)
+    assert alone.total == sum(alone)
+
+
+def kept_for_backward(model, sequences, max_seq_len):
+    """Bytes that autograd keeps between forward and backward, without parameters and loss.
+
+    Every storage counts once, however many tensors share it.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    of_the_loss = {tuple(model.head_weight().shape)}  # the gradient of the head
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tuple(tensor.shape) not in of_the_loss:
+            storages[storage.data_ptr()] = storage  # held, so that its address stays its own
+        return tensor
+
+    idx = torch.randint(97, (sequences, max_seq_len))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(idx, idx)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+@pytest.mark.parametrize("depth, sequences, max_seq_len", [(3, 4, 64), (4, 2, 256)])
+def test_activations_are_planned_within_a_factor_of_1_5(name, depth, sequences, max_seq_len):
+    """Uncompiled and in float32, the account behind ACTIVATIONS_PER_LAYER."""
+    model = model_of(name, depth, max_seq_len)
+    found = kept_for_backward(model, sequences, max_seq_len)
+    planned = memory(model, sequences, 4, device_type="cpu").activations
+    assert planned / 1.5 < found < planned * 1.5
+    unit = 4 * sequences * max_seq_len * model.config.width * depth
+    assert planned == ACTIVATIONS_PER_LAYER * unit
+
+
+def test_more_sequences_need_more_memory_and_more_memory_takes_more_sequences():
+    model = build_on_meta(GPT, GPTConfig.from_depth(12, VOCAB_SIZE, 2048))
+    totals = [memory(model, sequences, 2).total for sequences in range(1, 33)]
+    assert totals == sorted(totals) and totals[0] < totals[-1]
+
+    limits = [micro_batch_limit(model, gb * GB, 2, 1, "cuda") for gb in (1, 8, 16, 24, 48, 80, 192)]
+    assert limits == sorted(limits)
+    assert limits[0] == 1 and limits[-1] == MAX_MICRO_BATCH["cuda"] == 32
+    for gb, limit in zip((16, 24, 48), limits[2:]):
+        which = [fits(model, n, 2, 1, "cuda", gb * GB) for n in range(1, 33)]
+        assert which == sorted(which, reverse=True) and sum(which) == limit
+
+
+def test_a_deeper_model_takes_no_more_sequences_and_more_ranks_no_fewer():
+    models = [
+        build_on_meta(GPT, GPTConfig.from_depth(depth, VOCAB_SIZE, 2048))
+        for depth in (4, 8, 12, 20)
+    ]
+    limits = [micro_batch_limit(model, 40 * GB, 2, 1, "cuda") for model in models]
+    assert limits == sorted(limits, reverse=True) and limits[0] > limits[-1]
+    limits = [micro_batch_limit(models[-1], 40 * GB, 2, ranks, "cuda") for ranks in (1, 2, 4, 8)]
+    assert limits == sorted(limits)
+
+
+@pytest.mark.parametrize("device_type", MAX_MICRO_BATCH)
+def test_where_the_memory_is_not_known_the_usual_number_of_sequences_is_taken(device_type):
+    model = model_of("gpt")
+    assert micro_batch_limit(model, None, 4, 1, device_type) == MAX_MICRO_BATCH[device_type]
+
+
+# -------------------------------------------------------------------------------- 6. time and disk
+
+@pytest.mark.parametrize("name", ["gpt", "lookup", "portable"])
+def test_a_checkpoint_takes_the_model_and_its_optimizer_state(name):
+    model = model_of(name)
+    tokens = torch.randint(97, (2, 64))
+    model(tokens, tokens).backward()
+    optimizers = model.setup_optimizers()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [values for optimizer in optimizers for values in optimizer.state.values()]
+    state = nbytes(tensor for values in states for tensor in values.values())
+    found = nbytes(model.state_dict().values()) + state
+    assert checkpoint_bytes(model) == pytest.approx(found, rel=1e-3)  # but for counts of steps
+
+
+@pytest.mark.parametrize("model_class", [GPT, LookupGPT, PortableGPT])
+def test_measuring_a_step_leaves_the_random_numbers_alone(model_class):
+    config = model_class.config_class.from_depth(1, 97, 32)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    speed = measure_step(model_class, config, "cpu", torch.float32, tokens=64, repeats=1)
+    assert speed > 0 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_tokens_within_a_budget_ask_for_the_speed_only_where_time_is_the_budget():
+    def tokens(kind, amount, speed=None):
+        return tokens_within(Budget(kind, amount), 50, 200, speed)
+
+    assert tokens("target_flops", 1e6) == 20_000
+    assert tokens("target_param_data_ratio", 20) == 4000
+    assert tokens("minutes", 2, lambda: 100) == 12_000
+    assert tokens("num_iterations", 7, lambda: 100) == 60 * CPU_MINUTES * 100
+
+
+# -------------------------------------------------------------------------------- the whole plan
+
+MACHINES = {
+    "cpu": Machine("cpu", 1, None, 4, 5e10),
+    "two ranks of a cpu": Machine("cpu", 2, None, 4, 5e10),
+    "mps": Machine("mps", 1, None, 4, 5e12),
+    "cuda": Machine("cuda", 1, 80 * GB, 2, 4e14),
+    "six small gpus": Machine("cuda", 6, 24 * GB, 2, 5e13),
+    "eight gpus": Machine("cuda", 8, 80 * GB, 2, 4e14),
+}
+AMOUNTS = {
+    None: None,
+    "minutes": 3.0,
+    "num_iterations": 50,
+    "target_flops": 1e15,
+    "target_param_data_ratio": 10.0,
+}
+
+
+def slow_machine(depth, max_seq_len):
+    """Training tokens per second of a small CPU: 2 minutes pay for depth 2."""
+    return 40_000 / depth**2
+
+
+def resumed_meta(name, depth, ranks):
+    model_class = MODEL_CLASSES[name]
+    config = model_class.config_class.from_depth(depth, 280, 256)
+    return {"config": vars(config), "total_batch_size": 256 * 12 * ranks, "budgets": {"minutes": 4}}
+
+
+def check_plan(plan, machine):
+    """What holds for every plan."""
+    batch, shape = plan.batch, plan.shape
+    assert tokens_of(batch, shape.max_seq_len, machine.ranks) == batch.total_batch_size
+    assert batch.micro_batch_size <= MAX_MICRO_BATCH[machine.device_type]
+    assert (plan.horizon.num_iterations is None) != (plan.horizon.minutes is None)
+    assert plan.hours > 0 and plan.disk > 0 and all(size > 0 for size in plan.memory)
+    lines = plan.describe("gpt", machine.ranks)
+    assert [line[:3] for line in lines] == [f"{n}) " for n in range(1, 7)]
+    assert f"{batch.micro_batch_size} sequences" in lines[2] and shape.reason in lines[1]
+
+
+@pytest.mark.parametrize("kind", AMOUNTS)
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
+def test_a_fresh_run_has_a_plan_for_every_budget_and_machine(machine, kind):
+    given = settings_with(**({kind: AMOUNTS[kind]} if kind else {}))
+    budget = choose_budget(given, machine.device_type)
+    on_gpu = machine.device_type == "cuda"
+    name = "gpt" if on_gpu else "lookup"
+    plan = make_plan(given, budget, machine, MODEL_CLASSES[name], 4096, slow_machine)
+    check_plan(plan, machine)
+    assert plan.budget == budget
+    if on_gpu:
+        assert plan.shape[:2] == (20, 2048) and plan.weight_decay == pytest.approx(0.072)
+    else:
+        assert plan.shape[:3] in [row[1:] for row in CPU_SHAPES] and plan.weight_decay == 0
+    if kind == "minutes":
+        assert plan.horizon == Horizon(None, 3.0) and plan.hours == 0.05
+    if kind == "num_iterations":
+        assert plan.horizon == Horizon(50, None)
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+@pytest.mark.parametrize("factor", [None, 2.0], ids=["resumed", "extended"])
+@pytest.mark.parametrize("kind", [None, "minutes", "num_iterations"])
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
+def test_a_resumed_run_keeps_its_shape_and_its_batch(machine, kind, factor, name):
+    if kind and factor:
+        kind = None  # refused, see above
+    given = settings_with(
+        extend=factor, depth=7, max_seq_len=999, **({kind: AMOUNTS[kind]} if kind else {}))
+    meta = resumed_meta(name, 3, machine.ranks)
+    budget = choose_budget(given, machine.device_type, meta["budgets"], factor)
+
+    def no_speed(depth, max_seq_len):
+        pytest.fail("a resumed run has its shape already")
+
+    model_class = MODEL_CLASSES[name]
+    plan = make_plan(given, budget, machine, model_class, 280, no_speed, meta)
+    check_plan(plan, machine)
+    assert plan.shape[:2] == (3, 256)
+    assert plan.batch.total_batch_size == meta["total_batch_size"]
+    if kind is None:
+        assert plan.horizon == Horizon(None, 4 * (factor or 1))
+
+
+def test_given_settings_decide_the_shape():
+    given = settings_with(depth=5, max_seq_len=128, total_batch_size=1024, weight_decay=0.1)
+    budget = Budget("minutes", 1.0)
+
+    def no_speed(depth, max_seq_len):
+        pytest.fail("all is given")
+
+    for machine in (MACHINES["cpu"], MACHINES["cuda"]):
+        plan = make_plan(given, budget, machine, GPT, 280, no_speed)
+        assert (plan.shape.depth, plan.shape.max_seq_len) == (5, 128)
+        assert plan.batch.total_batch_size == 1024 and plan.weight_decay == 0.1
+
+    only_context = settings_with(max_seq_len=64)
+    plan = make_plan(only_context, budget, MACHINES["cpu"], GPT, 280, slow_machine)
+    assert plan.shape.max_seq_len == 64
+    check_plan(plan, MACHINES["cpu"])
+
+
+def test_grouped_queries_are_planned_and_refused_before_the_run():
+    budget = Budget("num_iterations", 10)
+    machine = MACHINES["cuda"]
+    plans = [
+        make_plan(settings_with(depth=8, kv_heads=heads), budget, machine, GPT, 280, None)
+        for heads in (8, 2)
+    ]
+    assert plans[1].memory.parameters < plans[0].memory.parameters
+    with pytest.raises(UserError, match="kv_heads=3 must divide the 8 query heads of depth 8"):
+        make_plan(settings_with(depth=8, kv_heads=3), budget, machine, GPT, 280, None)
+
+
+def test_the_hours_of_a_number_of_steps_follow_from_the_matmul_rate():
+    machine = MACHINES["cuda"]
+    plan = make_plan(settings_with(depth=4), Budget("num_iterations", 100), machine, GPT, 280, None)
+    model = build_on_meta(GPT, GPTConfig.from_depth(4, 280, 2048))
+    flops = 100 * plan.batch.total_batch_size * model.flops_per_token(2048)
+    assert plan.hours == pytest.approx(flops / (0.4 * 4e14) / 3600)
+    assert plan.disk == 5 * checkpoint_bytes(model)  # keep 3, the best and that before the decay
+
+
+def test_a_plan_says_its_decisions_in_numbered_lines():
+    plan = make_plan(
+        settings_with(), Budget("target_param_data_ratio", 20.0), MACHINES["eight gpus"], GPT,
+        VOCAB_SIZE, None)
+    lines = plan.describe("gpt", 8)
+    assert lines[0] == "1) budget: target_param_data_ratio=20"
+    assert lines[1].startswith("2) shape: model gpt, depth 20, context 2048 (524,288 tokens at ")
+    assert lines[2] == (
+        "3) batch: 524,288 tokens a step = 16 sequences x 2048 tokens x 8 ranks x 2 passes")
+    assert lines[3].startswith("4) horizon: 18,200 steps, about ")
+    assert lines[3].endswith("weight decay 0.072")
+    assert lines[4].startswith("5) memory of a device: about ")
+    assert lines[5].startswith("6) disk: about ")
