@@ -45,7 +45,9 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup the run continues
+            signals.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self._handle) for number in signals}
 
     def release(self):
@@ -83,7 +85,7 @@ class Run:
         self.elapsed = self.saved_at = meta["elapsed"]
         self.lr_scale = meta.get("rate_scale", 1.0)
         self.progress = self._progress(0.0)
-        self.quarter = int(4 * self.progress)
+        self.quarter = 0             # of the run, the last in which an evaluation was due
         self.durations = []          # seconds of each step
         self.shown_at = 0.0          # elapsed at the last line of progress
 
@@ -119,6 +121,8 @@ class Run:
         if not writing:
             self.checkpoints.finish(raise_on_error=False)
         self.progress = self._progress(data_progress)
+        if not self.durations:
+            self.quarter = int(4 * self.progress)  # a resumed run has had it already
         # the last step is the one after which another would not fit
         half_a_step = 0.0
         if self.horizon.minutes and self.durations:
@@ -278,7 +282,7 @@ class Run:
         if self.stopped:
             hint = resume_hint(self.settings)
             self.checkpoints.finish()
-            if self.checkpoints.newest() == self.step:
+            if not self.guard.bad or self.checkpoints.newest() == self.step:
                 print0(f"saved step {self.step} in {self.folder}: {hint}")
             else:
                 print0(f"not saved, for the last batches were bad ({self.guard.bad[-1]}); step "
