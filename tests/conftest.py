@@ -1,10 +1,12 @@
 """What several test files share.
 
-A base directory for each test, the command of a stage as a user runs it, and the record that a
-stage ends with.
+A base directory for each test, the command of a stage as a user runs it, the record that a stage
+ends with, and for the tests of whole stages a text, a tokenizer and a trained model.
 """
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +58,59 @@ def run_module():
 def last_json(output):
     """The record with which a stage ends its standard output."""
     return json.loads(output.rstrip("\n").split("\n")[-1])
+
+
+# ------------------------------------------------------------------------------------------------
+# whole stages; stage_runs.py, which imports torch, is imported where it is needed
+
+ADJECTIVES = ("small", "green", "quick", "old")
+ANIMALS = ("cat", "dog", "bird", "horse", "fox")
+VERBS = ("sees", "follows", "finds", "leaves")
+PLACES = ("house", "river", "garden", "street", "forest")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of a few hundred sentences, enough for a vocabulary of 430."""
+    words = itertools.product(ADJECTIVES, ANIMALS, VERBS, PLACES)
+    lines = []
+    for i, (adjective, animal, verb, place) in enumerate(words):
+        lines.append(f"The {adjective} {animal} {verb} the {place} number {i * 37 % 1009}.")
+    path = tmp_path_factory.mktemp("text") / "my.txt"
+    path.write_text("\n\n".join(lines * 3), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The process that forks."""
+    from stage_runs import ForkServer
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, text, server):
+    """Runs of stages in a base directory that has a tokenizer."""
+    from stage_runs import Stages
+    stages = Stages(tmp_path_factory.mktemp("stages"), server)
+
+    # words and objects to ask about; gathering the real ones takes a while
+    rng = random.Random(1)
+    words = sorted({"".join(rng.choices("abcdefghi", k=rng.randint(4, 8))) for _ in range(300)})
+    (stages.base / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    objects = [{"name": f"cats.{word}", "sentence": f"Return {word} of the cat."} for word in words]
+    lines = [json.dumps(row) + "\n" for row in objects]
+    (stages.base / "pydoc.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    stages.tokenizer_record = stages.fork_record(
+        "scripts.tok_train", f"--data={text}", "--vocab_size=430")
+    return stages
+
+
+@pytest.fixture(scope="module")
+def trained(stages, text):
+    """The record of a base model of ten steps, as its user trains it."""
+    from stage_runs import TINY
+    return stages.record("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10")

@@ -4,11 +4,12 @@ The environment variable FAULTS says which: FAULTS='{"4": "nan"}'. Batches count
 
     nan              the gradients of the last rank become NaN
     spike            the gradients become a hundred times too large
-    sick             the weights become NaN, as after a bad update
+    diverge          the weights become NaN, as after a bad update
     missing          the batch is skipped by the loader
     hang             the last rank sleeps
     kill             the process is killed
     interrupt        the process gets SIGINT, as by Ctrl+C
+    hangup           the process gets SIGHUP, as when its terminal closes
     terminate        the process gets SIGTERM, as by a scheduler
     terminate twice  the process gets SIGTERM twice
 
@@ -28,6 +29,7 @@ from nanochat import dataloader, loss_eval, parallel
 SIGNALS = {
     "kill": [signal.SIGKILL],
     "interrupt": [signal.SIGINT],
+    "hangup": [signal.SIGHUP],
     "terminate": [signal.SIGTERM],
     "terminate twice": [signal.SIGTERM, signal.SIGTERM],
 }
@@ -38,6 +40,7 @@ def install():
     faults = json.loads(os.environ["FAULTS"])
     at_the_end = faults.pop("end", None)
     faults = {int(number): fault for number, fault in faults.items()}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may run the tests, ignores it
     accumulate, calls = parallel.accumulate_gradients, [0]
 
     def without_the_missing(read):
@@ -50,7 +53,7 @@ def install():
     def faulty(model, *arguments):
         calls[0] += 1
         fault = faults.get(calls[0])
-        if fault == "sick":
+        if fault == "diverge":
             next(model.parameters()).data.fill_(torch.nan)
         is_last_rank = _rank() == _world_size() - 1
         if fault == "hang" and is_last_rank:
