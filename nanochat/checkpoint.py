@@ -1,7 +1,7 @@
 """One step of a run on disk: complete, or not there.
 
     d4/model_000500.pt          weights of the whole model, with plain keys
-       optim_000500_rank0.pt    what one rank needs to resume: optimizer shard, loader position, RNG
+       optim_000500_rank0.pt    what one rank needs to resume: optimizer shard, loader, guard, RNG
        meta_000500.json         written last, with the SHA-256 of each file above
        .verified.json           size, modification time and SHA-256 of the files that were verified
 

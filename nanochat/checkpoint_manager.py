@@ -248,24 +248,6 @@ def resumable(dir):
     return False
 
 
-def step_before_decay(dir):
-    """The newest step of `dir` that was saved before LR decay. UserError if there is none."""
-    steps = [meta["step"] for meta in complete_metas(dir) if meta.get("before_decay")]
-    if not steps:
-        raise UserError(
-            f"no checkpoint in {dir} is from before LR decay, so none can be extended: train again"
-        )
-    return steps[-1]
-
-
-def is_extended(dir, factor):
-    """Whether the newest step of `dir` is of a run extended by `factor` that has not finished."""
-    metas = complete_metas(dir)
-    if not metas:
-        return False
-    return not metas[-1].get("finished") and metas[-1].get("extend") == factor
-
-
 def prune(dir, keep=KEEP):
     """Delete the complete steps of `dir` that need not stay, and return their numbers.
 

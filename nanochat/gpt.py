@@ -5,8 +5,9 @@ the rest follows. At depth 20 and a vocabulary of 65,536 this is the documented 
 parameters; a test holds it to transformers' NanoChatForCausalLM.
 
 A variant (nanochat/variants/) is a subclass that overrides class attributes (`config_class`,
-`block_class`, and the block's `attention_class` and `mlp_class`) or one of the methods `enter`,
-`block_inputs`, `leave`, `logits`, `loss`, `log_probs`. Nothing here knows which variants exist.
+`block_class`, and the block's `attention_class` and `mlp_class`) or methods: `recent_tokens`,
+`enter`, `block_inputs` and `leave` around the blocks; `logits`, `loss` and `target_log_probs`
+together, for they say the same prediction in three ways. Nothing here knows which variants exist.
 
 This file is single-device code: compiling, sharding and communication are applied from outside
 (parallel.py), and blocks are run through `__call__`, so that hooks see every forward pass.
@@ -171,21 +172,22 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # how parameters are trained
 
-class Training(NamedTuple):
+class Recipe(NamedTuple):
     """One row of the table below."""
     optimizer: type
     lr: float           # multiple of the matrices' learning rate
-    by_width: bool      # whether the learning rate shrinks with width^-0.5, from 1 at width 768
+    by_width: bool      # whether the learning rate is scaled with (width / 768)^-0.5
+    decays: bool        # whether --weight_decay applies
     options: dict       # further options of the parameter group
 
 
 ADAMW = {"betas": (0.8, 0.95)}
 OPTIMIZERS = {
-    # role        optimizer   lr   by_width  options
-    "embedding": Training(AdamW, 10.0, True, ADAMW),
-    "scalar": Training(AdamW, 0.5, False, ADAMW),
-    "head": Training(AdamW, 0.2, True, ADAMW),
-    "matrix": Training(Muon, 1.0, False, {}),
+    # role     optimizer  lr  by_width  decays  options
+    "embedding": Recipe(AdamW, 10.0, True, False, ADAMW),
+    "scalar": Recipe(AdamW, 0.5, False, False, ADAMW),
+    "head": Recipe(AdamW, 0.2, True, False, ADAMW),
+    "matrix": Recipe(Muon, 1.0, False, True, {}),
 }
 
 
@@ -284,10 +286,14 @@ class GPT(nn.Module):
         """What happens after the last block."""
         return norm(x)
 
-    def features(self, idx, recent, kv_cache=None, window=None):
-        """idx (B, T) -> (B, T, C) after the last norm."""
-        # 1. the rotary angles of each position
+    def features(self, idx, kv_cache=None, slots=None):
+        """idx (B, T) -> (x (B, T, C) after the last norm, the recent tokens or None).
+
+        kv_cache, slots: idx continues these sequences of a cache (a list of B ints; None: all).
+        """
+        # 1. where the tokens stand: the rotary angles of each position
         T = idx.size(1)
+        window = None  # a CacheWindow: where new tokens belong in the cache
         if kv_cache is None:
             if T > self.config.max_seq_len:
                 raise UserError(
@@ -295,10 +301,12 @@ class GPT(nn.Module):
             cos, sin = self.cos[:, :T], self.sin[:, :T]
             layer_caches = [None] * len(self.blocks)
         else:
+            window = kv_cache.window(slots, T)
             cos, sin = self.cos[0, window.positions], self.sin[0, window.positions]  # B, T, 1, D/2
             layer_caches = kv_cache.layers
 
         # 2. through the blocks
+        recent = self.recent_tokens(idx, kv_cache, window)
         x = self.enter(idx, recent)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         inputs = self.block_inputs(idx, x)
@@ -308,7 +316,7 @@ class GPT(nn.Module):
             # shapes, and each would be compiled
             call = block if compiled else block._call_impl
             x = call(x, cos, sin, layer_cache, window, **more)
-        return self.leave(x)
+        return self.leave(x), recent
 
     def forward(self, idx, targets=None, weights=None, kv_cache=None, slots=None):
         """idx (B, T) int64 -> float32 logits (B, T, V); with targets the loss, a 0-D tensor.
@@ -317,12 +325,10 @@ class GPT(nn.Module):
         cross-entropy of each target is multiplied with; None is 1 (fine-tuning masks, a diffusion
         model's 1/p and reinforcement learning's advantages are weights).
         The loss is the weighted sum, in nats; whoever wants a mean divides.
-        kv_cache, slots: idx continues these sequences of a cache (a list of B ints; None: all);
-        the caller advances them. UserError where T exceeds the context.
+        kv_cache, slots: as in features(); the caller advances the slots. UserError where T exceeds
+        the context.
         """
-        window = kv_cache.window(slots, idx.size(1)) if kv_cache else None
-        recent = self.recent_tokens(idx, kv_cache, window)
-        x = self.features(idx, recent, kv_cache, window)
+        x, recent = self.features(idx, kv_cache, slots)
         if targets is None:
             return self.logits(x, recent)
         if weights is None:
@@ -348,8 +354,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def log_probs(self, idx, targets):
         """The log-probability of each target, (B, T) float32, in nats; 0 where the target is -1."""
-        recent = self.recent_tokens(idx)
-        x = self.features(idx, recent)
+        x, recent = self.features(idx)
         found = self.target_log_probs(x, recent, targets.clamp(min=0))
         return torch.where(targets >= 0, found, 0.0)
 
@@ -376,9 +381,7 @@ class GPT(nn.Module):
         Returns the logits of the token after each prompt, (n, V). The caller advances the slots;
         the padding behind a prompt is overwritten before any query attends to it.
         """
-        window = kv_cache.window(slots, idx.size(1))
-        recent = self.recent_tokens(idx, kv_cache, window)
-        x = self.features(idx, recent, kv_cache, window)
+        x, recent = self.features(idx, kv_cache, slots)
         last = torch.tensor(lengths, device=idx.device) - 1
         return self.logits_at(x, recent, last)
 
@@ -387,9 +390,7 @@ class GPT(nn.Module):
 
         The caller advances the slots that are not idle.
         """
-        window = kv_cache.window(None, 1)
-        recent = self.recent_tokens(idx, kv_cache, window)
-        x = self.features(idx, recent, kv_cache, window)
+        x, recent = self.features(idx, kv_cache)
         first = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
         return self.logits_at(x, recent, first)
 
@@ -414,18 +415,19 @@ class GPT(nn.Module):
         """One optimizer of each class in the table `optimizers`, with a group for each role.
 
         learning_rate is that of the matrices (Muon); the others keep their ratio to it.
-        weight_decay is of the matrices alone.
+        weight_decay is of the roles whose recipe says that they decay.
         """
         width_scale = (self.config.width / 768) ** -0.5
         groups = {}
         for role, parameters in self.parameters_by_role().items():
-            training = self.optimizers[role]
-            lr = training.lr * learning_rate
-            if training.by_width:
+            recipe = self.optimizers[role]
+            lr = recipe.lr * learning_rate
+            if recipe.by_width:
                 lr *= width_scale
-            decay = {"weight_decay": weight_decay} if role == "matrix" else {}
-            group = {"params": parameters, "lr": lr, "initial_lr": lr}
-            groups.setdefault(training.optimizer, []).append({**group, **training.options, **decay})
+            group = {"params": parameters, "lr": lr, "initial_lr": lr, **recipe.options}
+            if recipe.decays:
+                group["weight_decay"] = weight_decay
+            groups.setdefault(recipe.optimizer, []).append(group)
         return [optimizer(its_groups) for optimizer, its_groups in groups.items()]
 
     def matmul_parameters(self):

@@ -26,7 +26,7 @@ from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
 
 BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
-CPU_MINUTES = 5.0              # the budget on a CPU where none is given
+CPU_MINUTES = 5.0              # the budget without a CUDA device where none is given
 GPU_PARAM_DATA_RATIO = 20.0    # tokens per matmul parameter on a GPU (Chinchilla, arXiv 2203.15556)
 GPU_DEPTH, GPU_CONTEXT = 20, 2048
 NGRAM_TOKENS = 32_000_000      # tokens whose n-grams a CPU counts
@@ -73,7 +73,7 @@ def choose_budget(settings, device_type, resumed=None, factor=None):
     if resumed:
         kind, amount = next(iter(resumed.items()))
         return Budget(kind, amount * (factor or 1))
-    if device_type == "cpu":
+    if device_type != "cuda":
         return Budget("minutes", CPU_MINUTES)
     return Budget("target_param_data_ratio", GPU_PARAM_DATA_RATIO)
 
@@ -276,7 +276,7 @@ def chat_horizon(settings, device_type):
                 "zero")
     if num_iterations:
         return Horizon(num_iterations, None)
-    if minutes is None and device_type == "cpu":
+    if minutes is None and device_type != "cuda":
         minutes = CPU_MINUTES
     return Horizon(None, minutes)
 

@@ -168,7 +168,7 @@ class Run:
         fields: what the stage adds to the meta file.
         """
         self.saved_at = self.elapsed
-        own = {
+        rank_state = {
             "optimizers": layout.optimizer_state(),
             "loader": loader_state,
             "rng": torch.get_rng_state(),
@@ -183,7 +183,7 @@ class Run:
             "finished": False,
             **fields,
         }
-        self.checkpoints.save(self.step, model, own, meta)
+        self.checkpoints.save(self.step, model, rank_state, meta)
 
     # ---------------------------------------------------------------------- a step
 
@@ -296,8 +296,9 @@ class Run:
     def finish(self, model, seconds, **fields):
         """Mark the last step as finished, and end the stage with its JSON line.
 
-        seconds: wall clock of the whole stage. fields: what the stage adds to the line; val_bpb
-        of the few documents by which steps are compared goes to the meta file as few_bpb.
+        seconds: wall clock of the whole stage. fields: what the stage adds to the line. One of
+        them, few_bpb, goes to the meta file instead, as val_bpb: the bits per byte of the few
+        documents by which the steps of a run are compared.
         """
         amended = {"finished": True}
         few_bpb = fields.pop("few_bpb", None)

@@ -1,4 +1,5 @@
-"""Schedules as pure functions of progress: 0 at the first step, 1 at the end of the budget.
+"""The learning rate as a function of progress (0 at the first step, 1 at the end of the budget),
+and Muon's momentum as a function of the step.
 
 Progress is the used share of the budget, whatever the budget counts: minutes, steps or a pass over
 the data. A run on a budget of time therefore always finishes its LR decay, however slow the

@@ -70,8 +70,8 @@ def choose_base_checkpoint(settings, metas, named_step=None):
         before_decay = [meta["step"] for meta in metas if meta.get("before_decay")]
         if not before_decay:
             raise UserError(
-                "no checkpoint is from before the LR decay, so that none can be extended: "
-                "train a new model")
+                "no checkpoint of this tag is from before LR decay, so that none can be "
+                "extended: train again")
         return Choice(EXTENDED, before_decay[-1])
     if named_step is not None:
         return Choice(RESUMED, named_step)
@@ -129,9 +129,9 @@ def start_base(settings, rank, fingerprint):
         folder, named_step = named_checkpoint(named, folder or checkpoint_dir("base", ""))
 
     # 2. the checkpoint
-    if wants_checkpoint and folder:
-        resumable(folder)  # names the steps that are not complete
-    metas = complete_metas(folder) if folder else []
+    metas = []
+    if wants_checkpoint and folder and resumable(folder):
+        metas = complete_metas(folder)
     choice = choose_base_checkpoint(settings, metas, named_step)
     if choice.message:
         print0(choice.message)

@@ -92,30 +92,32 @@ print0(f"{world_size} x {device.type}, {dtype_name}, matmul {matmul_flops / 1e9:
 # ---- where the run starts: fresh, resumed or extended
 tokenizer = get_tokenizer()
 start = start_base(settings, rank, tokenizer.fingerprint)
-meta = start.meta
+resumed = start.meta  # of the run that is resumed or extended; None for a fresh one
 if start.kind == EXTENDED:
-    meta["extend"] = extend
-if meta and meta.get("extend"):
+    resumed["extend"] = extend
+if resumed and resumed.get("extend"):
     # an extended run continues as it began, whatever this command says
-    learning_rate = settings["learning_rate"] = meta["settings"]["learning_rate"]
-    warmdown = settings["warmdown"] = meta["settings"]["warmdown"]
-    data = settings["data"] = meta["settings"]["data"]
-if meta and dtype:
-    meta["dtype"] = dtype
+    learning_rate = settings["learning_rate"] = resumed["settings"]["learning_rate"]
+    warmdown = settings["warmdown"] = resumed["settings"]["warmdown"]
+    data = settings["data"] = resumed["settings"]["data"]
+if resumed and dtype:
+    resumed["dtype"] = dtype
 
 # ---- what the budget buys: every decision, and its reason
+earlier_budget = resumed["budgets"] if resumed else None
 factor = extend if start.kind == EXTENDED else None
-budget = choose_budget(settings, device.type, meta and meta["budgets"], factor)
+budget = choose_budget(settings, device.type, earlier_budget, factor)
 model_name = model or ("lookup" if device.type == "cpu" else "gpt")
 if model_name not in TRAINABLE:
     raise UserError(f"model={model_name} does not exist: choose from {', '.join(TRAINABLE)}")
-model_name = meta["model_class"] if meta else model_name
+if resumed:
+    model_name = resumed["model_class"]
 model_class = MODEL_CLASSES[model_name]
 vocab_size = tokenizer.get_vocab_size()
 planning_began = time.perf_counter()  # measuring and counting are training time
 machine = this_machine(compute, matmul_flops)
 speed = speed_of(model_class, vocab_size, compute)
-plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, meta)
+plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed)
 for line in plan.describe(model_name, world_size):
     print0(line)
 max_seq_len, total_batch_size = plan.shape.max_seq_len, plan.batch.total_batch_size
@@ -124,7 +126,7 @@ micro_batch_size, grad_accum_steps = plan.batch.micro_batch_size, plan.batch.gra
 # ---- a fresh run counts n-grams, and describes its model
 dataset = open_dataset(data)
 counted = None
-folder = start.folder
+folder, meta = start.folder, resumed
 if start.kind == FRESH:
     folder = checkpoint_dir("base", model_tag or f"d{plan.shape.depth}")
     counts_fit = model_name == "lookup" and vocab_size <= MAX_VOCAB_SIZE
@@ -135,10 +137,10 @@ if start.kind == FRESH:
     if ngram_tokens is None:
         ngram_tokens = NGRAM_TOKENS if device.type == "cpu" and counts_fit else 0
     if rank == 0 and ngram_tokens:
-        # counting takes four times as long as reading, and may take a fifth of the minutes
-        reading_seconds = 3 * plan.horizon.minutes if plan.horizon.minutes else math.inf
+        # reading and counting, which takes three times as long, may take a fifth of the minutes
+        minutes_to_read = plan.horizon.minutes / 5 / 4 if plan.horizon.minutes else math.inf
         texts = dataset.documents("train")
-        counted = count_texts(texts, tokenizer, ngram_tokens, reading_seconds)
+        counted = count_texts(texts, tokenizer, ngram_tokens, 60 * minutes_to_read)
     kept, counted_tokens = 0, 0
     if counted:
         kept, counted_tokens = len(counted.keys), counted.tokens
@@ -159,7 +161,7 @@ if start.kind == FRESH:
         "tokenizer": tokenizer.fingerprint,
         "total_batch_size": total_batch_size,
         "step": 0,
-        "counted": counted_tokens,
+        "counted": counted_tokens,  # from the beginning of the text; 0: all of it
         "elapsed": elapsed,
     }
 meta["budgets"] = {budget.kind: budget.amount}

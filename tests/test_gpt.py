@@ -198,7 +198,7 @@ def test_a_fresh_model_is_flat_and_its_blocks_are_the_identity():
     idx = noise(2, 8)
     assert model(idx).abs().max() < 0.1
     entrance = F.rms_norm(model.embed(idx), (128,))
-    torch.testing.assert_close(model.features(idx, None), F.rms_norm(entrance, (128,)))
+    torch.testing.assert_close(model.features(idx)[0], F.rms_norm(entrance, (128,)))
     assert model.blocks[0].attention.q.weight.std().item() == pytest.approx(128**-0.5, rel=0.02)
 
 

@@ -242,8 +242,7 @@ def test_gradients_are_those_of_the_mixture_and_of_the_network_alone(ids, weight
         return (each * (1 if weights is None else weights.flatten())).sum()
 
     mixed = plain(model(idx[:, :-1]))
-    recent = model.recent_tokens(idx[:, :-1])
-    alone = plain(super(NGramGPT, model).logits(model.features(idx[:, :-1], recent), recent))
+    alone = plain(super(NGramGPT, model).logits(*model.features(idx[:, :-1])))
     torch.testing.assert_close(loss, mixed)  # the network's own is in the gradient alone
     (mixed + alone).backward()
     for name, p in model.named_parameters():
@@ -290,8 +289,7 @@ def test_without_counts_the_network_is_a_lookup_model_of_its_own(ids):
     network = model.without_counts()
     assert type(network) is LookupGPT and not network.training
     assert not any("ngrams" in name or "gate" in name for name in network.state_dict())
-    recent = model.recent_tokens(idx)
-    own = super(NGramGPT, model).logits(model.features(idx, recent), recent)
+    own = super(NGramGPT, model).logits(*model.features(idx))
     torch.testing.assert_close(network(idx), own)
 
     model.compute_dtype = torch.bfloat16

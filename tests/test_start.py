@@ -87,7 +87,7 @@ def test_extend_takes_the_named_step(metas):
     [{"step": 30, "finished": True}],  # of a stage that knows no decay
 ], ids=["none", "after the decay", "not said"])
 def test_there_must_be_something_to_extend(metas):
-    with pytest.raises(UserError, match="no checkpoint is from before the LR decay"):
+    with pytest.raises(UserError, match="is from before LR decay"):
         choose_base_checkpoint(settings_with(extend=2.0), metas)
 
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adagrad import RowAdagrad
-from nanochat.gpt import GPT, OPTIMIZERS, Attention, Block, Embedding, Training, norm
+from nanochat.gpt import GPT, OPTIMIZERS, Attention, Block, Embedding, Recipe, norm
 from nanochat.kv_cache import KVCache
 
 HASHED_ROWS_PER_TOKEN = 64
@@ -83,7 +83,7 @@ class LookupGPT(GPT):
     """GPT with the lookups that the head of this file lists."""
     block_class = LookupBlock
     roles = {"smear": "scalar"}
-    optimizers = {**OPTIMIZERS, "hashed": Training(RowAdagrad, 50.0, False, {})}
+    optimizers = {**OPTIMIZERS, "hashed": Recipe(RowAdagrad, 50.0, False, False, {})}
     lookback = 3  # a token, the one before it, and the one before that
 
     def __init__(self, config):
