@@ -98,7 +98,7 @@ def test_the_chat_stages_follow(stages, trained, text):
         assert score[key].keys() == {"spelling", "pydoc", "arithmetic"}
     assert all(0 <= share <= 1 for share in score["accuracy"].values())
     assert score["items"]["pydoc"] == 4 and score["chance"]["pydoc"] == 0.25
-    out, _ = stages.run("scripts.chat_cli", "-p", "hello", "--max_tokens=5")
+    out, _ = stages.fork("scripts.chat_cli", "-p", "hello", "--max_tokens=5")
     assert "<|" not in out
 
     # the report
@@ -121,8 +121,7 @@ def test_a_model_of_another_class_is_trained_resumed_and_talked_to(stages, text,
     assert list(losses_of(stages.folder("base", model))) == [1, 2, 3]
 
     small = (*TINY_CHAT, "--num_iterations=2", f"--model_tag={model}")
-    stages.fork(
-        "scripts.mid_train", *small, status=130, faults={"1": "interrupt"})
+    stages.fork("scripts.mid_train", *small, status=130, faults={"1": "interrupt"})
     assert stages.fork_record("scripts.mid_train", *small, "--resume")["steps"] == 2
     assert stages.fork_record("scripts.chat_sft", *small)["steps"] == 2
     for stage in ("base", "mid", "chatsft"):
@@ -277,7 +276,7 @@ def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, text, t
 # the benchmark of training
 
 def test_train_benchmark_measures_both_sides(stages):
-    row = stages.record(
+    row = stages.fork_record(
         "scripts.train_benchmark",
         "--depth=1",
         "--vocab_size=300",
