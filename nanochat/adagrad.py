@@ -42,6 +42,10 @@ class RowAdagrad(torch.optim.Optimizer):
             state["squares"] = torch.zeros(len(table), 1, device=table.device)
         return state["squares"]
 
+    def fits(self, table, state):
+        """Whether a loaded state is of a table of this size."""
+        return len(state["squares"]) == len(table)
+
     def _update_rows(self, table, lr):
         """Read and write the rows of a sparse gradient only."""
         squares = self._squares_of(table)

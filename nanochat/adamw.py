@@ -66,7 +66,13 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), device=p.device)
             state["m"] = torch.zeros(p.numel(), device=p.device)
             state["v"] = torch.zeros(p.numel(), device=p.device)
+        # torch leaves a loaded `step` on the CPU; its fused kernel wants all on one device
+        state["step"] = state["step"].to(p.device)
         return state
+
+    def fits(self, p, state):
+        """Whether a loaded state is of a parameter of this size."""
+        return state["m"].numel() == p.numel()
 
 
 # The documented name. Nothing in here is distributed: parallel.Layout shards from outside.

@@ -159,7 +159,10 @@ class CheckpointManager:
         # no good step was trained since the last save: its weights may have diverged already
         if len(self.good_steps) > 1 and self.good_steps[-1] == step:
             self.good_steps.pop()
-        return self.good_steps[-1] if self.good_steps else None
+        # rank 0 decides, for another rank may have listed the folder while rank 0 pruned it
+        mine = self.good_steps[-1] if self.good_steps and self.rank == 0 else -1
+        good_step = int(all_reduce_max(mine)[0])
+        return good_step if good_step >= 0 else None
 
     def load(self, step, model, layout):
         """Load weights and optimizer states of `step` into a model and a layout in use."""
@@ -213,7 +216,7 @@ def lock_folder(dir, rank):
             f"process {holder} is training into {dir}: stop it, or name another --model_tag"
         ) from None
     for path in dir.glob("*.tmp"):
-        path.unlink()
+        path.unlink(missing_ok=True)  # a process that reads may have just renamed it
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -213,6 +213,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.depth))
         self.head = Head(config.width, self.vocab_size_padded)
         self.compute_dtype = torch.float32  # of the activations
+        self.compile_loss = False  # parallel.prepare() sets it on a GPU
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
@@ -349,6 +350,7 @@ class GPT(nn.Module):
             targets.flatten(),
             weights.flatten(),
             self.config.softcap,
+            self.compile_loss,
         )
 
     @torch.no_grad()
@@ -429,6 +431,10 @@ class GPT(nn.Module):
                 group["weight_decay"] = weight_decay
             groups.setdefault(recipe.optimizer, []).append(group)
         return [optimizer(its_groups) for optimizer, its_groups in groups.items()]
+
+    def for_chat(self):
+        """The model with which the chat stages start: this one, or what a variant leaves of it."""
+        return self
 
     def matmul_parameters(self):
         """How many weights a token is multiplied with: the matrices and the head, no tables."""

@@ -85,7 +85,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, chunk_loss, cap, *inputs):
+    def forward(ctx, x, head, chunk_loss, cap, compile_chunk, *inputs):
         """x (N, C), head (V, C), inputs (N,) each -> the sum of all losses, 0-D float32."""
         N, V = x.size(0), head.size(0)
         w = head.to(x.dtype)
@@ -93,7 +93,7 @@ class ChunkedLoss(torch.autograd.Function):
         dx = torch.empty_like(x)
         dw = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
         others = []
-        function = compiled(chunk_loss) if x.device.type == "cuda" else chunk_loss
+        function = compiled(chunk_loss) if compile_chunk else chunk_loss
         for part in chunks(N, V, x.device):
             # 1. logits, losses and their gradient by the logits
             z = (x[part] @ w.T).float()
@@ -114,15 +114,17 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, *others = ctx.saved_tensors
         without = [None] * (ctx.inputs - len(others))
-        return dx * grad.to(dx.dtype), dw * grad, None, None, *without, *(d * grad for d in others)
+        others = [d * grad for d in others]
+        return dx * grad.to(dx.dtype), dw * grad, None, None, None, *without, *others
 
 
-def softcap_cross_entropy(x, head, targets, weights, cap):
+def softcap_cross_entropy(x, head, targets, weights, cap, compile_chunk=False):
     """The weighted sum of cross-entropies of softcapped logits, in nats, 0-D.
 
-    x (N, C), head (V, C), targets (N,) in [0, V), weights (N,).
+    x (N, C), head (V, C), targets (N,) in [0, V), weights (N,). compile_chunk: compile the
+    arithmetic of a chunk, for a GPU.
     """
-    return ChunkedLoss.apply(x, head, chunk_softcap, cap, targets, weights)
+    return ChunkedLoss.apply(x, head, chunk_softcap, cap, compile_chunk, targets, weights)
 
 
 @torch.no_grad()

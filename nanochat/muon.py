@@ -82,10 +82,16 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(stack, 1 - group["momentum"])
         return stack.lerp_(momentum, group["momentum"])
 
+    def fits(self, p, state):
+        """Whether a loaded state is of matrices of this shape."""
+        saved = state["momentum"].shape[-2:]
+        return saved == p.shape[-2:]
+
     def _apply(self, group, update):
         params = group["params"]
         m, n = params[0].shape[-2:]
-        lr = group["lr"] * max(1, m / n) ** 0.5
+        taller = max(1, m / n)
+        lr = group["lr"] * taller ** 0.5
         decay = group["lr"] * group["weight_decay"]
 
         counts = [p.numel() // (m * n) for p in params]

@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from nanochat.common import UserError, get_dist_info
+from nanochat.common import UserError, get_dist_info, print0
 from nanochat.hardware import is_out_of_memory
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
@@ -59,8 +59,11 @@ def prepare(model, compile=True):
         # All blocks share one code object and one limit. Each micro-batch size needs two graphs
         # (the first block's two inputs are one tensor), and running out of memory halves the size.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        print0("compiling the blocks in the first step: seconds when they are known, up to a "
+               "minute when not")
         for block in model.blocks:
             block.compile(dynamic=False)
+        model.compile_loss = model.device.type == "cuda"  # a CPU gains nothing by it
     return model
 
 
@@ -218,7 +221,7 @@ class Layout:
     def __init__(self, optimizers, kind="auto", reduce_dtype="float32"):
         if kind not in ("auto", *BUCKETS):
             kinds = ", ".join(BUCKETS)
-            raise UserError(f"layout={kind} is unknown: choose from auto, {kinds}")
+            raise UserError(f"parallel={kind} is unknown: choose from auto, {kinds}")
         if reduce_dtype not in WIRE_DTYPES:
             raise UserError(f"reduce_dtype={reduce_dtype}: choose from {', '.join(WIRE_DTYPES)}")
 
@@ -434,6 +437,13 @@ class Layout:
             own = [own_settings(group) for group in optimizer.param_groups]
             # copied, for training would otherwise update the mapped pages of a checkpoint's file
             optimizer.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state))
+            for p, loaded in optimizer.state.items():
+                if not optimizer.fits(p, loaded):
+                    raise UserError(
+                        f"the checkpoint's optimizer state is not that of this model (a parameter "
+                        f"of shape {tuple(p.shape)}): resume with the version that saved it, or "
+                        "train again; its weights can still be loaded"
+                    )
             for group, settings in zip(optimizer.param_groups, own):
                 group.update(settings)
 

@@ -24,6 +24,7 @@ import torch
 
 from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
+from nanochat.variants import default_model
 
 BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
 CPU_MINUTES = 5.0              # the budget without a CUDA device where none is given
@@ -80,7 +81,10 @@ def choose_budget(settings, device_type, resumed=None, factor=None):
 
 def pretraining_defaults(settings):
     """What base_train's settings of None become on this machine, for its --help."""
-    device_type = choose_device_type(settings["device_type"])
+    try:
+        device_type = choose_device_type(settings["device_type"])
+    except UserError:
+        device_type = "cpu"  # a GPU that torch does not see: the run itself will say so
     if device_type == "cuda":
         depth = settings["depth"] or GPU_DEPTH
         return {
@@ -94,7 +98,7 @@ def pretraining_defaults(settings):
         }
     shapes = [f"{row[1]} from {row[0] / 1e6:g} M tokens on" for row in CPU_SHAPES[1:]]
     return {
-        "model": "lookup" if device_type == "cpu" else "gpt",
+        "model": default_model(device_type),
         "depth": f"by measured speed: {', '.join(shapes)}",
         "max_seq_len": f"{CPU_SHAPES[0][2]}, at depth {CPU_SHAPES[-1][1]} {CPU_SHAPES[-1][2]}",
         "minutes": CPU_MINUTES,
@@ -380,6 +384,7 @@ def measure_step(model_class, config, device, dtype, tokens=1024, repeats=2):
         begin = time.perf_counter()
         loss = model(idx[:, :-1], idx[:, 1:]) / idx[:, 1:].numel()
         loss.backward()
+        loss.item()  # waits for the device
         fastest = min(fastest, time.perf_counter() - begin)
         model.zero_grad(set_to_none=True)
     return idx[:, 1:].numel() / fastest
@@ -399,13 +404,12 @@ def speed_of(model_class, vocab_size, compute):
     return speed
 
 
-def tokens_within(budget, flops_per_token, parameters, tokens_per_second):
+def tokens_within(budget, flops_per_token, tokens_per_second):
     """How many training tokens a Budget buys at a shape; tokens_per_second() measures if needed."""
     if budget.kind == "target_flops":
         return budget.amount / flops_per_token
-    if budget.kind == "target_param_data_ratio":
-        return budget.amount * parameters
-    # a number of steps says nothing about time: the usual minutes stand for it
+    # a number of steps says nothing about time, and a ratio grows with the depth that is to be
+    # chosen: the usual minutes stand for both
     minutes = budget.amount if budget.kind == "minutes" else CPU_MINUTES
     return 60 * minutes * tokens_per_second()
 
@@ -425,7 +429,10 @@ class Machine(NamedTuple):
 def this_machine(compute, matmul_flops):
     """The Machine that this process runs on. compute: what compute_init() returned."""
     device = compute.device
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+    memory = None
+    if device.type == "cuda":
+        # the smallest device's, so that all ranks plan alike
+        memory = -int(all_reduce_max(-torch.cuda.mem_get_info(device)[1])[0])
     dtype_bytes = compute.dtype.itemsize
     return Machine(device.type, compute.world_size, memory, dtype_bytes, matmul_flops)
 
@@ -478,8 +485,7 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
             config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
             model = build_on_meta(model_class, config)
             flops = model.flops_per_token(max_seq_len)
-            parameters = model.matmul_parameters()
-            return tokens_within(budget, flops, parameters, lambda: speed(depth, max_seq_len))
+            return tokens_within(budget, flops, lambda: speed(depth, max_seq_len))
 
         shape = cpu_shape(tokens_at, depth)
     if max_seq_len:
@@ -514,7 +520,8 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
         machine.ranks,
         limit,
         shape.total_batch_size if resumed else settings["total_batch_size"],
-        settings["device_batch_size"],
+        # the loader's position counts in micro-batches, so a resumed run keeps their size
+        settings["device_batch_size"] or (resumed or {}).get("device_batch_size"),
     )
 
     # 3. how long, and how the weights decay

@@ -115,8 +115,9 @@ class Run:
         if self.diverged:
             return True
         writing = self.checkpoints.writing()
-        numbers = self.elapsed, self.stop_request.signal, writing, data_progress
-        self.elapsed, stopped, writing, data_progress = all_reduce_max(*numbers)
+        last_step = self.durations[-1] if self.durations else 0.0  # seconds
+        numbers = self.elapsed, last_step, self.stop_request.signal, writing, data_progress
+        self.elapsed, last_step, stopped, writing, data_progress = all_reduce_max(*numbers)
         self.stopped = int(stopped)
         if not writing:
             self.checkpoints.finish(raise_on_error=False)
@@ -125,8 +126,8 @@ class Run:
             self.quarter = int(4 * self.progress)  # a resumed run has had it already
         # the last step is the one after which another would not fit
         half_a_step = 0.0
-        if self.horizon.minutes and self.durations:
-            half_a_step = 0.5 * self.durations[-1] / (60 * self.horizon.minutes)
+        if self.horizon.minutes:
+            half_a_step = 0.5 * last_step / (60 * self.horizon.minutes)
         return bool(self.stopped) or self.progress + half_a_step >= 1
 
     def watch(self):
@@ -293,18 +294,13 @@ class Run:
         self.stop_request.release()
         self.watch()
 
-    def finish(self, model, seconds, **fields):
+    def finish(self, model, seconds, amended={}, **fields):
         """Mark the last step as finished, and end the stage with its JSON line.
 
-        seconds: wall clock of the whole stage. fields: what the stage adds to the line. One of
-        them, few_bpb, goes to the meta file instead, as val_bpb: the bits per byte of the few
-        documents by which the steps of a run are compared.
+        seconds: wall clock of the whole stage. amended: what changes in the meta file of the last
+        step. fields: what the stage adds to the JSON line.
         """
-        amended = {"finished": True}
-        few_bpb = fields.pop("few_bpb", None)
-        if few_bpb is not None:
-            amended["val_bpb"] = few_bpb
-        self.checkpoints.amend(self.step, **amended)
+        self.checkpoints.amend(self.step, finished=True, **amended)
         faulthandler.cancel_dump_traceback_later()
         steady = self.durations[WARM_STEPS:] or self.durations or [math.inf]
         speed = self.total_batch_size / statistics.median(steady)

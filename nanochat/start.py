@@ -22,6 +22,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, print0
 from nanochat.plan import BUDGETS
+from nanochat.variants import name_of
 
 FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
 
@@ -95,6 +96,8 @@ def reason_to_start_fresh(settings, tag, meta, fingerprint):
             raise UserError(
                 f"{tag} was trained with another tokenizer: train again without --resume")
         return ""
+    if settings["extend"] is not None and meta.get("extend") == settings["extend"]:
+        return ""  # the command that extended it need not repeat the run's settings
     names = ("data", *BUDGETS)
     same_run = all(meta["settings"].get(name) == settings[name] for name in names)
     if same_tokenizer and same_run:
@@ -202,10 +205,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     # 1. the model of the earlier stage, and the meta of a run that starts with it
     model, tokenizer, origin = load_model(
         model_source, compute.device, "train", settings["model_tag"], settings["from_step"])
-    model_class = origin["model_class"]
-    if model_class == "lookup_ngrams":
-        # the counts know the text that was read, not how to answer
-        model, model_class = model.without_counts(), "lookup"
+    model = model.for_chat()
     meta = {
         "stage": stage,
         "origin": [origin["dir"], origin["step"]],
@@ -213,7 +213,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         "elapsed": 0.0,
         "dtype": origin["dtype"],
         "config": asdict(model.config),
-        "model_class": model_class,
+        "model_class": name_of(model),
         "tokenizer": origin["tokenizer"],
         "total_batch_size": origin["total_batch_size"],
     }

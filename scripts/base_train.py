@@ -36,7 +36,7 @@ from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
 from nanochat.start import EXTENDED, FRESH, start_base
 from nanochat.tokenizer import get_tokenizer
-from nanochat.variants import MODEL_CLASSES, TRAINABLE
+from nanochat.variants import MODEL_CLASSES, TRAINABLE, WITH_COUNTS, default_model
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 
 # settings
@@ -95,7 +95,7 @@ start = start_base(settings, rank, tokenizer.fingerprint)
 resumed = start.meta  # of the run that is resumed or extended; None for a fresh one
 if start.kind == EXTENDED:
     resumed["extend"] = extend
-if resumed and resumed.get("extend"):
+if resumed and resumed.get("extend") and (start.kind == EXTENDED or not resume_from_checkpoint):
     # an extended run continues as it began, whatever this command says
     learning_rate = settings["learning_rate"] = resumed["settings"]["learning_rate"]
     warmdown = settings["warmdown"] = resumed["settings"]["warmdown"]
@@ -107,7 +107,7 @@ if resumed and dtype:
 earlier_budget = resumed["budgets"] if resumed else None
 factor = extend if start.kind == EXTENDED else None
 budget = choose_budget(settings, device.type, earlier_budget, factor)
-model_name = model or ("lookup" if device.type == "cpu" else "gpt")
+model_name = model or default_model(device.type)
 if model_name not in TRAINABLE:
     raise UserError(f"model={model_name} does not exist: choose from {', '.join(TRAINABLE)}")
 if resumed:
@@ -129,11 +129,11 @@ counted = None
 folder, meta = start.folder, resumed
 if start.kind == FRESH:
     folder = checkpoint_dir("base", model_tag or f"d{plan.shape.depth}")
-    counts_fit = model_name == "lookup" and vocab_size <= MAX_VOCAB_SIZE
+    counts_fit = model_name in WITH_COUNTS and vocab_size <= MAX_VOCAB_SIZE
     if ngram_tokens and not counts_fit:
         raise UserError(
-            f"n-grams are for --model=lookup and vocabularies up to {MAX_VOCAB_SIZE}, this is "
-            f"{model_name} with {vocab_size}: leave --ngram_tokens out")
+            f"n-grams are for --model={'|'.join(WITH_COUNTS)} and vocabularies up to "
+            f"{MAX_VOCAB_SIZE}, this is {model_name} with {vocab_size}: leave --ngram_tokens out")
     if ngram_tokens is None:
         ngram_tokens = NGRAM_TOKENS if device.type == "cpu" and counts_fit else 0
     if rank == 0 and ngram_tokens:
@@ -148,10 +148,10 @@ if start.kind == FRESH:
     config = model_class.config_class.from_depth(
         plan.shape.depth, vocab_size, max_seq_len, kv_heads)
     if kept:
-        model_name = "lookup_ngrams"
+        model_name = WITH_COUNTS[model_name]
         config = NGramConfig(**asdict(config), ngrams=kept)
         print0(f"kept {kept:,} n-grams")
-    elapsed = time.perf_counter() - planning_began
+    elapsed = all_reduce_max(time.perf_counter() - planning_began)[0]
     print0(f"planning and counting took {elapsed:.1f} s, which count as training time")
     meta = {
         "stage": "base_train",
@@ -165,6 +165,7 @@ if start.kind == FRESH:
         "elapsed": elapsed,
     }
 meta["budgets"] = {budget.kind: budget.amount}
+meta["device_batch_size"] = micro_batch_size
 
 # ---- the model; from here on `model` is the module
 model = build_model(meta, device)
@@ -209,6 +210,7 @@ run = Run(
     "base_train", settings, compute, folder, start, meta, plan.horizon, total_batch_size,
     model.flops_per_token(max_seq_len), matmul_flops)
 del start  # what was read is mapped from files that the run may delete
+counted_tokens = meta.get("counted", 0)
 best_bpb = meta.get("best_bpb", math.inf)
 lr_warmup = 0.0 if meta.get("extend") else 0.02
 decaying = run.step > 0 and run.progress > 1 - warmdown
@@ -251,7 +253,7 @@ while not run.over():
     # forward and backward; the next batches are read while the device works
     run.begin_step()
     trained_tokens = run.step * total_batch_size
-    model.leave_one_out = not meta["counted"] or trained_tokens < meta["counted"]
+    model.leave_one_out = not counted_tokens or trained_tokens < counted_tokens
     loss, micro_batch_size = accumulate_gradients(
         model, micro_batches, loss_scale, micro_batch_size, layout)
     loader_state = micro_batches[-1][2]
@@ -280,4 +282,6 @@ few_bpb = evaluate(few)
 val_bpb = evaluate(validation)
 run.log(val_bpb=val_bpb, documents=len(validation))
 show_samples()
-run.finish(model, time.perf_counter() - started, val_bpb=val_bpb, few_bpb=few_bpb)
+# the steps of a run are compared by the few documents
+amended = {"val_bpb": few_bpb}
+run.finish(model, time.perf_counter() - started, amended, val_bpb=val_bpb)

@@ -97,7 +97,8 @@ loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(
     tokenizer, mixture, micro_batch_size, T, device, rank, world_size, loader_state, seed)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
-print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step")
+print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul "
+       f"{matmul_flops / 1e9:,.0f} GFLOP/s a device")
 
 run = Run(
     "mid_train", settings, compute, start.folder, start, meta, horizon, total_batch_size,

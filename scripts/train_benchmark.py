@@ -24,10 +24,10 @@ from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT, MIN_CHUNK_TOKENS
 from nanochat.metrics import finish_stage
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import build_on_meta
-from nanochat.variants import MODEL_CLASSES
+from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
 # settings
-model = "gpt"            # ours: gpt, lookup or portable (nanochat/variants)
+model = "gpt"            # ours: gpt, lookup, portable, ... (nanochat/variants)
 depth = 4                # layers; width is 64 x depth
 vocab_size = 32768
 max_seq_len = 512        # context in tokens
@@ -150,8 +150,8 @@ if steps <= WARM_STEPS or repeats < 1 or not known_side:
     raise UserError(
         f"steps={steps}, repeats={repeats}, side={side}: at least 4 steps and one repeat are "
         "needed, and a side is ours or theirs")
-if model not in ("gpt", "lookup", "portable"):
-    raise UserError(f"model={model} does not exist: choose gpt, lookup or portable")
+if model not in TRAINABLE:
+    raise UserError(f"model={model} does not exist: choose from {', '.join(TRAINABLE)}")
 started = time.perf_counter()
 raise_malloc_thresholds()
 if side:

@@ -421,13 +421,17 @@ def test_a_folder_that_cannot_be_written_to_can_be_loaded_from(folder, meta, mon
 FULL_CONFIG = {**CONFIG, "softcap": 15.0, "rotary_base": 10000.0}
 
 
-def write_format_1(folder, meta, ngrams):
-    """A step as version 1 wrote it. The class was gpt, and the config said what was in it."""
+def write_format_1(folder, meta, ngrams, model_class):
+    """A step as version 1 wrote it. The class was gpt, and the config said what was in it.
+
+    model_class: what that class is called today; the keys of its state dict are the same.
+    """
     config = {**FULL_CONFIG, "ngrams": ngrams}
-    model = make({**meta, "config": config}, 0)[0]
+    today = config if ngrams else FULL_CONFIG
+    model = make({**meta, "model_class": model_class, "config": today}, 0)[0]
     for buffer in model.ngrams.buffers() if ngrams else ():
         buffer.zero_()  # nothing was counted
-    save(folder, 5, {**meta, "config": config}, model=model)
+    save(folder, 5, {**meta, "model_class": "gpt", "config": config}, model=model)
     path = folder / "meta_000005.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written.pop("format") == 2
@@ -438,7 +442,7 @@ def write_format_1(folder, meta, ngrams):
 
 @pytest.mark.parametrize("ngrams, model_class", [(0, "lookup"), (3, "lookup_ngrams")])
 def test_format_1_is_read(folder, meta, ngrams, model_class):
-    model = write_format_1(folder, meta, ngrams)
+    model = write_format_1(folder, meta, ngrams, model_class)
     loaded, _, found = load_model("base", "cpu")
     assert found["format"] == 2 and found["model_class"] == model_class
     assert found["config"] == ({**FULL_CONFIG, "ngrams": 3} if ngrams else FULL_CONFIG)

@@ -286,14 +286,14 @@ def test_without_any_counts_the_mixture_is_the_network(ids):
 
 def test_without_counts_the_network_is_a_lookup_model_of_its_own(ids):
     model, idx = make_mixture(ids).eval(), ids[:32].view(2, 16)
-    network = model.without_counts()
+    network = model.for_chat()
     assert type(network) is LookupGPT and not network.training
     assert not any("ngrams" in name or "gate" in name for name in network.state_dict())
     own = super(NGramGPT, model).logits(*model.features(idx))
     torch.testing.assert_close(network(idx), own)
 
     model.compute_dtype = torch.bfloat16
-    network = model.train().without_counts()
+    network = model.train().for_chat()
     assert network.training and network.compute_dtype == torch.bfloat16
     network(idx, idx).backward()
     assert network.bigram.weight.grad.is_sparse

@@ -16,6 +16,7 @@ from conftest import ROOT
 from nanochat import parallel
 from nanochat.adagrad import RowAdagrad
 from nanochat.adamw import AdamW
+from nanochat.common import UserError
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 
@@ -415,7 +416,7 @@ class SmallMemory(nn.Module):
 
 def test_unknown_kinds_and_dtypes_are_refused_in_one_line():
     kinds = "choose from auto, replicated, zero2"
-    with pytest.raises(ValueError, match=f"layout=zero3 is unknown: {kinds}"):
+    with pytest.raises(ValueError, match=f"parallel=zero3 is unknown: {kinds}"):
         Layout([], kind="zero3")
     with pytest.raises(ValueError, match="reduce_dtype=float16: choose from float32, bfloat16"):
         Layout([], reduce_dtype="float16")
@@ -433,6 +434,7 @@ def test_prepared_blocks_keep_plain_keys():
     """docs/traps.md: compile-recompiles"""
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    model.device = torch.device("cpu")
     keys = list(model.state_dict())
     assert prepare(model) is model
     assert list(model.state_dict()) == keys
@@ -444,6 +446,7 @@ GROUP_OF_ONE = """
 import pathlib, torch
 from nanochat.common import compute_cleanup, compute_init
 from nanochat.adamw import AdamW
+from nanochat.common import UserError
 from nanochat.parallel import Layout
 
 def threads():
@@ -480,3 +483,23 @@ def test_no_thread_of_the_process_group_outlives_it():
     assert result.returncode == 0, result.stderr
     during, after = json.loads(result.stdout)
     assert during > 0 == after
+
+
+def test_optimizer_state_of_another_model_is_refused_and_a_step_moves_to_its_device():
+    def optimizers_of(*shapes):
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        return [AdamW(parameters)]
+
+    saved = optimizers_of((2,), (3,))
+    saved[0].step()
+    state = Layout(saved).optimizer_state()
+    with pytest.raises(UserError, match=r"not that of this model .*shape \(3,\)"):
+        Layout(optimizers_of((3,), (2,))).load_optimizer_state(state)
+
+    loaded = optimizers_of((2,), (3,))
+    Layout(loaded).load_optimizer_state(state)
+    for p, values in loaded[0].state.items():
+        values["step"] = values["step"].to("meta")  # stands for another device
+        assert loaded[0]._state_of(p)["step"].device == p.device

@@ -326,11 +326,10 @@ def test_a_finished_run_marks_its_last_step(make_run, model, capsys, base_dir):
     assert run.over() and run.last_save_is_due()
     save(run, model)
     run.exit_unless_finished()
-    run.finish(model, seconds=1.0, val_bpb=1.5, few_bpb=1.25)
+    run.finish(model, 1.0, {"val_bpb": 1.25}, val_bpb=1.5)
     row = json.loads(capsys.readouterr().out.split("\n")[-2])
     assert row["steps"] == 2 and row["tokens"] == 200 and row["val_bpb"] == 1.5
     assert row["tokens_per_second"] == 100 and row["flops_per_second"] == 1000
-    assert "few_bpb" not in row
     meta = json.loads((run.folder / "meta_000002.json").read_text(encoding="utf-8"))
     assert meta["finished"] and meta["val_bpb"] == 1.25
 

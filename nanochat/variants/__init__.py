@@ -14,5 +14,16 @@ MODEL_CLASSES = {
     "portable": PortableGPT,      # shaped like Qwen3, for runtimes that others wrote
 }
 
-# What --model may name: pretraining makes lookup_ngrams of lookup where it counts n-grams.
-TRAINABLE = [name for name in MODEL_CLASSES if name != "lookup_ngrams"]
+# What pretraining makes of a class where it counts n-grams; --model names the class without.
+WITH_COUNTS = {"lookup": "lookup_ngrams"}
+TRAINABLE = [name for name in MODEL_CLASSES if name not in WITH_COUNTS.values()]
+
+
+def default_model(device_type):
+    """The class that pretraining takes on a device: lookups pay on a CPU (dev/LOG.md)."""
+    return "lookup" if device_type == "cpu" else "gpt"
+
+
+def name_of(model):
+    """The name of a model's class in MODEL_CLASSES, for a checkpoint's meta file."""
+    return next(name for name, kind in MODEL_CLASSES.items() if kind is type(model))

@@ -362,6 +362,7 @@ class NGramGPT(LookupGPT):
             self.head_weight(),
             chunk_mixture,
             self.config.softcap,
+            self.compile_loss,
             targets,
             weights.flatten(),
             log_gate,
@@ -376,8 +377,9 @@ class NGramGPT(LookupGPT):
         mixed = network + counted
         return mixed.log().view(targets.shape)
 
-    def without_counts(self):
-        """The network alone as a LookupGPT, for a purpose to which the counted text is foreign."""
+    def for_chat(self):
+        """The network alone as a LookupGPT: the counts know the text that was read, not how to
+        answer."""
         config = asdict(self.config)
         del config["ngrams"]
         with torch.device("meta"):
@@ -385,7 +387,7 @@ class NGramGPT(LookupGPT):
         weights = self.state_dict()
         kept = {name: weights[name] for name in model.state_dict()}
         model.load_state_dict(kept, assign=True)
-        model.compute_dtype = self.compute_dtype
+        model.compute_dtype, model.compile_loss = self.compute_dtype, self.compile_loss
         model.build_rotary()
         model.choose_gradients()
         return model.train(self.training)
