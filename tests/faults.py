@@ -17,9 +17,7 @@ With {"end": "memory"} the validation at the end finds no memory.
 """
 import json
 import os
-import runpy
 import signal
-import sys
 import time
 
 import torch
@@ -91,9 +89,3 @@ def _world_size():
 def _scale_gradients(model, factor):
     for parameter in model.parameters():
         parameter.grad *= factor
-
-
-if __name__ == "__main__":
-    install()
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
