@@ -212,7 +212,7 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     ((*DATA, "--ngram_tokens=-1"), "ngram_tokens=-1"),
     ((*DATA, "--minutes=1", "--target_flops=1e9"), "give one budget"),
     ((*DATA, *TINY, "--num_iterations=1", "--logger=paper"), "logger=paper"),
-    ((*DATA, "--model=transformer"), "choose gpt, lookup or portable"),
+    ((*DATA, "--model=transformer"), "choose from gpt, lookup, portable"),
     (("scripts.chat_sft", "--source=base", "--compile=0", "--num_iterations=0"),
      "num_iterations=0"),
     (("scripts.base_train", "--data={latin}", "--compile=0"), "not UTF-8"),
