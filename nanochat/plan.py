@@ -367,7 +367,7 @@ def checkpoint_bytes(model):
     return whole.parameters + whole.tables + whole.optimizer
 
 
-def measure_step(model_class, config, device, dtype, tokens=1024, repeats=2):
+def measure_step(model_class, config, device, dtype, tokens=512, repeats=2):
     """Training tokens per second of a model, by running it: the fastest of a few small steps.
 
     Uncompiled and without communication. A matmul's speed says too little: a step reaches half to

@@ -174,6 +174,7 @@ if start.weights:
 elif meta["config"].get("ngrams"):
     if counted:
         model.ngrams.fill(counted.keys, counted.counts)
+        counted = None  # the model has them now
     if world_size > 1:
         for buffer in model.ngrams.buffers():
             torch.distributed.broadcast(buffer, 0)
