@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
 from nanochat.variants import default_model
@@ -304,7 +305,7 @@ class Memory(NamedTuple):
 
 def build_on_meta(model_class, config):
     """A model without memory, to count its parameters."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialisers():
         return model_class(config)
 
 
@@ -374,7 +375,9 @@ def measure_step(model_class, config, device, dtype, tokens=512, repeats=2):
     four fifths of it with AVX2, a quarter with AVX512-bf16 (dev/LOG.md).
     """
     with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay untouched
-        model = build_on_meta(model_class, config).to_empty(device=device)
+        # built in place: moving a model off the meta device imports torch's compiler
+        with torch.device(device), NoInitialisers():
+            model = model_class(config)
         model.init_weights()
         model.compute_dtype = dtype
         shape = max(1, tokens // config.max_seq_len), config.max_seq_len + 1
