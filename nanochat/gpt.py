@@ -171,6 +171,13 @@ class Block(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # how parameters are trained
+#
+# To train one kind of parameter by another optimizer: (1) a torch.optim.Optimizer in a file of its
+# own, like adamw.py, whose attribute `partition` says how ranks may cut its parameters
+# (parallel.py) and whose fits() says whether a loaded state is of a parameter; (2) a row in
+# OPTIMIZERS; (3) that row's name as the role of the parameter, in the table `roles` of the module
+# that owns it; (4) its layer in tests/test_imports.py and a reference implementation in
+# tests/test_optimizers.py.
 
 class Recipe(NamedTuple):
     """One row of the table below."""

@@ -8,10 +8,15 @@ verdict without another collective. The guard never replaces a value: a batch co
 all, and a run that skipped a batch equals a run that never saw it.
 
     ok         the optimizers take the step
-    skip       the batch is dropped
-    roll back  too many skips in a row, so the weights themselves have diverged: load the last good
-               checkpoint, keep the data position, halve the learning rate
-    stop       too many roll-backs: a person has to look
+    skip       the batch is dropped: gradients are cleared, the step is not counted, and the next
+               batch is tried
+    roll back  the fifth bad batch in a row, so the weights themselves have diverged: load the last
+               good checkpoint, keep the data position, halve the learning rate
+    stop       a fourth roll-back, or no checkpoint to load: the run ends with status 1 and names
+               the command that resumes it with safe settings
+
+parallel.Layout.reduce() makes the two numbers; Run.accepts() and Run.skip() in run.py ask the guard
+and do what it says, on every rank alike.
 """
 import math
 import statistics
@@ -22,7 +27,7 @@ from collections import deque
 SPIKE = 8.0
 MEMORY = 64      # accepted steps that the median is taken over
 WARM_UP = 16     # accepted steps that are needed before a finite value can count as a spike
-SKIPS = 5        # consecutive bad batches that trigger a roll-back
+SKIPS = 5        # consecutive bad batches of which the last triggers a roll-back
 ROLL_BACKS = 3   # roll-backs before the run stops
 
 

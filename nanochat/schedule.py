@@ -4,6 +4,13 @@ and Muon's momentum as a function of the step.
 Progress is the used share of the budget, whatever the budget counts: minutes, steps or a pass over
 the data. A run on a budget of time therefore always finishes its LR decay, however slow the
 machine turned out to be.
+
+The learning rate of a parameter in a step is the product of three numbers:
+    --learning_rate             the setting of the stage's script, Muon's peak
+    its recipe's multiple       OPTIMIZERS in gpt.py; setup_optimizers() stores the product of these
+                                two in the parameter group as `initial_lr`
+    the multiplier of the step  lr_multiplier(progress) here, times Run.lr_scale, which every
+                                roll-back halves; set_learning_rates() writes `lr` into the groups
 """
 
 
