@@ -5,7 +5,8 @@ cut into sequences of T tokens, so that no token is padding. Sequences that foll
 from the same document: a batch of sixteen of them would show about four documents. So the loader
 fills a shuffle buffer with the sequences of several batches and yields them in random order.
 
-Conversations. Whole conversations are packed into sequences and the rest is padding.
+Conversations. Several are packed into one sequence, where each attends to those before it; the
+rest is padding. One that is longer than a sequence is cut to it.
 
 Both loaders yield a state with every batch: the place of the *next* batch, as plain integers that a
 checkpoint can hold. A loader that is given this state yields exactly the batches that would have

@@ -7,7 +7,9 @@ parameters; a test holds it to transformers' NanoChatForCausalLM.
 A variant (nanochat/variants/) is a subclass that overrides class attributes (`config_class`,
 `block_class`, and the block's `attention_class` and `mlp_class`) or methods: `recent_tokens`,
 `enter`, `block_inputs` and `leave` around the blocks; `logits`, `loss` and `target_log_probs`
-together, for they say the same prediction in three ways. Nothing here knows which variants exist.
+together, for they say the same prediction in three ways; and `init_weights` wherever it has
+parameters of its own, for models are built without initialisers. A module with parameters says in
+its table `roles` how they are trained. Nothing here knows which variants exist.
 
 This file is single-device code: compiling, sharding and communication are applied from outside
 (parallel.py), and blocks are run through `__call__`, so that hooks see every forward pass.
@@ -175,9 +177,10 @@ class Block(nn.Module):
 # To train one kind of parameter by another optimizer: (1) a torch.optim.Optimizer in a file of its
 # own, like adamw.py, whose attribute `partition` says how ranks may cut its parameters
 # (parallel.py) and whose fits() says whether a loaded state is of a parameter; (2) a row in
-# OPTIMIZERS; (3) that row's name as the role of the parameter, in the table `roles` of the module
-# that owns it; (4) its layer in tests/test_imports.py and a reference implementation in
-# tests/test_optimizers.py.
+# OPTIMIZERS, or in the table `optimizers` of the variant that alone has such parameters (see
+# lookup.py); (3) that row's name as the role of the parameter, in the table `roles` of the module
+# that owns it; (4) its bytes in plan.memory(), where they are not those of Adam; (5) its layer in
+# tests/test_imports.py and a reference implementation in tests/test_optimizers.py.
 
 class Recipe(NamedTuple):
     """One row of the table below."""
@@ -423,6 +426,8 @@ class GPT(nn.Module):
     def setup_optimizers(self, learning_rate=0.02, weight_decay=0.0):
         """One optimizer of each class in the table `optimizers`, with a group for each role.
 
+        (Muon makes a group of each shape.)
+
         learning_rate is that of the matrices (Muon); the others keep their ratio to it.
         weight_decay is of the roles whose recipe says that they decay.
         """
@@ -445,7 +450,10 @@ class GPT(nn.Module):
 
     def matmul_parameters(self):
         """How many weights a token is multiplied with: the matrices and the head, no tables."""
-        matrices = sum(p.numel() for p in self.parameters_by_role()["matrix"])
+        matrices = 0
+        for module in self.modules():
+            if isinstance(module, Linear) and not isinstance(module, Head):
+                matrices += module.weight.numel()
         return matrices + self.config.vocab_size * self.config.width
 
     def flops_per_token(self, T):

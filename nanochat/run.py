@@ -66,9 +66,10 @@ class StopRequest:
 class Run:
     """A training run: its clock and budget, its checkpoints, its guard and its record.
 
-    stage: the script's name. settings: what configure() returned. compute: what compute_init()
-    returned. start: a Start (start.py). meta: the run's entry in every meta file. horizon: a
-    Horizon (plan.py); with neither steps nor minutes over() is told the progress.
+    stage: the script's name. settings: what configure() returned; read here are keep, save_every,
+    save_minutes, hang_minutes, logger, compile, and those of resume_hint(). compute: what
+    compute_init() returned. start: a Start (start.py). meta: the run's entry in every meta file.
+    horizon: a Horizon (plan.py); with neither steps nor minutes over() is told the progress.
 
     step, elapsed (seconds of training, evaluation aside), progress and lr_scale (halved by every
     roll back) are for the loop to read.

@@ -7,15 +7,16 @@ machine turned out to be.
 
 The learning rate of a parameter in a step is the product of three numbers:
     --learning_rate             the setting of the stage's script, Muon's peak
-    its recipe's multiple       OPTIMIZERS in gpt.py; setup_optimizers() stores the product of these
-                                two in the parameter group as `initial_lr`
+    its recipe's multiple       OPTIMIZERS in gpt.py, and (width / 768)^-0.5 where the recipe says
+                                by_width; setup_optimizers() stores the product of these two in the
+                                parameter group as `initial_lr`
     the multiplier of the step  lr_multiplier(progress) here, times Run.lr_scale, which every
                                 roll-back halves; set_learning_rates() writes `lr` into the groups
 """
 
 
 def lr_multiplier(progress, warmup=0.02, warmdown=0.6, final=0.02):
-    """The learning rate as a share of its peak: linear warm-up, constant, linear decay.
+    """The learning rate as a share of its peak: linear warm-up (from .1), constant, linear decay.
 
     The decay takes the last `warmdown` of the run and ends at `final` of the peak.
     """

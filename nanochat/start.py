@@ -28,8 +28,11 @@ FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
 
 
 class Start(NamedTuple):
-    """kind: FRESH, RESUMED or EXTENDED, with what was read; weights, state and meta are None where
-    the run is fresh."""
+    """kind: FRESH, RESUMED or EXTENDED, with what was read.
+
+    Of a fresh run weights, state and meta are None. A chat stage has its weights in the model
+    already, so weights is None, and its meta is always that of the run.
+    """
     kind: str
     folder: Path    # of the checkpoints, None where the tag is not known yet
     weights: dict   # of the model

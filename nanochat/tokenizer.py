@@ -341,8 +341,9 @@ class Tokenizer:
         <|output_start|>4<|output_end|>It is 4.<|assistant_end|>
 
         Returns (ids, mask), two lists of the same length, cut to max_tokens. mask is 1 where the
-        assistant has to produce the token itself: its text, its Python and the control tokens
-        around and after them. The tool's reply, with its markers, is 0 like all that others wrote.
+        assistant has to produce the token itself: its text, its Python with both markers, and
+        <|assistant_end|>. <|assistant_start|> is given to it, so 0, as are the tool's reply with
+        its markers and all that others wrote.
 
         Content is a string or a list of parts; only the assistant's may hold parts other than text.
         One system message may come first, then user and assistant take turns. UserError otherwise.

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
 The learning rate is constant, half of pretraining's peak; fine-tuning decays it on the same kind
-of text. So is Muon's momentum: the gradients of a trained model are not wild.
+of text. Muon's momentum is constant, too: the gradients of a trained model are not wild.
 """
 import time
 

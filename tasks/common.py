@@ -34,7 +34,11 @@ def check_split(split):
 
 
 def conversation(question, answer, **fields):
-    """A conversation of one question and one answer. fields: what the task adds to it."""
+    """A conversation of one question and one answer.
+
+    fields: what the task adds to it. scripts/chat_eval.py reads `choices` (sentences to rank, with
+    `neutral`, the question they are compared with) or `letters` (answers to pick from).
+    """
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
