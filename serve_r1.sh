@@ -47,7 +47,7 @@ HF_TOKEN="${HF_TOKEN:-}"
 TENSOR_PARALLEL_SIZE="${TENSOR_PARALLEL_SIZE:-8}"
 # As documented. It runs code from the model's repository, one more reason to pin REVISION.
 TRUST_REMOTE_CODE="${TRUST_REMOTE_CODE-1}"
-# Documented: 8192, which cuts long thinking. The MLA cache has 70 KB a token, and 155 GiB a GPU.
+# Documented: 8192, which cuts long thinking. The MLA cache has 70 KB a token, and over 150 GiB.
 MAX_MODEL_LEN="${MAX_MODEL_LEN:-32768}"
 # As documented: AITER's MLA kernels in this version want it. Empty with newer images.
 BLOCK_SIZE="${BLOCK_SIZE-1}"
@@ -108,7 +108,7 @@ DISK_GB="${DISK_GB:-700}"
 # Host memory that eight workers need while loading: an estimate.
 MEMORY_GB="${MEMORY_GB:-64}"
 # What `test` asks, as documented.
-PROMPT="${PROMPT:-What is 12 times 7?}"
+PROMPT="${PROMPT:-Hello!}"
 # The limit of its answer. Documented: 100, which ends in the middle of the thinking.
 MAX_TOKENS="${MAX_TOKENS:-2048}"
 # Tests look for /dev, /proc and /sys under another folder.

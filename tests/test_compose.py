@@ -79,6 +79,10 @@ def test_each_port_has_one_owner_in_a_profile_and_is_published_on_loopback(profi
     assert sorted(ports) == ["127.0.0.1:11434:11434", "127.0.0.1:8000:8000"]
 
 
+def test_docker_exec_finds_each_container_by_the_name_of_its_service():
+    assert all(service["container_name"] == name for name, service in services().items())
+
+
 def test_both_models_want_the_same_port_so_that_they_never_share_the_memory():
     assert (
         len({tuple(services(VLLM_PORT="9000")[name]["ports"]) for name in PROFILES.values()}) == 1
@@ -168,10 +172,11 @@ def test_the_table_of_flags_finds_what_is_wrong():
         ["stray"],
     ):
         assert len(problems([*serve, *words], (0, 11))) == 1, words
-    assert (
-        problems([*serve, "--swap-space=16"], (0, 17)) == []
-        and len(problems([*serve, "--swap-space=16"], (0, 18))) == 1
-    )
+    for gigabytes in ("0", "4", "16"):
+        words = [*serve, f"--swap-space={gigabytes}"]
+        assert problems(words, (0, 17)) == [] and len(problems(words, (0, 18))) == 1
+    for share in ("0", "-0.1", "nan"):
+        assert len(problems([*serve, f"--gpu-memory-utilization={share}"], (0, 11))) == 1
     assert problems(["vllm", "--port=1"], (0, 11)) and problems(
         ["vllm", "serve", "--port=1"], (0, 11)
     )
@@ -260,8 +265,11 @@ def test_every_service_and_setting_that_a_page_names_is_there(page):
     )
     for line in re.findall(r"^(?:.*bash serve_r1\.sh.*|[A-Z0-9_]+=\S*)$", text, re.M):
         assert set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", line)) <= known, line
-    for name in re.findall(r"docker compose (?:up -d|logs -f|stop|exec) ([a-z][\w-]*)", text):
+    verbs = r"docker compose (?:--profile \w+ )*(?:up -d|logs -f|stop|exec|restart) "
+    for name in re.findall(verbs + r"([a-z][\w-]*)", text):
         assert name in services(), name
+    for name in re.findall(r"docker exec ([a-z][\w-]*)", text):
+        assert name in [service["container_name"] for service in services().values()], name
 
 
 def test_the_dry_run_in_the_page_is_the_one_that_is_printed_today():
@@ -295,3 +303,161 @@ def test_json_in_the_pages_is_json():
             page.read_text(encoding="utf-8"),
         ):
             json.loads("".join(text))
+
+
+# --------------------------------------------------------------------------------------------------
+# documented values
+
+DOCUMENTED = {  # the flags of the two documented commands; a switch has no value
+    "Qwen/Qwen3-32B-FP8": {
+        "--max-model-len": "32000",
+        "--gpu-memory-utilization": "0.90",
+        "--max-num-batched-tokens": "16384",
+        "--max-num-seqs": "64",
+        "--enable-prefix-caching": None,
+        "--trust-remote-code": None,
+    },
+    "Qwen/Qwen3-32B": {
+        "--max-model-len": "24000",
+        "--gpu-memory-utilization": "0.85",
+        "--max-num-batched-tokens": "16384",
+        "--max-num-seqs": "48",
+        "--enable-prefix-caching": None,
+        "--dtype": "bfloat16",
+        "--trust-remote-code": None,
+    },
+}
+PARAMETERS = {  # documented: the default, what is recommended
+    "--gpu-memory-utilization": ("0.90", "0.85-0.90"),
+    "--max-model-len": (None, "32000"),
+    "--max-num-batched-tokens": ("2048", "8192-16384"),
+    "--max-num-seqs": ("256", "32-64"),
+    "--block-size": ("16", "16"),
+    "--swap-space": ("4", "0"),
+    "--enable-chunked-prefill": ("false", "true"),
+    "--enable-prefix-caching": ("false", "true"),
+    "--quantization": ("none", "fp8"),
+}
+QWEN_PAGE = ROOT / "docs" / "models" / "qwen3-32b.md"
+R1_PAGE = ROOT / "docs" / "models" / "deepseek-r1.md"
+
+
+def section(page, title):
+    """The lines of a page under a heading of the second level."""
+    text = page.read_text(encoding="utf-8")
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def flags_of(words):
+    """{flag: its value, None for a switch} of a command."""
+    found = {}
+    for word, following in zip(words, [*words[1:], "--"]):
+        if word.startswith("--"):
+            found[word] = None if following.startswith("--") else following
+    return found
+
+
+def test_the_page_quotes_the_two_documented_commands():
+    quoted = {
+        words[2]: flags_of(words[3:])
+        for version, words in vllm_commands(QWEN_PAGE)
+        if version == (0, 17)
+    }
+    assert quoted == DOCUMENTED
+
+
+def test_what_compose_and_env_call_documented_is_documented():
+    compose = (ROOT / "compose.yaml").read_text(encoding="utf-8")
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    for prefix, flags in zip(("FP8", "BF16"), DOCUMENTED.values()):
+        said = re.search(
+            rf"Qwen3-32B.*{prefix}\W.*: (\d+) sequences, (\d+) batched tokens, ([\d.]+)", example)
+        wanted = ("--max-num-seqs", "--max-num-batched-tokens", "--gpu-memory-utilization")
+        assert said.groups() == tuple(flags[name] for name in wanted)
+
+        # the comment stands behind the flag, or on the line before
+        for name in wanted:
+            place = re.search(rf"(.*\n)(.*{name}=\$\{{{prefix}_.*)", compose)
+            number = re.search(r"documented: ([\d.]+)", place[2]) or re.search(
+                r"documented: ([\d.]+)", place[1])
+            assert number[1] == flags[name], name
+
+
+def test_the_page_has_every_documented_parameter_with_its_default_and_its_recommendation():
+    rows = re.findall(r"^\| `(--[\w-]+)` (.*) \|$", section(QWEN_PAGE, "The parameters"), re.M)
+    table = {name: cells.strip("| ").split(" | ") for name, cells in rows}
+    assert PARAMETERS.keys() <= table.keys()
+    for name, (default, recommended) in PARAMETERS.items():
+        purpose, said_default, said_recommended, here = table[name]
+        assert purpose and here
+        assert said_default.startswith(default or "the model's") and (
+            said_recommended.startswith(recommended))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_table_of_flags_takes_the_documented_values(name):
+    for text in PARAMETERS[name]:
+        if text in (None, "none", "false"):
+            continue
+        values = [None] if text == "true" else text.split("-")
+        for value in values:
+            words = [name] if value is None else [name, value]
+            assert problems(["vllm", "serve", "m", *words], (0, 11)) == []
+
+
+@pytest.mark.parametrize("word", [
+    "6,144 CUDA",
+    "10 Cortex-X925",
+    "16 channels",
+    "1,000 TOPS",
+    "200 billion",
+    "405 billion",
+    "200 Gbit/s",
+    "240 W",
+    "0 to 35 C",
+    "RoPE",
+    "SwiGLU",
+    "RMSNorm",
+])
+def test_the_page_describes_the_machine_and_the_model(word):
+    assert word in section(QWEN_PAGE, "The machine and the model")
+
+
+@pytest.mark.parametrize("seen, remedy", [
+    ("out of memory", "--gpu-memory-utilization"),
+    ("low throughput", "--max-num-batched-tokens"),
+    ("high latency", "fewer sequences"),
+])
+def test_the_documented_troubles_have_a_row(seen, remedy):
+    rows = section(QWEN_PAGE, "When something is wrong").splitlines()
+    (row,) = [row for row in rows if row.startswith(f"| {seen}")]
+    assert remedy in row
+
+
+def test_the_documented_order_of_tuning_has_five_steps():
+    assert re.findall(r"^(\d)\. ", section(QWEN_PAGE, "Tuning"), re.M) == list("12345")
+
+
+def test_r1_is_asked_as_documented_and_its_rate_stands_beside_the_bound():
+    from nanochat.hardware import DEVICES
+    from nanochat.roofline import MODELS, decode_rate
+
+    asking = section(R1_PAGE, "Asking it")
+    for words in ("curl http://localhost:8000/v1/models", '"content": "Hello!"', "python3 chat.py"):
+        assert words in asking
+    bound, _ = decode_rate(MODELS["deepseek-r1"], DEVICES["mi350x"], "fp8", 1, 1024, 8)
+    limits = section(R1_PAGE, "Sizes and limits")
+    assert "**~70 tokens/s**" in limits and f"{70 / bound:.0%}".replace("%", " %") in limits
+    assert f"the bound of {bound:,.0f}" in limits
+
+
+def test_the_documented_one_liner_prints_the_answer():
+    (program,) = re.findall(r'\| python3 -c "(.*)"$', section(R1_PAGE, "Asking it"), re.M)
+    reply = {"choices": [{"message": {"role": "assistant", "content": "Hello there."}}]}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(reply),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "Hello there.\n")

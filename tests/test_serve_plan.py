@@ -82,8 +82,8 @@ def test_a_token_of_r1_takes_70_kb_on_every_gpu_however_many_there_are():
     )
 
 
-def test_r1_leaves_a_little_more_on_eight_mi350x_than_the_documented_155_gib():
-    """The bound knows nothing of activations and graphs, so that what was documented lies below it,
+def test_r1_leaves_a_little_more_on_eight_mi350x_than_the_155_gib_that_others_reported():
+    """The bound knows nothing of activations and graphs, so that what was reported lies below it,
     by less than a tenth."""
     room = cache_room(R1, MI350X, "fp8", 8, 0.9) / 2**30
     assert 155 < room < 155 * 1.1

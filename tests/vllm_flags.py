@@ -1,7 +1,8 @@
 """The flags of `vllm serve` that this repository prints, as data, and a check of a command.
 
 The versions are those between which we rely on a flag: outside them it is gone, or we do not know.
-The table is written from vLLM's documentation; no engine runs here.
+The table is written from vLLM's documentation; no engine runs here. A range of floats is a pair
+that holds both of its ends: a swap space of 0 GiB is one.
 """
 import json
 import re
@@ -17,7 +18,7 @@ FLAGS = [
     ("--dtype",                    str,    DTYPES,                         (0, 3),  None),
     ("--enable-chunked-prefill",   SWITCH, None,                           (0, 4),  None),
     ("--enable-prefix-caching",    SWITCH, None,                           (0, 3),  None),
-    ("--gpu-memory-utilization",   float,  range(0, 1),                    (0, 3),  None),
+    ("--gpu-memory-utilization",   float,  (0.01, 1),                      (0, 3),  None),
     ("--hf-overrides",             json,   dict,                           (0, 7),  None),
     ("--host",                     str,    r"[0-9.]+|localhost",           (0, 3),  None),
     ("--kv-cache-memory-bytes",    int,    range(2**30, BYTES),            (0, 11), None),
@@ -31,7 +32,7 @@ FLAGS = [
     ("--revision",                 str,    r"[0-9A-Za-z._/-]+",            (0, 3),  None),
     # 0.11.0 has it, 0.11.2 does not.
     ("--rope-scaling",             json,   dict,                           (0, 3),  (0, 10)),
-    ("--swap-space",               float,  range(0, 256),                  (0, 3),  (0, 17)),
+    ("--swap-space",               float,  (0, 256),                       (0, 3),  (0, 17)),
     ("--tensor-parallel-size",     int,    (1, 2, 4, 8, 16),               (0, 3),  None),
     ("--trust-remote-code",        SWITCH, None,                           (0, 3),  None),
 ]
@@ -49,7 +50,8 @@ def value_problem(kind, allowed, text):
     elif allowed in (list, dict):
         fits = isinstance(value, allowed)
     elif kind is float:
-        fits = allowed.start < value <= allowed.stop
+        lowest, highest = allowed
+        fits = lowest <= value <= highest
     else:
         fits = value in allowed
     return None if fits else f"{text!r} is out of its range"
