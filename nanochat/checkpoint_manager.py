@@ -29,6 +29,7 @@ from nanochat.checkpoint import (
     model_file,
     optimizer_file,
     read_meta,
+    save_checkpoint,  # noqa: F401, its documented place is this file
     states_of_rank,
     write_meta,
     write_states,

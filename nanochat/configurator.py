@@ -151,7 +151,9 @@ def _assignments(words, declared, aliases):
         elif word == "--":  # torchrun passes it through
             continue
         elif word.startswith("-"):
-            name, given, value = word.lstrip("-").partition("=")
+            word = word.lstrip("-")
+            word = aliases.get(word.replace("-", "_"), word)  # an alias may hold a value as well
+            name, given, value = word.partition("=")
             name = _full_name(name, declared, aliases)
             if not given:
                 value = _next_value(name, declared[name][0], words)
@@ -177,8 +179,9 @@ def configure(namespace, argv=None, aliases={}, defaults_here=None):
     """Override the settings in `namespace` from the command line; return all of them as a dict.
 
     namespace: a script's globals(), changed in place. argv: the words, by default sys.argv[1:].
-    aliases: short names, {"p": "prompt"}. defaults_here: a function of the settings that returns
-    {name: what a None becomes on this machine}; only --help calls it and shows its values.
+    aliases: other names, {"p": "prompt"}, and words that stand for a setting with its value,
+    {"no_wandb": "logger="}. defaults_here: a function of the settings that returns {name: what a
+    None becomes on this machine}; only --help calls it and shows its values.
     UserError (exit status 2) for an unknown setting, a wrong type or a missing file.
     """
     install_error_hook()

@@ -206,6 +206,9 @@ def sft_data_generator(
 
     drawn, unpacked = state or (0, ())
     waiting = [render(draw) for draw in unpacked]
+    # The documented pad is <|assistant_end|>. The token changes nothing: padding stands behind all
+    # conversations of its sequence, attention is causal, and its targets give no loss. <|bos|> is
+    # what stands behind a conversation that is not the last one, so that no pattern is new.
     pad = tokenizer.get_bos_token_id()
     while True:
         # A sequence of T + 1 tokens gives T inputs and, one position on, T targets.

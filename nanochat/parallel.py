@@ -32,6 +32,11 @@ Two kinds of layout fill in the phases:
 A shard is cut as the optimizer's `partition` allows: "elements" of the flattened bucket (AdamW),
 whole "rows" of a table (RowAdagrad), whole "matrices" (Muon). On one process nothing is
 communicated, copied or cut: the optimizers hold the parameters, and reduce() only measures.
+
+Ownership is block-cyclic over the parameters of a group: rank r owns slice r of every bucket, and a
+bucket is short beside a large group. Within a bucket the slices are contiguous, because that is
+what reduce-scatter and all-gather exchange without another copy. A finer cycle would balance
+nothing, since all slices of a bucket have the same number of units of the same shape.
 """
 import functools
 import math

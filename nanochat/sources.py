@@ -5,14 +5,15 @@
     python -m nanochat.dataset -n 240               # 240 training shards of FineWeb-Edu
 
 Both write parquet shards and their index.json to `$NANOCHAT_BASE_DIR/base_data`, which
-nanochat/dataset.py reads. HF_ENDPOINT names a mirror to download from. The user's own text needs
-no command: every stage that reads text takes `--data=PATH`.
+nanochat/dataset.py reads. HF_ENDPOINT names a mirror to download from, HF_TOKEN is sent with every
+download. The user's own text needs no command: every stage that reads text takes `--data=PATH`.
 """
 import ast
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -236,6 +237,26 @@ ATTEMPTS = 5
 BLOCK_BYTES = 1 << 16
 
 
+def _hub_token():
+    """What HF_TOKEN holds, "" where it is not set. UserError, which does not show it, where it is
+    none."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise UserError("HF_TOKEN must be printable ASCII without spaces")
+    return token
+
+
+def _authorize(request):
+    """Add HF_TOKEN to a request. (As a header of requests.get, ~/.netrc would replace it.)
+
+    Where a reply leads to another host, requests removes it again.
+    """
+    token = _hub_token()
+    if token:
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
 def _fetch(url, part, stop):
     """One attempt to bring `url` to the file `part`, continuing what is there.
 
@@ -248,7 +269,8 @@ def _fetch(url, part, stop):
     if have:
         headers["Range"] = f"bytes={have}-"
 
-    with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
+    options = {"headers": headers, "auth": _authorize, "stream": True, "timeout": 30}
+    with requests.get(url, **options) as reply:
         if reply.status_code == 416:  # nothing follows what we have, which was not accepted
             part.unlink()
         reply.raise_for_status()
@@ -339,6 +361,7 @@ def download_fineweb(shards, workers=4):
         atomic_write(folder / "index.json", index)
         return {}
 
+    _hub_token()  # a bad one is refused before the first download
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     stop = threading.Event()
 

@@ -67,12 +67,13 @@ save_every = 1000            # steps between checkpoints; the last step is alway
 save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay, besides the best and that before decay
 hang_minutes = 30.0          # a step that takes longer ends the run; every rank prints where it was
-logger = ""                  # tensorboard or wandb, besides log.jsonl in the checkpoint's folder
+logger = ""                  # tensorboard or wandb, besides log.jsonl; --no-wandb is --logger=
 resume = False               # resume from the newest checkpoint of this tag
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 extend: float = None         # or from before the LR decay, to a horizon so many times as long
 seed = 42                    # of the initial weights
-settings = configure(globals(), defaults_here=pretraining_defaults)
+settings = configure(globals(), aliases={"no_wandb": "logger="},
+                     defaults_here=pretraining_defaults)
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 0, "ngram_tokens")
 

@@ -45,11 +45,11 @@ save_every = 1000            # steps between checkpoints; the last step is alway
 save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay
 hang_minutes = 30.0          # a step that takes longer ends the run; every rank prints where it was
-logger = ""                  # tensorboard or wandb, besides log.jsonl in the checkpoint's folder
+logger = ""                  # tensorboard or wandb, besides log.jsonl; --no-wandb is --logger=
 resume = False               # resume from the newest checkpoint of this tag
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 seed = 42                    # of the order of the conversations
-settings = configure(globals())
+settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 
 PROMPTS = [

@@ -9,7 +9,7 @@
 # 2. uv, which installs the rest: the one on PATH, else one that pip installs into the environment.
 # 3. torch: the build for this hardware (CUDA, ROCm, CPU) from torch's own index, or the package
 #    index's build where that does not answer. A torch that is new enough is left alone.
-# 4. The packages that pyproject.toml names.
+# 4. The packages that pyproject.toml names, with those for the report's plots.
 # 5. rustbpe, the tokenizer trainer: compiled by maturin, which fetches Rust where it is missing.
 #    A C compiler, with which Rust links, must be there.
 #
@@ -227,7 +227,7 @@ setup_install() {
     if [ -n "$backend" ]; then arguments+=("--torch-backend=$backend"); fi
 
     echo "setup: installing the packages that pyproject.toml names"
-    set -- "${arguments[@]}" -r "$setup_root/pyproject.toml"
+    set -- "${arguments[@]}" -r "$setup_root/pyproject.toml" --extra plots
     if [ -n "$extra" ]; then set -- "$@" --extra "$extra"; fi
     if ! setup_run uv pip install "$@"; then
         setup_fail "the packages could not be installed: the lines above say why," \

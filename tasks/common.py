@@ -71,7 +71,7 @@ def last_number(text):
 
 
 class Task:
-    """Conversations `start` to `stop` of a data set.
+    """Conversations `start` to `stop` of a data set, every `step`-th of them.
 
     Subclasses give num_examples(), get_example(i) and evaluate().
 
@@ -80,12 +80,13 @@ class Task:
 
     chance = 0.0
 
-    def __init__(self, start=0, stop=None):
+    def __init__(self, start=0, stop=None, step=1):
         self.start = start
         self.stop = stop
+        self.step = step
 
     def num_examples(self):
-        """Size of the whole data set, regardless of `start` and `stop`."""
+        """Size of the whole data set, regardless of `start`, `stop` and `step`."""
         raise NotImplementedError
 
     def get_example(self, i):
@@ -101,7 +102,7 @@ class Task:
 
     def _indices(self):
         """The range of indices into the whole data set, clamped to what exists."""
-        return range(self.num_examples())[self.start:self.stop]
+        return range(self.num_examples())[self.start:self.stop:self.step]
 
     def __len__(self):
         return len(self._indices())
