@@ -87,7 +87,7 @@ def _open_wandb(folder, settings):
                 config=settings,
                 dir=folder,
             )
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:  # ValueError: of a key that cannot be one
         raise LoggerError(" ".join(str(error).split())) from error
     return lambda step, numbers: run.log(numbers, step=step)
 

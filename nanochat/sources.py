@@ -334,6 +334,8 @@ def download(url, path, stop):
         except requests.RequestException as error:
             reason = str(error)
             status = getattr(error.response, "status_code", None)
+            if status in (401, 403):
+                reason += " (HF_TOKEN holds the token)"
         is_final = status in (401, 403, 404)  # another attempt would get the same reply
         if is_final or stop.is_set():
             break

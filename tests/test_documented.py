@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -308,6 +309,23 @@ def test_a_token_that_is_none_is_refused_and_not_shown(base_dir, monkeypatch, to
     with pytest.raises(UserError) as error:
         download_fineweb(1)
     assert "HF_TOKEN" in str(error.value) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("status, hint", [(401, True), (403, True), (404, False)])
+def test_a_download_that_the_hub_refuses_says_where_the_token_is(
+    tmp_path, monkeypatch, status, hint,
+):
+    import requests
+
+    from nanochat import sources
+
+    def refuse(url, part, stop):
+        response = types.SimpleNamespace(status_code=status)
+        raise requests.HTTPError(f"{status} Client Error", response=response)
+
+    monkeypatch.setattr(sources, "_fetch", refuse)
+    reason = sources.download("http://localhost/x", tmp_path / "x", threading.Event())
+    assert str(status) in reason and ("HF_TOKEN" in reason) is hint
 
 
 # --------------------------------------------------------------------------------------------------

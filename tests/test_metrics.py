@@ -46,6 +46,16 @@ def test_wandb_gets_the_numbers_and_keeps_its_files_in_the_checkpoint_folder(tmp
     assert seen == [(tmp_path, tmp_path.name, {"depth": 4}), (3, {"step": 3, "loss": 2.5})]
 
 
+def test_wandb_with_a_key_that_cannot_be_one_is_one_line(tmp_path, monkeypatch, capsys):
+    def init(**options):
+        raise ValueError("API key must be 40 characters long, yours was 3")
+
+    fake_wandb(monkeypatch, init)
+    open_logger("wandb", tmp_path, {})(3, ROW)
+    out = capsys.readouterr().out
+    assert out.startswith("wandb cannot start (API key must") and out.count("\n") == 1
+
+
 def test_wandb_without_a_key_is_one_line_and_no_question(tmp_path, monkeypatch, capsys):
     stdin = sys.stdin
 
