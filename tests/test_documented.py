@@ -542,7 +542,7 @@ def test_every_training_stage_takes_no_wandb(run_here, stage):
     assert re.search(r"--logger='' ", out) and "--no-wandb" in out
 
 
-def test_depth_20_with_the_vocabulary_of_a_gpu_run_has_the_documented_size():
+def test_the_pages_say_what_the_documented_depths_have_with_the_vocabulary_of_a_gpu_run():
     from nanochat.gpt import GPT, GPTConfig
 
     def millions(depth):
@@ -550,8 +550,9 @@ def test_depth_20_with_the_vocabulary_of_a_gpu_run_has_the_documented_size():
             model = GPT(GPTConfig.from_depth(depth, 65536, 2048))
         return sum(p.numel() for p in model.parameters()) / 1e6
 
-    assert round(millions(20)) == 561
-    assert round(millions(32), -2) == 1900
+    assert round(millions(20)) == 561 and round(millions(32), -2) == 1900
+    for depth in (20, 26, 32):
+        assert f"depth {depth}: {millions(depth):,.0f} M parameters" in PAGE
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in (readme, PAGE):
         assert "561 M parameters" in page and "65,536" in page
