@@ -4,11 +4,15 @@
     for text in dataset.documents("train"):
         ...
 
-Whatever the text's origin, the stages see one thing: a list of parquet files with a column `text`,
-one document per row. The last file is the validation split and never trains anything. For the
-files that nanochat makes, the list is pinned in `index.json` beside them, so that a file that went
-missing is an error and not another choice of validation. The user's own text (`--data=notes/`,
-`--data=my.txt`) is converted to the same form on first use, in `$NANOCHAT_BASE_DIR/user_data`.
+Whatever the text's origin, the stages see one thing: row groups of parquet files with a column
+`text`, one document per row, for training and for validation. docs/data.md shows what is read.
+
+- The files that nanochat makes are pinned in `index.json` beside them, so that a file that went
+  missing is an error and not another choice of validation. The last file is validation.
+- The user's parquet files are read in place: the split that a file's name tells, else the last
+  file, else the last rows are validation.
+- The user's other files (`--data=notes/`, `--data=my.txt`) are converted to pinned parquet files
+  on first use, in `$NANOCHAT_BASE_DIR/user_data`.
 
 The command that makes text is in nanochat/sources.py:
 
@@ -17,6 +21,8 @@ The command that makes text is in nanochat/sources.py:
 """
 import hashlib
 import json
+import os
+import re
 import runpy
 import shutil
 import tempfile
@@ -35,11 +41,46 @@ from nanochat.common import (
     print0,
     sha256,
 )
+from nanochat.textfiles import (
+    CONVERSIONS,
+    DOCUMENT_CHARS,  # noqa: F401  (where they were before)
+    READERS,
+    NoText,
+    check_not_a_pointer,
+    read_text_file,
+    split_document,  # noqa: F401
+    text_suffix,
+)
 
-DOCUMENT_CHARS = 6_000      # longer files are split into documents of at most this
 SHARD_CHARS = 12_000_000    # a shard that we write is closed once it exceeds this
 ROWS_PER_GROUP = 64         # small, so that every shard has several row groups
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+VALIDATION_SHARE = 0.05     # of the rows or characters, where no file is for validation
+MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may have to be cut
+CHECKED_BYTES = 100_000_000  # up to this size every row of the user's parquet files is checked
+SUFFIXES = (*READERS, ".parquet")
+
+MAKE_AGAIN = "run the same python -m nanochat.dataset again"
+COPY_AGAIN = "copy or download it again"
+
+# Words of a file's name, or of its folder's, that tell the split it belongs to
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+    "testing": "test",
+}
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # a data set's, not a writer's
+
+# Texts about a data set, which stand beside its files
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors)([^a-z]|$)",
+    re.IGNORECASE,
+)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -48,9 +89,10 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 class Dataset(NamedTuple):
     """The text behind one data path, resolved and checked.
 
-    paths: the parquet files; the last one is the validation split.
-    train_groups, val_groups: (path, row group index) pairs in the order in which they are read.
-    A row group is the unit that is read from a parquet file at a time.
+    paths: the parquet files; those of validation come last.
+    train_groups, val_groups: the arguments of read_row_group, (path, row group index), in the order
+    in which they are read. A row group is the unit that is read from a parquet file at a time.
+    Where one file holds both splits, the group at the border has its first and last row as well.
     """
 
     paths: list
@@ -73,8 +115,8 @@ class Dataset(NamedTuple):
         with nothing to read, and the other ranks waiting for it.
         """
         row = 0
-        for path, index in self.groups(split):
-            for text in read_row_group(path, index):
+        for group in self.groups(split):
+            for text in read_row_group(*group):
                 if text and row % world_size == rank:
                     yield text
                 row += 1
@@ -83,39 +125,52 @@ class Dataset(NamedTuple):
 def open_dataset(data=None):
     """Resolve a data path, check every file behind it, and return a Dataset.
 
-    data: None for `$NANOCHAT_BASE_DIR/base_data`; a folder of parquet files, read in place; a file
-    or folder of .txt, .md, .jsonl and .parquet, converted on first use; or a Dataset, which is
-    returned as it is, so that one run checks its files once and passes the Dataset on.
+    data: None for `$NANOCHAT_BASE_DIR/base_data`; a file or folder of the user's; or a Dataset,
+    which is returned as it is, so that one run checks its files once and passes the Dataset on.
     UserError where there is nothing to read, a file is damaged, or a pinned file is missing.
     """
     if isinstance(data, Dataset):
         return data
+    if data is None:
+        return _open_base_data()
 
-    # 1) the folder of parquet files, and their names in order
-    folder = _resolve(data)
-    names = _shard_names(folder)
-    if len(names) < 2:
+    # 1) a folder that nanochat has made
+    path = _existing(data)
+    pinned = _pinned(path / "index.json")
+    if pinned:
+        return _open_pinned(path, pinned, MAKE_AGAIN)
+
+    # 2) the user's files, divided into splits
+    files, others = _user_files(path)
+    chosen = _choose(path, files)
+    if all(file.suffix.lower() == ".parquet" for file in chosen.files):
+        dataset = _open_in_place(path, chosen)
+        if dataset:
+            return dataset
+
+    # 3) files that must be converted
+    folder = _convert(path, chosen, others)
+    remedy = f"delete {folder} and run this command again"
+    return _open_pinned(folder, _pinned(folder / "index.json"), remedy)
+
+
+def _open_base_data():
+    """The Dataset of `$NANOCHAT_BASE_DIR/base_data`."""
+    folder = get_base_dir() / "base_data"
+    index = folder / "index.json"
+    pinned = _pinned(index)
+    if pinned:
+        return _open_pinned(folder, pinned, MAKE_AGAIN)
+    if index.exists() and not _is_json(index):
+        raise UserError(f"{index} is damaged: {MAKE_AGAIN}, which writes it")
+
+    # parquet files that the user has put there
+    files = [path for path in sorted(folder.glob("*")) if path.suffix.lower() == ".parquet"]
+    if not files:
         raise UserError(
-            f"{folder} needs two parquet files at least, one to train on and one for validation"
+            f"no text in {folder}: run python -m nanochat.dataset first, or give --data=PATH"
         )
-
-    # 2) every file is opened once: is it whole, and does it have text?
-    paths = [folder / name for name in names]
-    checked = [_check_parquet(path) for path in paths]
-    documents = [rows for rows, _ in checked]
-    if not sum(documents[:-1]) or not documents[-1]:
-        raise UserError(
-            f"{folder} has no documents to train on, or none in {names[-1]}, its validation file"
-        )
-
-    # 3) the row groups of all files, of which the last file's are validation
-    groups = [
-        (path, index)
-        for path, (_, row_groups) in zip(paths, checked)
-        for index in range(row_groups)
-    ]
-    _, val_count = checked[-1]
-    return Dataset(paths, train_groups=groups[:-val_count], val_groups=groups[-val_count:])
+    return open_dataset(folder)
 
 
 def iter_documents(split, data=None, rank=0, world_size=1):
@@ -124,7 +179,7 @@ def iter_documents(split, data=None, rank=0, world_size=1):
 
 
 def parquet_paths(data=None):
-    """The parquet files of a data path, at least two of them; the last is validation."""
+    """The parquet files of a data path; those of validation come last."""
     return open_dataset(data).paths
 
 
@@ -137,124 +192,252 @@ def iter_row_groups(paths):
             yield path, index
 
 
-def read_row_group(path, index):
-    """The documents of one row group, a list of str; a missing text (null) becomes ""."""
+def read_row_group(path, index, start=0, stop=None):
+    """The documents of one row group, a list of str; a missing text (null) becomes "".
+
+    start, stop: the rows of the group to return, as in a slice.
+    UserError with the file, the row group and the row for what cannot be read.
+    """
     with pq.ParquetFile(path) as parquet:
+        return _texts_of(parquet, path, index)[start:stop]
+
+
+def _texts_of(parquet, path, index):
+    """The documents of row group `index` of an open parquet file; see read_row_group."""
+    try:
         column = parquet.read_row_group(index, columns=["text"])["text"]
-    return [text or "" for text in column.to_pylist()]
-
-
-def _resolve(data):
-    """The folder of parquet files for a data path (see open_dataset); converts the user's files."""
-    if data is None:
-        folder = get_base_dir() / "base_data"
-        is_there = any(folder.glob("*.parquet")) or (folder / "index.json").exists()
-        if not is_there:
-            raise UserError(
-                f"no text in {folder}: run python -m nanochat.dataset first, or give --data=PATH"
-            )
-        return folder
-
-    if not str(data).strip():
-        raise UserError("the data path is empty: name a file or a folder")
-    path = Path(data).expanduser().absolute()
-    if not path.exists():
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"data path {data} does not exist: "
-            "name a file or a folder of .txt, .md, .jsonl or .parquet"
+            f"{path}, row group {index}, is damaged ({reason}): {COPY_AGAIN}"
+        ) from error
+    try:
+        values = column.to_pylist()
+        if "binary" in str(column.type):
+            values = [value and value.decode("utf-8") for value in values]
+    except UnicodeDecodeError as error:
+        row = _first_undecodable(column)
+        raise UserError(
+            f"{path}, row group {index}, row {row} (both counted from 0): "
+            f"not UTF-8 ({error.reason}): correct or remove this row"
+        ) from error
+    return [text or "" for text in values]
+
+
+def _first_undecodable(column):
+    """The first row of a column whose bytes are not UTF-8."""
+    for row, scalar in enumerate(column):
+        try:
+            value = scalar.as_py()
+            if isinstance(value, bytes):
+                value.decode("utf-8")
+        except UnicodeDecodeError:
+            return row
+    raise AssertionError("every row can be decoded")
+
+
+# ----------------------------------------------------------------------------------------------
+# parquet files of a split
+
+class _Part(NamedTuple):
+    """What is known of a parquet file before it is read."""
+
+    path: Path
+    rows: list      # of each row group
+    missing: int    # rows whose text is null, as far as the file counts them
+    has_text: bool  # whether any row has a text that is not empty
+
+    def groups(self):
+        return [(self.path, index) for index in range(len(self.rows))]
+
+
+def _check_parquet(path, remedy, every_row=False):
+    """The _Part of a parquet file with one column `text` of strings.
+
+    remedy: what to do about a damaged file.
+    every_row: read the whole file, so that damage is found before training and not during it.
+    UserError where the file is damaged or has no such column.
+    """
+    check_not_a_pointer(path)
+    try:
+        parquet = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{path} is not a whole parquet file: {remedy}") from error
+
+    with parquet:
+        _check_column(path, parquet.schema_arrow)
+        groups = range(parquet.num_row_groups)
+        paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+        place = paths.index("text")
+        chunks = [parquet.metadata.row_group(index).column(place) for index in groups]
+        rows = [parquet.metadata.row_group(index).num_rows for index in groups]
+        missing = sum(chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics)
+        if every_row:
+            # a list, so that all groups are read
+            has_text = any([any(_texts_of(parquet, path, index)) for index in groups])
+        else:
+            has_text = any(
+                _is_large(chunk) or any(_texts_of(parquet, path, index))
+                for index, chunk in enumerate(chunks)
+            )
+        return _Part(path, rows, missing, has_text)
+
+
+def _check_column(path, schema):
+    """UserError where a schema has not exactly one column `text` with a type that we can read."""
+    count = schema.names.count("text")
+    if count == 0:
+        raise UserError(
+            f"{path} has no column 'text' of strings, only {schema.names}: "
+            "rename the one that holds the text"
         )
-    if (path / "index.json").exists():
-        return path
+    if count > 1:
+        raise UserError(f"{path} has {count} columns named 'text': keep one of them")
 
-    # A folder of several parquet files and nothing else is read in place. A single parquet file
-    # has no second file for validation, so it is converted like text.
-    files, skipped = _user_files(path)
-    shards = [
-        file for file in files
-        if file.suffix.lower() == ".parquet" and file.parent == path
-    ]
-    if len(files) > 1 and len(shards) == len(files):
-        return path
-    return _convert(path, files, skipped)
+    kind = schema.types[schema.names.index("text")]
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not _is_text_type(value_kind):
+        raise UserError(
+            f"{path} has no column 'text' of strings: its type is {kind}, convert it to string"
+        )
 
 
-def _shard_names(folder):
-    """The names of a folder's parquet files: as pinned in its index.json, or else sorted."""
-    index = folder / "index.json"
-    if not index.exists():
-        return sorted(path.name for path in folder.glob("*.parquet"))
+def _is_text_type(kind):
+    """Whether values of an Arrow type are str, or bytes that may be UTF-8."""
+    strings = {"string", "large_string", "string_view"}
+    return str(kind) in strings | {"binary", "large_binary", "binary_view"}
 
+
+def _is_large(chunk):
+    """Whether a column of a row group is too large for empty texts alone (4 bytes each)."""
+    return chunk.total_uncompressed_size > 8 * chunk.num_values + 4096
+
+
+def _open_pinned(folder, pinned, remedy):
+    """The Dataset of a folder that nanochat has made; pinned: its index, see _pinned."""
+    names = [*pinned["files"], pinned["validation"]]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        is_ours = remedy != MAKE_AGAIN
+        advice = remedy if is_ours else f"{remedy}, it fetches only those"
+        raise UserError(
+            f"{len(missing)} of {len(names)} files are missing in {folder}, {missing[0]} first: "
+            + advice
+        )
+    damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
+    parts = [_check_parquet(folder / name, damaged) for name in names]
+    return _dataset_of(folder, parts[:-1], parts[-1:])
+
+
+def _open_in_place(path, chosen):
+    """The Dataset of the user's parquet files, or None for a text so small that a row must be cut.
+
+    Files without a row are passed over.
+    """
+    size = sum(file.stat().st_size for file in chosen.files)
+    check = size <= CHECKED_BYTES
+    train = [_check_parquet(file, COPY_AGAIN, check) for file in chosen.train]
+    val = [_check_parquet(file, COPY_AGAIN, check) for file in chosen.val]
+    every = train + val
+    train = [part for part in train if sum(part.rows)]
+    val = [part for part in val if sum(part.rows)]
+
+    if val:
+        dataset = _dataset_of(path, train, val)
+        origin = f"the files of the split {chosen.val_name}"
+    elif len(train) > 1:
+        dataset = _dataset_of(path, train[:-1], train[-1:])
+        origin = f"the last file, {train[-1].path.name}"
+    elif train and sum(train[0].rows) >= MIN_ROWS_IN_PLACE:
+        dataset = _last_rows(train[0])
+        origin = f"the last {VALIDATION_SHARE:.0%} of the rows"
+    else:
+        return None
+
+    documents = sum(sum(part.rows) for part in every)
+    missing = sum(part.missing for part in every)
+    print0(
+        f"{path}: {len(every)} parquet files, {documents:,} documents, {size:,} bytes, "
+        f"read in place; validation is {origin}"
+    )
+    if missing:
+        print0(f"{path}: {missing:,} texts are null and skipped")
+    _say_left_aside(path, chosen)
+    return dataset
+
+
+def _dataset_of(folder, train, val):
+    """The Dataset of two lists of _Part; UserError where one of them has no text."""
+    if not any(part.has_text for part in train) or not any(part.has_text for part in val):
+        names = ", ".join(part.path.name for part in val) or "none"
+        raise UserError(
+            f"{folder} has no documents to train on, or none in its validation files ({names})"
+        )
+    return Dataset(
+        [part.path for part in train + val],
+        [group for part in train for group in part.groups()],
+        [group for part in val for group in part.groups()],
+    )
+
+
+def _last_rows(part):
+    """The Dataset of one file, whose last rows are validation."""
+    total = sum(part.rows)
+    border = total - max(1, round(VALIDATION_SHARE * total))
+    train, val = [], []
+    first = 0  # of the group's rows
+    for index, count in enumerate(part.rows):
+        group = (part.path, index)
+        cut = min(max(border - first, 0), count)  # so many rows of the group train
+        if cut == count:
+            train.append(group)
+        elif cut == 0:
+            val.append(group)
+        else:
+            train.append((*group, 0, cut))
+            val.append((*group, cut, count))
+        first += count
+
+    for groups in (train, val):
+        if not any(text for group in groups for text in read_row_group(*group)):
+            raise UserError(
+                f"{part.path} has no documents to train on, or none in its last "
+                f"{total - border} rows, which are validation"
+            )
+    return Dataset([part.path], train, val)
+
+
+# ----------------------------------------------------------------------------------------------
+# index.json
+
+def _is_json(path):
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def _pinned(index):
+    """The content of an index.json that nanochat has written, a dict, or None.
+
+    Other programs have files of this name. Ours lists parquet files beside it.
+    """
     try:
         pinned = json.loads(index.read_text(encoding="utf-8"))
         names = [*pinned["files"], pinned["validation"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{index} is damaged: delete it and run the same python -m nanochat.dataset again"
-        ) from error
-
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(names)} files are missing in {folder}, {missing[0]} first: "
-            "run the same python -m nanochat.dataset again, it fetches only those"
-        )
-    return names
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_ours = len(names) > 1 and all(map(_is_shard_name, names))
+    return pinned if is_ours else None
 
 
-def _check_parquet(path):
-    """(number of rows, number of row groups) of a parquet file with a text column of strings.
-
-    UserError where the file is damaged or has no such column.
-    """
-    try:
-        parquet = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{path} is not a whole parquet file: delete it and make it again"
-        ) from error
-
-    with parquet:
-        schema = parquet.schema_arrow
-        kind = schema.field("text").type if "text" in schema.names else pa.null()
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not is_text:
-            raise UserError(
-                f"{path} has no column 'text' of strings, only {schema.names}: "
-                "rename the one that holds the text"
-            )
-        return parquet.metadata.num_rows, parquet.num_row_groups
+def _is_shard_name(name):
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.parquet", name) is not None
 
 
 # ----------------------------------------------------------------------------------------------
 # writing shards
-
-def split_document(text, limit=DOCUMENT_CHARS):
-    """Cut `text` into pieces of at most `limit` characters; joined, the pieces are the text again.
-
-    Each cut is the best break in the last two thirds of a piece: two blank lines (between top-level
-    definitions), else one blank line, else a line's end, else anywhere.
-
-    >>> split_document("one\\ntwo\\n\\nthree", 10)
-    ['one\\ntwo\\n\\n', 'three']
-    """
-    pieces = []
-    while len(text) > limit:
-        cut = _best_cut(text, limit)
-        pieces.append(text[:cut])
-        text = text[cut:]
-    pieces.append(text)
-    return pieces
-
-
-def _best_cut(text, limit):
-    """Where to cut a text that is longer than `limit`, at most `limit` characters in."""
-    earliest = limit // 3
-    for mark in ("\n\n\n", "\n\n", "\n"):
-        cut = text.rfind(mark, earliest, limit) + len(mark)
-        if cut > earliest:
-            return cut
-    return limit
-
 
 def write_shards(folder, prefix, train, validation, **fields):
     """Write documents as parquet shards with their index.json.
@@ -304,62 +487,176 @@ def _write_parquet(path, documents):
 # ----------------------------------------------------------------------------------------------
 # the user's own text
 
+class _Chosen(NamedTuple):
+    """The user's files, divided by what they are for."""
+
+    train: list
+    val: list       # empty where validation must be taken from the training files
+    val_name: str   # "validation" or "test", the split that val is
+    test: list      # neither trained on nor validated on
+    about: list     # README and the like beside a data set
+
+    @property
+    def files(self):
+        return self.train + self.val
+
+
+def _existing(data):
+    """The absolute path of a file or folder that a user has named."""
+    if not str(data).strip():
+        raise UserError("the data path is empty: name a file or a folder")
+    path = Path(data).expanduser().absolute()
+    if not path.exists():
+        raise UserError(
+            f"data path {data} does not exist: "
+            f"name a file or a folder of {', '.join(SUFFIXES)}"
+        )
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{data} is neither a file nor a folder: save the text to a file first")
+    return path
+
+
+def _is_readable(path):
+    return path.suffix.lower() == ".parquet" or text_suffix(path) in READERS
+
+
 def _user_files(path):
-    """(files that we can read, number of files that we cannot) at a file or below a folder.
+    """(files that we can read, files that we cannot) at a file or below a folder.
 
     Hidden files, and files in hidden folders, do not count.
     """
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: convert or rename it")
-        return [path], 0
+        if not _is_readable(path):
+            example = CONVERSIONS.get(text_suffix(path))
+            advice = f"convert it, as in {example}" if example else "convert or rename it"
+            raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: {advice}")
+        return [path], []
 
-    def is_visible_file(file):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        return file.is_file() and not hidden
-
-    every = [file for file in sorted(path.rglob("*")) if is_visible_file(file)]
-    files = [file for file in every if file.suffix.lower() in SUFFIXES]
+    every = _visible_files(path)
+    files = [file for file in every if _is_readable(file)]
+    others = [file for file in every if not _is_readable(file)]
     if not files:
-        raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files")
-    return files, len(every) - len(files)
+        known = sorted({text_suffix(file) for file in others} & CONVERSIONS.keys())
+        advice = f": convert them, as in {CONVERSIONS[known[0]]}" if known else ""
+        raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files{advice}")
+    return files, others
+
+
+def _visible_files(top):
+    """The files below a folder, sorted, without the hidden ones and those of the base directory.
+
+    Links are followed. Every folder and file counts once, however many links lead to it, so that
+    links in a circle end; where a folder has a place of its own below `top`, that place counts.
+    """
+    base = os.path.realpath(get_base_dir())
+    seen = {base} - {os.path.realpath(top)}
+    found = {}
+    waiting = [os.fspath(top)]
+    while waiting:
+        for folder, names, files in os.walk(waiting.pop(0), onerror=_say_skipped):
+            real = os.path.realpath(folder)
+            if real in seen:
+                names.clear()
+                continue
+            seen.add(real)
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            inner = [os.path.join(folder, name) for name in names]
+            waiting += filter(os.path.islink, inner)
+            for name in sorted(files):
+                file = Path(folder, name)
+                if file.is_file() and not name.startswith("."):
+                    found.setdefault(os.path.realpath(file), file)
+    return sorted(found.values())
+
+
+def _say_skipped(error):
+    print0(f"skipped {error.filename}: {error.strerror}")
+
+
+def _split_of(name):
+    """The split that the relative path of a file tells, or None.
+
+    >>> _split_of(Path("data/test-00000-of-00001.parquet"))
+    'test'
+    """
+    for part in reversed(name.parts):
+        for word in re.split(r"[\W\d_]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return None
+
+
+def _choose(path, files):
+    """Divide the user's files; returns _Chosen.
+
+    Names tell splits where one of them tells `train` and another one something else. A test split
+    is never trained on; it is used for validation where there is no validation split.
+    """
+    # 1) what is about a data set is no part of it
+    records = {text_suffix(file) for file in files} & set(RECORD_SUFFIXES)
+    about = [file for file in files if records and _is_about(file, ".parquet" in records)]
+    files = [file for file in files if file not in about]
+
+    # 2) splits
+    named = {"train": [], "val": [], "test": []}
+    told = [_split_of(file.relative_to(path)) for file in files]
+    for file, split in zip(files, told):
+        named[split or "train"].append(file)
+    val, test = named["val"], named["test"]
+    if "train" not in told or not (val or test):
+        return _Chosen(files, [], "", [], about)
+    if val:
+        return _Chosen(named["train"], val, "validation", test, about)
+    return _Chosen(named["train"], test, "test", [], about)
+
+
+def _is_about(file, beside_parquet):
+    """Whether a file describes the data set that it stands beside."""
+    suffix = text_suffix(file)
+    if suffix == ".json":
+        return beside_parquet
+    return suffix in (".txt", ".md") and ABOUT.match(file.name) is not None
+
+
+def _say_left_aside(path, chosen):
+    """Print which files beside those of a data set are not read."""
+    for files, what in ((chosen.test, "of the split test"), (chosen.about, "about the data")):
+        if files:
+            first = files[0].relative_to(path)
+            print0(f"{path}: left aside {len(files)} files {what}, {first} first")
 
 
 def _read_user_file(path):
-    """The documents of one of the user's files, a list of str."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        _check_parquet(path)
-        return [text for group in iter_row_groups([path]) for text in read_row_group(*group)]
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows puts a mark before the text
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}): "
-            "convert it, as in iconv -f latin1 -t utf-8"
-        ) from error
-    if suffix != ".jsonl":
-        return split_document(text)
-
-    # not splitlines(): it also breaks at U+2028 inside a string
-    lines = enumerate(text.split("\n"), start=1)
-    return [_read_json_line(path, number, line) for number, line in lines if line.strip()]
+    """The texts of one of the user's files, a list of str and None."""
+    if path.suffix.lower() != ".parquet":
+        return read_text_file(path)
+    groups = _check_parquet(path, COPY_AGAIN).groups()
+    return [text for group in groups for text in read_row_group(*group)]
 
 
-def _read_json_line(path, number, line):
-    """The text of one line {"text": "..."} of a .jsonl file; UserError for any other line."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode("utf-8")  # an escaped lone surrogate is a str that no tokenizer can take
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f'{path}, line {number}: not an object of the form {{"text": "..."}} in valid Unicode'
-        ) from error
-    return text
+def _read_user_files(path, files):
+    """(documents, number of texts that are null or empty) of the user's files.
+
+    The files of a folder are ordered by a hash of their names, so that the last 5 % are not simply
+    the last in the alphabet. One that turns out to be no text is skipped, unless it is the only
+    one.
+    """
+    documents = []
+    count = 0
+    for file in sorted(files, key=lambda file: fraction(str(file.relative_to(path)))):
+        try:
+            texts = _read_user_file(file)
+        except NoText as error:
+            if len(files) == 1:
+                raise
+            print0(f"skipped {error}")
+            continue
+        count += len(texts)
+        documents += [text for text in texts if text and text.strip()]
+    return documents, count - len(documents)
 
 
-def split_validation(documents, share=0.05):
+def split_validation(documents, share=VALIDATION_SHARE):
     """(training documents, validation documents): validation is the last `share` of the characters.
 
     Neither part is empty. Whole documents are divided where there are enough of them; of fewer than
@@ -384,27 +681,41 @@ def split_validation(documents, share=0.05):
     return train, validation
 
 
-def _convert(path, files, skipped):
+def _convert(path, chosen, others):
     """Convert the user's files to shards and return their folder.
 
     This is done once for the same paths, sizes and modification times. All of the text is held in
-    memory. The files of a folder are ordered by a hash of their names, so that the last 5 % are not
-    simply the last in the alphabet.
+    memory.
     """
+    files = chosen.files
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([1, str(path), stats]).encode()).hexdigest()[:16]
+    version = 2 if chosen.val else 1
+    key = hashlib.sha256(json.dumps([version, str(path), stats]).encode()).hexdigest()[:16]
     folder = get_base_dir() / "user_data" / key
     if folder.exists():
         return folder
 
     # read
-    if skipped:
-        print0(f"{path}: skipped {skipped} files that are none of {', '.join(SUFFIXES)}")
-    shuffled = sorted(files, key=lambda file: fraction(str(file.relative_to(path))))
-    documents = [text for file in shuffled for text in _read_user_file(file) if text.strip()]
-    if sum(map(len, documents)) < 2:
-        raise UserError(f"{path} is empty: there is no text in it to train on")
-    train, validation = split_validation(documents)
+    if others:
+        print0(
+            f"{path}: skipped {len(others)} files that are none of {', '.join(SUFFIXES)}, "
+            f"{others[0].relative_to(path)} first"
+        )
+    _say_left_aside(path, chosen)
+    train, dropped = _read_user_files(path, chosen.train)
+    if chosen.val:
+        validation, more = _read_user_files(path, chosen.val)
+        dropped += more
+        if not train or not validation:
+            raise UserError(
+                f"{path} has no documents to train on, or none in its split {chosen.val_name}"
+            )
+    else:
+        if sum(map(len, train)) < 2:
+            raise UserError(f"{path} is empty: there are no documents in it to train on")
+        train, validation = split_validation(train)
+    if dropped:
+        print0(f"{path}: skipped {dropped:,} texts that are null or empty")
 
     # write to a draft, which becomes the folder when it is whole
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -418,8 +729,11 @@ def _convert(path, files, skipped):
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
+    origin = f" (split {chosen.val_name})" if chosen.val else ""
+    size = sum(size for _, size, _ in stats)
     print0(
-        f"{path}: {len(train)} documents to train on, {len(validation)} for validation, in {folder}"
+        f"{path}: {len(files)} files of {size:,} bytes, {len(train):,} documents to train on, "
+        f"{len(validation):,} for validation{origin}, in {folder}"
     )
     return folder
 
