@@ -107,7 +107,8 @@ def _endless_documents(groups, rank, world_size, epoch, group, row):
         for index in range(group, len(groups)):
             texts = read_row_group(*groups[index])
             for number in range(row, len(texts)):
-                if (epoch + index + number) % world_size == rank:
+                is_mine = (epoch + index + number) % world_size == rank
+                if is_mine and texts[number]:  # a missing or empty text is no document
                     yield (epoch, index, number), texts[number]
             row = 0
         group = 0

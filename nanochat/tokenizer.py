@@ -84,13 +84,14 @@ class Tokenizer:
     # ------------------------------------------------------------------ making, saving, loading
 
     @classmethod
-    def train_from_iterator(cls, texts, vocab_size, transition=None):
+    def train_from_iterator(cls, texts, vocab_size, transition=None, or_fewer=False):
         """
         Trains on an iterable of strings.
 
         vocab_size: counts everything: 256 bytes, merges and special tokens.
         transition: for SuperBPE (arXiv 2503.13423), the share of the vocabulary that is learnt
         before tokens may hold several words; the texts are then iterated over twice.
+        or_fewer: take the tokens that the texts yield where they do not yield vocab_size of them.
 
         UserError when the texts do not hold enough different pieces for that many tokens, or hold
         a lone surrogate.
@@ -116,7 +117,7 @@ class Tokenizer:
 
         ranks = [token for token, _ in bpe.get_mergeable_ranks()]
         yielded = len(ranks) + len(SPECIAL_TOKENS)
-        if yielded < vocab_size:
+        if yielded < vocab_size and not or_fewer:
             raise UserError(
                 f"the data yields a vocabulary of {yielded}, {vocab_size} was asked for: "
                 f"use --vocab_size={yielded} or less, or give more text"

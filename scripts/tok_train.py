@@ -17,6 +17,7 @@ from nanochat.configurator import configure, require
 from nanochat.dataset import open_dataset
 from nanochat.hardware import measure_matmul_flops, preferred_dtype
 from nanochat.metrics import finish_stage
+from nanochat.textfiles import split_document
 from nanochat.tokenizer import Tokenizer
 
 data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
@@ -24,7 +25,7 @@ vocab_size: int = None  # all tokens; None: 65536 (GPU), 4096 or 2048 (CPU), les
 max_chars: int = None   # characters to train on; None: 2e9 on a GPU machine, 50,000,000 on a CPU
 superbpe = False        # tokens of several words, learnt in a second pass (arXiv 2503.13423)
 transition = "0.4"      # share of the vocabulary learnt before that; t80k, t180k: 0.4 and 0.9
-doc_cap = 10_000        # characters of each document that count, so that no huge one dominates
+doc_cap: int = None     # characters of each document that count; None: 10000, or all of little text
 settings = configure(globals())
 
 # Tokens of the default vocabulary, bytes and special tokens included. With 65,536 of them, depth 20
@@ -36,13 +37,17 @@ SLOW_CPU_VOCAB_SIZE = 2_048
 SLOW_CPU_FLOPS = 220e9      # a CPU below this many FLOP/s is slow
 MIN_VOCAB_SIZE = 512        # for very little text
 CHARS_PER_TOKEN = 256       # of training text, which leaves every token enough to be learnt from
+USUAL_DOC_CAP = 10_000      # so that no huge document dominates
 
 TRANSITIONS = {"t80k": 0.4, "t180k": 0.9}  # names from the paper
 VALIDATION_DOCUMENTS = 300
 
 
 class TrainingTexts:
-    """The texts to train on, capped by doc_cap and max_chars; can be iterated several times."""
+    """The texts to train on, capped by doc_cap and max_chars; can be iterated several times.
+
+    doc_cap: characters of each document that count, or None for all of them, in pieces.
+    """
 
     def __init__(self, dataset, max_chars, doc_cap):
         self.dataset = dataset
@@ -51,12 +56,14 @@ class TrainingTexts:
 
     def __iter__(self):
         left = self.max_chars
-        for text in self.dataset.documents("train"):
-            text = text[:min(self.doc_cap, left)]
-            yield text
-            left -= len(text)
-            if left <= 0:
-                return
+        for document in self.dataset.documents("train"):
+            pieces = [document[:self.doc_cap]] if self.doc_cap else split_document(document)
+            for text in pieces:
+                text = text[:left]
+                yield text
+                left -= len(text)
+                if left <= 0:
+                    return
 
 
 def read_transition(transition):
@@ -84,12 +91,31 @@ def usual_vocab_size(is_gpu):
 
 def fitting_vocab_size(texts, usual):
     """`usual`, or what leaves every token CHARS_PER_TOKEN characters where there is less text."""
+    fitting = count_chars(texts, usual * CHARS_PER_TOKEN) // CHARS_PER_TOKEN
+    return max(min(fitting, usual), MIN_VOCAB_SIZE)
+
+
+def count_chars(texts, enough):
+    """The number of characters in texts, which are not read any further once there are enough."""
     chars = 0
     for text in texts:
         chars += len(text)
-        if chars >= usual * CHARS_PER_TOKEN:
-            return usual
-    return max(chars // CHARS_PER_TOKEN, MIN_VOCAB_SIZE)
+        if chars >= enough:
+            break
+    return chars
+
+
+def choose_texts(dataset, vocab_size):
+    """TrainingTexts of a Dataset, for a vocabulary of this size.
+
+    Documents are capped where that leaves enough text. A few long books are too little otherwise,
+    as lines of a .jsonl file; the same books as .txt files are many documents.
+    """
+    texts = TrainingTexts(dataset, max_chars, doc_cap or USUAL_DOC_CAP)
+    enough = min(vocab_size * CHARS_PER_TOKEN, max_chars)
+    if doc_cap or count_chars(texts, enough) >= enough:
+        return texts
+    return TrainingTexts(dataset, max_chars, None)
 
 
 # 1) settings
@@ -103,11 +129,23 @@ max_chars = max_chars or (2_000_000_000 if is_gpu else 50_000_000)
 
 # 2) text, and the size of vocabulary that it allows
 dataset = open_dataset(data)
-texts = TrainingTexts(dataset, max_chars, doc_cap)
-vocab_size = vocab_size or fitting_vocab_size(texts, usual_vocab_size(is_gpu))
+is_default = not vocab_size
+vocab_size = vocab_size or usual_vocab_size(is_gpu)
+texts = choose_texts(dataset, vocab_size)
+if is_default:
+    vocab_size = fitting_vocab_size(texts, vocab_size)
 
 # 3) train and save
-tokenizer = Tokenizer.train_from_iterator(texts, vocab_size, share if superbpe else None)
+tokenizer = Tokenizer.train_from_iterator(
+    texts,
+    vocab_size,
+    share if superbpe else None,
+    or_fewer=is_default,
+)
+yielded = tokenizer.get_vocab_size()
+if yielded < vocab_size:
+    print0(f"the text repeats itself: it yields {yielded} tokens, {vocab_size} would be usual")
+    vocab_size = yielded
 tokenizer.save(get_base_dir() / "tokenizer")
 
 # 4) how far the tokenizer compresses documents that it has not seen
