@@ -1,16 +1,23 @@
 """Where text comes from: the user's files, the sources here, shards from a (loopback) server."""
+import bz2
+import gzip
 import hashlib
 import http.server
 import io
 import json
+import lzma
+import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import ROOT, last_json
 from nanochat import dataset, sources
 from nanochat.common import UserError
 from nanochat.dataset import (
@@ -25,6 +32,8 @@ from nanochat.dataset import (
     write_shards,
 )
 from nanochat.sources import Seen, build_local, collect_local, download_fineweb, python_files
+from nanochat.textfiles import COMPRESSED, READERS
+from tasks.customjson import CustomJSON
 
 
 @pytest.fixture(autouse=True)
@@ -520,3 +529,478 @@ def test_documents_of_the_users_files_are_pinned(tmp_path):
     for data, expected in ((notes, "11329a9bb2b98ba7"), (notes / "note2.md", "ae6a05c4fb946f36")):
         splits = [list(iter_documents(split, data)) for split in ("train", "val")]
         assert digest(splits) == expected
+
+
+# ----------------------------------------------------------------------------------------------
+# what people feed it: parquet
+
+def table_file(path, *columns, **options):
+    """A parquet file of (name, array) columns, which may have the same name."""
+    names, arrays = zip(*columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(list(arrays), names=list(names)), path, **options)
+    return path
+
+
+def split_folder(folder, **files):
+    """A folder of parquet files: the name of each is its keyword, "__" becoming a slash."""
+    for name, texts in files.items():
+        table_file(folder / f"{name.replace('__', '/')}.parquet", ("text", pa.array(texts)))
+    return folder
+
+
+def words(count, word="document"):
+    return [f"{word} {i}" for i in range(count)]
+
+
+WORDS = pa.array(words(40))
+STRING_COLUMNS = {
+    "large": WORDS.cast(pa.large_string()),
+    "view": WORDS.cast(pa.string_view()),
+    "dictionary": WORDS.dictionary_encode(),
+    "large dictionary": WORDS.cast(pa.large_string()).dictionary_encode(),
+    "binary": WORDS.cast(pa.binary()),
+    "large binary": WORDS.cast(pa.large_binary()),
+    "dictionary of binary": WORDS.cast(pa.binary()).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", STRING_COLUMNS)
+def test_a_column_of_any_kind_of_strings_is_text(tmp_path, kind):
+    path = table_file(tmp_path / "a.parquet", ("text", STRING_COLUMNS[kind]), row_group_size=15)
+    assert both_splits(path) == words(40)
+
+
+@pytest.mark.parametrize("array, kind", [
+    (pa.array([["a"], ["b"]]), "list<.*string>"),
+    (pa.nulls(2), "null"),
+    (pa.array([{"a": "b"}]), "struct"),
+    (pa.array([1.5]), "double"),
+    (pa.array([1, 1]).dictionary_encode(), "dictionary<values=int64"),
+])
+def test_a_column_that_is_no_text_is_named_with_its_type(tmp_path, array, kind):
+    path = table_file(tmp_path / "a.parquet", ("text", array))
+    with pytest.raises(UserError, match=f"a.parquet.*its type is {kind}"):
+        open_dataset(path)
+
+
+def test_two_columns_of_the_same_name(tmp_path):
+    path = table_file(tmp_path / "a.parquet", ("text", WORDS), ("text", WORDS))
+    with pytest.raises(UserError, match="a.parquet has 2 columns named 'text'"):
+        open_dataset(path)
+    others = table_file(tmp_path / "b.parquet", ("x", WORDS), ("text", WORDS), ("x", WORDS))
+    assert both_splits(others) == words(40)
+
+
+def undecodable(texts):
+    """A string column whose row 7 is the bytes ff fe."""
+    data = [text.encode() for text in texts]
+    data[7] = b"\xff\xfe"
+    buffers = pa.array(data).buffers()
+    return pa.Array.from_buffers(pa.string(), len(data), buffers)
+
+
+@pytest.mark.parametrize("array", [
+    undecodable(words(40)),
+    undecodable(words(40)).cast(pa.binary(), safe=False),
+    undecodable(words(40)).cast(pa.binary()).dictionary_encode(),
+], ids=["string", "binary", "dictionary"])
+def test_a_row_that_is_not_utf8_is_named_before_training(tmp_path, array):
+    path = table_file(tmp_path / "a.parquet", ("text", array), row_group_size=5)
+    with pytest.raises(UserError, match="a.parquet, row group 1, row 2 .*not UTF-8"):
+        open_dataset(path)
+
+
+def damage(path, group):
+    """Overwrite a part of a row group's data; the file's footer stays whole."""
+    with pq.ParquetFile(path) as parquet:
+        chunk = parquet.metadata.row_group(group).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start + 40:start + 140] = b"\xff" * 100
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("checked_bytes", [dataset.CHECKED_BYTES, 0], ids=["at once", "later"])
+def test_a_damaged_page_is_named_by_file_and_row_group(tmp_path, monkeypatch, checked_bytes):
+    monkeypatch.setattr(dataset, "CHECKED_BYTES", checked_bytes)
+    texts = pa.array([f"{i * 7919 % 1009} words " * 20 for i in range(200)])
+    path = tmp_path / "a.parquet"
+    table_file(path, ("text", texts), row_group_size=50, compression="zstd")
+    damage(path, 2)
+    with pytest.raises(UserError, match="a.parquet, row group 2, is damaged.*copy or download"):
+        found = open_dataset(path)
+        assert checked_bytes == 0, "a small file is read through before training"
+        list(found.documents("train"))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "not a whole parquet file: copy or download it again"),
+    (b"<html>not found</html>", "not a whole parquet file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+])
+def test_what_we_did_not_write_is_never_to_be_deleted(tmp_path, content, message):
+    path = text_file(tmp_path / "a.parquet", content)
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(path)
+    assert "delete" not in str(error.value)
+
+
+def test_names_in_upper_case(tmp_path):
+    folder = split_folder(tmp_path / "mine", A=words(5), B=words(3, "last"))
+    for path in list(folder.iterdir()):
+        path.rename(path.with_suffix(".PARQUET"))
+    assert list(iter_documents("val", folder)) == words(3, "last")
+    text_file(tmp_path / "MY.TXT", "some\ntext\n")
+    assert "".join(both_splits(tmp_path / "MY.TXT")) == "some\ntext\n"
+
+
+@pytest.mark.parametrize("sizes", [(40,), (7, 33), (20, 0, 20), (39, 1)])
+def test_the_last_rows_of_a_single_file_are_validation(tmp_path, base, sizes):
+    path = tmp_path / "a.parquet"
+    texts = words(40)
+    with pq.ParquetWriter(path, pa.schema({"text": pa.string()})) as writer:
+        for size in sizes:
+            group, texts = texts[:size], texts[size:]
+            writer.write_table(pa.table({"text": pa.array(group, pa.string())}), max(1, size))
+    assert list(iter_documents("train", path)) == words(40)[:38]
+    assert list(iter_documents("val", path)) == words(40)[38:]
+    assert not (base / "user_data").exists(), "it is read in place"
+    shares = [list(iter_documents("train", path, rank, 3)) for rank in range(3)]
+    assert sorted(sum(shares, [])) == sorted(words(40)[:38])
+
+
+def test_files_without_a_row_are_passed_over(tmp_path):
+    none = pa.array([], pa.string())
+    folder = split_folder(tmp_path / "a", p0=words(4), p1=none, p2=words(2, "last"), p3=none)
+    assert list(iter_documents("train", folder)) == words(4)
+    assert list(iter_documents("val", folder)) == words(2, "last")
+    alone = split_folder(tmp_path / "b", p0=words(100), p1=none)
+    assert len(list(iter_documents("val", alone))) == 5
+
+
+@pytest.mark.parametrize("texts", [[""] * 5, [None] * 5, ["", None]])
+def test_validation_without_a_text_is_refused_before_training(tmp_path, texts):
+    empty = pa.array(texts, pa.string())
+    for name, folder in {
+        "last": split_folder(tmp_path / "last", p0=words(30), p1=empty),
+        "test": split_folder(tmp_path / "test", train=words(30), test=empty),
+        "rows": split_folder(tmp_path / "rows", p0=words(95) + [""] * 5),
+    }.items():
+        with pytest.raises(UserError, match=f"{name}.*no documents to train on, or none in"):
+            open_dataset(folder)
+
+
+def test_missing_texts_are_counted_and_are_no_documents(tmp_path, capsys):
+    folder = split_folder(tmp_path / "a", p0=["a", None, "b", ""], p1=["v", None])
+    assert both_splits(folder) == ["a", "b", "v"]
+    assert "2 texts are null" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------
+# what people feed it: folders
+
+def test_the_splits_of_a_hub_clone_are_recognised_and_said(tmp_path, base, capsys):
+    clone = split_folder(
+        tmp_path / "clone",
+        **{
+            "data__train-00000-of-00002": words(30),
+            "data__train-00001-of-00002": words(30, "more"),
+            "data__test-00000-of-00001": words(7, "test"),
+        },
+    )
+    text_file(clone / "README.md", "# About\n")
+    text_file(clone / "LICENSE.txt", "Take it.\n")
+    text_file(clone / "dataset_infos.json", "{}")
+    assert list(iter_documents("train", clone)) == words(30) + words(30, "more")
+    said = capsys.readouterr().out
+    assert "3 parquet files, 67 documents" in said and "bytes" in said
+    assert "the split test" in said and "left aside 3 files about the data" in said
+    assert list(iter_documents("val", clone)) == words(7, "test")
+    assert not (base / "user_data").exists(), "it is read in place"
+
+
+@pytest.mark.parametrize("names, validation", [
+    (("train", "validation", "test"), "validation"),
+    (("train-00000-of-00001", "dev-00000-of-00001", "test-00000-of-00001"), "dev"),
+    (("default__train__0000", "default__valid__0000", "default__test__0000"), "valid"),
+    (("en__train", "en__eval", "en__test"), "eval"),
+    (("TRAIN_1", "z_train_2", "a_val"), "val"),
+    (("train", "unsupervised", "test"), "test"),
+])
+def test_names_tell_the_splits(tmp_path, capsys, names, validation):
+    folder = split_folder(tmp_path / "mine", **{name: words(3, name) for name in names})
+    train = {text.split()[0] for text in iter_documents("train", folder)}
+    val = {text.split()[0] for text in iter_documents("val", folder)}
+    assert val == {name for name in names if validation in name}
+    assert not train & val and not any("test" in name for name in train)
+    has_both = validation != "test" and any("test" in name for name in names)
+    assert ("left aside 1 files of the split test" in capsys.readouterr().out) == has_both
+
+
+@pytest.mark.parametrize("names", [
+    ("a", "b", "testimony"),    # a word that begins like a split
+    ("part-0", "part-1"),
+    ("test-0", "test-1"),       # nothing else to train on
+    ("train-0", "train-1"),
+])
+def test_other_names_leave_the_last_file_for_validation(tmp_path, names):
+    folder = split_folder(tmp_path / "mine", **{name: words(3, name) for name in names})
+    assert list(iter_documents("val", folder)) == words(3, names[-1])
+    assert len(list(iter_documents("train", folder))) == 3 * (len(names) - 1)
+
+
+def test_the_splits_of_text_files_are_recognised_too(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("train", "valid", "test"):
+        text_file(folder / f"{name}.jsonl", f'{{"text": "{name} one"}}\n{{"text": "{name}"}}\n')
+    text_file(folder / "README.md", "# About\n")
+    assert list(iter_documents("train", folder)) == ["train one", "train"]
+    assert list(iter_documents("val", folder)) == ["valid one", "valid"]
+    said = capsys.readouterr().out
+    assert "split validation" in said and "test.jsonl first" in said and "README.md first" in said
+
+
+def test_a_readme_among_notes_is_a_note(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    text_file(folder / "README.md", "what this is\n")
+    text_file(folder / "other.md", "another note\n")
+    assert any("what this is" in text for text in both_splits(folder))
+
+
+@pytest.mark.parametrize("content", [
+    '{"version": 2, "shards": [{"raw_data": {"basename": "shard.00000.mds"}}]}',
+    '{"files": ["../../secret.parquet"], "validation": "p0.parquet"}',
+    '{"files": "p0.parquet", "validation": "p1.parquet"}',
+    "[1, 2]",
+    "no JSON at all",
+])
+def test_an_index_of_another_program_is_ignored(tmp_path, content):
+    folder = split_folder(tmp_path / "mine", p0=words(3), p1=words(2, "last"))
+    text_file(folder / "index.json", content)
+    assert list(iter_documents("val", folder)) == words(2, "last")
+
+
+def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
+    notes, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    (notes / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    text_file(notes / "sub" / "a.txt", "in the folder\n")
+    text_file(elsewhere / "b.txt", "elsewhere\n")
+    (notes / "another").symlink_to(elsewhere)
+    (notes / "again").symlink_to(elsewhere)
+    (notes / "a_copy").symlink_to(notes / "sub")
+    (notes / "sub" / "circle").symlink_to(notes)
+    (elsewhere / "back").symlink_to(notes)
+    (notes / "link.txt").symlink_to(elsewhere / "b.txt")
+    (notes / "nowhere.txt").symlink_to(tmp_path / "missing")
+    found = "".join(both_splits(notes))
+    assert sorted(found.split("\n")) == ["", "", "elsewhere", "in the folder"]
+
+
+def test_what_runs_write_is_not_text_of_the_folder_around_it(tmp_path, base):
+    text_file(base / "metrics.jsonl", '{"stage": "tok_train"}\n')
+    text_file(tmp_path / "a.txt", "some\ntext\n")
+    assert "".join(both_splits(tmp_path)) == "some\ntext\n"
+    assert "".join(both_splits(tmp_path)) == "some\ntext\n", "with the converted text there"
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        open_dataset(tmp_path / "pipe.txt")
+
+
+# ----------------------------------------------------------------------------------------------
+# what people feed it: files of text
+
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in words(40))
+
+
+def compressed(data, suffix):
+    """Bytes as another program would compress them."""
+    if suffix == ".zst":
+        return pa.compress(data, codec="zstd", asbytes=True)
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(data)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ".GZ"])
+def test_compressed_text_is_read(tmp_path, suffix):
+    data = compressed(LINES.encode(), suffix.lower())
+    assert both_splits(text_file(tmp_path / f"a.jsonl{suffix}", data)) == words(40)
+    # what it begins with counts, not the name; and two files after each other are one
+    again = text_file(tmp_path / "again.jsonl", data + data)
+    assert both_splits(again) == words(40) * 2
+    cut = text_file(tmp_path / f"cut.txt{suffix}", data[:-12])
+    with pytest.raises(UserError, match="cut.txt.* is damaged .*copy or download it again"):
+        open_dataset(cut)
+
+
+def test_a_name_that_says_compressed_of_a_file_that_is_not(tmp_path):
+    assert both_splits(text_file(tmp_path / "a.jsonl.gz", LINES)) == words(40)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.json", json.dumps([{"text": text} for text in words(40)], indent=1)),
+    ("a.json", json.dumps(words(40))),
+    ("a.json", json.dumps({"text": words(40), "id": list(range(40))})),
+    ("a.json", LINES),
+    ("a.json", "\ufeff" + json.dumps(words(40))),
+    ("a.ndjson", LINES),
+    ("a.jsonl", LINES.replace("\n", "\r\n")),
+    ("a.jsonl", LINES.replace("\n", "\n\ufeff", 20)),
+    ("a.csv", "id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(words(40)))),
+    ("a.csv", "\ufeffText;id\r\n" + "".join(f"{text};1\r\n" for text in words(40))),
+    ("a.csv", "content\n" + "\n".join(words(40))),
+    ("a.tsv", "text\tid\n" + "".join(f"{text}\t1\n" for text in words(40))),
+])
+def test_other_forms_of_a_list_of_documents(tmp_path, name, content):
+    assert both_splits(text_file(tmp_path / name, content)) == words(40)
+
+
+def test_a_long_and_quoted_text_in_a_table(tmp_path):
+    text = 'He said "no",\nand left. ' * 20_000
+    quoted = text.replace('"', '""')
+    path = text_file(tmp_path / "a.csv", f'id,text\n1,short\n2,"{quoted}"\n')
+    assert "".join(both_splits(path)) == "short" + text
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "id,body\n1,x\n", "no column 'text', only .*id.*body"),
+    ("a.csv", "text,text\nx,y\n", "2 columns 'text'"),
+    ("a.csv", "id,text\n1,x\n2,one, two\n", "line 3: 3 columns"),
+    ("a.json", '{"a": 1}', "holds no list of texts: the form is"),
+    ("a.json", "[]", "holds no list of texts"),
+    ("a.json", '["a", 5]', "item 1"),
+    ("a.json", '[\n"a"\n"b"]', "line 3: not JSON"),
+    ("a.json", "[" * 100_000, "a.json"),
+    ("a.jsonl", LINES + '{"text": 5}\n', "line 41"),
+    ("a.jsonl", LINES + "[" * 100_000, "line 41"),
+    ("a.jsonl", LINES.encode() + b'{"text": "caf\xe9"}\n', "line 41: not UTF-8 .*latin1"),
+    ("a.txt", b"one\ntwo\nit\x92s\n", "line 3: not UTF-8 .byte 10.*cp1252"),
+    ("a.txt", "caf\u00e9 \u00e0 la \u00e9".encode() + b"\xff", "correct or remove this line"),
+    ("a.txt", "\u041f\u0440\u0438\u0432\u0435\u0442".encode("cp1251"), "cp1251"),
+    ("a.txt", "\u3053\u3093\u306b\u3061\u306f".encode("shift_jis"), "shift_jis"),
+    ("a.txt", "one two".encode("utf-16"), "UTF-16.*iconv -f utf-16 "),
+    ("a.txt", "one two".encode("utf-16-be"), "UTF-16BE.*iconv -f utf-16be "),
+    ("a.jsonl", LINES.encode("utf-16-le"), "UTF-16LE"),
+    ("a.csv", "text\none\n".encode("utf-32"), "UTF-32"),
+    ("a.txt", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ("a.pdf", "%PDF", "pdftotext"),
+    ("a.parquet.gz", "x", "gunzip"),
+])
+def test_what_cannot_be_read_is_one_line_with_the_place(tmp_path, name, content, message):
+    path = text_file(tmp_path / name, content)
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_null_texts_are_skipped_and_counted(tmp_path, capsys):
+    content = LINES + '{"text": null}\n' * 3 + '{"text": "  "}\n'
+    assert both_splits(text_file(tmp_path / "a.jsonl", content)) == words(40)
+    said = capsys.readouterr().out
+    assert "skipped 4 texts that are null or empty" in said
+    assert f"1 files of {len(content)} bytes" in said
+
+
+def test_settings_among_notes_are_skipped_and_said(tmp_path, capsys):
+    text_file(tmp_path / "package.json", '{"name": "x"}')
+    text_file(tmp_path / "tsconfig.json", "{ // a comment\n}")
+    text_file(tmp_path / "numbers.csv", "a,b\n1,2\n")
+    text_file(tmp_path / "note.md", "some\ntext\n")
+    assert "".join(both_splits(tmp_path)) == "some\ntext\n"
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("package.json", "tsconfig.json", "numbers.csv"))
+
+
+def test_the_mark_before_each_of_several_joined_files_is_no_text(tmp_path):
+    path = text_file(tmp_path / "a.txt", "\ufeffone\n\ufefftwo\nthree\n")
+    assert "".join(both_splits(path)) == "one\ntwo\nthree\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# the vocabulary
+
+def train_tokenizer(run_module, base, data, *options):
+    run = run_module("scripts.tok_train", f"--data={data}", *options, base=base)
+    assert run.returncode == 0, run.stderr
+    return last_json(run.stdout), run.stdout
+
+
+def test_a_few_long_documents_give_the_vocabulary_that_many_short_ones_give(
+    tmp_path, base, run_module,
+):
+    paths = [path for _, _, path in python_files(("stdlib",))[:60]]
+    text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)[:300_000]
+    plain = text_file(tmp_path / "a.txt", text)
+    lines = "".join(json.dumps({"text": text[i:i + 100_000]}) + "\n" for i in (0, 100_000, 200_000))
+    books = text_file(tmp_path / "a.jsonl", lines)
+    record, _ = train_tokenizer(run_module, base, books)
+    expected, _ = train_tokenizer(run_module, base, plain)
+    assert record["vocab_size"] == expected["vocab_size"] > 1000
+    record, _ = train_tokenizer(run_module, base, books, "--doc_cap=10000")
+    assert record["vocab_size"] == 512, "a cap that the user gives stands"
+
+
+@pytest.mark.parametrize("text", ["the same line again\n" * 30_000, "ab" * 300_000])
+def test_a_text_that_repeats_itself_gives_the_vocabulary_that_it_yields(
+    tmp_path, base, run_module, text,
+):
+    record, said = train_tokenizer(run_module, base, text_file(tmp_path / "a.txt", text))
+    assert 268 <= record["vocab_size"] < 512
+    assert f"it yields {record['vocab_size']} tokens" in said
+
+
+# ----------------------------------------------------------------------------------------------
+# docs/data.md
+
+DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^\*\*`([^`]+)`\*\*(.*?)^```(\w+)\n(.*?)^```", DATA_PAGE, re.M | re.S)
+
+
+def make_example(name, language, body):
+    """Make one example of docs/data.md in the current folder."""
+    if language == "python":
+        exec(compile(body, name, "exec"), {})
+    else:
+        text_file(Path(name), body)
+
+
+@pytest.mark.parametrize("name, prose, language, body", EXAMPLES, ids=[row[0] for row in EXAMPLES])
+def test_the_examples_of_docs_data_are_read(tmp_path, monkeypatch, name, prose, language, body):
+    monkeypatch.chdir(tmp_path)
+    make_example(name, language, body)
+    assert Path(name).exists()
+    module, setting = re.search(rf"python -m (\S+) --(\w+)={name}", " ".join(prose.split())).groups()
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    assert re.search(rf"^{setting}: str = None", source, re.M), f"{module} has that setting"
+    if setting == "custom":
+        assert len(CustomJSON(name)) == 2
+        return
+    splits = [list(iter_documents(split, name)) for split in ("train", "val")]
+    assert all(splits) and not set(splits[0]) & set(splits[1])
+
+
+def test_docs_data_names_every_stage_that_reads_a_path():
+    stages = re.findall(r"^\| `python -m scripts\.(\w+)` \| `--(?:data|custom)` ", DATA_PAGE, re.M)
+    scripts = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("scripts/*.py")}
+    reading = re.compile(r"^(?:data|custom): str", re.M)
+    assert sorted(stages) == sorted(name for name, text in scripts.items() if reading.search(text))
+
+
+def test_docs_data_shows_every_suffix():
+    suffixes = (*READERS, *COMPRESSED, ".parquet")
+    assert not [suffix for suffix in suffixes if f"{suffix}`" not in DATA_PAGE]
+    assert {name for name, *_ in EXAMPLES} >= {"my.txt", "corpus.jsonl", "clone/", "mine.jsonl"}
+
+
+def test_a_stage_reads_an_example_of_docs_data(tmp_path, monkeypatch, base, run_module):
+    monkeypatch.chdir(tmp_path)
+    for name, _, language, body in EXAMPLES:
+        if name in ("notes/", "clone/"):
+            make_example(name, language, body)
+            record, said = train_tokenizer(run_module, base, tmp_path / name)
+            assert record["vocab_size"] > 268 and "documents" in said
