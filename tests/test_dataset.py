@@ -576,7 +576,6 @@ def test_a_column_of_any_kind_of_strings_is_text(tmp_path, kind):
     (pa.nulls(2), "null"),
     (pa.array([{"a": "b"}]), "struct"),
     (pa.array([1.5]), "double"),
-    (pa.array([1, 1]).dictionary_encode(), "dictionary<values=int64"),
 ])
 def test_a_column_that_is_no_text_is_named_with_its_type(tmp_path, array, kind):
     path = table_file(tmp_path / "a.parquet", ("text", array))
@@ -767,7 +766,7 @@ def test_a_readme_among_notes_is_a_note(tmp_path):
     folder.mkdir()
     text_file(folder / "README.md", "what this is\n")
     text_file(folder / "other.md", "another note\n")
-    assert any("what this is" in text for text in both_splits(folder))
+    assert "what this is" in "".join(both_splits(folder))
 
 
 @pytest.mark.parametrize("content", [
@@ -797,7 +796,7 @@ def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
     (notes / "link.txt").symlink_to(elsewhere / "b.txt")
     (notes / "nowhere.txt").symlink_to(tmp_path / "missing")
     found = "".join(both_splits(notes))
-    assert sorted(found.split("\n")) == ["", "", "elsewhere", "in the folder"]
+    assert sorted(found.split("\n")) == ["", "elsewhere", "in the folder"]
 
 
 def test_what_runs_write_is_not_text_of_the_folder_around_it(tmp_path, base):
@@ -903,7 +902,7 @@ def test_null_texts_are_skipped_and_counted(tmp_path, capsys):
     assert both_splits(text_file(tmp_path / "a.jsonl", content)) == words(40)
     said = capsys.readouterr().out
     assert "skipped 4 texts that are null or empty" in said
-    assert f"1 files of {len(content)} bytes" in said
+    assert f"1 files of {len(content):,} bytes" in said
 
 
 def test_settings_among_notes_are_skipped_and_said(tmp_path, capsys):
@@ -974,7 +973,8 @@ def test_the_examples_of_docs_data_are_read(tmp_path, monkeypatch, name, prose, 
     monkeypatch.chdir(tmp_path)
     make_example(name, language, body)
     assert Path(name).exists()
-    module, setting = re.search(rf"python -m (\S+) --(\w+)={name}", " ".join(prose.split())).groups()
+    command = re.search(rf"python -m (\S+) --(\w+)={name}", " ".join(prose.split()))
+    module, setting = command.groups()
     source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
     assert re.search(rf"^{setting}: str = None", source, re.M), f"{module} has that setting"
     if setting == "custom":
