@@ -140,18 +140,9 @@ def open_dataset(data=None):
     if pinned:
         return _open_pinned(path, pinned, MAKE_AGAIN)
 
-    # 2) the user's files, divided into splits
+    # 2) the user's files
     files, others = _user_files(path)
-    chosen = _choose(path, files)
-    if all(file.suffix.lower() == ".parquet" for file in chosen.files):
-        dataset = _open_in_place(path, chosen)
-        if dataset:
-            return dataset
-
-    # 3) files that must be converted
-    folder = _convert(path, chosen, others)
-    remedy = f"delete {folder} and run this command again"
-    return _open_pinned(folder, _pinned(folder / "index.json"), remedy)
+    return _open_user_files(path, files, others)
 
 
 def _open_base_data():
@@ -170,7 +161,27 @@ def _open_base_data():
         raise UserError(
             f"no text in {folder}: run python -m nanochat.dataset first, or give --data=PATH"
         )
-    return open_dataset(folder)
+    return _open_user_files(folder, files, [])
+
+
+def _open_user_files(path, files, others):
+    """The Dataset of the user's files at `path`; others: those that cannot be read."""
+    # 1) which are for training and which for validation
+    chosen = _choose(path, files)
+
+    # 2) parquet files, where they are
+    if all(file.suffix.lower() == ".parquet" for file in chosen.files):
+        dataset = _open_in_place(path, chosen)
+        if dataset:
+            return dataset
+
+    # 3) files that must be converted
+    folder = _convert(path, chosen, others)
+    remedy = f"delete {folder} and run this command again"
+    pinned = _pinned(folder / "index.json")
+    if not pinned:
+        raise UserError(f"{folder}, which holds the converted text, is damaged: {remedy}")
+    return _open_pinned(folder, pinned, remedy)
 
 
 def iter_documents(split, data=None, rank=0, world_size=1):
@@ -261,7 +272,9 @@ def _check_parquet(path, remedy, every_row=False):
     check_not_a_pointer(path)
     try:
         parquet = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the file system, which names the file
+            raise
         raise UserError(f"{path} is not a whole parquet file: {remedy}") from error
 
     with parquet:

@@ -127,7 +127,7 @@ def check_not_a_pointer(path):
 
 
 def _open(path):
-    """The file's bytes, decompressed, as a stream that can be read once."""
+    """The file's bytes as a stream, decompressed."""
     with open(path, "rb") as file:
         head = file.read(8)
     for magic, opener in OPENERS.items():
