@@ -56,7 +56,7 @@ SHARD_CHARS = 12_000_000    # a shard that we write is closed once it exceeds th
 ROWS_PER_GROUP = 64         # small, so that every shard has several row groups
 VALIDATION_SHARE = 0.05     # of the rows or characters, where no file is for validation
 MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may have to be cut
-CHECKED_BYTES = 100_000_000  # up to this size every row of the user's parquet files is checked
+CHECKED_BYTES = 100_000_000  # up to this size, the user's parquet files are checked row by row
 SUFFIXES = (*READERS, ".parquet")
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
@@ -606,8 +606,7 @@ def _choose(path, files):
     is never trained on; it is used for validation where there is no validation split.
     """
     # 1) what is about a data set is no part of it
-    records = {text_suffix(file) for file in files} & set(RECORD_SUFFIXES)
-    about = [file for file in files if records and _is_about(file, ".parquet" in records)]
+    about = _files_about(files)
     files = [file for file in files if file not in about]
 
     # 2) splits
@@ -623,12 +622,25 @@ def _choose(path, files):
     return _Chosen(named["train"], test, "test", [], about)
 
 
-def _is_about(file, beside_parquet):
-    """Whether a file describes the data set that it stands beside."""
+def _files_about(files):
+    """Those of the files that describe the data set which the others are."""
+    if not any(text_suffix(file) in RECORD_SUFFIXES for file in files):
+        return []
+    parquet = [file.stat().st_size for file in files if text_suffix(file) == ".parquet"]
+    return [file for file in files if _is_about(file, sum(parquet))]
+
+
+def _is_about(file, parquet_bytes):
+    """Whether a file describes the data set that it stands beside.
+
+    Beside much parquet every .txt and .md file does: the alternative is to convert all of it.
+    """
     suffix = text_suffix(file)
     if suffix == ".json":
-        return beside_parquet
-    return suffix in (".txt", ".md") and ABOUT.match(file.name) is not None
+        return parquet_bytes > 0
+    if suffix not in (".txt", ".md"):
+        return False
+    return parquet_bytes > CHECKED_BYTES or ABOUT.match(file.name) is not None
 
 
 def _say_left_aside(path, chosen):

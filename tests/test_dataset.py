@@ -746,6 +746,15 @@ def test_the_splits_of_a_hub_clone_are_recognised_and_said(tmp_path, base, capsy
     assert not (base / "user_data").exists(), "it is read in place"
 
 
+def test_notes_beside_much_parquet_are_about_it(tmp_path, base, monkeypatch, capsys):
+    folder = split_folder(tmp_path / "mine", p0=words(9), p1=words(2, "last"))
+    text_file(folder / "how_it_was_made.md", "With care.\n")
+    assert "With care." in "".join(both_splits(folder))
+    monkeypatch.setattr(dataset, "CHECKED_BYTES", 100)
+    assert both_splits(folder) == words(9) + words(2, "last")
+    assert "how_it_was_made.md first" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("names, validation", [
     (("train", "validation", "test"), "validation"),
     (("train-00000-of-00001", "dev-00000-of-00001", "test-00000-of-00001"), "dev"),
