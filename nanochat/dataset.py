@@ -367,8 +367,8 @@ def _open_in_place(path, chosen):
     else:
         return None
 
-    documents = sum(sum(part.rows) for part in every)
     missing = sum(part.missing for part in every)
+    documents = sum(sum(part.rows) for part in every) - missing
     print0(
         f"{path}: {len(every)} parquet files, {documents:,} documents, {size:,} bytes, "
         f"read in place; validation is {origin}"
