@@ -1,6 +1,7 @@
 """What every stage needs: errors as one line, safe files, ranks and device."""
 import contextlib
 import hashlib
+import io
 import os
 import sys
 import tempfile
@@ -35,8 +36,22 @@ def install_error_hook():
     """Make a UserError end the process with one line and status 2.
 
     A full disk (or another OSError) and Ctrl+C also end it with one line, and with 1 and 130.
+    What a terminal cannot encode or send ends nothing: see tolerate_characters().
     """
     sys.excepthook = _error_hook
+    tolerate_characters()
+
+
+def tolerate_characters():
+    """Replace a character that a standard stream cannot encode or decode, as "?" or U+FFFD.
+
+    A terminal in an old locale, a Windows console and a pipe may lack a character of a sample;
+    half a character may be typed at a prompt. Neither is a reason to end.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):    # notebooks and services have others, or None
+            with contextlib.suppress(io.UnsupportedOperation):  # it has been read from before
+                stream.reconfigure(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------------

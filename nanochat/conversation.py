@@ -1,12 +1,18 @@
 """
-Chat messages: what is well formed, what fits the context, and how a tool call looks as text.
+Chat messages: what is well formed, what is made well formed, what fits the context, and how a tool
+call looks as text.
 
 A conversation is {"messages": [{"role": "user", "content": "2+2?"}, ...]}. Content is a string or
 a list of parts {"type": "text" | "python" | "python_output", "text": str}. The tokenizer turns
 conversations into ids and back.
+
+People, clients and data sets write messages in many ways. normalise_messages() is the one place
+that turns these into the form above: for the user's own conversations, the server and chat_cli.
 """
 import bisect
+import json
 import re
+from collections import Counter
 
 from nanochat.common import UserError
 
@@ -74,6 +80,225 @@ def is_part(part, types):
     if not isinstance(part, dict):
         return False
     return part.get("type") in types and isinstance(part.get("text"), str)
+
+
+# -------------------------------------------------------------------------------------------------
+# what is made well formed
+
+# How other programs name the fields of a message, and the roles
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+# Tools whose one argument is Python already
+PYTHON_TOOLS = ("python", "calculator", "code_interpreter")
+
+
+def normalise_messages(messages, changes=None):
+    """The messages of a conversation as well-formed ones, a new list.
+
+    messages: a list of {"role", "content"} or ShareGPT's {"from", "value"}, roles as in ROLES.
+    changes: a Counter that learns what was changed, or None.
+
+    In phases. Every message is read as parts: content may be null, text, or a list of parts, and a
+    tool's call and its reply become those of the Python tool. Messages without content are left
+    out. System messages are joined to one that comes first, and so are messages of one role that
+    follow each other. A greeting, with which the assistant begins, is left out.
+
+    The result may be empty, and its last message may be anybody's: the caller knows what is due.
+    UserError for an unknown role, an unknown form of content, and a user's empty message.
+
+    >>> normalise_messages([{"from": "human", "value": "Hi"}, {"from": "human", "value": "there"}])
+    [{'role': 'user', 'content': 'Hi\\n\\nthere'}]
+    """
+    changes = Counter() if changes is None else changes
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages must be a list with at least one message")
+    read = []
+    for number, message in enumerate(messages, start=1):
+        role, parts = _read_message(message, number, changes)
+        if parts:
+            read.append((role, parts))
+        else:
+            changes["empty messages left out"] += 1
+
+    system = [(role, parts) for role, parts in read if role == "system"]
+    later = [role for role, _ in read[1:]].count("system")
+    changes["later system messages moved to the beginning"] += later
+    turns = _join_neighbours([turn for turn in read if turn[0] != "system"], changes)
+    if turns and turns[0][0] == "assistant":
+        turns = turns[1:]
+        changes["greetings left out"] += 1
+    joined = _join_neighbours(system, Counter()) + turns
+    return [{"role": role, "content": _as_content(parts)} for role, parts in joined]
+
+
+def is_message(value):
+    """Whether a value looks like a message: a dict that says whose it is."""
+    return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
+
+
+def _first(message, keys):
+    """The first value that a message has under one of the keys, or None."""
+    values = [message[key] for key in keys if message.get(key) is not None]
+    return values[0] if values else None
+
+
+def _read_message(message, number, changes):
+    """(role, parts) of a message, the parts without empty ones. A tool's role stays "tool"."""
+    if not isinstance(message, dict):
+        raise UserError(f'message {number} is not {{"role": ..., "content": ...}}')
+    name = _first(message, ROLE_KEYS)
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise UserError(
+            f"message {number} has the role {name!r}: the known ones are {', '.join(ROLES)}"
+        )
+
+    parts = _read_content(_first(message, CONTENT_KEYS), role, number)
+    if role == "tool":
+        parts = [{"type": "python_output", "text": "".join(part["text"] for part in parts)}]
+    calls = _read_calls(message, role, parts)
+    if calls:
+        changes["tool calls written as Python calls"] += len(calls)
+        parts = calls if role == "call" else parts + calls
+        role = "assistant"
+
+    for part in parts:
+        _check_text(part["text"], number)
+    parts = [part for part in parts if part["text"]]
+    if not any(part["text"].strip() for part in parts):
+        parts = []
+    if role == "user" and not parts:
+        raise UserError(f"message {number} (user) has no content: write a text that is not empty")
+    return role, parts
+
+
+def _read_content(content, role, number):
+    """Content as parts: None is [], text is one part, and texts in a list are one part."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return as_parts(content)
+    allowed = PART_TYPES if role == "assistant" else ("text",)
+    well_formed = isinstance(content, list) and all(is_part(part, allowed) for part in content)
+    if not well_formed:
+        raise UserError(f"message {number} ({role}): its content must be text or a list of "
+                        f'{{"type": {"|".join(allowed)}, "text": str}}')
+    if any(part["type"] != "text" for part in content):
+        return content
+    return as_parts("".join(part["text"] for part in content))
+
+
+def _check_text(text, number):
+    """UserError for a lone surrogate, which UTF-8 lacks, so that no tokenizer can read it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"message {number} has a lone surrogate ({character}) at character {error.start}: "
+            "remove it"
+        ) from None
+
+
+def _read_calls(message, role, parts):
+    """The tool calls of a message as parts: of OpenAI's fields, or ShareGPT's message of a call."""
+    calls = message.get("tool_calls") or message.get("function_call") or []
+    if role == "call":
+        text = "".join(part["text"] for part in parts)
+        calls = _from_json(text)
+    if not isinstance(calls, list):
+        calls = [calls]
+    return [{"type": "python", "text": call_text(call)} for call in calls]
+
+
+def _from_json(text):
+    """What a text says as JSON; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def call_text(call):
+    """A tool call as a Python expression.
+
+    >>> call_text({"function": {"name": "weather", "arguments": "{\\"city\\": \\"Ulm\\"}"}})
+    "weather(city='Ulm')"
+    >>> call_text({"name": "python", "arguments": {"code": "12*7"}})
+    '12*7'
+    """
+    call = call.get("function") or call if isinstance(call, dict) else call
+    if not isinstance(call, dict):
+        return str(call)
+    name = call.get("name")
+    arguments = call.get("arguments") or call.get("parameters") or {}
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments)   # OpenAI's are JSON inside of JSON
+    values = list(arguments.values()) if isinstance(arguments, dict) else [arguments]
+    if name in PYTHON_TOOLS and len(values) == 1:
+        return str(values[0])
+    if isinstance(arguments, dict):
+        values = [f"{key}={value!r}" for key, value in arguments.items()]
+    return f"{name}({', '.join(map(str, values))})"
+
+
+def _join_neighbours(turns, changes):
+    """(role, parts) pairs with neighbours of one role as one; a tool's reply is the assistant's."""
+    joined = []
+    for role, parts in turns:
+        owner = "assistant" if role == "tool" else role
+        if not joined or joined[-1][0] != owner:
+            joined.append((owner, list(parts)))
+        elif role == "tool":
+            _insert_reply(joined[-1][1], parts[0])
+        else:
+            both_text = joined[-1][1][-1]["type"] == parts[0]["type"] == "text"
+            changes["messages joined to one of the same role"] += both_text
+            joined[-1] = (owner, _join_parts(joined[-1][1], parts))
+    return joined
+
+
+def _insert_reply(parts, reply):
+    """Put a tool's reply behind the first call that has none, else at the end."""
+    kinds = [part["type"] for part in parts] + ["end"]
+    place = len(parts)
+    for i, kind in enumerate(kinds[:-1]):
+        if kind == "python" and kinds[i + 1] != "python_output":
+            place = i + 1
+            break
+    parts.insert(place, reply)
+
+
+def _join_parts(parts, more):
+    """The parts of two messages as those of one, with a blank line between text and text."""
+    if parts[-1]["type"] != "text" or more[0]["type"] != "text":
+        return parts + more
+    text = parts[-1]["text"] + "\n\n" + more[0]["text"]
+    return [*parts[:-1], {"type": "text", "text": text}, *more[1:]]
+
+
+def _as_content(parts):
+    """Parts as content: the string alone where there is nothing but one text."""
+    only_text = len(parts) == 1 and parts[0]["type"] == "text"
+    return parts[0]["text"] if only_text else parts
 
 
 # -------------------------------------------------------------------------------------------------

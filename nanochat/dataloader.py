@@ -19,6 +19,8 @@ import random
 import numpy as np
 import torch
 
+from nanochat.common import print0
+from nanochat.conversation import as_parts
 from nanochat.dataset import open_dataset, read_row_group
 
 IGNORED = -1                # target of a position that gives no loss
@@ -237,6 +239,41 @@ def sft_data_generator(
             torch.from_numpy(targets[:, 1:].copy()).to(device),
             next_state,
         )
+
+
+def count_cut(tokenizer, task, T):
+    """(cut, unanswered): how many conversations of a task are longer than a sequence, and how many
+    of them keep nothing that the assistant says once they are cut to it.
+
+    Most conversations are not tokenized for this: a token has a byte at least.
+    """
+    cut = 0
+    unanswered = 0
+    for conversation in task:
+        if _most_tokens(conversation) <= T + 1:
+            continue
+        ids, mask = tokenizer.render_conversation(conversation)
+        if len(ids) > T + 1:
+            cut += 1
+            unanswered += not any(mask[:T + 1])
+    return cut, unanswered
+
+
+def _most_tokens(conversation):
+    """What a conversation can have in tokens: a byte each, and the control tokens."""
+    most = 1
+    for message in conversation["messages"]:
+        parts = as_parts(message["content"])
+        most += 2 + sum(2 + len(part["text"].encode("utf-8")) for part in parts)
+    return most
+
+
+def say_cut(tokenizer, task, T):
+    """Say how many conversations of one's own are cut to the context of T tokens, if any."""
+    cut, unanswered = count_cut(tokenizer, task, T)
+    if cut:
+        print0(f"{cut:,} of {len(task):,} conversations are longer than the context of {T} tokens: "
+               f"they are cut to it, and {unanswered:,} of them keep no answer to learn from")
 
 
 def _longest_that_fits(waiting, room):

@@ -19,6 +19,8 @@ others.
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
 tool's reply into that sequence, token by token, instead of sampling.
 """
+import math
+
 import torch
 
 from nanochat.common import UserError
@@ -30,10 +32,28 @@ from nanochat.tokenizer import StreamDecoder
 # ------------------------------------------------------------------------------------------------
 # sampling
 
+class NonFiniteError(UserError):
+    """The model gave logits that are NaN or infinite: there is no next token."""
+
+    status = 500    # of the server's answer: the request is not at fault
+
+    def __init__(self):
+        super().__init__(
+            "the model's logits are not finite (NaN or infinite): its weights have diverged, or "
+            "overflow in this dtype; take an earlier step, or --dtype=float32"
+        )
+
+
 def sample(logits, temperature, top_k, generator):
-    """One token id from logits (V,). Temperature 0 is greedy, top_k 0 samples among all tokens."""
+    """One token id from logits (V,). Temperature 0 is greedy, top_k 0 samples among all tokens.
+
+    NonFiniteError where the largest logit is no finite number; -inf for some tokens is fine.
+    """
     if temperature == 0:
-        return int(logits.argmax())
+        choice = int(logits.argmax())   # a NaN is the largest of all
+        if not math.isfinite(logits[choice]):
+            raise NonFiniteError
+        return choice
     if top_k:
         values, ids = logits.topk(min(top_k, logits.numel()))
     else:
@@ -42,6 +62,8 @@ def sample(logits, temperature, top_k, generator):
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     scaled = (values.float() - values.max()) / temperature
     probabilities = torch.softmax(scaled, -1).cpu()
+    if probabilities.isnan().any():     # one NaN or infinity makes all of them NaN
+        raise NonFiniteError
     choice = int(torch.multinomial(probabilities, 1, generator=generator))
     return int(ids[choice])
 
@@ -339,6 +361,7 @@ class Stream:
 def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
     """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
 
+    A model that has diverged is said in place of its text: the guard decides what becomes of a run.
     ids_of(prompt): the ids that stand for a prompt; None: its text.
     """
     was_training = model.training
@@ -347,7 +370,10 @@ def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
     samples = []
     for prompt in prompts:
         start = ids_of(prompt) if ids_of else prompt
-        text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
+        try:
+            text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
+        except NonFiniteError as error:
+            text = f"({error})"
         samples.append({"prompt": prompt, "text": text})
         print(f"  {prompt}|{text!r}", flush=True)
     model.train(was_training)

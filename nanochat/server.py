@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 import threading
@@ -26,10 +27,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from nanochat.common import UserError
-from nanochat.conversation import fit_conversation
+from nanochat.conversation import fit_conversation, normalise_messages
 
 MAX_BODY_BYTES = 1_000_000
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+READING = ("GET", "HEAD")   # what asks for a page; HEAD, for nothing but whether it is there
 
 # Fields that would change the answer in a way this server cannot, with the values that ask for
 # nothing.
@@ -54,6 +55,11 @@ class ApiError(Exception):
         self.status, self.param, self.code = status, param, code
 
 
+def status_of(error):
+    """The HTTP status of an exception: its own, else 400 for bad input and 500 for a failure."""
+    return getattr(error, "status", 400 if isinstance(error, UserError) else 500)
+
+
 def error_body(error):
     """Any exception in OpenAI's shape. Only messages meant for users are shown."""
     known = isinstance(error, (ApiError, UserError))
@@ -61,7 +67,7 @@ def error_body(error):
     return {
         "error": {
             "message": message,
-            "type": "invalid_request_error" if known else "server_error",
+            "type": "invalid_request_error" if status_of(error) < 500 else "server_error",
             "param": getattr(error, "param", None),
             "code": getattr(error, "code", None),
         }
@@ -94,39 +100,14 @@ async def read_json(request):
 
 
 def read_messages(fields):
-    """The messages, each a role and plain text, the last one the user's. ApiError for any other."""
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages must be a list with at least one message", "messages")
-    conversation = []
-    for i, message in enumerate(messages):
-        message = message if isinstance(message, dict) else {}
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            problem = f"messages[{i}].role must be one of {', '.join(ROLES)}"
-            raise ApiError(400, problem, "messages")
-        text = join_text_parts(message.get("content"))
-        if text is None:
-            problem = f"messages[{i}].content must be text or a list of text parts"
-            raise ApiError(400, problem, "messages")
-        conversation.append({"role": ROLES[role], "content": text})
-    if conversation[-1]["role"] != "user":
+    """The messages, well formed, the last one the user's. ApiError where that cannot be."""
+    try:
+        messages = normalise_messages(fields.get("messages"))
+    except UserError as error:
+        raise ApiError(400, str(error), "messages") from error
+    if not messages or messages[-1]["role"] != "user":
         raise ApiError(400, "the last message must be the user's", "messages")
-    return conversation
-
-
-def join_text_parts(content):
-    """Content as one text: a string, or OpenAI's text parts joined; None for anything else."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            return None
-        texts.append(part.get("text"))
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return messages
 
 
 def read_number(fields, name, default, low, high, kinds=(int,)):
@@ -136,7 +117,8 @@ def read_number(fields, name, default, low, high, kinds=(int,)):
         return default
     if type(value) not in kinds or not low <= value <= high:
         kind = "number" if float in kinds else "whole number"
-        raise ApiError(400, f"{name} must be a {kind} from {low} to {high}", name)
+        range_ = f"from {low}" if high == math.inf else f"from {low} to {high}"
+        raise ApiError(400, f"{name} must be a {kind} {range_}", name)
     return value
 
 
@@ -269,7 +251,8 @@ def load_page():
 
 def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tokens=256):
     """
-    The application: GET / (the page), GET /health, GET /v1/models, POST /v1/chat/completions.
+    The application: GET / (the page), /health, /v1/models and /v1/models/NAME, and
+    POST /v1/chat/completions.
 
     temperature, top_k and max_tokens hold where a request does not say. Errors have OpenAI's shape.
     """
@@ -284,8 +267,7 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
     @app.exception_handler(ClientDisconnect)    # nobody reads this answer, and nothing went wrong
     @app.exception_handler(Exception)
     async def on_error(request, error):
-        status = 400 if isinstance(error, UserError) else getattr(error, "status", 500)
-        return JSONResponse(error_body(error), status)
+        return JSONResponse(error_body(error), status_of(error))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request, error):
@@ -294,29 +276,40 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
             message = f"{request.method} is not possible here"
         return JSONResponse(error_body(ApiError(status, message)), status, error.headers)
 
-    @app.get("/")
+    @app.api_route("/", methods=READING)
     async def index():
         return HTMLResponse(page, headers=page_headers)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READING)
     async def health():
         return {"status": "ok"}
 
-    @app.get("/v1/models")
+    the_model = {
+        "id": model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "nanochat",
+    }
+
+    @app.api_route("/v1/models", methods=READING)
     async def models():
-        model = {
-            "id": model_name,
-            "object": "model",
-            "created": created,
-            "owned_by": "nanochat",
-        }
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [the_model]}
+
+    @app.api_route("/v1/models/{name:path}", methods=READING)
+    async def model(name: str):
+        check_model(name)
+        return the_model
+
+    def check_model(name):
+        """ApiError for another model than ours."""
+        if name != model_name:
+            problem = f"this server has one model, {model_name}"
+            raise ApiError(404, problem, "model", "model_not_found")
 
     def check_supported(fields):
         """ApiError for another model, and for a field that this server cannot honour."""
-        if fields.get("model") not in (None, model_name):
-            problem = f"this server has one model, {model_name}"
-            raise ApiError(404, problem, "model", "model_not_found")
+        if fields.get("model") is not None:
+            check_model(fields["model"])
         for name, harmless in UNSUPPORTED.items():
             value = fields.get(name)
             if value is not None and value not in harmless:
@@ -324,16 +317,19 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
                 raise ApiError(400, problem, name, "unsupported_parameter")
 
     def read_options(fields):
-        """The options of a Sequence. ApiError for a number outside of its range."""
-        limit = read_number(fields, "max_tokens", min(max_tokens, context), 1, context)
-        limit = read_number(fields, "max_completion_tokens", limit, 1, context)
+        """The options of a Sequence. ApiError for a number outside of its range.
+
+        A client asks for the most that it would take: more than the context holds is no error.
+        """
+        limit = read_number(fields, "max_tokens", max_tokens, 1, math.inf)
+        limit = read_number(fields, "max_completion_tokens", limit, 1, math.inf)
         number = int, float
         some_seed = random.getrandbits(31)
         return {
             "temperature": read_number(fields, "temperature", temperature, 0, 2, number),
             "top_k": read_number(fields, "top_k", min(top_k, vocab_size), 1, vocab_size),
             "seed": read_number(fields, "seed", some_seed, -2**63, 2**63 - 1),
-            "max_new_tokens": limit,
+            "max_new_tokens": min(limit, context),
         }
 
     def read_prompt(fields, room):

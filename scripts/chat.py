@@ -17,12 +17,14 @@ may be copied anywhere.
 """
 import argparse
 import contextlib
+import ipaddress
 import json
 import math
 import os
 import re
 import sys
 import time
+from urllib.parse import urlsplit
 
 try:
     import requests
@@ -36,6 +38,7 @@ RETRIED = (408, 429, 502, 503, 504)     # statuses that may be different on anot
 LONGEST_WAIT = 60                       # seconds, whatever a server asks for
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "<think>", "</think>"
+DONE = {"choices": []}                  # stands for the end that a server marks
 
 # What a model writes must not control the terminal: all of these are removed.
 ESCAPE = re.compile("|".join([
@@ -155,27 +158,39 @@ class Thoughts:
 
 
 def events(response):
-    """Yield the JSON objects of a stream of server-sent events.
+    """Yield the JSON objects of a stream of server-sent events; DONE where its end is marked.
 
+    A server that answers with one JSON object, as if no stream was asked for, gives that and DONE.
     ServerError where the stream breaks off or says that something failed.
     """
     # None yields the pieces as they arrive. Without chunks on the wire it would wait for more, and
     # only reading byte by byte does not.
     chunk_size = None if response.raw.chunked else 1
+    lines = response.iter_lines(chunk_size=chunk_size)
     try:
-        for line in response.iter_lines(chunk_size=chunk_size):
+        for line in lines:
+            if line.lstrip().startswith((b"{", b"[")):
+                yield checked(json.loads(b"\n".join([line, *lines])), "choices")
+                yield DONE
+                return
             if not line.startswith(b"data:"):
                 continue
             if line[5:].strip() == b"[DONE]":
+                yield DONE
                 return
-            event = json.loads(line[5:])
-            if not isinstance(event, dict) or event.get("error"):
-                raise ServerError(message_of(event))
-            yield event
+            yield checked(json.loads(line[5:]))
     except requests.RequestException as error:
         raise ServerError("the connection was lost", again=1) from error
     except ValueError as error:
         raise ServerError("the server sent an event that is not JSON") from error
+
+
+def checked(event, *fields):
+    """`event`; ServerError with what it says where it is an error, or lacks one of the fields."""
+    known = isinstance(event, dict) and all(field in event for field in fields)
+    if not known or event.get("error"):
+        raise ServerError(message_of(event))
+    return event
 
 
 class Answer:
@@ -199,6 +214,8 @@ class Answer:
     def read(self, response):
         """Yield (whether it is a thought, text) as they come."""
         for event in events(response):
+            if event is DONE:   # some servers give no reason, and the answer is whole
+                self.finish_reason = self.finish_reason or "stop"
             try:
                 for choice in event.get("choices") or []:
                     yield from self._read_choice(choice)
@@ -212,8 +229,11 @@ class Answer:
             raise ServerError("the stream ended before the answer did", again=1)
 
     def _read_choice(self, choice):
-        """Servers send thoughts in a field of their own, whose name differs, or in the text."""
-        delta = choice.get("delta") or {}
+        """Servers send thoughts in a field of their own, whose name differs, or in the text.
+
+        A piece of a stream is a delta, a whole answer is a message.
+        """
+        delta = choice.get("delta") or choice.get("message") or {}
         thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
         text = delta.get("content") or ""
         if thought or text:
@@ -237,15 +257,42 @@ def message_of(body):
     return str(body)[:300]
 
 
+def is_loopback(url):
+    """Whether an address is this machine's own, which no proxy can reach."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def open_session(url):
+    """A session for a server. Of the environment, it takes what `requests` would take on its own,
+    with two exceptions: ~/.netrc is for a server without a key, and proxies are for others than
+    this machine."""
+    session = requests.Session()
+    session.trust_env = False
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    session.verify = bundle or True
+    if not is_loopback(url):
+        session.proxies = requests.utils.get_environ_proxies(url)
+    key = os.environ.get("OPENAI_API_KEY")
+    if key:
+        session.headers["Authorization"] = f"Bearer {key}"
+    else:
+        session.auth = requests.utils.get_netrc_auth(url)
+    return session
+
+
 class Server:
     """A server at `url`, which may end in /v1 or not."""
 
     def __init__(self, url):
         self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.session = requests.Session()
-        key = os.environ.get("OPENAI_API_KEY")
-        if key:
-            self.session.headers["Authorization"] = f"Bearer {key}"
+        self.session = open_session(self.base)
 
     def request(self, method, path, **options):
         """The response to a request. ServerError for every status but 200."""
@@ -257,7 +304,9 @@ class Server:
                 **options,
             )
         except requests.RequestException as error:
-            message = (f"no answer from {self.base}: start a server there, "
+            proxy = requests.utils.select_proxy(self.base, self.session.proxies)
+            through = " through the proxy that the environment names" if proxy else ""
+            message = (f"no answer from {self.base}{through}: start a server there, "
                        "or name another with --url")
             raise ServerError(message, again=1) from error
         if response.status_code != 200:
@@ -433,6 +482,15 @@ ARGUMENTS = [
 ]
 
 
+def is_address(url):
+    """Whether a text is the address of a server, http://localhost:8000 say."""
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:      # brackets that hold no IPv6 address
+        return False
+    return bool(host) and re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
+
+
 def arguments(words):
     """The settings on the command line; bad ones end the program with one line and status 2."""
     parser = Parser(
@@ -444,7 +502,7 @@ def arguments(words):
         parser.add_argument(*names, **options)
     found = parser.parse_args(words)
 
-    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", found.url):
+    if not is_address(found.url):
         parser.error(f"--url={found.url} must be an address such as http://localhost:8000")
     if not re.fullmatch("[!-~]*", os.environ.get("OPENAI_API_KEY", "")):
         parser.error("OPENAI_API_KEY must be printable ASCII without spaces")

@@ -13,7 +13,7 @@ import re
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.configurator import configure
-from nanochat.conversation import fit_conversation
+from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
@@ -38,6 +38,7 @@ def answer(engine, tokenizer, messages):
     """
     # 1. the conversation as ids, its oldest turns dropped where there is no room for an answer
     room = min(max_tokens, engine.max_seq_len // 2)
+    messages = normalise_messages(messages)
     messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
     ids = tokenizer.render_for_completion({"messages": messages})
 
@@ -62,9 +63,13 @@ def answer(engine, tokenizer, messages):
 
 
 def question(text):
-    """The text as a user's message. UserError when there is nothing in it."""
+    """The text as a user's message. UserError when there is nothing in it.
+
+    Half a character, which -p may bring as a lone surrogate, becomes "?".
+    """
     if not text.strip():
         raise UserError('the prompt is empty: write -p "your question"')
+    text = text.encode("utf-8", "replace").decode("utf-8")
     return {"role": "user", "content": text.strip()}
 
 

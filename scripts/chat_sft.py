@@ -10,7 +10,7 @@ import torch
 
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import sft_data_generator
+from nanochat.dataloader import say_cut, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
@@ -36,7 +36,7 @@ learning_rate = 0.01         # Muon's, for the matrices; decays to 2 % over the 
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 source = "mid"               # stage to start from: mid or base
-custom: str = None           # your own conversations, jsonl; each is seen 10 times in an epoch
+custom: str = None           # your own conversations (jsonl, json, csv); 10 times in an epoch
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
@@ -97,7 +97,10 @@ conversations = [
     *[Identity("train")] * 4,
 ]
 if custom:
-    conversations += [CustomJSON(custom)] * 10
+    mine = CustomJSON(custom)
+    if rank == 0:
+        say_cut(tokenizer, mine, T)
+    conversations += [mine] * 10
 mixture = TaskMixture(conversations)
 loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(

@@ -22,6 +22,7 @@ With --model and --device the result stands beside what the hardware allows. Thi
 (nanochat/roofline.py) bounds decoding alone, while the measured time includes prefill.
 $OPENAI_API_KEY is sent where it is set. The table is Markdown; the last line is JSON.
 """
+import ipaddress
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from urllib.parse import urlsplit
 
 import requests
 
@@ -110,10 +112,9 @@ class Request:
 
     def send(self, base, name):
         """Send and read; returns what went wrong, "" for nothing."""
-        with requests.post(
+        with open_session(base) as session, session.post(
             base + "/chat/completions",
             json=self.body(name),
-            headers=headers(),
             stream=True,
             timeout=timeout,
         ) as response:
@@ -123,15 +124,22 @@ class Request:
     def read(self, response):
         """Note when each piece of a stream arrives; returns what went wrong, "" for nothing.
 
-        Without a finish_reason an answer is not complete.
+        Without a finish_reason or [DONE] an answer is not complete.
         """
         finish_reason = None
         # None yields the pieces as they arrive. Without chunks on the wire it would wait for more,
         # and only reading byte by byte does not.
         chunk_size = None if response.raw.chunked else 1
-        for line in response.iter_lines(chunk_size=chunk_size):
+        lines = response.iter_lines(chunk_size=chunk_size)
+        for line in lines:
             now = time.perf_counter()
-            if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+            if line.lstrip().startswith((b"{", b"[")):
+                said = error_text(json.loads(b"\n".join([line, *lines])))
+                return f"JSON in place of a stream, which has no times: {said}"
+            if not line.startswith(b"data:"):
+                continue
+            if line[5:].strip() == b"[DONE]":
+                finish_reason = finish_reason or "stop"     # some servers give no reason
                 continue
             event = json.loads(line[5:])
             if event.get("error"):
@@ -153,14 +161,41 @@ def has_text(delta):
     return any(delta.get(field) for field in ("content", "reasoning_content", "reasoning"))
 
 
-def headers():
+def is_loopback(url):
+    """Whether an address is this machine's own, which no proxy can reach."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def open_session(base):
+    """A session for a server: ~/.netrc never replaces the key, and no proxy catches this machine.
+
+    (The same as in scripts/chat.py, which needs nothing of this repository.)
+    """
     key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    session = requests.Session()
+    session.trust_env = False   # which would allow both; the rest of it follows
+    if key:
+        session.headers["Authorization"] = f"Bearer {key}"
+    else:
+        session.auth = requests.utils.get_netrc_auth(base)
+    session.proxies = {} if is_loopback(base) else requests.utils.get_environ_proxies(base)
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    session.verify = bundle or True
+    return session
 
 
 def error_text(body):
     """The message of an error on one line without escapes, from OpenAI's shape or mere text."""
-    error = body.get("error") or body.get("detail") or body
+    error = body
+    if isinstance(body, dict):
+        error = body.get("error") or body.get("detail") or body
     if isinstance(error, dict):
         error = error.get("message", error)
     printable = "".join(c if c.isprintable() else " " for c in str(error))
@@ -186,7 +221,8 @@ def raise_error(request):
 def find_model(base):
     """The name of the first model that the server lists."""
     try:
-        response = requests.get(base + "/models", headers=headers(), timeout=30)
+        with open_session(base) as session:
+            response = session.get(base + "/models", timeout=30)
     except requests.RequestException as error:
         raise ConnectionError(
             f"no answer from {base}: start a server there, or name another with --url"
@@ -380,9 +416,18 @@ def how_counted(rows):
             f"on average at {last['concurrency']} at a time.")
 
 
+def is_address(url):
+    """Whether a text is the address of a server, http://localhost:8000 say."""
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:      # brackets that hold no IPv6 address
+        return False
+    return bool(host) and re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
+
+
 def check_settings():
     """UserError for settings that can be refused before anything is sent."""
-    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+    if not is_address(url):
         raise UserError(f"url={url} must be an address such as http://localhost:8000")
     if not re.fullmatch("[!-~]*", os.environ.get("OPENAI_API_KEY", "")):
         raise UserError("OPENAI_API_KEY must be printable ASCII without spaces")
