@@ -107,6 +107,19 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
 
+def catching_environment(folder):
+    """Environment variables of a machine whose ~/.netrc knows a password for this machine, and
+    whose proxies answer nothing."""
+    netrc = folder / "netrc"
+    hosts = "127.0.0.1", "localhost"
+    lines = [f"machine {host} login ada password wrong\n" for host in hosts]
+    netrc.write_text("".join(lines), encoding="utf-8")
+    nobody = "http://127.0.0.1:9"   # the port that discards
+    proxies = "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"
+    empty = {name: "" for name in ("no_proxy", "NO_PROXY")}
+    return {"NETRC": str(netrc), **empty, **{name: nobody for name in proxies}}
+
+
 @contextlib.contextmanager
 def play(*replies, models=("test/model-7b",)):
     """A server with `address` and `asked` ([(body, headers)]).

@@ -72,6 +72,40 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
     assert capsys.readouterr().out == "a[2Jb\n\tc\n"
 
 
+def run_chat(typed, **environment):
+    """The conversation at the prompt in a process of its own; `typed` is bytes."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from chat_fakes import FakeEngine, FakeTokenizer\n"
+        "from nanochat.common import install_error_hook\n"
+        "from scripts import chat_cli\n"
+        "install_error_hook()\n"
+        "chat_cli.chat(FakeEngine(['na\\u00efve \\u2192', '\\U0001f642']), FakeTokenizer())\n"
+        "sys.stderr.write(repr(sys.stdin.errors))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONUTF8": "0", **environment},
+        input=typed,
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize("encoding, shown", [
+    ("utf-8", "naïve →🙂".encode()),
+    ("ascii:surrogateescape", b"na?ve ??"),
+])
+def test_neither_half_a_character_nor_a_poor_terminal_ends_the_chat(encoding, shown):
+    done = run_chat(b"caf\xc3\n\xff\xfe\n\xf0\x9f\nquit\n", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"'replace'")
+    assert done.stdout.count(b"nanochat: " + shown) == 3
+
+
+def test_half_a_character_of_a_prompt_in_the_command_is_replaced():
+    assert chat_cli.question("caf\udcc3 ") == {"role": "user", "content": "caf?"}
+
+
 def test_a_cut_answer_is_marked(capsys, monkeypatch):
     monkeypatch.setattr(chat_cli, "max_tokens", 2)
     chat_cli.answer(FakeEngine(), FakeTokenizer(), [chat_cli.question("x")])

@@ -3,6 +3,7 @@ and against our own server."""
 
 import ast
 import contextlib
+import json
 import os
 import pty
 import signal
@@ -12,7 +13,7 @@ import threading
 
 import pytest
 from chat_fakes import FakeEngine, serve, type_lines
-from stream_fakes import Reply, play, vllm
+from stream_fakes import Reply, catching_environment, play, vllm
 
 from conftest import ROOT
 from scripts import chat
@@ -164,6 +165,47 @@ def test_the_key_is_sent_and_a_missing_one_is_named(once, monkeypatch):
     with play(vllm("a")) as server:
         once(server)
         assert server.asked[0][1]["Authorization"] == "Bearer secret"
+
+
+@pytest.fixture
+def caught(monkeypatch, tmp_path):
+    """As if the machine had a ~/.netrc and proxies for everything."""
+    for name, value in catching_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_key_is_not_replaced_by_what_netrc_knows(once, caught, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with play(vllm("a")) as server:
+        assert once(server) == (0, "a\n", "")
+    assert server.asked[0][1]["Authorization"] == "Bearer secret"
+
+
+def test_without_a_key_netrc_is_asked(once, caught):
+    with play(vllm("a")) as server:
+        once(server)
+    assert server.asked[0][1]["Authorization"].startswith("Basic ")
+
+
+@pytest.mark.parametrize("url, caught_by_proxy", [
+    ("http://localhost:8000/v1", False),
+    ("http://127.0.0.1:8000/v1", False),
+    ("http://127.8.9.1/v1", False),
+    ("http://[::1]:8000/v1", False),
+    ("http://0.0.0.0:8000/v1", False),
+    ("http://box.localhost/v1", False),
+    ("http://localhost.example.org/v1", True),
+    ("http://192.168.0.7:8000/v1", True),
+    ("https://api.example.org/v1", True),
+])
+def test_a_proxy_catches_other_machines_alone(caught, url, caught_by_proxy):
+    proxies = chat.open_session(url).proxies
+    assert (chat.requests.utils.select_proxy(url, proxies) is not None) == caught_by_proxy
+
+
+def test_a_proxy_that_does_not_answer_is_named(caught, waits, capsys):
+    assert chat.main(["--url=http://a.test", "--once", "hello"]) == 1
+    assert "through the proxy that the environment names" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,6 +368,51 @@ def test_an_answer_that_was_cut_is_an_error_and_not_tried_again(once, waits, rep
         status, out, err = once(server)
     assert status == 1 and out == "Hello\n" and err.startswith("error: ") and err.count("\n") == 1
     assert waits == [] and len(server.asked) == 1
+
+
+@pytest.mark.parametrize("mark", [b"data: [DONE]\n\n", b"data:[DONE]\r\n\r\n", b"data: [DONE]"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_end_that_a_server_marks_is_the_end_of_a_whole_answer(converse, mark, chunked):
+    with play(Reply([*vllm("Hel", "lo", finish=None), mark], chunked=chunked)) as server:
+        out = converse(server, "one", "two", "quit")
+    assert out.count("model-7b: Hello\n") == 2
+    assert contents(server)[1] == [("user", "one"), ("assistant", "Hello"), ("user", "two")]
+
+
+def whole(content, finish_reason="stop", **fields):
+    """An answer in the shape that OpenAI documents for requests without a stream."""
+    message = {"role": "assistant", "content": content, **fields}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    return {"id": "chatcmpl-7", "object": "chat.completion", "choices": [choice]}
+
+
+@pytest.mark.parametrize("reply", [
+    Reply(whole("Hello")),
+    Reply(whole("Hello", finish_reason=None)),
+    Reply(whole("<think>They greet me.</think>Hello")),
+    Reply(whole("Hello", reasoning_content="They greet me.")),
+    Reply([json.dumps(whole("Hello"), indent=2).encode()]),
+    Reply([b"\n", json.dumps(whole("Hello")).encode() + b"\n"], chunked=False),
+])
+def test_json_in_place_of_a_stream_is_shown(converse, once, reply):
+    with play(reply) as server:
+        assert once(server) == (0, "Hello\n", "")
+        converse(server, "one", "two", "quit")
+    assert contents(server)[2] == [("user", "one"), ("assistant", "Hello"), ("user", "two")]
+
+
+@pytest.mark.parametrize("body, said", [
+    ({"error": {"message": "model is loading"}}, "model is loading"),
+    ({"detail": "quota exceeded"}, "quota exceeded"),
+    ({"status": "ok"}, "{'status': 'ok'}"),
+    ({"choices": [{"message": "x"}]}, "not OpenAI's shape"),
+    ({"choices": [{"message": {"content": ["x"]}}]}, "not OpenAI's shape"),
+])
+def test_json_in_place_of_a_stream_that_is_no_answer_is_an_error(once, waits, body, said):
+    with play(Reply(body)) as server:
+        status, out, err = once(server)
+    assert status == 1 and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert waits == []
 
 
 def test_a_cut_answer_leaves_no_trace_in_the_conversation(converse, waits):
@@ -522,6 +609,7 @@ def test_half_a_character_does_not_end_the_program():
     [
         (["--url=localhost:8000"], "http://"),
         (["--url=http://"], "http://"),
+        (["--url=http://[1:2]"], "http://"),
         (["--url=http://a b"], "http://"),
         (["--once", " "], "--once"),
         (["--promt=x"], "--promt"),

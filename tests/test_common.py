@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from nanochat.common import UserError, atomic_file, atomic_write
+from nanochat.common import UserError, atomic_file, atomic_write, install_error_hook
 from nanochat.configurator import configure
 
 SCRIPT = '''"""What it does."""
@@ -98,6 +98,30 @@ def test_errors_end_with_one_line_and_their_status(error, status, line):
     done = run_code("from nanochat.common import UserError, install_error_hook\n"
                     f"install_error_hook()\nraise {error}")
     assert (done.returncode, done.stderr) == (status, line)
+
+
+@pytest.mark.parametrize("encoding, shown", [
+    ("ascii", "na?ve ? ?\n"), ("latin-1", "na\xefve ? ?\n"), ("cp437", "na\x8bve ? ?\n"),
+])
+def test_no_program_ends_because_its_output_cannot_encode_a_character(encoding, shown):
+    done = subprocess.run(
+        [sys.executable, "-c", "from nanochat.common import install_error_hook\n"
+         "print('before')\ninstall_error_hook()\n"
+         "print('na\\u00efve \\u2192 \\ud83d')\nprint(input())\n"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        input=b"caf\xc3\n" if encoding == "ascii" else b"cafe\n",
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("latin-1").replace("\r\n", "\n").startswith("before\n" + shown)
+
+
+def test_streams_that_are_none_or_no_files_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", object())
+    install_error_hook()
 
 
 def test_a_bug_keeps_its_traceback():

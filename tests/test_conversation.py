@@ -1,7 +1,17 @@
-"""Chat messages: an answer that comes back as history is parts again, and old turns make room."""
+"""Chat messages: an answer that comes back as history is parts again, old turns make room, and what
+people write is made well formed."""
+import json
+from collections import Counter
+
 import pytest
 
-from nanochat.conversation import fit_conversation, restore_tool_calls
+from nanochat.common import UserError
+from nanochat.conversation import (
+    check_conversation,
+    fit_conversation,
+    normalise_messages,
+    restore_tool_calls,
+)
 from nanochat.tokenizer import Tokenizer
 
 
@@ -46,3 +56,100 @@ def test_a_long_conversation_is_shortened_in_few_attempts(tokenizer, monkeypatch
     assert len(asked) < 15 and kept == messages[-len(kept):] and kept[0]["role"] == "user"
     one_turn_more = messages[-len(kept) - 2:]
     assert len(render({"messages": kept})) <= 128 < len(render({"messages": one_turn_more}))
+
+
+# ------------------------------------------------------------------------------------------------
+# messages as people write them
+
+def message(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def call(name, **arguments):
+    """A tool call in OpenAI's shape."""
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    return {"id": "call_1", "type": "function", "function": function}
+
+
+HI, HELLO = message("user", "Hi"), message("assistant", "Hello")
+
+
+@pytest.mark.parametrize("messages, normal", [
+    ([HI, HELLO], [HI, HELLO]),
+    ([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], [HI, HELLO]),
+    ([message("User", "Hi", name="Ada", weight=1), message("MODEL", "Hello")], [HI, HELLO]),
+    ([message("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])], [HI]),
+    # greeting first
+    ([message("assistant", "Welcome!"), HI, HELLO], [HI, HELLO]),
+    ([message("system", "s"), message("assistant", "Welcome!"), HI], [message("system", "s"), HI]),
+    # consecutive messages of one role
+    ([HI, message("user", "there"), HELLO], [message("user", "Hi\n\nthere"), HELLO]),
+    ([HI, HELLO, message("assistant", "you")], [HI, message("assistant", "Hello\n\nyou")]),
+    # system messages in other places
+    ([message("developer", "a"), HI, message("system", "b")], [message("system", "a\n\nb"), HI]),
+    ([HI, message("system", "b"), HELLO], [message("system", "b"), HI, HELLO]),
+    # no content
+    ([HI, message("assistant", None), HI], [message("user", "Hi\n\nHi")]),
+    ([HI, {"role": "assistant"}], [HI]),
+    ([message("system", ""), HI], [HI]),
+    ([message("system", None)], []),
+])
+def test_messages_are_made_well_formed(messages, normal):
+    before = json.dumps(messages)
+    assert normalise_messages(messages) == normal
+    assert json.dumps(messages) == before, "what was given is not changed"
+    if normal:
+        assert check_conversation({"messages": normal}) == normal
+
+
+def test_tool_calls_and_replies_become_those_of_the_python_tool(tokenizer):
+    changes = Counter()
+    calls = [call("weather", city="Ulm"), call("f", x=1, y=2)]
+    asked = message("assistant", None, tool_calls=calls)
+    messages = normalise_messages(
+        [HI, asked, message("tool", "rain", tool_call_id="call_1"), message("tool", "3"), HELLO],
+        changes,
+    )
+    assert messages[0] == HI and len(messages) == 2
+    assert [(part["type"], part["text"]) for part in messages[1]["content"]] == [
+        ("python", "weather(city='Ulm')"),
+        ("python_output", "rain"),
+        ("python", "f(x=1, y=2)"),
+        ("python_output", "3"),
+        ("text", "Hello"),
+    ]
+    assert +changes == {"tool calls written as Python calls": 2}
+    ids, mask = tokenizer.render_conversation({"messages": messages})
+    assert tokenizer.encode_special("<|python_start|>") in ids and 0 < sum(mask) < len(mask)
+
+
+@pytest.mark.parametrize("turn", [
+    {"from": "function_call", "value": '{"name": "python", "arguments": {"code": "6*7"}}'},
+    {"from": "function_call", "value": "6*7"},
+    message("assistant", None, function_call={"name": "calculator", "arguments": '"6*7"'}),
+    message("assistant", "", tool_calls=[call("code_interpreter", input="6*7")]),
+    message("assistant", [{"type": "python", "text": "6*7"}]),
+])
+def test_a_call_of_a_python_tool_is_its_expression(turn):
+    reply = {"from": "observation", "value": "42"}
+    parts = normalise_messages([HI, turn, reply, HELLO])[1]["content"]
+    assert [part["text"] for part in parts] == ["6*7", "42", "Hello"]
+
+
+@pytest.mark.parametrize("messages, words", [
+    (None, "at least one message"),
+    ([], "at least one message"),
+    ("Hi", "at least one message"),
+    (["Hi"], "message 1 is not"),
+    ([HI, {"content": "x"}], "message 2 has the role None"),
+    ([message([], "x")], r"message 1 has the role \[\]"),
+    ([message("narrator", "x")], "'narrator': the known ones are system, developer, user"),
+    ([HI, HELLO, message("user", None)], r"message 3 \(user\) has no content"),
+    ([message("user", 7)], r"message 1 \(user\): its content must be text"),
+    ([message("user", [{"type": "python", "text": "1"}])], "must be text or a list"),
+    ([message("user", [{"type": "text", "text": None}])], "must be text or a list"),
+    ([HI, message("assistant", "a\udc80")], r"message 2 has a lone surrogate \(U\+DC80\)"),
+])
+def test_messages_that_cannot_be_made_well_formed_are_named(messages, words):
+    with pytest.raises(UserError, match=words):
+        normalise_messages(messages)

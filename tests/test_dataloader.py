@@ -8,7 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat.dataloader import sft_data_generator, tokenizing_distributed_data_loader_with_state
+from nanochat.dataloader import (
+    count_cut,
+    say_cut,
+    sft_data_generator,
+    tokenizing_distributed_data_loader_with_state,
+)
 from nanochat.dataset import iter_documents, open_dataset
 from nanochat.tokenizer import Tokenizer
 
@@ -178,6 +183,36 @@ def talks():
         talk(f"{i} {sentence(rng, most=4)}", f"{sentence(rng, most=3)} {i}")
         for i in range(100)
     ]
+
+
+def test_conversations_that_are_cut_to_the_context_are_counted_and_said(tokenizer, capsys):
+    short, long = talk("a cat", "a dog"), talk("a cat", "the tree " * 200)
+    unanswered = talk("the tree " * 200, "a dog")
+    task = [short, long, short, unanswered, long]
+    assert count_cut(tokenizer, task, 48) == (3, 1)
+    say_cut(tokenizer, task, 48)
+    said = capsys.readouterr().out
+    assert "3 of 5 conversations are longer than the context of 48 tokens" in said
+    assert "1 of them keep no answer" in said and said.count("\n") == 1
+    say_cut(tokenizer, [short] * 3, 48)
+    assert capsys.readouterr().out == "", "there is nothing to say"
+
+
+def test_a_conversation_is_cut_where_it_is_one_token_longer_than_a_sequence(tokenizer):
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    for one in (talk("ä cat 🙂", "a dog"), talk("1+1", [*parts, {"type": "text", "text": "é"}])):
+        length = len(tokenizer.render_conversation(one)[0])
+        assert count_cut(tokenizer, [one], length - 1) == (0, 0)
+        assert count_cut(tokenizer, [one], length - 2) == (1, 0)
+
+
+def test_a_conversation_without_a_long_text_is_not_tokenized(monkeypatch, tokenizer):
+    rendered = []
+    render = tokenizer.render_conversation
+    monkeypatch.setattr(
+        tokenizer, "render_conversation", lambda one: rendered.append(one) or render(one))
+    count_cut(tokenizer, [talk("a cat", "a dog")] * 9 + [talk("a cat", "a dog" * 20)], 48)
+    assert len(rendered) == 1
 
 
 def pack(tokenizer, task, count, B=2, T=48, **options):

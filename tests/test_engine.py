@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, sample
+from nanochat.engine import Engine, NonFiniteError, sample, sample_texts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -271,6 +271,50 @@ def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engin
     ):
         with pytest.raises(UserError, match="must not be negative"):
             engine.generate("abc", **wrong)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("logits", [
+    [0.0, NAN, 1.0, 2.0], [NAN] * 4, [0.0, 1.0, 2.0, INF], [-INF] * 4, [NAN, INF, -INF, 0.0],
+])
+@pytest.mark.parametrize("temperature, top_k", [(0, 50), (1.0, 50), (0.5, 2), (1.0, 0)])
+def test_logits_that_are_not_finite_are_an_error(logits, temperature, top_k):
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(NonFiniteError, match="not finite"):
+            sample(torch.tensor(logits, dtype=dtype), temperature, top_k, torch.Generator())
+
+
+def test_a_token_that_is_ruled_out_is_no_error():
+    logits, generator = torch.tensor([-INF, 1.0, -INF]), torch.Generator().manual_seed(0)
+    for temperature, top_k in ((0, 50), (1.0, 50), (1.0, 2), (1.0, 0)):
+        assert sample(logits, temperature, top_k, generator) == 1
+
+
+@pytest.fixture
+def diverged(tokenizer):
+    """A model whose weights are NaN."""
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(NAN)
+    return model
+
+
+def test_a_model_that_has_diverged_says_so_and_leaves_no_slot_behind(tokenizer, diverged):
+    engine = Engine(diverged, tokenizer)
+    for temperature in (0, 0.6):
+        with pytest.raises(UserError, match="diverged"):
+            engine.generate("abc", temperature=temperature)
+        with pytest.raises(UserError, match="diverged"):
+            engine.generate_batch([[5], [6, 7]], temperature=temperature)
+    assert engine.running == {} and engine.waiting == [] and engine.kv_cache is None
+
+
+def test_the_samples_of_a_diverged_run_do_not_end_it(tokenizer, diverged, capsys):
+    (shown,) = sample_texts(diverged, tokenizer, ["abc"], max_new_tokens=4)
+    assert "not finite" in shown["text"] and "not finite" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

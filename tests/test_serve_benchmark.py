@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from chat_fakes import MODEL, FakeEngine, serve
-from stream_fakes import Reply, play, vllm
+from stream_fakes import Reply, catching_environment, play, vllm
 
 from conftest import last_json
 from nanochat.common import UserError
@@ -89,12 +89,22 @@ def test_our_own_server_is_measured(benchmark):
     assert "the server's usage" in out and "roofline" not in out.splitlines()[-2]
 
 
-def test_an_answer_longer_than_the_context_of_our_server_is_refused_with_its_reason(benchmark):
+def test_an_answer_longer_than_the_context_of_our_server_is_as_long_as_there_is_room(benchmark):
+    engine = FakeEngine(["a"] * 300)
+    with serve(engine) as address:
+        _, record = benchmark(
+            address, "--concurrency=2", "--input=60", "--output=201", "--rounds=1"
+        )
+    (row,) = record["rows"]
+    assert row["errors"] == {} and 0 < row["output_tokens"] < 200
+
+
+def test_a_prompt_longer_than_the_context_of_our_server_is_refused_with_its_reason(benchmark):
     with (
         serve(FakeEngine()) as address,
-        pytest.raises(UserError, match="max_tokens must be a whole number from 1 to 200.*--output"),
+        pytest.raises(UserError, match="the question takes .* the model reads 199: .*--input"),
     ):
-        benchmark(address, "--concurrency=2", "--input=60", "--output=201")
+        benchmark(address, "--concurrency=2", "--input=400", "--output=5")
 
 
 def test_prompts_have_the_tokens_asked_for_and_nothing_in_common(benchmark):
@@ -278,7 +288,7 @@ def test_a_usage_without_numbers_is_no_usage(benchmark):
 def test_a_server_whose_list_of_models_fails_is_no_bad_input(benchmark, monkeypatch):
     broken = serve_benchmark.requests.Response()
     broken.status_code = 500
-    monkeypatch.setattr(serve_benchmark.requests, "get", lambda *_, **__: broken)
+    monkeypatch.setattr(serve_benchmark.requests.Session, "get", lambda *_, **__: broken)
     with pytest.raises(ConnectionError, match="500"):
         benchmark("http://localhost:1")
 
@@ -288,6 +298,38 @@ def test_a_key_that_no_header_can_carry_is_named(benchmark, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with play(vllm("a")) as server, pytest.raises(UserError, match="OPENAI_API_KEY"):
         benchmark(server.address)
+
+
+def test_the_end_that_a_server_marks_is_the_end_of_a_whole_answer(benchmark):
+    marked = [*vllm("a", "b", finish=None), b"data: [DONE]\n\n"]
+    with play(*probes_then(marked)) as server:
+        row = benchmark(server.address, "--concurrency=1", "--rounds=2")[1]["rows"][0]
+    assert row["errors"] == {} and row["output_tokens"] == 2
+
+
+@pytest.mark.parametrize("body, said", [
+    ({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}, "Hello"),
+    ({"error": {"message": "model is loading"}}, "model is loading"),
+    ({"detail": "quota"}, "quota"),
+])
+def test_json_in_place_of_a_stream_is_an_error_that_shows_it(benchmark, body, said):
+    with (
+        play(Reply(body)) as server,
+        pytest.raises(ConnectionError, match=f"JSON in place of a stream.*{said}"),
+    ):
+        benchmark(server.address, "--concurrency=1", "--rounds=1")
+
+
+def test_netrc_and_proxies_do_not_come_between_client_and_server(
+    benchmark, monkeypatch, tmp_path
+):
+    for name, value in catching_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with play(*probes_then(vllm("a"))) as server:
+        benchmark(server.address, "--concurrency=1", "--rounds=1")
+    assert {headers["Authorization"] for _, headers in server.asked} == {"Bearer secret"}
+    assert serve_benchmark.open_session("http://a.test/v1").proxies["http"]
 
 
 def test_percentiles_are_values_that_were_seen():
@@ -310,6 +352,7 @@ def test_percentiles_are_values_that_were_seen():
         (["--model=deepseek-r1", "--device=mi350x", "--dtype=int4"], "fp8"),
         (["--url=localhost:8000"], "http://"),
         (["--url=http://"], "http://"),
+        (["--url=http://[::z]:80"], "http://"),
         (["--model=qwen3-32b", "--device=dgx-spark"], "dtype.*bf16, fp8, int4"),
         (["--dtype=fp8"], "--model"),
         (["--devices=2"], "--model"),

@@ -6,6 +6,7 @@ import requests
 from chat_fakes import MODEL, FakeEngine, serve
 
 from nanochat.common import UserError
+from nanochat.engine import NonFiniteError
 
 HELLO = [{"role": "user", "content": "hello"}]
 TEXT = "Hello 🙂!"
@@ -87,6 +88,7 @@ def test_openai_client_length_and_text_parts(client, engine):
 def test_openai_client_models_and_errors(client):
     import openai
     assert [m.id for m in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="gpt-4", messages=HELLO)
     assert error.value.code == "model_not_found"
@@ -104,7 +106,7 @@ def test_stream_on_the_wire(address):
 
 
 @pytest.mark.parametrize("fields, param", [
-    *[({"max_tokens": bad}, "max_tokens") for bad in (10**9, 0, -1, "5", 1.5, True, [1])],
+    *[({"max_tokens": bad}, "max_tokens") for bad in (0, -1, "5", 1.5, True, [1])],
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     *[({"temperature": bad}, "temperature") for bad in (-0.1, 2.1, "1", False)],
     *[({"top_k": bad}, "top_k") for bad in (0, 1001)],
@@ -173,10 +175,46 @@ def test_unknown_routes_are_404_in_openai_shape(address):
     assert response.status_code == 405 and response.json()["error"]["message"]
 
 
-def test_absent_max_tokens_is_capped_and_the_context_is_never_exceeded(address, engine):
+def test_max_tokens_is_capped_and_the_context_is_never_exceeded(address, engine):
     post(address)
-    post(address, max_tokens=200)
-    assert [len(c["prompt"]) + c["max_new_tokens"] for c in engine.calls] == [200, 200]
+    for limit in (200, 201, 4096, 10**9, 2**80):
+        assert post(address, max_tokens=limit).status_code == 200
+        assert post(address, max_completion_tokens=limit).status_code == 200
+    assert [len(c["prompt"]) + c["max_new_tokens"] for c in engine.calls] == [200] * 11
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", f"/v1/models/{MODEL}"])
+def test_whatever_can_be_read_can_be_asked_for_with_head(address, path):
+    head, get = (ask(address + path, timeout=30) for ask in (requests.head, requests.get))
+    assert head.status_code == get.status_code == 200 and head.content == b""
+    assert head.headers["Content-Length"] == get.headers["Content-Length"]
+
+
+def test_a_single_model_is_described_and_another_is_not_found(address):
+    listed = requests.get(address + "/v1/models", timeout=30).json()["data"]
+    assert requests.get(f"{address}/v1/models/{MODEL}", timeout=30).json() == listed[0]
+    for name in ("gpt-4", "meta/llama-3"):
+        response = requests.get(f"{address}/v1/models/{name}", timeout=30)
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+
+
+SYSTEM, ANSWER = {"role": "system", "content": "s"}, {"role": "assistant", "content": "hi"}
+
+
+@pytest.mark.parametrize("messages, prompt", [
+    ([*HELLO, {"role": "assistant", "content": None}, *HELLO], "\1\2hello\n\nhello\3"),
+    ([*HELLO, {"role": "assistant"}, *HELLO], "\1\2hello\n\nhello\3"),
+    ([*HELLO, *HELLO], "\1\2hello\n\nhello\3"),
+    ([*HELLO, ANSWER, ANSWER, *HELLO], "\1\2hello\2hi\n\nhi\2hello\3"),
+    ([ANSWER, *HELLO], "\1\2hello\3"),
+    ([SYSTEM, ANSWER, *HELLO], "\1\2s\2hello\3"),
+    ([SYSTEM, *HELLO, ANSWER, SYSTEM, *HELLO], "\1\2s\n\ns\2hello\2hi\2hello\3"),
+    ([*HELLO, SYSTEM], "\1\2s\2hello\3"),
+])
+def test_messages_of_other_clients_are_made_well_formed(address, engine, messages, prompt):
+    assert post(address, messages=messages).status_code == 200
+    assert "".join(map(chr, engine.calls[0]["prompt"])) == prompt
 
 
 def test_oldest_turns_are_dropped(address, engine):
@@ -259,6 +297,16 @@ def test_a_failing_model_says_so_and_the_next_request_is_served(address, engine)
     assert "the prompt is too long" in post(address, stream=True).text
     engine.pieces = ["fine"]
     assert post(address).json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_logits_that_are_not_finite_are_the_servers_failure_with_its_reason(address, engine):
+    engine.pieces = ["Hel", NonFiniteError()]
+    response = post(address)
+    error = response.json()["error"]
+    assert response.status_code == 500 and error["type"] == "server_error"
+    assert "not finite" in error["message"] and "\n" not in error["message"]
+    stream = post(address, stream=True).text
+    assert "not finite" in stream and '"server_error"' in stream and "[DONE]" not in stream
 
 
 def test_conversations_are_not_logged(engine, capfd, caplog):

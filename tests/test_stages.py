@@ -83,8 +83,12 @@ def test_the_chat_stages_follow(stages, trained, text):
     assert PROGRESS.search(out)
     talk = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
     mine = stages.base / "mine.jsonl"
-    mine.write_text(json.dumps(talk) + "\n", encoding="utf-8")
+    long = [{"from": "human", "value": "why? " * 99}, {"from": "gpt", "value": "so"}]
+    rows = [json.dumps(talk), json.dumps({"conversations": long})]
+    mine.write_text("\n".join(rows), encoding="utf-8")
     out, _ = stages.fork("scripts.chat_sft", f"--custom={mine}", *small)
+    assert "2 conversations (1 role/content, 1 from/value)" in out
+    assert "1 of 2 conversations are longer than the context of 128 tokens" in out
     sft = last_json(out)
     assert TRAINING <= sft.keys() and sft["tokens"] == 3 * 2 * 128
     assert sft["checkpoint"] == str(stages.folder("chatsft", "d1"))

@@ -1,0 +1,227 @@
+"""The user's own conversations in the forms that people have them in: read, said, or refused in one
+line that names the place."""
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat.common import UserError
+from tasks.customjson import CustomJSON
+
+USER = {"role": "user", "content": "Hello"}
+ASSISTANT = {"role": "assistant", "content": "Hello, Ada."}
+TALK = [USER, ASSISTANT]
+
+
+def sharegpt(*turns):
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(content, name) -> the messages of all conversations of a file with this content.
+
+    A text is written as it is, a list as one line of JSON for each item.
+    """
+    def read(content, name="mine.jsonl"):
+        path = tmp_path / name
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        task = CustomJSON(path)
+        return [task[i]["messages"] for i in range(len(task))]
+    return read
+
+
+def texts(messages):
+    return [(message["role"], message["content"]) for message in messages]
+
+
+# ------------------------------------------------------------------------------------------------
+# what a record may look like
+
+@pytest.mark.parametrize("record, form", [
+    (TALK, "role/content"),
+    ({"messages": TALK, "tools": [{"type": "function"}]}, "role/content"),
+    ({"id": 7, "body": {"messages": TALK, "model": "gpt-4o"}}, "role/content"),
+    ({"data": {"chat": {"turns": TALK}}}, "role/content"),
+    ({"messages": json.dumps(TALK)}, "role/content"),
+    ({"messages": repr(TALK), "id": "x"}, "role/content"),
+    (sharegpt(("human", "Hello"), ("gpt", "Hello, Ada.")), "from/value"),
+    ({"conversation": [{"from": "User", "value": "Hello"},
+                       {"from": "ChatGPT", "value": "Hello, Ada."}]}, "from/value"),
+    ({"instruction": "Hello", "input": "", "output": "Hello, Ada."}, "instruction/output"),
+    ({"instruction": "Hello", "context": None, "response": "Hello, Ada.", "category": "open_qa"},
+     "instruction/response"),
+    ({"prompt": "Hello", "completion": " Hello, Ada.\n"}, "prompt/completion"),
+    ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt/completion"),
+    ({"question": "Hello", "answer": "Hello, Ada."}, "question/answer"),
+    ({"Question ": "Hello", "ANSWER": "Hello, Ada.", "user": None}, "question/answer"),
+    ({"input": "Hello", "output": "Hello, Ada."}, "input/output"),
+    ({"query": "Hello", "response": "Hello, Ada.", "history": []}, "query/response"),
+    ({"user": "Hello", "assistant": "Hello, Ada."}, "user/assistant"),
+])
+def test_the_common_forms_are_recognised_and_said(read, capsys, record, form):
+    assert read([record, record]) == [TALK, TALK]
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"mine.jsonl: 2 conversations (2 {form})" in out
+
+
+def test_an_instruction_has_its_input_and_a_record_its_system_prompt(read):
+    instruction = {"instruction": "Add.", "input": "1, 2", "output": 3}
+    about = {
+        "question": "Who?",
+        "context": "Ada wrote it.",
+        "answer": "Ada.",
+        "system": "Be brief.",
+    }
+    shared = {"system": "Be kind.", **sharegpt(("human", "Hi"), ("gpt", "Hello"))}
+    assert [texts(messages) for messages in read([instruction, about, shared])] == [
+        [("user", "Add.\n\n1, 2"), ("assistant", "3")],
+        [("system", "Be brief."), ("user", "Who?\n\nAda wrote it."), ("assistant", "Ada.")],
+        [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")],
+    ]
+
+
+def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
+    record = sharegpt(
+        ("gpt", "Welcome!"), ("human", "Hi"), ("human", "there"), ("gpt", "Hello"), ("gpt", None),
+        ("system", "Be kind."), ("human", "Bye"),
+    )
+    assert texts(read([record])[0]) == [
+        ("system", "Be kind."), ("user", "Hi\n\nthere"), ("assistant", "Hello")]
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    for said in (
+        "1 from/value",
+        "1 greetings left out",
+        "1 messages joined to one of the same role",
+        "1 empty messages left out",
+        "1 later system messages moved to the beginning",
+        "1 last messages without an answer left out",
+    ):
+        assert said in out
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"text": "Hello"}, r"no conversation was recognised \(its keys: text\)"),
+    ({"prompt": "a", "chosen": TALK[1:], "rejected": TALK[1:]}, "prompt, chosen, rejected"),
+    ({"question": "a", "answers": ["b"]}, "question, answers"),
+    ({"a": TALK, "b": TALK}, r"\(its keys: a, b\)"),
+    ({"messages": []}, "no conversation"),
+    ({"messages": None}, "no conversation"),
+    (["Hello", "Hello, Ada."], "no conversation"),
+    ("Hello", "no conversation"),
+    ([], "no conversation"),
+])
+def test_another_form_is_one_line_that_shows_the_wanted_one(read, record, words):
+    wanted = r".*\{\"role\": \"user\", \"content\": \"Hello\"\}.*under the key \"messages\""
+    with pytest.raises(UserError, match=f"mine.jsonl, line 2.*{words}{wanted}") as error:
+        read([TALK, record])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("messages, words", [
+    ([{"role": "narrator", "content": "x"}], "message 1 has the role 'narrator'.*user"),
+    ([USER, {"content": "x"}], "message 2 has the role None"),
+    ([USER, "x"], "message 2 is not"),
+    ([{"role": "user", "content": " "}, ASSISTANT], r"message 1 \(user\) has no content"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT], "must be text or a list"),
+    ([USER, {"role": "assistant", "content": ""}], "end with assistant"),
+    ([{"role": "system", "content": "x"}], "end with assistant"),
+])
+def test_messages_that_cannot_be_used_are_named_with_their_place(read, messages, words):
+    with pytest.raises(UserError, match=f"line 1: .*{words}"):
+        read([messages])
+
+
+@pytest.mark.parametrize("line", [
+    r'[{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "b"}]',
+    r'{"conversations": [{"from": "human", "value": "\ude00"}, {"from": "gpt", "value": "b"}]}',
+    r'{"prompt": "a", "completion": "b\udfff c"}',
+    r'[{"role": "user", "content": "a"}, '
+    r'{"role": "assistant", "content": [{"type": "text", "text": "\ud800"}]}]',
+])
+def test_a_lone_surrogate_is_refused_with_its_line(read, line):
+    with pytest.raises(UserError, match=r"line 3: message \d has a lone surrogate \(U\+D"):
+        read(f"{json.dumps(TALK)}\n\n{line}\n")
+    assert read(r'{"prompt": "\ud83d\ude00", "completion": "b"}')[0][0]["content"] == "😀"
+
+
+# ------------------------------------------------------------------------------------------------
+# what a file may look like
+
+RECORDS = [{"prompt": "Hello", "completion": "Hello, Ada."}] * 3
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps(RECORDS),
+    json.dumps(RECORDS, indent=2),
+    json.dumps([TALK] * 3),
+    json.dumps([TALK] * 3, indent=4),
+    json.dumps({"version": "1.0", "data": RECORDS}),
+    json.dumps({"data": RECORDS}, indent=1),
+    "\ufeff" + json.dumps(RECORDS, indent="\t").replace("\n", "\r\n"),
+    "[\n" + ",\n".join(json.dumps(record) for record in RECORDS) + "\n]\n",
+    "\n\n".join(json.dumps(record) for record in RECORDS),
+])
+@pytest.mark.parametrize("name", ["mine.json", "mine.jsonl", "mine.txt"])
+def test_a_list_of_records_is_read_whatever_its_layout_and_name(read, content, name):
+    assert read(content, name) == [TALK] * 3
+
+
+def test_one_conversation_over_many_lines_is_read(read):
+    assert read(json.dumps({"messages": TALK}, indent=2), "one.json") == [TALK]
+    assert read(json.dumps(TALK, indent=2), "one.json") == [TALK]
+
+
+@pytest.mark.parametrize("content, name", [
+    ("prompt,completion\nHello,\"Hello, Ada.\"\n", "mine.csv"),
+    ("Question;Answer\r\nHello;Hello, Ada.\r\n", "MINE.CSV"),
+    ("id\tinstruction\tinput\toutput\n1\tHello\t\tHello, Ada.\n", "mine.tsv"),
+    ('id,messages\n7,"%s"\n' % json.dumps(TALK).replace('"', '""'), "mine.csv"),
+    ('id,messages\n7,"%s"\n' % repr(TALK), "mine.csv"),
+    ("prompt,completion\nHello,\"Hello, Ada.\"\n".encode("utf-16"), "mine.csv"),
+])
+def test_tables_are_read_by_the_names_of_their_columns(read, content, name):
+    assert read(content, name) == [TALK]
+
+
+def test_a_cell_of_a_table_may_hold_lines_and_be_long(read):
+    text = "line\n" * 40_000 + "end"
+    messages = read(f'prompt,completion\nHello,"{text}"\n', "mine.csv")[0]
+    assert messages[1]["content"] == text
+
+
+def test_parquet_is_read(tmp_path):
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"id": [1, 2], "conversations": [TALK, TALK]}), path)
+    assert [task["messages"] for task in CustomJSON(path)] == [TALK, TALK]
+    pq.write_table(pa.table({"question": ["Hello", "7?"], "answer": ["Hello, Ada.", None]}), path)
+    with pytest.raises(UserError, match="mine.parquet, row 2"):
+        CustomJSON(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="mine.parquet is damaged"):
+        CustomJSON(path)
+
+
+@pytest.mark.parametrize("content, name, words", [
+    (json.dumps(RECORDS + [{"prompt": "x"}]), "mine.json", "line 1, entry 4"),
+    (json.dumps(RECORDS + [{"prompt": "x"}], indent=1), "mine.json", "mine.json, entry 4"),
+    ("prompt,completion\na,b\nc,\n", "mine.csv", "line 3"),
+    ("a,b\n1,2\n", "mine.csv", r"line 2.*its keys: a, b"),
+    ('[\n{"prompt": "a", "completion": "b"},\n{"prompt"}\n]', "mine.json", "line 3 is not JSON"),
+    ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', "mine.jsonl", "line 2 is not JSON"),
+    (b'{"prompt": "a",\n"completion": "\xe4"}', "mine.json", r"line 2 is not UTF-8 \(byte 31\)"),
+    (gzip.compress(b"[]"), "mine.jsonl.gz", "compressed by gzip: unpack"),
+    (b"PK\x03\x04...", "mine.xlsx", "save it as csv"),
+    (b"PAR1...", "mine.jsonl", "ends with .parquet"),
+    ("", "mine.csv", "holds no conversations"),
+    ("\n \n", "mine.jsonl", "holds no conversations"),
+])
+def test_a_file_that_cannot_be_read_is_one_line_with_the_place(read, content, name, words):
+    with pytest.raises(UserError, match=words) as error:
+        read(content, name)
+    assert "\n" not in str(error.value)
