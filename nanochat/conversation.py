@@ -175,10 +175,10 @@ def _read_message(message, number, changes):
     if role == "tool":
         parts = [{"type": "python_output", "text": "".join(part["text"] for part in parts)}]
     calls = _read_calls(message, role, parts)
-    if calls:
-        changes["tool calls written as Python calls"] += len(calls)
-        parts = calls if role == "call" else parts + calls
-        role = "assistant"
+    changes["tool calls written as Python calls"] += len(calls)
+    if role == "call":
+        role, parts = "assistant", []
+    parts = parts + calls
 
     for part in parts:
         _check_text(part["text"], number)
@@ -220,10 +220,13 @@ def _check_text(text, number):
 
 def _read_calls(message, role, parts):
     """The tool calls of a message as parts: of OpenAI's fields, or ShareGPT's message of a call."""
-    calls = message.get("tool_calls") or message.get("function_call") or []
-    if role == "call":
-        text = "".join(part["text"] for part in parts)
-        calls = _from_json(text)
+    calls = []
+    if role == "assistant":
+        calls = message.get("tool_calls") or message.get("function_call") or []
+    elif role == "call":
+        calls = "".join(part["text"] for part in parts)
+    if isinstance(calls, str):
+        calls = _from_json(calls)
     if not isinstance(calls, list):
         calls = [calls]
     return [{"type": "python", "text": call_text(call)} for call in calls]
@@ -233,7 +236,7 @@ def _from_json(text):
     """What a text says as JSON; the text itself where it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -93,6 +93,10 @@ HI, HELLO = message("user", "Hi"), message("assistant", "Hello")
     ([HI, {"role": "assistant"}], [HI]),
     ([message("system", ""), HI], [HI]),
     ([message("system", None)], []),
+    # a call of nothing, and calls where none can be
+    ([HI, message("function_call", "[]"), HELLO], [HI, HELLO]),
+    ([message("user", "Hi", tool_calls=[{"name": "f"}]), HELLO], [HI, HELLO]),
+    ([message("tool", "42"), HI, HELLO], [HI, HELLO]),
 ])
 def test_messages_are_made_well_formed(messages, normal):
     before = json.dumps(messages)
@@ -126,6 +130,8 @@ def test_tool_calls_and_replies_become_those_of_the_python_tool(tokenizer):
 @pytest.mark.parametrize("turn", [
     {"from": "function_call", "value": '{"name": "python", "arguments": {"code": "6*7"}}'},
     {"from": "function_call", "value": "6*7"},
+    {"from": "tool_call", "value": '[{"name": "python", "parameters": {"expression": "6*7"}}]'},
+    message("assistant", None, tool_calls=json.dumps([call("python", code="6*7")])),
     message("assistant", None, function_call={"name": "calculator", "arguments": '"6*7"'}),
     message("assistant", "", tool_calls=[call("code_interpreter", input="6*7")]),
     message("assistant", [{"type": "python", "text": "6*7"}]),

@@ -2,13 +2,24 @@
 line that names the place."""
 import gzip
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import ROOT
 from nanochat.common import UserError
-from tasks.customjson import CustomJSON
+from nanochat.conversation import check_conversation
+from tasks.customjson import (
+    ANSWERS,
+    DETAILS,
+    MESSAGES,
+    QUESTIONS,
+    READERS,
+    SYSTEM,
+    CustomJSON,
+)
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hello, Ada."}
@@ -225,3 +236,26 @@ def test_a_file_that_cannot_be_read_is_one_line_with_the_place(read, content, na
     with pytest.raises(UserError, match=words) as error:
         read(content, name)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# docs/conversations.md
+
+PAGE = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^\*\*`([^`]+)`\*\*.*?^```\w+\n(.*?)^```", PAGE, re.M | re.S)
+
+
+@pytest.mark.parametrize("name, body", EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_the_examples_of_the_page_are_read(read, name, body):
+    conversations = read(body, name)
+    assert len(conversations) == 2
+    for messages in conversations:
+        check_conversation({"messages": messages})
+        assert messages[-1]["role"] == "assistant"
+
+
+def test_the_page_names_every_key_and_suffix():
+    assert len(EXAMPLES) == 7
+    names = {*QUESTIONS, *ANSWERS, *DETAILS, *SYSTEM, *MESSAGES, *READERS} - {"conversation"}
+    quoted = {name: rf"[`\"]\w*{re.escape(name)}[`\"]" for name in sorted(names)}
+    assert [name for name, pattern in quoted.items() if not re.search(pattern, PAGE)] == []
