@@ -44,6 +44,12 @@ class NonFiniteError(UserError):
         )
 
 
+def check_finite(scores):
+    """NonFiniteError where one of several scores, of which the best is wanted, is not finite."""
+    if not scores.isfinite().all():
+        raise NonFiniteError
+
+
 def sample(logits, temperature, top_k, generator):
     """One token id from logits (V,). Temperature 0 is greedy, top_k 0 samples among all tokens.
 

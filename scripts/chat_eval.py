@@ -13,7 +13,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.engine import Engine
+from nanochat.engine import Engine, check_finite
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage
@@ -78,6 +78,7 @@ def pick_letters(conversations):
     answers = []
     for conversation, row in zip(conversations, logits):
         ids = [tokenizer.encode(letter)[0] for letter in conversation["letters"]]
+        check_finite(row[ids])
         best = int(row[ids].argmax())
         answers.append([{"type": "text", "text": conversation["letters"][best]}])
     return answers
@@ -96,6 +97,7 @@ def pick_choices(conversations):
             lengths.append(len(tokenizer.encode(text)))
     gains = log_likelihoods(asked) - log_likelihoods(neutral)
     gains = (gains / torch.tensor(lengths, device=device)).view(len(conversations), -1)
+    check_finite(gains)
     answers = []
     for conversation, best in zip(conversations, gains.argmax(-1).tolist()):
         answers.append([{"type": "text", "text": conversation["choices"][best]}])

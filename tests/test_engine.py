@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, NonFiniteError, sample, sample_texts
+from nanochat.engine import Engine, NonFiniteError, check_finite, sample, sample_texts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -284,6 +284,13 @@ def test_logits_that_are_not_finite_are_an_error(logits, temperature, top_k):
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(NonFiniteError, match="not finite"):
             sample(torch.tensor(logits, dtype=dtype), temperature, top_k, torch.Generator())
+
+
+def test_scores_that_are_not_finite_have_no_best():
+    check_finite(torch.tensor([[-3.0, 1e9]]))
+    for wrong in (NAN, INF, -INF):
+        with pytest.raises(NonFiniteError):
+            check_finite(torch.tensor([[0.0, wrong], [1.0, 2.0]]))
 
 
 def test_a_token_that_is_ruled_out_is_no_error():
