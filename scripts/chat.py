@@ -24,7 +24,6 @@ import os
 import re
 import sys
 import time
-from urllib.parse import urlsplit
 
 try:
     import requests
@@ -259,7 +258,7 @@ def message_of(body):
 
 def is_loopback(url):
     """Whether an address is this machine's own, which no proxy can reach."""
-    host = urlsplit(url).hostname or ""
+    host = requests.compat.urlsplit(url).hostname or ""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -485,7 +484,7 @@ ARGUMENTS = [
 def is_address(url):
     """Whether a text is the address of a server, http://localhost:8000 say."""
     try:
-        host = urlsplit(url).hostname
+        host = requests.compat.urlsplit(url).hostname
     except ValueError:      # brackets that hold no IPv6 address
         return False
     return bool(host) and re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
