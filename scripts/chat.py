@@ -172,6 +172,8 @@ def events(response):
                 yield checked(json.loads(b"\n".join([line, *lines])), "choices")
                 yield DONE
                 return
+            if line.lstrip().startswith(b"<"):
+                raise ServerError("the server sent a page in place of a stream: is --url right?")
             if not line.startswith(b"data:"):
                 continue
             if line[5:].strip() == b"[DONE]":

@@ -465,6 +465,7 @@ def test_after_three_tries_it_gives_up(once, waits):
         (Reply([b'data: {"error": {"message": "out of memory"}}\n\n']), "out of memory"),
         (Reply([b"data: {oops\n\n"]), "not JSON"),
         (Reply([b"data: []\n\n"]), "[]"),
+        (Reply([b"\n<!DOCTYPE html><html>sign in</html>"]), "a page in place of a stream"),
         (Reply([b'data: {"choices": [{"delta": "x"}]}\n\n']), "not OpenAI's shape"),
         (Reply([b'data: {"choices": [1]}\n\n']), "not OpenAI's shape"),
     ],
