@@ -189,8 +189,8 @@ def _from_json(text, path, first_line):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}, line {line} is not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}, line {first_line} is nested too deeply") from error
+    except (ValueError, RecursionError) as error:   # a number of too many digits; brackets
+        raise UserError(f"{path}, line {first_line} cannot be read: {error}") from error
 
 
 def _records_in(place, value):

@@ -229,6 +229,8 @@ def test_parquet_is_read(tmp_path):
     (gzip.compress(b"[]"), "mine.jsonl.gz", "compressed by gzip: unpack"),
     (b"PK\x03\x04...", "mine.xlsx", "save it as csv"),
     (b"PAR1...", "mine.jsonl", "ends with .parquet"),
+    ("[" * 100_000, "mine.jsonl", "line 1 "),
+    ('[{"prompt": "a", "completion": %s}]' % ("9" * 5000), "mine.jsonl", "line 1 cannot be read"),
     ("", "mine.csv", "holds no conversations"),
     ("\n \n", "mine.jsonl", "holds no conversations"),
 ])
