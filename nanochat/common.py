@@ -1,5 +1,7 @@
 """What every stage needs: errors as one line, safe files, ranks and device."""
 import contextlib
+import errno
+import functools
 import hashlib
 import io
 import os
@@ -59,10 +61,19 @@ def tolerate_characters():
 
 def get_base_dir():
     """The folder that holds everything a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
-    Created if missing."""
-    named = os.environ.get("NANOCHAT_BASE_DIR")
-    base = Path(named) if named else Path.home() / ".cache" / "nanochat"
-    base = base.expanduser().absolute()
+
+    A relative one is relative to the folder in which the command was given. Created if missing.
+    UserError where it cannot be created, and where ~ means nothing: HOME is not set and the system
+    does not list the user, as in a container that runs under a number of its own.
+    """
+    named = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    try:
+        base = Path(named).expanduser().absolute()
+    except RuntimeError:
+        raise UserError(
+            f"{named}: the home folder is not known (HOME is not set, or there is no such user): "
+            "set NANOCHAT_BASE_DIR to a folder you can write"
+        ) from None
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,20 +84,63 @@ def get_base_dir():
     return base
 
 
+# How file systems (NFS, Lustre, CIFS, exFAT, FUSE) say that they do not offer a system call
+NOT_OFFERED = {
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EBADF,
+    errno.ENOLCK,
+    errno.ENOTTY,
+}
+
+
+@functools.cache
+def warn_once(message):
+    """Print a warning on standard error of rank 0, the first time that a process has it to say."""
+    print0(f"warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def where_offered(call, consequence):
+    """A context for a system call that only adds safety.
+
+    Where the file system does not offer the call, a warning names it and the consequence, once, and
+    the program continues. Other errors, those of a full or failing disk, are raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        warn_once(f"the file system refuses {call} ({error.strerror}): {consequence}")
+
+
+def _fsync_file(file):
+    """Make the contents of an open file outlive a power cut."""
+    with where_offered("fsync of a file", "a power cut may lose what was just saved"):
+        os.fsync(file.fileno())
+
+
 def _fsync_folder(path):
     """Make the names in a folder outlive a power cut."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with where_offered("fsync of a folder", "a power cut may lose what was just saved"):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _give_usual_mode(path):
     """Set the mode that open() would have given: mkstemp() makes files for their owner alone."""
     umask = os.umask(0)  # the only way to read it is to set it
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    with where_offered("chmod", "files keep the mode that it gives them"):
+        os.chmod(path, 0o666 & ~umask)
 
 
 @contextlib.contextmanager
@@ -106,7 +160,7 @@ def atomic_file(path):
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _fsync_file(file)
         _give_usual_mode(temporary)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
@@ -191,15 +245,17 @@ def choose_device_type(device_type):
 
 
 def _set_up_threads(is_dist):
-    """Give this process its share of the CPUs."""
+    """Give this process its share of the CPUs, or as many threads as the user has asked for."""
     import torch
-    from nanochat.hardware import available_cpus, bind_workers
+    from nanochat.hardware import available_cpus, bind_workers, threads_are_chosen
+    chosen = threads_are_chosen(is_dist)  # torch has read the number when it was imported
     if is_dist:  # torchrun leaves one thread to each rank
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, available_cpus() // ranks_here))
+        if not chosen:
+            torch.set_num_threads(max(1, available_cpus() // ranks_here))
         return
-    if torch.get_num_threads() > available_cpus():  # OpenMP knows nothing of a cgroup's quota
-        torch.set_num_threads(available_cpus())
+    if not chosen and torch.get_num_threads() > available_cpus():
+        torch.set_num_threads(available_cpus())  # OpenMP knows nothing of a cgroup's quota
     bind_workers()
 
 

@@ -61,10 +61,17 @@ MATRIX_INSTRUCTIONS = {
 }
 
 
+def _text_of(path):
+    """What a file of the kernel says, "" where there is none or it may not be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 @functools.cache
 def _cpuinfo():
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return _text_of(Path("/proc/cpuinfo"))
 
 
 def cpu_name():
@@ -105,19 +112,59 @@ def cpu_quota(text):
     return max(1, int(quota) // int(period))
 
 
+def cgroup_quota(membership, root):
+    """The fewest CPUs that a cgroup of this process, or a parent of one, allows; None: no limit.
+
+    membership: of /proc/self/cgroup, such as "0::/user.slice/job.scope" (version 2) or
+    "4:cpu,cpuacct:/docker/1f2e" (version 1). root: where the groups are mounted, /sys/fs/cgroup. In
+    a container the path often is that of the host, and root is the container's own group.
+    """
+    quotas = []
+    for line in membership.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        group = Path(path.lstrip("/"))
+        for parent in (group, *group.parents):
+            if not controllers:
+                quotas.append(cpu_quota(_text_of(root / parent / "cpu.max")))
+            elif "cpu" in controllers.split(","):
+                folder = root / controllers / parent
+                quota, period = (
+                    _text_of(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+                quotas.append(cpu_quota(f"{quota} {period}"))
+    return min((quota for quota in quotas if quota), default=None)
+
+
 def available_cpus():
     """Number of CPUs that the scheduler gives this process: at most the machine's cores.
 
     A container or a batch system often allows fewer, by an affinity mask or by a cgroup's quota.
     A thread for each core of the machine would then wait for its turn most of the time.
     """
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
-    cgroup = Path("/sys/fs/cgroup/cpu.max")  # inside a container, this is the container's own
-    quota = cpu_quota(cgroup.read_text(encoding="utf-8")) if cgroup.exists() else None
+    allowed = len(allowed_cores())
+    quota = cgroup_quota(_text_of(Path("/proc/self/cgroup")), Path("/sys/fs/cgroup"))
     return min(allowed, quota or allowed)
+
+
+def allowed_cores():
+    """The numbers of the cores on which this process may run, sorted."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not Linux, or a sandbox that refuses the call
+        return list(range(os.cpu_count() or 1))
+
+
+def threads_are_chosen(is_dist):
+    """Whether the user has set OMP_NUM_THREADS. is_dist: whether torchrun started this process.
+
+    torchrun sets it to 1 for its ranks if it is not set; the environment with which torchrun itself
+    was started, where the system shows it, says whose the 1 is.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not is_dist or given != "1":
+        return given != ""
+    environment = _text_of(Path(f"/proc/{os.getppid()}/environ"))
+    return "OMP_NUM_THREADS=1" in environment.split("\0")
 
 
 def bind_workers():
@@ -126,7 +173,7 @@ def bind_workers():
     The main thread stays free, because its children inherit its cores. Without this, a scheduler
     was seen to keep both threads of a two-core machine on one core for minutes, each spinning while
     it waited for the other: 15 times slower. Linux only; call before the first parallel
-    computation.
+    computation. A sandbox that refuses leaves the threads to the scheduler.
     """
     import torch
     tasks = Path("/proc/self/task")
@@ -140,9 +187,11 @@ def bind_workers():
     workers = sorted(int(task) for task in set(os.listdir(tasks)) - before)
 
     # The first core is the main thread's.
-    cores = sorted(os.sched_getaffinity(0))[1:]
-    for worker, core in zip(workers, cores):
-        os.sched_setaffinity(worker, {core})
+    for worker, core in zip(workers, allowed_cores()[1:]):
+        try:
+            os.sched_setaffinity(worker, {core})
+        except OSError:
+            return
 
 
 def raise_malloc_thresholds():
