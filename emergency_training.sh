@@ -9,10 +9,14 @@
 # called optimize_nan.sh; docs/numerical_stability.md has more.
 set -euo pipefail
 
-# a relative folder is relative to where the user is, not to this repository
+# Relative folders are relative to where the user is, not to this repository; Python expands ~.
 case "${1:-}" in
-    "" | -* | /*) dir="${1:-}" ;;
+    "" | -* | /* | \~ | \~/*) dir="${1:-}" ;;
     *) dir="$PWD/$1" ;;
+esac
+case "${NANOCHAT_BASE_DIR:-}" in
+    "" | /* | \~*) ;;
+    *) export NANOCHAT_BASE_DIR="$PWD/$NANOCHAT_BASE_DIR" ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then

@@ -25,23 +25,51 @@ source scripts/supervise.sh    # begin_run, stage, run_seconds, end_run
 # --------------------------------------------------------------------------------------------------
 # What is asked for, and the hardware
 
-# absolute PATH: the path as the caller meant it, for commands that run in the repository.
+# home_folder: $HOME. Where that is not set (a service, a container), bash says what the system
+# lists for this user, and / for one whom it does not list.
+home_folder() {
+    local home="${HOME:-}"
+    if [ -z "$home" ]; then
+        home="$(unset HOME && echo ~)"
+        if [ "$home" = / ]; then
+            refuse "HOME is not set, and the system does not list this user:" \
+                "set NANOCHAT_BASE_DIR to a folder you can write"
+        fi
+    fi
+    echo "$home"
+}
+
+# absolute PATH: the path as the caller meant it, for commands that run in the repository. As in
+# Python, ~ and ~NAME are also expanded where they were quoted.
 absolute() {
+    local user="${1%%/*}" home
     case "$1" in
         /*) echo "$1" ;;
-        \~ | \~/*) echo "$HOME${1:1}" ;;
+        \~ | \~/*)
+            home="$(home_folder)" || exit
+            echo "$home${1:1}"
+            ;;
+        \~*)
+            if ! [[ "$user" =~ ^~[A-Za-z0-9_.-]+$ ]] || ! id -- "${user:1}" >/dev/null 2>&1; then
+                refuse "$1: there is no user ${user:1}, write ./$1 or the whole path"
+            fi
+            eval "home=$user"
+            echo "$home${1#"$user"}"
+            ;;
         *) echo "$caller/$1" ;;
     esac
 }
 
 DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
-NANOCHAT_BASE_DIR="$(absolute "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}")"
+if [ -z "${NANOCHAT_BASE_DIR:-}" ]; then NANOCHAT_BASE_DIR="$(home_folder)/.cache/nanochat"; fi
+NANOCHAT_BASE_DIR="$(absolute "$NANOCHAT_BASE_DIR")"
 export NANOCHAT_BASE_DIR
 if [ -n "$DATA" ]; then
-    if [ ! -e "$(absolute "$DATA")" ]; then
-        refuse "DATA=$DATA does not exist: name a file or a folder"
-    fi
+    given="$DATA"
     DATA="$(absolute "$DATA")"
+    if [ ! -e "$DATA" ]; then
+        refuse "DATA=$given does not exist: name a file or a folder"
+    fi
 fi
 if [ -n "$MINUTES" ] && ! [[ "$MINUTES" =~ ^[0-9]+(\.[0-9]+)?$ && "$MINUTES" =~ [1-9] ]]; then
     refuse "MINUTES=$MINUTES is not a number of minutes above zero"

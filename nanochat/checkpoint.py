@@ -8,9 +8,14 @@
 A step without its meta file does not exist, so a process that is killed at any moment leaves only
 complete steps behind. Weights that are not finite are never saved. Step numbers count completed
 optimizer steps. The steps of one run are the subject of checkpoint_manager.py.
+
+A checkpoint may come from elsewhere. Nothing in its files is executed, and a meta file is believed
+only as far as problem_of() has checked it: above all it names no file outside of its step.
 """
 import hashlib
 import json
+import math
+import pickle
 import re
 import time
 from pathlib import Path
@@ -26,11 +31,14 @@ from nanochat.common import (
     atomic_write,
     get_dist_info,
     sha256,
+    warn_once,
 )
+from nanochat.hardware import is_out_of_memory
 
 FORMAT = 2  # of the meta file; format 1 did not name its format
 STEP_FILE = re.compile(r"(?:meta|model|optim)_(\d+)(?:_rank\d+)?\.(?:json|pt)")
 VERIFIED_FILE = ".verified.json"
+META_BYTES = 2**24  # a larger meta file is none: one of ten thousand ranks has a tenth of that
 
 
 def model_file(step):
@@ -77,9 +85,46 @@ def load_checkpoint(dir, step, rank=None):
     return weights, map_file(Path(dir) / optimizer_file(step, rank)), meta
 
 
+# What torch.load raises for files that torch.save did not write, or that were cut or crafted
+NO_STATE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+
+
 def map_file(path):
-    """What torch.save wrote, its tensors mapped from the file. No code in the file is executed."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """What torch.save wrote, its tensors mapped from the file. No code in the file is executed.
+
+    Where the file system cannot map files, they are read. UserError, one line, for another file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except NO_STATE as error:
+        if is_out_of_memory(error):
+            raise
+        if "unable to mmap" not in str(error):
+            raise no_state(path, error) from None
+    warn_once(f"the file system of {path.parent} cannot map files: they are read into memory")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except NO_STATE as error:
+        if is_out_of_memory(error):
+            raise
+        raise no_state(path, error) from None
+
+
+def no_state(path, error):
+    """The UserError for a file with the right hash that holds no state of a checkpoint."""
+    return UserError(
+        f"{path} is no file of a checkpoint ({type(error).__name__}), though its hash is the meta "
+        "file's: choose another step, or get the file again from where it came"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,18 +248,37 @@ def read_meta(dir, step):
     """
     path = Path(dir) / meta_file(step)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            meta = json.loads(file.read(META_BYTES))  # a longer one is cut, and so no JSON
     except FileNotFoundError:
         raise UserError(f"{path.name} is missing: the run ended while it saved") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path.name} is damaged ({type(error).__name__})") from None
     problem = problem_of(meta, step)
     if problem:
         raise UserError(f"{path.name} {problem}")
     for name in meta["files"]:
-        if not (path.parent / name).exists():
+        if not (path.parent / name).is_file():
             raise UserError(f"{name} is missing")
     return upgrade_meta(meta)
+
+
+NUMBER = (int, float)
+# Of keys that a meta file need not have, the type, for every reader that would fail at another
+KINDS_IF_PRESENT = {
+    "stage": str,
+    "model_class": str,
+    "config": dict,
+    "dtype": str,
+    "tokenizer": str,
+    "settings": dict,
+    "budgets": dict,
+    "finished": bool,
+    "before_decay": bool,
+    "elapsed": NUMBER,
+    "val_bpb": (*NUMBER, type(None)),
+    "total_batch_size": int,
+}
 
 
 def problem_of(meta, step):
@@ -231,10 +295,31 @@ def problem_of(meta, step):
     for key, kind in kinds.items():
         if type(meta[key]) is not kind:
             return f"is damaged ({key} is not of type {kind.__name__})"
+    for key, kind in KINDS_IF_PRESENT.items():
+        if key in meta and not isinstance(meta[key], kind):
+            return f"is damaged ({key} is of type {type(meta[key]).__name__})"
+    for key in ("saved", "elapsed"):
+        if not math.isfinite(meta.get(key, 0)):
+            return f"is damaged ({key} is {meta[key]})"
+    if meta["world_size"] < 1:
+        return f"is damaged (it was saved by {meta['world_size']} ranks)"
     if meta["step"] != step:
         return f"is damaged (it is of step {meta['step']})"
-    if model_file(step) not in meta["files"]:
+    return problem_of_names(meta["files"], step)
+
+
+def problem_of_names(files, step):
+    """Why these are not the names of the files of a step, or None.
+
+    Names are checked here, where they are read, because they are opened and, by prune(), deleted:
+    a meta file from elsewhere must not name ../../thesis.tex.
+    """
+    if model_file(step) not in files:
         return f"is damaged (it does not name {model_file(step)})"
+    of_rank = re.compile(rf"optim_{step:06d}_rank(?:0|[1-9][0-9]{{0,5}})\.pt")
+    for name in files:
+        if name != model_file(step) and not of_rank.fullmatch(name):
+            return f"names {name[:80]!r}, which is no file of step {step}: do not use it"
     return None
 
 
@@ -328,11 +413,15 @@ def read_verified(dir):
     """{file name: [size, modification time, SHA-256]} of the files that were verified in `dir`."""
     try:
         verified = json.loads((dir / VERIFIED_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(verified, dict):
         return {}
-    return {name: entry for name, entry in verified.items() if isinstance(entry, list)}
+    entries = {}
+    for name, entry in verified.items():
+        if STEP_FILE.fullmatch(name) and isinstance(entry, list):
+            entries[name] = entry
+    return entries
 
 
 def write_verified(dir, verified):

@@ -9,6 +9,7 @@ documents at each step) and the last one before LR decay, from which a longer ru
 """
 import dataclasses
 import fcntl
+import math
 import os
 import runpy
 import threading
@@ -34,7 +35,15 @@ from nanochat.checkpoint import (
     write_meta,
     write_states,
 )
-from nanochat.common import UserError, all_reduce_max, get_base_dir, get_dist_info, print0
+from nanochat.common import (
+    NOT_OFFERED,
+    UserError,
+    all_reduce_max,
+    get_base_dir,
+    get_dist_info,
+    print0,
+    warn_once,
+)
 from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
@@ -46,6 +55,8 @@ FOLDERS = {
 }
 STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 KEEP = 3  # newest complete steps that stay
+LONGEST_CONTEXT = 2**20  # tokens; no model has a longer one, and its table of rotary angles fits
+DTYPES = ("float32", "bfloat16")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +212,8 @@ def lock_folder(dir, rank):
 
     Returns the open lock file, which the caller keeps; None on ranks other than 0. The kernel
     releases the lock (flock) when the process ends, however it ends, so no stale lock is left.
-    Temporary files of killed runs are deleted.
+    Temporary files of killed runs are deleted. Where the file system has no locks, a warning says
+    so, and no file is deleted: it may belong to another run.
     """
     if rank != 0:
         return None
@@ -216,6 +228,14 @@ def lock_folder(dir, rank):
         raise UserError(
             f"process {holder} is training into {dir}: stop it, or name another --model_tag"
         ) from None
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        warn_once(
+            f"the file system of {dir} has no locks ({error.strerror}): make sure that no other "
+            "run trains into it"
+        )
+        return file
     for path in dir.glob("*.tmp"):
         path.unlink(missing_ok=True)  # a process that reads may have just renamed it
     file.truncate(0)
@@ -275,7 +295,7 @@ def steps_that_stay(metas, keep):
     """The numbers of the steps that prune() keeps. metas: in the order they were saved."""
     newest = metas[-keep:]
     before_decay = [meta for meta in metas if meta.get("before_decay")]
-    evaluated = [meta for meta in metas if meta.get("val_bpb") is not None]
+    evaluated = [meta for meta in metas if math.isfinite(meta.get("val_bpb") or math.nan)]
     best = sorted(evaluated, key=lambda meta: meta["val_bpb"])
     return {meta["step"] for meta in (*newest, *before_decay[-1:], *best[:1])}
 
@@ -302,7 +322,11 @@ def read_checkpoint(dir, step=None, rank=None, stage=None):
         # all ranks take the step, or none
         damaged = damaged_files(dir, meta, names)
         if not all_reduce_max(len(damaged))[0]:
-            return load_checkpoint(dir, meta["step"], rank)
+            weights, state, meta = load_checkpoint(dir, meta["step"], rank)
+            check_weights(meta, weights, dir / model_file(meta["step"]))
+            if rank is not None:
+                check_state(state, dir / names[-1])
+            return weights, state, meta
         culprit = dir / damaged[0] if damaged else "a file of another rank"
         damage = f"{culprit} is damaged (its hash differs from the meta file's)"
         print0(f"step {meta['step']} is ignored: {damage}")
@@ -442,37 +466,151 @@ def tokenizer_of(dir, meta):
             f"the checkpoint in {dir} was trained with another tokenizer ({meta['tokenizer']}, "
             f"now {tokenizer.fingerprint}): train again, or bring its tokenizer back"
         )
+    check_keys(meta, "config")
+    vocab_size = tokenizer.get_vocab_size()
+    known = meta["config"].get("vocab_size", vocab_size)
+    if known < vocab_size:
+        raise UserError(
+            f"the model in {dir} knows {known} tokens, its tokenizer has {vocab_size}: "
+            "train again, or get the checkpoint again from where it came"
+        )
     return tokenizer
 
 
 def build_model(meta, device):
-    """The model that a meta file describes, initialised, on `device`. UserError: unknown class."""
-    check_keys(meta, "model_class", "config", "dtype")
+    """The model that a meta file describes, initialised, on `device`.
+
+    UserError for an unknown class or dtype, and for a config that no model can have.
+    """
+    check_keys(meta, "dtype")
+    if meta["dtype"] not in DTYPES:
+        raise UserError(f"dtype={meta['dtype']} is unknown: choose from {', '.join(DTYPES)}")
+    model = uninitialised_model(meta, device)
+    model.init_weights()
+    model.compute_dtype = getattr(torch, meta["dtype"])
+    return model
+
+
+def uninitialised_model(meta, device):
+    """The model that a meta file describes, its tensors allocated and not set, on `device`."""
+    check_keys(meta, "model_class", "config")
     model_class = MODEL_CLASSES.get(meta["model_class"])
     if model_class is None:
         choices = ", ".join(MODEL_CLASSES)
         raise UserError(f"model_class={meta['model_class']} is unknown: choose from {choices}")
     config = config_of(model_class, meta)
     with torch.device(device), NoInitialisers():
-        model = model_class(config)
-    model.init_weights()
-    model.compute_dtype = getattr(torch, meta["dtype"])
-    return model
+        return model_class(config)
 
 
 def config_of(model_class, meta):
-    """The config that a meta file describes. UserError: a field is unknown or has no value."""
+    """The config that a meta file describes.
+
+    UserError: a field is unknown, has no value, or has one that no model can have.
+    """
     config_class = model_class.config_class
-    given = meta["config"].keys()
-    fields = dataclasses.fields(config_class)
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    wrong = sorted((given - {field.name for field in fields}) | (required - given))
-    if wrong:
+    given = meta["config"]
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    wrong = sorted((given.keys() - fields.keys()) | (required - given.keys()))
+    wrong += [
+        f"{name}={str(value)[:30]}"
+        for name, value in given.items()
+        if name in fields and not is_possible(value, fields[name])
+    ]
+    if not wrong:
+        config = config_class(**given)
+        if is_consistent(config):
+            return config
+        wrong = [f"width={config.width}, heads={config.heads}, kv_heads={config.kv_heads}"]
+    raise UserError(
+        f"the config of the checkpoint does not fit model_class={meta['model_class']} "
+        f"({', '.join(wrong)}): use the version of nanochat that saved it, or train again"
+    )
+
+
+def is_possible(value, field):
+    """Whether a value may stand in a field of a config; a size is 0 only where that is a default.
+
+    field: of dataclasses.fields(), its type int, float or bool.
+    """
+    if field.type is bool:
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if field.type is int:
+        smallest = 0 if field.default == 0 else 1
+        return isinstance(value, int) and value >= smallest
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
+
+
+def is_consistent(config):
+    """Whether the width divides into heads, and the heads among the key/value heads."""
+    if config.width % config.heads or config.heads % config.kv_heads:
+        return False
+    return config.head_dim % 2 == 0  # rotary positions turn pairs of dimensions
+
+
+def check_weights(meta, weights, path):
+    """UserError unless `weights`, mapped from the file at `path`, are those that a meta file says.
+
+    Nothing is allocated: the model is built without storage (on torch's meta device), and only once
+    its sizes are known to be those of a model that fits into the file.
+    """
+    problem = problem_of_weights(meta, weights, path)
+    if problem:
         raise UserError(
-            f"the config of the checkpoint does not fit model_class={meta['model_class']} "
-            f"({', '.join(wrong)}): use the version of nanochat that saved it, or train again"
+            f"the weights of the checkpoint do not fit the model ({problem}): "
+            "use the version of nanochat that saved it, or train again"
         )
-    return config_class(**meta["config"])
+
+
+def problem_of_weights(meta, weights, path):
+    """What check_weights has to say of the weights, or None."""
+    # 1. what is in the file: tensors that lie in it one behind the other
+    if not isinstance(weights, dict):
+        return f"{path.name} holds no table of tensors"
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            return f"{name} is no tensor"
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
+            return f"{name} is not stored whole"
+    file_bytes = path.stat().st_size
+    bytes_of_all = sum(tensor.nbytes for tensor in weights.values())
+    if bytes_of_all > file_bytes:
+        return f"they are {bytes_of_all:,} bytes, {path.name} has {file_bytes:,}"
+
+    # 2. sizes, so that building the model takes neither long nor more than numbers can say
+    check_keys(meta, "config")
+    limits = {"depth": len(weights), "max_seq_len": LONGEST_CONTEXT}
+    for name, value in meta["config"].items():
+        limit = limits.get(name, file_bytes)
+        if isinstance(value, int) and value > limit:
+            return f"{name}={str(value)[:30]}, at most {limit:,} in a file of {file_bytes:,} bytes"
+
+    # 3. names and shapes
+    try:
+        expected = uninitialised_model(meta, "meta").state_dict()
+    except RuntimeError as error:
+        return str(error).splitlines()[0][:200]
+    other = sorted(expected.keys() ^ weights.keys(), key=str)
+    if other:
+        return f"{other[0]} is in one of the two alone"
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            return f"{name} has shape {list(weights[name].shape)}, expected {list(tensor.shape)}"
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            return f"{name} is of {weights[name].dtype}, expected {tensor.dtype}"
+    return None
+
+
+def check_state(state, path):
+    """UserError unless a file holds the optimizer state of a rank."""
+    if not isinstance(state, dict) or not isinstance(state.get("optimizers"), list):
+        raise UserError(
+            f"{path} holds no optimizer state: start from the weights of the checkpoint, or get "
+            "the file again from where it came"
+        )
 
 
 def check_keys(meta, *keys):

@@ -4,7 +4,10 @@ import functools
 import os
 import platform
 import re
+import shutil
+import subprocess
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -289,6 +292,50 @@ def preferred_dtype(device_type):
     else:
         native = False
     return "bfloat16" if native else "float32"
+
+
+# What torch.compile raises where a machine cannot compile: most are a RuntimeError, the others are
+# of the imports and of the compiler's process and files
+COMPILE_ERRORS = (
+    RuntimeError,
+    OSError,
+    ImportError,
+    LookupError,
+    subprocess.SubprocessError,
+)
+
+
+def compile_problem(device):
+    """Why torch.compile does not work on `device`, as one line; None where it does.
+
+    It compiles and runs an addition. So whatever the first training step would stumble over minutes
+    from now is found at once: no C++ compiler or one that fails, a cache in a folder with a blank
+    in its path, without room or without the right to run files. The time is not lost, for nearly
+    all of it goes into what the blocks need as well (torch's compiler is imported, the C++ one
+    examined), and the addition comes from the cache the next time.
+    """
+    import torch
+    # Another compiler must not be excused by what an earlier one has left in the cache: then
+    # another number is added.
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    stamp = os.stat(compiler).st_mtime_ns if compiler else 0
+    number = zlib.crc32(f"{compiler} {stamp} {os.environ.get('PATH')}".encode()) / 2**32
+
+    def add(x):
+        return x + number
+
+    try:
+        torch.compile(add, dynamic=False)(torch.zeros(64, device=device))
+    except COMPILE_ERRORS as error:
+        return reason_of(str(error))
+    return None
+
+
+def reason_of(message):
+    """The line of a compiler's message that says what is wrong, at most 160 characters of it."""
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"error: |No such file|not found", line)]
+    return (telling or lines or ["no reason given"])[0][:160]
 
 
 def synchronize(device):

@@ -45,8 +45,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from nanochat.common import UserError, get_dist_info, print0
-from nanochat.hardware import is_out_of_memory
+from nanochat.common import UserError, all_reduce_max, get_dist_info, print0
+from nanochat.hardware import compile_problem, is_out_of_memory
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
 ALIGNMENT = 16             # elements: a parameter in a bucket begins where vector loads may begin
@@ -59,8 +59,11 @@ def prepare(model, compile=True):
     Blocks are compiled one by one and in place, so state-dict keys stay plain and `block.forward`
     stays the uncompiled function. A Layout may be made before or after; it needs only that modules
     are called through `__call__`.
+
+    Where this machine cannot compile, one line says why and what that costs, and the blocks stay
+    as they are, on all ranks.
     """
-    if compile:
+    if compile and can_compile(model.device):
         # All blocks share one code object and one limit. Each micro-batch size needs two graphs
         # (the first block's two inputs are one tensor), and running out of memory halves the size.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
@@ -70,6 +73,20 @@ def prepare(model, compile=True):
             block.compile(dynamic=False)
         model.compile_loss = model.device.type == "cuda"  # a CPU gains nothing by it
     return model
+
+
+def can_compile(device):
+    """Whether all ranks can compile for their device. If not, one line says what that costs."""
+    problem = compile_problem(device)
+    if not all_reduce_max(problem is not None)[0]:
+        return True
+    print0(
+        f"warning: torch.compile does not work here ({problem or 'on another rank'}): continuing "
+        "with uncompiled blocks, which train 20 to 40 % slower on a CPU (dev/LOG.md). For the full "
+        "speed install a C++ compiler (Debian, Ubuntu: apt-get install g++), or name one in CXX; "
+        "no blank may be in the paths of TMPDIR and TORCHINDUCTOR_CACHE_DIR"
+    )
+    return False
 
 
 # -------------------------------------------------------------------------------------------------

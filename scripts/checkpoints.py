@@ -61,7 +61,7 @@ def chosen_folder(name):
     """The named folder, or that of the checkpoint saved last. UserError if it is no folder."""
     newest = newest_meta(*FOLDERS)
     if name:
-        dir = Path(name).absolute()
+        dir = Path(name).expanduser().absolute()
     elif newest:
         dir = newest.parent
     else:

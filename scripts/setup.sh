@@ -241,7 +241,7 @@ setup_install() {
 setup_rustbpe() {
     local log="$setup_prefix/nanochat-rustbpe.log"
     echo "setup: compiling rustbpe, which takes a minute or two"
-    if [ -d "$HOME/.cargo/bin" ]; then PATH="$PATH:$HOME/.cargo/bin"; fi
+    if [ -d "${HOME:-}/.cargo/bin" ]; then PATH="$PATH:${HOME:-}/.cargo/bin"; fi
     set -- "$@" --no-deps --reinstall-package nanochat "$setup_root"
     if setup_run setup_logged "$log" uv pip install "$@"; then return 0; fi
     if cargo --version >/dev/null 2>&1; then
@@ -255,12 +255,14 @@ setup_rustbpe() {
 
 # Where the environment forbids Python to keep what it has compiled (containers often do), every
 # stage would compile torch's sources again, which takes ten seconds. The compiled files are kept
-# with our other files then, not in the environment.
+# with our other files then, not in the environment. Python says where those are, so that ~ and
+# relative folders mean the same everywhere; where there is no such folder, nothing is kept.
 setup_bytecode() {
-    if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
-        export PYTHONDONTWRITEBYTECODE=""
-        export PYTHONPYCACHEPREFIX="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/pycache"
-    fi
+    local base
+    if [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then return 0; fi
+    base="$(PYTHONPATH="$setup_root" python -c \
+        'from nanochat.common import get_base_dir; print(get_base_dir())' 2>/dev/null)" || return 0
+    export PYTHONDONTWRITEBYTECODE="" PYTHONPYCACHEPREFIX="$base/pycache"
 }
 
 setup_main() {
