@@ -25,6 +25,8 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, install_error_hook, print0
 
+# the stages that can be resumed
+RESCUABLE = ("base_train", "mid_train", "chat_sft")
 # the settings of a rescued run, besides half the learning rate
 SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}
 
@@ -137,8 +139,15 @@ def rescue(dir):
             f"no unfinished run has a whole checkpoint in {dir}: name the folder of another run"
         )
 
-    # 1) its settings
     before = meta["settings"]
+    is_ours = meta.get("stage") in RESCUABLE and isinstance(before.get("learning_rate"), float)
+    if not is_ours:
+        raise UserError(
+            f"step {meta['step']} of {dir} is of no stage that can be resumed "
+            f"({', '.join(RESCUABLE)}): name the folder of another run"
+        )
+
+    # 1) its settings
     changed = safe_settings(before)
     settings = {
         **before,

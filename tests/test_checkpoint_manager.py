@@ -1,5 +1,7 @@
 """The steps of a run: saved asynchronously, kept, found again, and loaded as they were saved."""
 import contextlib
+import errno
+import fcntl
 import os
 import threading
 
@@ -33,6 +35,7 @@ from nanochat.checkpoint_manager import (
     read_checkpoint,
     steps_of_run,
 )
+from nanochat.common import warn_once
 from nanochat.parallel import Layout
 from nanochat.tokenizer import Tokenizer
 
@@ -219,6 +222,37 @@ def test_two_runs_never_share_a_folder(folder):
     assert lock_folder(folder, 1) is None, "the other ranks of a run follow rank 0"
     held.close()
     lock_folder(folder, 0).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_a_file_system_without_locks_is_a_warning_once(
+    folder, meta, monkeypatch, capsys, number
+):
+    warn_once.cache_clear()
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    folder.mkdir(parents=True)
+    of_another_run = folder / "model_000009.pt.x.tmp"
+    of_another_run.write_bytes(b"half")
+    for _ in range(2):
+        run = CheckpointManager(folder, 0)
+        run.lock.close()
+    run.save(1, make(meta, 0)[0], None, meta)
+    run.finish()
+    assert complete_steps(folder) == [1] and of_another_run.exists()
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_disk_that_fails_to_lock_is_an_error(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        lock_folder(folder, 0)
 
 
 # --------------------------------------------------------------------------------------------------

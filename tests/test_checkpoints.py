@@ -1,5 +1,7 @@
 """python -m scripts.checkpoints: lists, verifies, deletes, and starts a rescue."""
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
     save,
     tokenizer,
 )
+from conftest import ROOT
 from nanochat.checkpoint import read_meta, write_meta
 from nanochat.checkpoint_manager import lock_folder
 from nanochat.common import UserError
@@ -89,3 +92,62 @@ def test_the_emergency_run_halves_the_rate_once_and_has_as_many_ranks(folder, me
     checkpoints.rescue(folder)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert runs[2][1:8] == [*torchrun, "-m", "scripts.mid_train", "--"]
+
+
+@pytest.mark.parametrize("change", [
+    {"stage": "../../evil"},
+    {"stage": "setup"},
+    {"settings": {"learning_rate": "--x"}},
+    {"settings": {}},
+])
+def test_a_rescue_runs_nothing_but_the_training_stages(folder, meta, monkeypatch, command, change):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("something was started"))
+    save(folder, 5, {**meta, "settings": {"learning_rate": 0.1}, **change})
+    assert "of no stage that can be resumed" in command(folder, "--rescue", status=2)
+
+
+def test_pruning_by_command_touches_nothing_that_a_forged_meta_file_names(
+    folder, meta, base_dir, command
+):
+    victim = base_dir / "victim"
+    victim.write_text("a thesis", encoding="utf-8")
+    for step in (1, 2, 3, 4, 5):
+        save(folder, step, {**meta, "val_bpb": None})
+    found = read_meta(folder, 1)
+    write_meta(folder, {**found, "files": {**found["files"], "../../victim": "0" * 64}})
+    printed = command(folder, "--prune")
+    assert "deleted steps: 2" in printed and "names '../../victim'" in printed
+    assert victim.exists()
+
+
+FAKE_PYTHON = '#!/bin/sh\necho "$NANOCHAT_BASE_DIR|$*"\n'
+
+
+@pytest.mark.parametrize("given, folder_given, said", [
+    ("runs", "", "{here}/runs|-m scripts.checkpoints  --rescue"),
+    ("~/runs", "d4", "~/runs|-m scripts.checkpoints {here}/d4 --rescue"),
+    ("", "~/d4", "|-m scripts.checkpoints ~/d4 --rescue"),
+    ("/a b", "/c d", "/a b|-m scripts.checkpoints /c d --rescue"),
+])
+def test_emergency_training_finds_folders_from_where_the_user_stands(
+    tmp_path, given, folder_given, said
+):
+    repository, here = tmp_path / "repo", tmp_path / "here"
+    (repository / "scripts").mkdir(parents=True)
+    here.mkdir()
+    shutil.copy(ROOT / "emergency_training.sh", repository)
+    (repository / "scripts" / "setup.sh").write_text("true\n", encoding="utf-8")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON, encoding="utf-8")
+    python.chmod(0o755)
+    words = [folder_given] if folder_given else []
+    path = f"{python.parent}:{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", str(repository / "emergency_training.sh"), *words],
+        cwd=here,
+        env={**os.environ, "PATH": path, "NANOCHAT_BASE_DIR": given},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == said.format(here=here) + "\n", run.stderr

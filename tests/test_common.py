@@ -1,12 +1,23 @@
 """Settings, errors as one line, files that are whole or not there."""
+import errno
 import os
+import pwd
+import stat
 import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
-from nanochat.common import UserError, atomic_file, atomic_write, install_error_hook
+from nanochat import common
+from nanochat.common import (
+    UserError,
+    atomic_file,
+    atomic_write,
+    get_base_dir,
+    install_error_hook,
+    warn_once,
+)
 from nanochat.configurator import configure
 
 SCRIPT = '''"""What it does."""
@@ -145,3 +156,131 @@ def test_an_atomic_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         atomic_write(path, "new")
     assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["file"]
+
+
+# --------------------------------------------------------------------------------------------------
+# the base folder
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("runs/one", "here/runs/one"),
+    ("./~x", "here/~x"),
+    ("~/runs", "home/runs"),
+    ("~", "home"),
+    ("", "home/.cache/nanochat"),
+    (None, "home/.cache/nanochat"),
+    ("with a blank/x", "here/with a blank/x"),
+])
+def test_the_base_folder_is_relative_to_the_caller_and_knows_the_home(
+    tmp_path, monkeypatch, given, meant
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NANOCHAT_BASE_DIR")
+    if given is not None:
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
+    assert get_base_dir() == tmp_path / meant and (tmp_path / meant).is_dir()
+
+
+def test_without_home_the_systems_list_of_users_says_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/x")
+    entry = pwd.struct_passwd(("me", "x", 1, 1, "", str(tmp_path), "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: entry)
+    assert get_base_dir() == tmp_path / "x"
+
+
+@pytest.mark.parametrize("given", ["", "~", "~/x", "~nobody-of-this-name/x"])
+def test_where_no_home_is_known_one_line_names_the_variable(monkeypatch, given):
+    def unlisted(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
+    monkeypatch.setattr(pwd, "getpwuid", unlisted)
+    with pytest.raises(UserError, match="set NANOCHAT_BASE_DIR to a folder you can write") as error:
+        get_base_dir()
+    assert "\n" not in str(error.value)
+
+
+def test_a_named_folder_needs_no_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "x"))
+    assert get_base_dir() == tmp_path / "x"
+
+
+# --------------------------------------------------------------------------------------------------
+# system calls that some file systems refuse
+
+
+def refuse(monkeypatch, call, number, folders_only=False):
+    """Let os.`call` fail with an error number, as a network file system does."""
+    real = getattr(os, call)
+
+    def refused(path, *arguments):
+        if folders_only and not stat.S_ISDIR(os.stat(path).st_mode):
+            return real(path, *arguments)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refused)
+
+
+@pytest.mark.parametrize("call, number, folders_only, said", [
+    ("chmod", errno.EPERM, False, "chmod"),                  # CIFS, exFAT
+    ("chmod", errno.ENOSYS, False, "chmod"),
+    ("fsync", errno.EINVAL, True, "fsync of a folder"),      # CIFS
+    ("fsync", errno.EOPNOTSUPP, False, "fsync of a file"),   # FUSE
+    ("open", errno.EACCES, True, "fsync of a folder"),       # folders cannot be opened
+])
+def test_a_refused_call_is_a_warning_once_and_the_file_is_written(
+    tmp_path, monkeypatch, capsys, call, number, folders_only, said
+):
+    warn_once.cache_clear()
+    refuse(monkeypatch, call, number, folders_only)
+    for text in ("one", "two", "three"):
+        atomic_write(tmp_path / "file", text)
+    monkeypatch.undo()
+    captured = capsys.readouterr()
+    assert captured.err.count(f"warning: the file system refuses {said} (") == 1
+    assert captured.out == "", "standard output is for the stage's own lines"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "three"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["chmod", "fsync"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_is_still_an_error(tmp_path, monkeypatch, call, number):
+    refuse(monkeypatch, call, number)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        atomic_write(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# threads
+
+
+@pytest.mark.parametrize("is_dist, chosen, torch_has, set_to", [
+    (False, False, 64, 6),     # OpenMP does not know of the quota
+    (False, False, 4, None),
+    (False, True, 64, None),
+    (True, False, 1, 3),       # torchrun's 1
+    (True, True, 1, None),
+    (True, True, 5, None),
+])
+def test_threads_are_the_share_of_the_cpus_unless_the_user_chose(
+    monkeypatch, is_dist, chosen, torch_has, set_to
+):
+    import torch
+    from nanochat import hardware
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_has)
+    monkeypatch.setattr(hardware, "available_cpus", lambda: 6)
+    monkeypatch.setattr(hardware, "bind_workers", lambda: None)
+    monkeypatch.setattr(hardware, "threads_are_chosen", lambda is_dist: chosen)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    common._set_up_threads(is_dist)
+    assert numbers == ([set_to] if set_to else [])

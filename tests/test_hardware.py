@@ -5,7 +5,17 @@ import pytest
 
 from nanochat import hardware
 from nanochat.common import UserError, choose_device_type
-from nanochat.hardware import available_cpus, cpu_quota, unseen_gpu
+from nanochat.hardware import (
+    allowed_cores,
+    available_cpus,
+    bind_workers,
+    cgroup_quota,
+    compile_problem,
+    cpu_quota,
+    reason_of,
+    threads_are_chosen,
+    unseen_gpu,
+)
 
 
 @pytest.mark.parametrize("text, cpus", [
@@ -25,6 +35,101 @@ def test_cpus_are_those_that_the_scheduler_gives(monkeypatch):
     assert 1 <= available_cpus() <= os.cpu_count()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
     assert available_cpus() == 1
+
+
+# What /proc/self/cgroup says, the files below /sys/fs/cgroup, and the CPUs
+CGROUPS = [
+    ("0::/\n", {"cpu.max": "300000 100000"}, 3),                     # a container's own, version 2
+    ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),   # its parent's
+    ("0::/a/b\n", {"a/b/cpu.max": "100000 100000", "a/cpu.max": "800000 100000"}, 1),
+    ("0::/of/the/host\n", {"cpu.max": "400000 100000"}, 4),          # not mounted in the container
+    (
+        "3:memory:/x\n2:cpu,cpuacct:/x\n0::/\n",                     # version 1
+        {"cpu,cpuacct/x/cpu.cfs_quota_us": "250000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+        2,
+    ),
+    ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ("1:cpuset:/\n", {"cpu.max": "100000 100000"}, None),
+    ("", {}, None),
+]
+
+
+@pytest.mark.parametrize("membership, files, cpus", CGROUPS)
+def test_the_smallest_quota_of_all_enclosing_cgroups_counts(tmp_path, membership, files, cpus):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    assert cgroup_quota(membership, tmp_path) == cpus
+
+
+def refused(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_sandbox_that_refuses_affinity_masks_stops_nothing(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", refused, raising=False)
+    assert allowed_cores() == list(range(os.cpu_count()))
+    assert 1 <= available_cpus() <= os.cpu_count()
+
+    lists = iter([["7"], ["7", "8", "9"], []])  # of this process's threads, before and after
+    monkeypatch.setattr(os, "listdir", lambda path: next(lists))
+    monkeypatch.setattr(hardware, "allowed_cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(os, "sched_setaffinity", refused, raising=False)
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
+    bind_workers()
+
+
+@pytest.mark.parametrize("given, is_dist, launched_with, chosen", [
+    (None, False, "", False),
+    ("3", False, "", True),
+    ("1", False, "", True),
+    (None, True, "", False),
+    ("3", True, "PATH=/bin", True),                       # torchrun sets nothing but 1
+    ("1", True, "PATH=/bin", False),                      # torchrun's own
+    ("1", True, "PATH=/bin\0OMP_NUM_THREADS=1", True),
+    ("1", True, "OMP_NUM_THREADS=12", False),
+    ("4,2", True, "", True),
+])
+def test_the_users_number_of_threads_is_told_from_torchruns(
+    monkeypatch, given, is_dist, launched_with, chosen
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(hardware, "_text_of", lambda path: launched_with)
+    assert threads_are_chosen(is_dist) is chosen
+
+
+COMPILER_MESSAGES = [
+    ("CppCompileError: C++ compile error\n\nCommand:\ng++ x.cpp\n\ng++: fatal error: no cc1",
+     "g++: fatal error: no cc1"),
+    ("InvalidCxxCompiler: No working C++ compiler found in torch.cpp.cxx: (None, 'g++')\n\nSet X",
+     "InvalidCxxCompiler: No working C++ compiler found in torch.cpp.cxx: (None, 'g++')"),
+    ("\n", "no reason given"),
+    ("x" * 999, "x" * 160),
+]
+
+
+@pytest.mark.parametrize("message, reason", COMPILER_MESSAGES)
+def test_a_compilers_message_becomes_one_line(message, reason):
+    assert reason_of(message) == reason
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("g++: not found"),
+    PermissionError(13, "Permission denied"),
+    KeyError("getpwuid(): uid not found: 1234"),
+    ImportError("libgomp.so.1: cannot open shared object file"),
+])
+def test_whatever_keeps_torch_from_compiling_is_a_reason(monkeypatch, error):
+    import torch
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert compile_problem(torch.device("cpu"))
 
 
 # The files of drivers, whether torch sees a GPU, its build, the environment, and what the line says

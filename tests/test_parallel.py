@@ -430,8 +430,9 @@ def test_state_of_another_layout_is_refused_in_one_line():
         training.layout.load_optimizer_state(states)
 
 
-def test_prepared_blocks_keep_plain_keys():
+def test_prepared_blocks_keep_plain_keys(monkeypatch):
     """docs/traps.md: compile-recompiles"""
+    monkeypatch.setattr(parallel, "compile_problem", lambda device: None)
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
     model.device = torch.device("cpu")
@@ -440,6 +441,67 @@ def test_prepared_blocks_keep_plain_keys():
     assert list(model.state_dict()) == keys
     assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert torch._dynamo.config.recompile_limit >= 32
+
+
+# A step of a tiny model, which must compute what an uncompiled one does
+ONE_STEP = """
+import torch
+from torch import nn
+from nanochat.parallel import prepare
+
+model = nn.Module()
+model.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+model.device = torch.device("cpu")
+prepare(model)
+x = torch.randn(4, 8)
+y = x
+for block in model.blocks:
+    y = block(y)
+y.sum().backward()
+print(torch.allclose(y, model.blocks[1].forward(model.blocks[0].forward(x))))
+"""
+
+
+@pytest.mark.parametrize("situation", ["missing", "failing", "blank in the path"])
+def test_without_a_compiler_that_works_one_line_says_what_that_costs(tmp_path, situation):
+    compiler = tmp_path / "g++"
+    cache = tmp_path / "cache"
+    variables = {"CXX": str(compiler)}
+    if situation == "failing":  # it says its version, as one without cc1plus does
+        compiler.write_text(
+            "#!/bin/sh\ncase $* in *version*) echo 'g++ (GCC) 12.2.0';; "
+            "*) echo 'fatal error: cannot execute cc1plus' >&2; exit 1;; esac\n",
+            encoding="utf-8",
+        )
+        compiler.chmod(0o755)
+    if situation == "blank in the path":
+        variables = {}
+        cache = tmp_path / "my cache"
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_STEP],
+        cwd=ROOT,
+        env={**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "True" and len(lines) == 2
+    if situation == "blank in the path" and lines[0].startswith("compiling"):
+        return  # this torch can
+    assert "continuing with uncompiled blocks" in lines[0] and "20 to 40 % slower" in lines[0]
+    assert "g++" in lines[0] and "Traceback" not in result.stderr
+
+
+def test_no_rank_compiles_where_one_cannot(monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "compile_problem", lambda device: None)
+    monkeypatch.setattr(parallel, "all_reduce_max", lambda number: (1.0,))
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    model.device = torch.device("cpu")
+    prepare(model)
+    assert model.blocks[0]._compiled_call_impl is None
+    assert "on another rank" in capsys.readouterr().out
 
 
 GROUP_OF_ONE = """

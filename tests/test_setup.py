@@ -257,3 +257,27 @@ def test_old_python_is_refused(sandbox):
     python.chmod(0o755)
     done = sandbox.run()
     assert done.returncode == 1 and "3.10" in done.stderr and done.calls == []
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("~/runs", "runs"),
+    ("here/runs", "repo/here/runs"),
+    ("", ".cache/nanochat"),
+])
+def test_compiled_python_files_lie_in_the_base_folder_that_python_means(sandbox, given, meant):
+    (sandbox.repository / "nanochat").mkdir()
+    shutil.copy(ROOT / "nanochat" / "common.py", sandbox.repository / "nanochat")
+    done = sandbox.run(
+        then='echo "<$PYTHONPYCACHEPREFIX>"',
+        PYTHONDONTWRITEBYTECODE="1",
+        NANOCHAT_BASE_DIR=given,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"<{sandbox.folder / meant}/pycache>"
+
+
+def test_setting_up_needs_no_home(sandbox):
+    done = sandbox.run(then="unset HOME; source scripts/setup.sh; echo done")
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr
+    done = sandbox.run(then="unset HOME; setup_rustbpe; echo done", PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr

@@ -37,3 +37,14 @@ def test_shellcheck_finds_nothing():
         pytest.skip("shellcheck is not installed")
     done = subprocess.run([tool, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_file_of_a_checkout_with_autocrlf_ends_its_lines_as_windows_does(tmp_path):
+    """bash cannot run a script whose lines end in a carriage return."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no git checkout here")
+    index = ["git", "-c", "core.autocrlf=true", "checkout-index", "--all", f"--prefix={tmp_path}/"]
+    subprocess.run(index, cwd=ROOT, check=True)
+    texts = [path for path in tmp_path.rglob("*") if path.suffix in (".sh", ".py", ".toml", ".md")]
+    assert len(texts) > 100
+    assert not [path.name for path in texts if b"\r\n" in path.read_bytes()]

@@ -1,5 +1,6 @@
 """speedrun.sh: which commands it runs on which hardware, and how a second call resumes a run."""
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -458,3 +459,55 @@ def test_shell_and_python_share_the_callers_base_folder(sandbox, tmp_path, given
     assert '"tok_train"' in (base / "metrics.jsonl").read_text(encoding="utf-8"), "Python's"
     calls, done = sandbox.run(cwd=here, **folders)
     assert modules(calls)[0] == module and str(base / "speedrun.state") in done.stdout
+
+
+NO_HOME = ["env", "-u", "HOME", "-u", "NANOCHAT_BASE_DIR", "DRY_RUN=1"]
+
+
+def test_without_home_the_systems_list_of_users_says_where_it_is():
+    command = [*NO_HOME, "bash", "-x", "speedrun.sh"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    assert run.returncode == 0 and f"NANOCHAT_BASE_DIR={home}/.cache/nanochat" in run.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become an unlisted user")
+@pytest.mark.parametrize("given", [None, "~", "~/x"])
+def test_an_unlisted_user_without_home_is_told_what_to_set(given):
+    unlisted = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv here")
+    folder = [f"NANOCHAT_BASE_DIR={given}"] if given else []
+    run = subprocess.run(
+        [*unlisted, *NO_HOME, *folder, "bash", str(ROOT / "speedrun.sh")],
+        capture_output=True,
+        text=True,
+    )
+    if "Permission denied" in run.stderr:
+        pytest.skip("another user may not read the repository")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and run.stdout == ""
+    assert "set NANOCHAT_BASE_DIR to a folder you can write" in run.stderr
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("~root/x", "x"),
+    ("~root", ""),
+    ("~no-such-user/x", None),
+    ("~$(touch ran)/x", None),
+    ("~0/x", None),
+    ("~+/x", None),
+])
+def test_the_home_of_a_named_user_is_expanded_and_nothing_else(tmp_path, given, meant):
+    run = subprocess.run(
+        ["bash", "-x", str(ROOT / "speedrun.sh")],
+        cwd=tmp_path,
+        env=environment_of(DRY_RUN="1", NANOCHAT_BASE_DIR=given),
+        capture_output=True,
+        text=True,
+    )
+    assert not list(tmp_path.iterdir())
+    if meant is None:
+        assert run.returncode == 2 and f"error: {given}: there is no user" in run.stderr
+    else:
+        path = os.path.join(pwd.getpwnam("root").pw_dir, meant).rstrip("/")
+        assert f"NANOCHAT_BASE_DIR={path}\n" in run.stderr
