@@ -135,6 +135,27 @@ def test_streams_that_are_none_or_no_files_stay_as_they_are(monkeypatch):
     install_error_hook()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1:strict"])
+def test_what_a_terminal_cannot_show_ends_nothing(encoding):
+    """Samples hold any character, and consoles (Windows, LC_ALL=C) know few."""
+    code = (
+        "from nanochat.common import UserError, install_error_hook, print0\n"
+        "install_error_hook()\n"
+        "print0('sample: caf\\u00e9 \\u4f60\\u597d \\U0001f600 \\ud800')\n"
+        "print0('step 2')\n"
+        "raise UserError('\\u4f60 is no file')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith(b"sample: caf") and done.stdout.endswith(b"?? ? ?\nstep 2\n")
+    assert done.stderr == b"error: ? is no file\n"
+
+
 def test_a_bug_keeps_its_traceback():
     done = run_code(
         "from nanochat.common import install_error_hook\ninstall_error_hook()\n1 / 0")
