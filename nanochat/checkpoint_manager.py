@@ -373,7 +373,7 @@ def check_ranks(meta, rank):
 
 def named_checkpoint(name, dir):
     """(folder, step) of a user's name for a checkpoint: a step of `dir`, or the path of a file."""
-    if name.isdigit():
+    if name.isdecimal():
         return Path(dir), int(name)
     match = STEP_FILE.fullmatch(Path(name).name)
     if not match or not Path(name).exists():

@@ -498,7 +498,7 @@ CHANGES = [
     ({"config": {**CONFIG, "rotary_base": -1.0}}, "(rotary_base=-1.0)"),
     ({"config": {**CONFIG, "depth": 10**9}}, "depth=1000000000, at most"),
     ({"config": {**CONFIG, "vocab_size": 2**62}}, f"vocab_size={2**62}, at most"),
-    ({"config": {**CONFIG, "width": 10**30}}, "width=1000000000000000000000000000000, at most"),
+    ({"config": {**CONFIG, "width": 10**99}}, "width=100000000000000000000000000000, at most"),
     ({"config": {**CONFIG, "max_seq_len": 2**40}}, f"max_seq_len={2**40}, at most 1,048,576"),
     ({"config": {**CONFIG, "vocab_size": 250_000}}, "embed.weight has shape [320, 64], expected"),
     ({"config": {**CONFIG, "depth": 2}}, "blocks.1."),
@@ -515,8 +515,7 @@ def test_what_this_version_cannot_load_is_refused_in_one_line(
     write_meta(folder, {**read_meta(folder, 5), **change})
     allocated = tensors_allocated(monkeypatch)
     message = error_of(load_model, "base", "cpu")
-    if change.get("dtype") is None:
-        assert allocated == [], "refused before anything is allocated"
+    assert allocated == [], "refused before anything is allocated"
     assert needle in message and len(message) < 500
 
 
@@ -600,7 +599,7 @@ def holding(value):
 # What stands where the weights should, with the hash in the meta file that it has
 FORGED = [
     (cut, "is no file of a checkpoint (RuntimeError)"),
-    (lambda path: path.write_bytes(b""), "is no file of a checkpoint (EOFError)"),
+    (lambda path: path.write_bytes(b""), "is no file of a checkpoint"),
     (lambda path: path.write_bytes(b"{}"), "is no file of a checkpoint"),
     (lambda path: path.write_bytes(b"PK\3\4" + b"x" * 99), "is no file of a checkpoint"),
     (holding([1, 2]), "model_000005.pt holds no table of tensors"),
