@@ -557,6 +557,7 @@ def check_weights(meta, weights, path):
     Nothing is allocated: the model is built without storage (on torch's meta device), and only once
     its sizes are known to be those of a model that fits into the file.
     """
+    check_keys(meta, "model_class", "config", "dtype", "tokenizer")
     problem = problem_of_weights(meta, weights, path)
     if problem:
         raise UserError(
@@ -581,7 +582,6 @@ def problem_of_weights(meta, weights, path):
         return f"they are {bytes_of_all:,} bytes, {path.name} has {file_bytes:,}"
 
     # 2. sizes, so that building the model takes neither long nor more than numbers can say
-    check_keys(meta, "config")
     limits = {"depth": len(weights), "max_seq_len": LONGEST_CONTEXT}
     for name, value in meta["config"].items():
         limit = limits.get(name, file_bytes)

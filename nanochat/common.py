@@ -67,13 +67,13 @@ def get_base_dir():
     does not list the user, as in a container that runs under a number of its own.
     """
     named = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-    try:
-        base = Path(named).expanduser().absolute()
-    except RuntimeError:
+    expanded = os.path.expanduser(named)
+    if expanded.startswith("~"):
         raise UserError(
             f"{named}: the home folder is not known (HOME is not set, or there is no such user): "
             "set NANOCHAT_BASE_DIR to a folder you can write"
-        ) from None
+        )
+    base = Path(expanded).absolute()
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:

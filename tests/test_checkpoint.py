@@ -612,6 +612,7 @@ FORGED = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("forge, needle", FORGED)
 def test_a_file_with_the_right_hash_and_wrong_contents_is_refused_in_one_line(
     folder, meta, monkeypatch, forge, needle
