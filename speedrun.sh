@@ -50,7 +50,8 @@ absolute() {
             echo "$home${1:1}"
             ;;
         \~*)
-            if ! [[ "$user" =~ ^~[A-Za-z_][A-Za-z0-9_.-]*$ ]] || ! id -- "${user:1}" >/dev/null 2>&1; then
+            if ! [[ "$user" =~ ^~[A-Za-z_][A-Za-z0-9_.-]*$ ]] ||
+                ! id -- "${user:1}" >/dev/null 2>&1; then
                 refuse "$1: there is no user ${user:1}, write ./$1 or the whole path"
             fi
             eval "home=$user"

@@ -2,7 +2,6 @@
 import errno
 import os
 import pwd
-import stat
 import subprocess
 import sys
 
@@ -241,7 +240,7 @@ def refuse(monkeypatch, call, number, folders_only=False):
     real = getattr(os, call)
 
     def refused(path, *arguments):
-        if folders_only and not stat.S_ISDIR(os.stat(path).st_mode):
+        if folders_only and not os.path.isdir(path):
             return real(path, *arguments)
         raise OSError(number, os.strerror(number))
 
