@@ -170,6 +170,18 @@ def threads_are_chosen(is_dist):
     return "OMP_NUM_THREADS=1" in environment.split("\0")
 
 
+def let_waiting_threads_sleep():
+    """Let OpenMP's threads sleep, not spin, while they wait for each other.
+
+    By default they spin for milliseconds. Where another process holds the core that one of them
+    needs, the others burn the time in which it could run: of 350 tokens/s in decoding 20 to 30
+    were left, of 4,100 in training 600 to 2,000 (two cores, beside two other processes). What the
+    user has set stands. It takes effect only before torch is imported.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def bind_workers():
     """Keep each of OpenMP's worker threads on its own core.
 

@@ -1,8 +1,11 @@
 """What this machine is: the CPUs a process may use, and a GPU that torch cannot see."""
 import os
+import subprocess
+import sys
 
 import pytest
 
+from conftest import ROOT
 from nanochat import hardware
 from nanochat.common import UserError, choose_device_type
 from nanochat.hardware import (
@@ -68,6 +71,7 @@ def refused(*_):
 
 
 def test_a_sandbox_that_refuses_affinity_masks_stops_nothing(monkeypatch):
+    import torch  # noqa: F401 - before folders are listed by a shim
     monkeypatch.setattr(os, "sched_getaffinity", refused, raising=False)
     assert allowed_cores() == list(range(os.cpu_count()))
     assert 1 <= available_cpus() <= os.cpu_count()
@@ -99,6 +103,25 @@ def test_the_users_number_of_threads_is_told_from_torchruns(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     monkeypatch.setattr(hardware, "_text_of", lambda path: launched_with)
     assert threads_are_chosen(is_dist) is chosen
+
+
+@pytest.mark.parametrize("given, policy", [
+    ({}, "passive"),
+    ({"OMP_WAIT_POLICY": "active"}, "active"),
+    ({"GOMP_SPINCOUNT": "1000"}, None),
+    ({"KMP_BLOCKTIME": "200"}, None),
+])
+def test_threads_of_a_script_sleep_while_they_wait_unless_the_user_says_otherwise(given, policy):
+    code = (
+        "import os, sys, scripts\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    environment = {**inherited, **given}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(policy), "False"], done.stderr
 
 
 COMPILER_MESSAGES = [
