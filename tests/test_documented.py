@@ -189,7 +189,8 @@ def test_the_documented_calls_save_and_load_a_model(base_dir, monkeypatch):
     from nanochat import checkpoint_manager
     from nanochat.gpt import GPT, GPTConfig
 
-    tokenizer = types.SimpleNamespace(fingerprint="of the test")
+    tokenizer = types.SimpleNamespace(
+        fingerprint="of the test", get_vocab_size=lambda: 64)
     monkeypatch.setattr(checkpoint_manager, "get_tokenizer", lambda: tokenizer)
     config = GPTConfig.from_depth(1, vocab_size=64, max_seq_len=16)
     model = GPT(config)
