@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def base_dir(tmp_path, monkeypatch):
 def _nothing_in_the_home_directory(tmp_path_factory):
     """A test that forgets `base_dir` must not touch the user's base directory in ~/.cache."""
     os.environ["NANOCHAT_BASE_DIR"] = str(tmp_path_factory.mktemp("shared_base"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_what_the_tests_start():
+    """A shell starts a background job with SIGINT ignored, and every child would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -105,26 +105,28 @@ def test_the_users_number_of_threads_is_told_from_torchruns(
     assert threads_are_chosen(is_dist) is chosen
 
 
-@pytest.mark.parametrize("script, given, policy", [
-    ("scripts.chat_cli", {}, "passive"),
-    ("scripts.chat_web", {}, "passive"),
-    ("scripts.base_train", {}, None),
-    ("scripts.chat_cli", {"OMP_WAIT_POLICY": "active"}, "active"),
-    ("scripts.chat_cli", {"GOMP_SPINCOUNT": "1000"}, None),
-    ("scripts.chat_cli", {"KMP_BLOCKTIME": "200"}, None),
+@pytest.mark.parametrize("script, given, policy, turns", [
+    ("scripts.chat_cli", {}, "passive", None),
+    ("scripts.chat_web", {}, "passive", None),
+    ("scripts.base_train", {}, None, "1000"),
+    ("scripts.chat_cli", {"OMP_WAIT_POLICY": "active"}, "active", None),
+    ("scripts.base_train", {"OMP_WAIT_POLICY": "active"}, "active", None),
+    ("scripts.chat_cli", {"GOMP_SPINCOUNT": "7"}, None, "7"),
+    ("scripts.base_train", {"KMP_BLOCKTIME": "200"}, None, None),
 ])
-def test_threads_of_a_chat_sleep_while_they_wait_unless_the_user_says_otherwise(
-        script, given, policy):
+def test_threads_spin_briefly_and_those_of_a_chat_not_at_all_unless_the_user_says_otherwise(
+        script, given, policy, turns):
     code = (
         "import os, sys, scripts\n"
-        "print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+        "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'),"
+        " 'torch' in sys.modules)"
     )
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
     command = [sys.executable, "-c", code, script]
     environment = {**inherited, **given}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [str(policy), "False"], done.stderr
+    assert done.stdout.split() == [str(policy), str(turns), "False"], done.stderr
 
 
 COMPILER_MESSAGES = [
