@@ -110,6 +110,21 @@ def _full_name(name, declared, aliases):
     raise UserError(f"unknown setting --{name}{hint}")
 
 
+def _stands_for_a_value(name, aliases):
+    """Whether `name` is an alias that holds a value, such as {"no_wandb": "logger="}."""
+    return "=" in aliases.get(name.replace("-", "_"), "")
+
+
+def _aliased(name, switch, aliases):
+    """Yield the (name, value) that such an alias stands for, or nothing where it is switched off.
+
+    switch: what the alias was set to, as _convert() takes it for a bool.
+    """
+    if _convert(name, bool, switch):
+        setting, _, value = aliases[name.replace("-", "_")].partition("=")
+        yield setting, value
+
+
 def _next_value(name, kind, words):
     """The value of a setting that was given without "=": taken from the words that follow."""
     if kind is bool:
@@ -151,16 +166,21 @@ def _assignments(words, declared, aliases):
         elif word == "--":  # torchrun passes it through
             continue
         elif word.startswith("-"):
-            word = word.lstrip("-")
-            word = aliases.get(word.replace("-", "_"), word)  # an alias may hold a value as well
-            name, given, value = word.partition("=")
+            name, given, value = word.lstrip("-").partition("=")
+            if _stands_for_a_value(name, aliases):
+                switch = value if given else _next_value(name, bool, words)
+                yield from _aliased(name, switch, aliases)
+                continue
             name = _full_name(name, declared, aliases)
             if not given:
                 value = _next_value(name, declared[name][0], words)
             yield name, value
         elif Path(word).is_file():
             for name, value in _read_config(word):
-                yield _full_name(name, declared, aliases), value
+                if _stands_for_a_value(name, aliases):
+                    yield from _aliased(name, value, aliases)
+                else:
+                    yield _full_name(name, declared, aliases), value
         else:
             raise UserError(f"config file '{word}' does not exist: settings are written "
                             "--name=value, and text with spaces goes in quotes")

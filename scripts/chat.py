@@ -486,8 +486,9 @@ ARGUMENTS = [
 def is_address(url):
     """Whether a text is the address of a server, http://localhost:8000 say."""
     try:
-        host = requests.compat.urlsplit(url).hostname
-    except ValueError:      # brackets that hold no IPv6 address
+        parts = requests.compat.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:      # brackets that hold no IPv6 address, or a port above 65535
         return False
     return bool(host) and re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
 

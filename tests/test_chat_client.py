@@ -612,6 +612,8 @@ def test_half_a_character_does_not_end_the_program():
         (["--url=http://"], "http://"),
         (["--url=http://[1:2]"], "http://"),
         (["--url=http://a b"], "http://"),
+        (["--url=http://localhost:99999"], "http://"),
+        (["--url=http://localhost:abc"], "http://"),
         (["--once", " "], "--once"),
         (["--promt=x"], "--promt"),
         (["--max_tokens=many"], "max_tokens"),

@@ -238,8 +238,15 @@ settings = configure(globals(), aliases={"no_wandb": "logger="})
     (["--no-wandb"], ""),
     (["--no-wandb", "--logger=tensorboard"], "tensorboard"),
     (["--no-wandb", "--no-logs"], ""),
+    (["--logger=wandb", "--no-wandb=1"], ""),
+    (["--logger=wandb", "--no-wandb=false"], "wandb"),
+    (["--logger=wandb", "--no-wandb", "true"], ""),
+    (["--logger=wandb", "ours.py"], ""),
+    (["ours.py", "--logger=wandb"], "wandb"),
 ])
-def test_an_alias_may_hold_a_value(tmp_path, words, logger):
+def test_an_alias_may_hold_a_value(tmp_path, monkeypatch, words, logger):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ours.py").write_text("no_wandb = True", encoding="utf-8")
     path = tmp_path / "script.py"
     path.write_text(SCRIPT, encoding="utf-8")
     namespace = {"__file__": str(path), "logger": "", "no_logs": False}
@@ -367,7 +374,12 @@ curl -X POST http://localhost:8000/v1/chat/completions
 python3 chat.py
 docker exec deepseek-r1 python3 /tmp/simple_train_benchmark.py
 docker exec deepseek-r1 python3 /tmp/transformer_benchmark.py
-python3 /workspace/multigpu_benchmark.py
+python3 /workspace/multigpu_benchmark.py --model 7b --scaling-test
+python3 /workspace/multigpu_benchmark.py --model 7b --gpus 8 --batch-size 8
+python3 /workspace/transformer_benchmark.py --model 7b --batch-size 8 --seq-len 1024
+export HSA_FORCE_FINE_GRAIN_PCIE=1
+export NCCL_P2P_LEVEL=PHB
+WANDB_REQUIRE_SERVICE
 docker stop deepseek-r1
 docker start deepseek-r1
 madengine discover --tags training
