@@ -167,7 +167,7 @@ def is_like_a_conversation(record, depth=3):
     True
     """
     if isinstance(record, list):
-        return any(map(is_message, record[:1]))
+        return any(is_message(item) or is_like_a_conversation(item, depth) for item in record[:1])
     if not isinstance(record, dict) or depth == 0:
         return False
     keys = {str(key).strip().lower() for key in record}

@@ -92,7 +92,8 @@ RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # a data se
 
 # Texts about a data set, which stand beside its files
 ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors)([^a-z]|$)",
+    r"(readme|data(set)?[-_ ]?card|"
+    r"licen[cs]e|copying|notice|citation|changelog|contributing|authors)([^a-z]|$)",
     re.IGNORECASE,
 )
 
@@ -663,7 +664,8 @@ def _user_files(path):
     others = [file for file in every if not _is_readable(file)]
     if not files:
         known = sorted({text_suffix(file) for file in others} & CONVERSIONS.keys())
-        advice = f": convert them, as in {CONVERSIONS[known[0]]}" if known else ""
+        rename = f": rename those of text, such as {others[0].name}, to .txt" if others else ""
+        advice = f": convert them, as in {CONVERSIONS[known[0]]}" if known else rename
         raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files{advice}")
     return files, others
 

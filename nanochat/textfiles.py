@@ -19,6 +19,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -71,6 +72,8 @@ BINARY = {
     b"SQLite format 3\x00": "an SQLite database: save the text of its tables as csv",
 }
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes of which text has hardly any
+MAX_CONTROL = 0.05          # the share of these; compressed data has 11 %, UTF-16 often more
+DELIMITERS = ",;\t|"        # of the columns of a table
 
 
 class NoText(UserError):
@@ -245,7 +248,7 @@ def _check_text(path, head):
     for magic, kind in BINARY.items():
         if head.startswith(magic):
             raise NoText(f"{path} is no text but {kind}")
-    if len(CONTROL.findall(head)) > 0.01 * len(head):
+    if len(CONTROL.findall(head)) > MAX_CONTROL * len(head):
         raise NoText(f"{path} is no text but binary data: export the text that it holds")
 
 
@@ -260,11 +263,20 @@ def _wide_encoding(head):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    if b"\0" not in head:
+    if b"\0" not in head or _is_utf8_text(head):
         return None
     encodings = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
     ascii_chars, encoding = max((_ascii_chars(head, name), name) for name in encodings)
     return encoding if ascii_chars > 0 else None
+
+
+def _is_utf8_text(head):
+    """Whether the first bytes of a file are UTF-8 with hardly a control character."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return len(CONTROL.findall(head)) <= 2 * MAX_CONTROL * len(head)
 
 
 def _ascii_chars(head, encoding):
@@ -395,9 +407,15 @@ def _read_lines(stream, path):
     """One JSON object on each line; stream: any iterable of lines.
 
     A line ends at a line feed. str.splitlines() also breaks at U+2028, inside a string.
+    Some .jsonl files are one list, or have their objects over several lines.
     """
     is_first = True
-    for number, line in enumerate(stream, start=1):
+    begin = stream.readline()
+    is_list = begin.startswith("[") and not is_like_a_conversation(_parsed_or_none(begin))
+    if is_list or begin.strip() == "{":
+        yield from _read_json(stream, path, begin)
+        return
+    for number, line in enumerate(itertools.chain([begin], stream), start=1):
         line = line.lstrip("\ufeff").strip()
         if not line:
             continue
@@ -407,6 +425,13 @@ def _read_lines(stream, path):
             raise NoText(f"{place}: {CONVERSATION}")
         is_first = False
         yield _text_of(record, place)
+
+
+def _parsed_or_none(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _parse_line(line, place):
@@ -419,10 +444,10 @@ def _parse_line(line, place):
 class _Values:
     """JSON values one after the other, from a stream of text of which a part is held in memory."""
 
-    def __init__(self, stream, path):
+    def __init__(self, stream, path, begin):
         self.stream = stream
         self.path = path
-        self.text = stream.read(BLOCK_CHARS).removeprefix("\ufeff")
+        self.text = (begin + stream.read(BLOCK_CHARS)).removeprefix("\ufeff")
         self.place = 0          # in self.text
         self.lines = 0          # that ended before self.text
         self.is_whole = False   # whether nothing follows self.text in the stream
@@ -484,12 +509,12 @@ class _Values:
         return json.JSONDecodeError(message, self.text, self.place)
 
 
-def _read_json(stream, path):
+def _read_json(stream, path, begin=""):
     """One list of texts or of objects, or {"text": ...} with one text or a list of them.
 
-    Many a .json file is a .jsonl file in truth.
+    begin: what was read of the stream before. Many a .json file is a .jsonl file in truth.
     """
-    values = _Values(stream, path)
+    values = _Values(stream, path, begin)
     try:
         for number, record in enumerate(_records_of(values)):
             if values.failure is NoText:
@@ -506,9 +531,12 @@ def _read_json(stream, path):
 
 
 def _records_of(values):
-    """Yield the items of a list, the items under the key "text", or the values of a .jsonl file."""
+    """Yield the items of lists, the items under the key "text", or the values of a .jsonl file."""
     if values.next_char() == "[":
-        yield from _items_of(values)
+        while values.next_char() == "[":
+            yield from _items_of(values)
+        if values.next_char():
+            raise values.error("Extra data")
         return
 
     first = values.take()
@@ -533,8 +561,6 @@ def _items_of(values):
         mark = values.take_char()
     if mark != "]":
         raise values.error("Expecting ',' delimiter")
-    if values.next_char():
-        raise values.error("Extra data")
 
 
 def _check_first(record, path):
@@ -549,11 +575,11 @@ def _check_first(record, path):
 def _read_table(stream, path):
     """The column "text", or the only column, of a table whose first line names the columns.
 
-    Columns are divided by a comma, semicolon or tab: by the one that shows the column "text".
+    Columns are divided by the one of DELIMITERS that shows the column "text".
     """
     csv.field_size_limit(MAX_CSV_FIELD)
-    header = stream.readline().removeprefix("\ufeff")
-    delimiter = next((mark for mark in ",;\t" if "text" in _columns(header, mark)), ",")
+    passed, header = read_header(stream)
+    delimiter = next((mark for mark in DELIMITERS if "text" in _columns(header, mark)), ",")
     names = _columns(header, delimiter)
     column = _text_column(names, path)
     rows = csv.reader(stream, delimiter=delimiter, strict=True)  # no quote may stay open
@@ -561,14 +587,27 @@ def _read_table(stream, path):
         for row in filter(None, rows):
             if len(row) > len(names):
                 raise UserError(
-                    f"{path}, line {rows.line_num + 1}: {len(row)} columns, the first line has "
-                    f'{len(names)}: put a text that holds {delimiter!r} between "quotes"'
+                    f"{path}, line {rows.line_num + passed}: {len(row)} columns, the first line "
+                    f'has {len(names)}: put a text that holds {delimiter!r} between "quotes"'
                 )
             yield row[column] if column < len(row) else None
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {rows.line_num + 1}: {error}: write a \" within quotes as \"\""
+            f"{path}, line {rows.line_num + passed}: {error}: write \" in quotes as \"\""
         ) from error
+
+
+def read_header(stream):
+    """(number of lines read, the last of them) of a table: the first line with column names.
+
+    Excel writes "sep=;" before them in some countries.
+    """
+    passed = 1
+    line = stream.readline().removeprefix("\ufeff")
+    while line.isspace() or line.startswith("sep="):
+        passed += 1
+        line = stream.readline()
+    return passed, line
 
 
 def _columns(header, delimiter):

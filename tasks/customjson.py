@@ -34,7 +34,7 @@ from nanochat.conversation import (
     is_message,
     normalise_messages,
 )
-from nanochat.textfiles import find_encoding, open_text, text_suffix
+from nanochat.textfiles import DELIMITERS, find_encoding, open_text, read_header, text_suffix
 from tasks.common import Task, conversation
 
 DETAILS = ("input", "context")      # what an instruction or a question is about
@@ -143,6 +143,8 @@ def read_record(record):
     recognised = _recognise(fields or record)
     if recognised is None:
         keys = f" (its keys: {', '.join(fields)})" if fields else ""
+        if "text" in fields:
+            keys += ", text to pretrain on goes to --data of scripts.base_train"
         raise UserError(f"no conversation was recognised{keys}: {WANTED}")
 
     messages, form = recognised
@@ -218,16 +220,18 @@ def _read_json(path):
 
 def _read_csv(path):
     """Rows under a line of column names, divided by commas, semicolons or tabs."""
-    text = _read_text(path)
-    head = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
+    stream = io.StringIO(_read_text(path), newline="")
+    passed, head = read_header(stream)
+    delimiter = max(DELIMITERS, key=head.count)
     csv.field_size_limit(MAX_CELL)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    names = next(csv.reader([head], delimiter=delimiter), [])
+    reader = csv.DictReader(stream, names, delimiter=delimiter, strict=True)
     try:
         for record in reader:
-            yield f"line {reader.line_num}", record
+            yield f"line {reader.line_num + passed}", record
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not csv: {error}") from error
+        line = reader.reader.line_num + passed  # reader's own is that of the row before
+        raise UserError(f"{path}, line {line} is not csv: {error}") from error
 
 
 def _read_parquet(path):

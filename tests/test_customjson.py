@@ -126,7 +126,7 @@ def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({"text": "Hello"}, r"no conversation was recognised \(its keys: text\)"),
+    ({"text": "Hello"}, r"no conversation was recognised \(its keys: text\).*goes to --data"),
     ({"prompt": "a", "chosen": TALK[1:], "rejected": TALK[1:]}, "prompt, chosen, rejected"),
     ({"question": "a", "answers": ["b"]}, "question, answers"),
     ({"a": TALK, "b": TALK}, r"\(its keys: a, b\)"),
@@ -200,6 +200,8 @@ def test_one_conversation_over_many_lines_is_read(read):
 @pytest.mark.parametrize("content, name", [
     ("prompt,completion\nHello,\"Hello, Ada.\"\n", "mine.csv"),
     ("Question;Answer\r\nHello;Hello, Ada.\r\n", "MINE.CSV"),
+    ("sep=;\nquestion;answer\nHello;Hello, Ada.\n", "mine.csv"),
+    ("\nquestion|answer\nHello|Hello, Ada.\n", "mine.csv"),
     ("id\tinstruction\tinput\toutput\n1\tHello\t\tHello, Ada.\n", "mine.tsv"),
     ('id,messages\n7,"%s"\n' % json.dumps(TALK).replace('"', '""'), "mine.csv"),
     ('id,messages\n7,"%s"\n' % repr(TALK), "mine.csv"),
@@ -249,6 +251,7 @@ def test_parquet_is_read(tmp_path):
     (json.dumps(RECORDS + [{"prompt": "x"}], indent=1), "mine.json", "mine.json, entry 4"),
     ("prompt,completion\na,b\nc,\n", "mine.csv", "line 3"),
     ("a,b\n1,2\n", "mine.csv", r"line 2.*its keys: a, b"),
+    ("sep=,\nprompt,completion\na,\"open\n", "mine.csv", "line 3 is not csv: unexpected end"),
     ('[\n{"prompt": "a", "completion": "b"},\n{"prompt"}\n]', "mine.json", "line 3 is not JSON"),
     ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', "mine.jsonl", "line 2 is not JSON"),
     (b'{"prompt": "a",\n"completion": "\xe4"}', "mine.json", r"line 2: not UTF-8 \(byte 31\)"),

@@ -941,7 +941,7 @@ def test_the_splits_of_a_hub_clone_are_recognised_and_said(tmp_path, base, capsy
         },
     )
     text_file(clone / "README.md", "# About\n")
-    text_file(clone / "LICENSE.txt", "Take it.\n")
+    text_file(clone / "dataset_card.md", "# What it holds\n")
     text_file(clone / "dataset_infos.json", "{}")
     assert list(iter_documents("train", clone)) == words(30) + words(30, "more")
     said = capsys.readouterr().out
@@ -1088,6 +1088,13 @@ def test_a_name_that_says_compressed_of_a_file_that_is_not(tmp_path):
     ("a.json", json.dumps({"text": words(40), "id": list(range(40))})),
     ("a.json", LINES),
     ("a.json", "\ufeff" + json.dumps(words(40))),
+    ("a.json", "".join(json.dumps([text]) + "\n" for text in words(40))),
+    ("a.jsonl", json.dumps([{"text": text} for text in words(40)])),
+    ("a.jsonl", json.dumps([{"text": text} for text in words(40)], indent=1)),
+    ("a.jsonl", "\n".join(json.dumps({"text": text}, indent=1) for text in words(40))),
+    ("a.csv", "sep=;\nid;text\n" + "".join(f"1;{text}\n" for text in words(40))),
+    ("a.csv", "\n\nid|text\n" + "".join(f"1|{text}\n" for text in words(40))),
+    ("a.csv", "text\r" + "\r".join(words(40))),
     ("a.ndjson", LINES),
     ("a.jsonl", LINES.replace("\n", "\r\n")),
     ("a.jsonl", LINES.replace("\n", "\n\ufeff", 20)),
@@ -1111,8 +1118,12 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
     ("a.csv", "id,body\n1,x\n", "no column 'text', only .*id.*body"),
     ("a.csv", "text,text\nx,y\n", "2 columns 'text'"),
     ("a.csv", "id,text\n1,x\n2,one, two\n", "line 3: 3 columns"),
+    ("a.csv", "sep=,\n\nid,text\n1,x\n2,one, two\n", "line 5: 3 columns"),
+    ("a.json", '["a"] x', "line 1: not JSON .Extra data"),
+    ("a.jsonl", '[\n"a",\n"b"', "line 3: not JSON"),
+    ("a.jsonl", LINES + "\0" * 50 + "\n", "line 41: not an object"),
     ("a.csv", 'id,text\n1,x\n2,"open\n3,y\n', "a.csv, line 4: unexpected end of data"),
-    ("a.csv", 'text\n"He said "no"."\n', "a.csv, line 2: .*expected after .*write a"),
+    ("a.csv", 'text\n"He said "no"."\n', "a.csv, line 2: .*expected after .*in quotes as"),
     ("a.json", '{"a": 1}', "holds no list of texts: the form is"),
     ("a.json", "[]", "holds no list of texts"),
     ("a.json", '["a", 5]', "item 1"),
@@ -1326,6 +1337,8 @@ CONVERSATIONS = {
     "d.csv": "Prompt,Completion\na,b\n",
     "e.jsonl": json.dumps({"body": {"messages": TALK}, "id": 1}) + "\n",
     "f.json": json.dumps([TALK, TALK]),
+    "h.json": json.dumps({"version": 1, "data": [{"question": "a", "answer": "b"}]}),
+    "i.jsonl": json.dumps([{"prompt": "a", "completion": "b"}], indent=1),
     "g.jsonl": json.dumps({"conversations": [{"from": "human", "value": "a"}]}) + "\n",
 }
 
