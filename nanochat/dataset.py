@@ -72,6 +72,7 @@ MAX_TAG_CHARS = 40          # of the name before its hash
 REPORT_SECONDS = 2.0        # between two lines that say how far the reading is
 LARGE_BYTES = 500_000_000   # a file that takes seconds to be looked through
 PRINTED_LINES = 20          # about the files of a folder
+OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
 COPY_AGAIN = "copy or download it again"
@@ -1021,6 +1022,7 @@ def _convert(path, chosen, others):
 
     # write to a draft, which becomes the folder when it is whole
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_old_drafts(folder.parent)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
     try:
         train_rows, val_rows = _write_draft(draft, path, chosen)
@@ -1035,6 +1037,13 @@ def _convert(path, chosen, others):
         f"{val_rows:,} for validation{origin}, in {folder}"
     )
     return folder
+
+
+def _remove_old_drafts(folder):
+    """Remove what conversions that were killed have left, days ago."""
+    for draft in folder.glob("draft-*"):
+        if time.time() - draft.stat().st_mtime > OLD_SECONDS:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _rename_folder(draft, folder):

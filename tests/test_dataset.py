@@ -350,6 +350,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, base, monkeypatch):
     assert len(both_splits(path)) == 1000
 
 
+def test_what_a_killed_conversion_has_left_is_removed_after_days(tmp_path, base):
+    old, recent = base / "user_data" / "draft-old", base / "user_data" / "draft-recent"
+    for draft in (old, recent):
+        draft.mkdir(parents=True)
+        text_file(draft / "shard_00000.parquet", "half")
+    os.utime(old, (0, 0))
+    open_dataset(jsonl_file(tmp_path / "a.jsonl", words(9)))
+    assert not old.exists() and recent.exists()
+
+
 def test_a_long_conversion_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "REPORT_SECONDS", 0)
     open_dataset(jsonl_file(tmp_path / "a.jsonl", words(9)))
