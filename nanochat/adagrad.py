@@ -44,7 +44,7 @@ class RowAdagrad(torch.optim.Optimizer):
 
     def fits(self, table, state):
         """Whether a loaded state is of a table of this size."""
-        return len(state["squares"]) == len(table)
+        return state["squares"].shape == (len(table), 1)
 
     def _update_rows(self, table, lr):
         """Read and write the rows of a sparse gradient only."""

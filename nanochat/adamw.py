@@ -72,7 +72,8 @@ class AdamW(torch.optim.Optimizer):
 
     def fits(self, p, state):
         """Whether a loaded state is of a parameter of this size."""
-        return state["m"].numel() == p.numel()
+        is_flat = state["m"].shape == state["v"].shape == (p.numel(),)
+        return is_flat and state["step"].shape == ()
 
 
 # The documented name. Nothing in here is distributed: parallel.Layout shards from outside.

@@ -605,12 +605,40 @@ def problem_of_weights(meta, weights, path):
 
 
 def check_state(state, path):
-    """UserError unless a file holds the optimizer state of a rank."""
-    if not isinstance(state, dict) or not isinstance(state.get("optimizers"), list):
+    """UserError unless a file holds the state of a rank, in the form in which Run.save() writes it.
+
+    Whether it is the state of this model is for parallel.Layout to say, which knows the parameters.
+    """
+    problem = _problem_of_state(state)
+    if problem:
         raise UserError(
-            f"{path} holds no optimizer state: start from the weights of the checkpoint, or get "
-            "the file again from where it came"
+            f"{path} holds no optimizer state ({problem}): start from the weights of the "
+            "checkpoint, or get the file again from where it came"
         )
+
+
+def _problem_of_state(state):
+    """What is wrong with the state of a rank, or None."""
+    if not isinstance(state, dict) or not isinstance(state.get("optimizers"), list):
+        return "no list of optimizers"
+    if not all(map(_is_state_of_an_optimizer, state["optimizers"])):
+        return "an optimizer without param_groups or state"
+
+    own = torch.get_rng_state()
+    rng = state.get("rng", own)
+    is_rng = isinstance(rng, torch.Tensor) and rng.dtype == own.dtype
+    return None if is_rng and rng.shape == own.shape else "no random state of this torch"
+
+
+def _is_state_of_an_optimizer(saved):
+    """Whether a value is what Optimizer.state_dict() returns."""
+    if not isinstance(saved, dict):
+        return False
+    groups, states = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(states, dict):
+        return False
+    are_groups = all(isinstance(group, dict) and "params" in group for group in groups)
+    return are_groups and all(isinstance(values, dict) for values in states.values())
 
 
 def check_keys(meta, *keys):

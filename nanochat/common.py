@@ -59,21 +59,30 @@ def tolerate_characters():
 # --------------------------------------------------------------------------------------------------
 # files
 
+def expand_home(path, remedy):
+    """A path, a str, in which a ~ at the beginning has become the home folder.
+
+    UserError, which ends with the remedy, where ~ means nothing: HOME is not set and the system
+    does not list the user, as in a container that runs under a number of its own. A file whose name
+    begins with ~ is left as it is.
+    """
+    expanded = os.path.expanduser(path)
+    if str(expanded).startswith("~") and not os.path.exists(expanded):
+        raise UserError(
+            f"{path}: the home folder is not known (HOME is not set, or there is no such user): "
+            + remedy
+        )
+    return str(expanded)
+
+
 def get_base_dir():
     """The folder that holds everything a run writes: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat.
 
     A relative one is relative to the folder in which the command was given. Created if missing.
-    UserError where it cannot be created, and where ~ means nothing: HOME is not set and the system
-    does not list the user, as in a container that runs under a number of its own.
+    UserError where it cannot be created, and where ~ means nothing.
     """
     named = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-    expanded = os.path.expanduser(named)
-    if expanded.startswith("~"):
-        raise UserError(
-            f"{named}: the home folder is not known (HOME is not set, or there is no such user): "
-            "set NANOCHAT_BASE_DIR to a folder you can write"
-        )
-    base = Path(expanded).absolute()
+    base = Path(expand_home(named, "set NANOCHAT_BASE_DIR to a folder you can write")).absolute()
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,6 +19,12 @@ from nanochat.common import UserError
 # What an assistant's message may consist of: text, an expression for the Python tool, its reply.
 PART_TYPES = ("text", "python", "python_output")
 
+# Keys of the records in which other programs write conversations, in the order in which they are
+# looked for
+MESSAGES = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "prompt", "question", "query", "input", "user", "human", "q")
+ANSWERS = ("output", "completion", "response", "answer", "reply", "assistant", "bot", "a")
+
 # How control tokens are shown to a person: a tool call reads `12*7` → 84. The others are not shown.
 SHOWN = {
     "<|python_start|>": "`",
@@ -152,6 +158,22 @@ def normalise_messages(messages, changes=None):
 def is_message(value):
     """Whether a value looks like a message: a dict that says whose it is."""
     return isinstance(value, dict) and any(key in value for key in ROLE_KEYS)
+
+
+def is_like_a_conversation(record, depth=3):
+    """Whether a record of a data file looks like one of the forms in docs/conversations.md.
+
+    >>> is_like_a_conversation({"Prompt": "Hello", "completion": "Hello, Ada."})
+    True
+    """
+    if isinstance(record, list):
+        return any(is_message(item) or is_like_a_conversation(item, depth) for item in record[:1])
+    if not isinstance(record, dict) or depth == 0:
+        return False
+    keys = {str(key).strip().lower() for key in record}
+    is_pair = not keys.isdisjoint(QUESTIONS) and not keys.isdisjoint(ANSWERS)
+    has_messages = any(is_like_a_conversation(value, depth - 1) for value in record.values())
+    return is_pair or has_messages or not keys.isdisjoint(MESSAGES)
 
 
 def _first(message, keys):

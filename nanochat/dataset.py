@@ -26,6 +26,9 @@ import re
 import runpy
 import shutil
 import tempfile
+import time
+import unicodedata
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,17 +39,22 @@ from nanochat.common import (
     UserError,
     atomic_file,
     atomic_write,
+    expand_home,
     fraction,
     get_base_dir,
     print0,
     sha256,
 )
+from nanochat.conversation import is_like_a_conversation
 from nanochat.textfiles import (
+    COMPRESSED,
+    CONVERSATION,
     CONVERSIONS,
     DOCUMENT_CHARS,  # noqa: F401  (where they were before)
     READERS,
     NoText,
     check_not_a_pointer,
+    find_encoding,
     read_text_file,
     split_document,  # noqa: F401
     text_suffix,
@@ -54,10 +62,17 @@ from nanochat.textfiles import (
 
 SHARD_CHARS = 12_000_000    # a shard that we write is closed once it exceeds this
 ROWS_PER_GROUP = 64         # small, so that every shard has several row groups
+GROUP_CHARS = 4_000_000     # fewer rows of long documents make a row group
 VALIDATION_SHARE = 0.05     # of the rows or characters, where no file is for validation
 MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may have to be cut
 CHECKED_BYTES = 100_000_000  # up to this size, the user's parquet files are checked row by row
 SUFFIXES = (*READERS, ".parquet")
+SOURCE = "source"           # the column of converted text that names the user's file
+MAX_TAG_CHARS = 40          # of the name before its hash
+REPORT_SECONDS = 2.0        # between two lines that say how far the reading is
+LARGE_BYTES = 500_000_000   # a file that takes seconds to be looked through
+PRINTED_LINES = 20          # about the files of a folder
+OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
 COPY_AGAIN = "copy or download it again"
@@ -78,7 +93,8 @@ RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # a data se
 
 # Texts about a data set, which stand beside its files
 ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors)([^a-z]|$)",
+    r"(readme|data(set)?[-_ ]?card|"
+    r"licen[cs]e|copying|notice|citation|changelog|contributing|authors)([^a-z]|$)",
     re.IGNORECASE,
 )
 
@@ -93,11 +109,15 @@ class Dataset(NamedTuple):
     train_groups, val_groups: the arguments of read_row_group, (path, row group index), in the order
     in which they are read. A row group is the unit that is read from a parquet file at a time.
     Where one file holds both splits, the group at the border has its first and last row as well.
+    root: the folder that the names of documents are relative to.
+    is_ours: whether nanochat has written the files, so that a column `source` is one of names.
     """
 
     paths: list
     train_groups: list
     val_groups: list
+    root: Path
+    is_ours: bool
 
     def groups(self, split):
         """The row groups of "train" or "val", a list; UserError for any other split."""
@@ -121,6 +141,18 @@ class Dataset(NamedTuple):
                     yield text
                 row += 1
 
+    def named_documents(self, split):
+        """One pass over the documents of a split, in order: yields (name, text), text not empty.
+
+        The name is that of the user's file, relative to the data path. Of a file that was cut into
+        several documents, all have the same name. A document of a parquet file, of the user's or
+        of a shard, is named by its place: "part-0.parquet, row 17", counted from 0.
+        """
+        for group in self.groups(split):
+            for name, text in _read_named(self.root, self.is_ours, *group):
+                if text:
+                    yield name, text
+
 
 def open_dataset(data=None):
     """Resolve a data path, check every file behind it, and return a Dataset.
@@ -143,6 +175,38 @@ def open_dataset(data=None):
     # 2) the user's files
     files, others = _user_files(path)
     return _open_user_files(path, files, others)
+
+
+def data_tag(data):
+    """A name for what is trained on a data path: "notes-1a2b3c4d". None for nanochat's own text.
+
+    It ends with a hash of the paths, sizes and modification times of all files behind `data`, by
+    which conversions are named as well: when one of them changes, so does the tag. The tag is made
+    of ASCII letters, digits and hyphens, and is no longer than a name of a folder may be.
+    UserError for what open_dataset() refuses without reading it.
+    """
+    if data is None:
+        return None
+    path = _existing(data)
+    if os.path.realpath(path) == os.path.realpath(get_base_dir() / "base_data"):
+        return None
+
+    # the key
+    pinned = _pinned(path / "index.json")
+    if pinned:
+        files = [path / name for name in (*pinned["files"], pinned["validation"])]
+        key = _key(path, [file for file in files if file.exists()])
+    else:
+        chosen = _choose(path, _user_files(path)[0])
+        key = _key(path, chosen.files, bool(chosen.val))
+
+    # the name, without the suffixes of a file
+    name = path.name
+    while path.is_file() and Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED):
+        name = Path(name).stem
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9]+", "-", plain)[:MAX_TAG_CHARS].strip("-")
+    return f"{safe or 'data'}-{key[:8]}"
 
 
 def _open_base_data():
@@ -211,6 +275,24 @@ def read_row_group(path, index, start=0, stop=None):
     """
     with pq.ParquetFile(path) as parquet:
         return _texts_of(parquet, path, index)[start:stop]
+
+
+def _read_named(root, is_ours, path, index, start=0, stop=None):
+    """The [(name, text)] of a row group; see Dataset.named_documents."""
+    with pq.ParquetFile(path) as parquet:
+        texts = _texts_of(parquet, path, index)
+        if is_ours and SOURCE in parquet.schema_arrow.names:
+            names = parquet.read_row_group(index, columns=[SOURCE])[SOURCE].to_pylist()
+        else:
+            earlier = [parquet.metadata.row_group(i).num_rows for i in range(index)]
+            names = _names_of_rows(path, root, sum(earlier), len(texts))
+    return list(zip(names, texts))[start:stop]
+
+
+def _names_of_rows(path, root, first, count):
+    """The names of `count` rows of a parquet file, from row `first` on."""
+    file = _name_of(path, root)
+    return [f"{file}, row {row}" for row in range(first, first + count)]
 
 
 def _texts_of(parquet, path, index):
@@ -297,8 +379,13 @@ def _check_parquet(path, remedy, every_row=False):
 
 
 def _check_column(path, schema):
-    """UserError where a schema has not exactly one column `text` with a type that we can read."""
+    """UserError where a schema has not exactly one column `text` with a type that we can read.
+
+    NoText where its columns are those of conversations.
+    """
     count = schema.names.count("text")
+    if count == 0 and is_like_a_conversation(dict.fromkeys(schema.names)):
+        raise NoText(f"{path} holds {CONVERSATION}")
     if count == 0:
         raise UserError(
             f"{path} has no column 'text' of strings, only {schema.names}: "
@@ -339,7 +426,7 @@ def _open_pinned(folder, pinned, remedy):
         )
     damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
     parts = [_check_parquet(folder / name, damaged) for name in names]
-    return _dataset_of(folder, parts[:-1], parts[-1:])
+    return _dataset_of(folder, parts[:-1], parts[-1:], is_ours=True)
 
 
 def _open_in_place(path, chosen):
@@ -348,12 +435,11 @@ def _open_in_place(path, chosen):
     Files without a row are passed over.
     """
     size = sum(file.stat().st_size for file in chosen.files)
-    check = size <= CHECKED_BYTES
-    train = [_check_parquet(file, COPY_AGAIN, check) for file in chosen.train]
-    val = [_check_parquet(file, COPY_AGAIN, check) for file in chosen.val]
-    every = train + val
-    train = [part for part in train if sum(part.rows)]
-    val = [part for part in val if sum(part.rows)]
+    parts = _check_files(path, chosen.files, every_row=size <= CHECKED_BYTES)
+    every = list(parts.values())
+    with_rows = {file: part for file, part in parts.items() if sum(part.rows)}
+    train = [with_rows[file] for file in chosen.train if file in with_rows]
+    val = [with_rows[file] for file in chosen.val if file in with_rows]
 
     if val:
         dataset = _dataset_of(path, train, val)
@@ -362,7 +448,7 @@ def _open_in_place(path, chosen):
         dataset = _dataset_of(path, train[:-1], train[-1:])
         origin = f"the last file, {train[-1].path.name}"
     elif train and sum(train[0].rows) >= MIN_ROWS_IN_PLACE:
-        dataset = _last_rows(train[0])
+        dataset = _last_rows(path, train[0])
         origin = f"the last {VALIDATION_SHARE:.0%} of the rows"
     else:
         return None
@@ -379,7 +465,23 @@ def _open_in_place(path, chosen):
     return dataset
 
 
-def _dataset_of(folder, train, val):
+def _check_files(path, files, every_row):
+    """{file: _Part} of the user's parquet files; UserError for all that cannot be read, at once."""
+    parts = {}
+    skipped = []
+    errors = []
+    for file in files:
+        try:
+            parts[file] = _check_parquet(file, COPY_AGAIN, every_row)
+        except NoText as error:
+            skipped.append(error)
+        except UserError as error:
+            errors.append(error)
+    _raise_all(path, skipped, errors, len(files))
+    return parts
+
+
+def _dataset_of(folder, train, val, is_ours=False):
     """The Dataset of two lists of _Part; UserError where one of them has no text."""
     if not any(part.has_text for part in train) or not any(part.has_text for part in val):
         names = ", ".join(part.path.name for part in val) or "none"
@@ -390,10 +492,12 @@ def _dataset_of(folder, train, val):
         [part.path for part in train + val],
         [group for part in train for group in part.groups()],
         [group for part in val for group in part.groups()],
+        folder,
+        is_ours,
     )
 
 
-def _last_rows(part):
+def _last_rows(path, part):
     """The Dataset of one file, whose last rows are validation."""
     total = sum(part.rows)
     border = total - max(1, round(VALIDATION_SHARE * total))
@@ -417,7 +521,7 @@ def _last_rows(part):
                 f"{part.path} has no documents to train on, or none in its last "
                 f"{total - border} rows, which are validation"
             )
-    return Dataset([part.path], train, val)
+    return Dataset([part.path], train, val, _root(path), False)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -462,18 +566,18 @@ def write_shards(folder, prefix, train, validation, **fields):
     build are reported as missing and never taken for whole.
     """
     shards = [*_divide(train), validation]
-    names = [f"{prefix}_{i:05d}.parquet" for i in range(len(shards))]
-    index = {**fields, "files": names[:-1], "validation": names[-1]}
+    files = [f"{prefix}_{i:05d}.parquet" for i in range(len(shards))]
+    index = {**fields, "files": files[:-1], "validation": files[-1]}
 
     # shards of an earlier build must not be taken for this one's
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
     atomic_write(folder / "index.json", json.dumps(index, indent=1))
 
-    for name, documents in zip(names, shards):
-        _write_parquet(folder / name, documents)
+    for file, documents in zip(files, shards):
+        _write_parquet(folder / file, documents)
 
-    index["sha256"] = {name: sha256(folder / name) for name in names}
+    index["sha256"] = {file: sha256(folder / file) for file in files}
     atomic_write(folder / "index.json", json.dumps(index, indent=1))
 
 
@@ -518,7 +622,7 @@ def _existing(data):
     """The absolute path of a file or folder that a user has named."""
     if not str(data).strip():
         raise UserError("the data path is empty: name a file or a folder")
-    path = Path(data).expanduser().absolute()
+    path = Path(expand_home(data, "write the whole path")).absolute()
     if not path.exists():
         raise UserError(
             f"data path {data} does not exist: "
@@ -527,6 +631,17 @@ def _existing(data):
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{data} is neither a file nor a folder: save the text to a file first")
     return path
+
+
+def _root(path):
+    """The folder that the names of the documents behind a data path are relative to."""
+    return path.parent if path.is_file() else path
+
+
+def _name_of(file, root):
+    """A file's path relative to a folder, with U+FFFD where the system's name is not UTF-8."""
+    name = file.relative_to(root).as_posix()
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_readable(path):
@@ -550,7 +665,8 @@ def _user_files(path):
     others = [file for file in every if not _is_readable(file)]
     if not files:
         known = sorted({text_suffix(file) for file in others} & CONVERSIONS.keys())
-        advice = f": convert them, as in {CONVERSIONS[known[0]]}" if known else ""
+        rename = f": rename those of text, such as {others[0].name}, to .txt" if others else ""
+        advice = f": convert them, as in {CONVERSIONS[known[0]]}" if known else rename
         raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files{advice}")
     return files, others
 
@@ -647,120 +763,330 @@ def _say_left_aside(path, chosen):
     """Print which files beside those of a data set are not read."""
     for files, what in ((chosen.test, "of the split test"), (chosen.about, "about the data")):
         if files:
-            first = files[0].relative_to(path)
+            first = _name_of(files[0], path)
             print0(f"{path}: left aside {len(files)} files {what}, {first} first")
 
 
-def _read_user_file(path):
-    """The texts of one of the user's files, a list of str and None."""
-    if path.suffix.lower() != ".parquet":
-        return read_text_file(path)
-    groups = _check_parquet(path, COPY_AGAIN).groups()
-    return [text for group in groups for text in read_row_group(*group)]
+# ----------------------------------------------------------------------------------------------
+# converting the user's own text
+#
+# Documents are written as they are read, so that text of any size fits the memory. Which of them
+# are the last 5 % is known when all are written: those are then moved to a file of their own.
+
+class _Findings:
+    """What reading the user's files has brought to light, to be said when all are read."""
+
+    def __init__(self):
+        self.encodings = {}     # the files of each encoding that is not UTF-8
+        self.dropped = 0        # texts that are null or empty
+        self.skipped = []       # NoText of files without documents
+        self.errors = []        # UserErrors of files that cannot be read
+        self.chars = 0
+        self.next_report = time.monotonic() + REPORT_SECONDS
+
+    def report_progress(self, file, number, count):
+        """Say how far the reading is, every few seconds."""
+        if time.monotonic() >= self.next_report:
+            self.next_report = time.monotonic() + REPORT_SECONDS
+            print0(f"reading {file}, {number} of {count}: {self.chars:,} characters so far")
 
 
-def _read_user_files(path, files):
-    """(documents, number of texts that are null or empty) of the user's files.
+def _read_user_file(file, root, findings):
+    """Yield the (name, text) of one of the user's files; a text may be None."""
+    if file.suffix.lower() == ".parquet":
+        for group in _check_parquet(file, COPY_AGAIN).groups():
+            yield from _read_named(root, False, *group)
+        return
+
+    if file.stat().st_size > LARGE_BYTES:
+        print0(f"finding the encoding of {file}")
+    encoding = find_encoding(file)
+    if encoding != "utf-8":
+        findings.encodings.setdefault(encoding, []).append(file)
+    name = _name_of(file, root)
+    for text in read_text_file(file, encoding):
+        yield name, text
+
+
+def _read_user_files(path, files, findings):
+    """Yield the (name, text) of all documents in the user's files, none of them empty.
 
     The files of a folder are ordered by a hash of their names, so that the last 5 % are not simply
-    the last in the alphabet. One that turns out to be no text is skipped, unless it is the only
-    one.
+    the last in the alphabet. One that cannot be read is noted, and the others are read all the
+    same: whoever mends a folder wants to know all that is wrong with it.
     """
-    documents = []
-    count = 0
-    for file in sorted(files, key=lambda file: fraction(str(file.relative_to(path)))):
+    root = _root(path)
+    ordered = sorted(files, key=lambda file: fraction(_name_of(file, root)))
+    for number, file in enumerate(ordered, start=1):
         try:
-            texts = _read_user_file(file)
+            for name, text in _read_user_file(file, root, findings):
+                findings.report_progress(file, number, len(files))
+                if not text or not text.strip():
+                    findings.dropped += 1
+                    continue
+                findings.chars += len(text)
+                yield name, text
         except NoText as error:
-            if len(files) == 1:
-                raise
-            print0(f"skipped {error}")
-            continue
-        count += len(texts)
-        documents += [text for text in texts if text and text.strip()]
-    return documents, count - len(documents)
+            findings.skipped.append(error)
+        except UserError as error:
+            findings.errors.append(error)
+        except OSError as error:
+            reason = error.strerror or error
+            findings.errors.append(UserError(f"{file}: {reason}: make it readable, or remove it"))
 
 
-def split_validation(documents, share=VALIDATION_SHARE):
-    """(training documents, validation documents): validation is the last `share` of the characters.
+def _say_findings(path, findings, count):
+    """Print what was found in `count` files; UserError where any of them cannot be read."""
+    root = _root(path)
+    for encoding, files in findings.encodings.items():
+        first = _name_of(files[0], root)
+        print0(f"{path}: {len(files)} files read as {encoding} (first: {first})")
 
-    Neither part is empty. Whole documents are divided where there are enough of them; of fewer than
-    20 documents, the one at the border is cut at a line's end.
+    _raise_all(path, findings.skipped, findings.errors, count)
+    if findings.dropped:
+        print0(f"{path}: skipped {findings.dropped:,} texts that are null or empty")
+
+
+def _raise_all(path, skipped, errors, count):
+    """Say which of `count` files at a data path are skipped, and raise the UserErrors of others.
+
+    skipped: NoText of files without documents. Where no other is left, these are errors as well.
     """
-    # the document at the border, and how many of its characters belong to training
-    train_chars = int((1 - share) * sum(map(len, documents)))
-    for border, text in enumerate(documents):
-        if train_chars < len(text):
-            break
-        train_chars -= len(text)
+    if len(skipped) == count:
+        errors = errors + skipped
+    elif skipped:
+        _print_some([f"skipped {error}" for error in skipped])
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    _print_some([f"error: {error}" for error in errors])
+    raise UserError(
+        f"{path}: {len(errors)} of {count} files cannot be read, as said above: "
+        "mend them, or move them elsewhere"
+    )
 
-    keep_whole = len(documents) >= 20 or train_chars == 0
-    if border > 0 and keep_whole:
+
+def _print_some(lines):
+    """Print at most PRINTED_LINES of the lines, and how many there are beside them."""
+    for line in lines[:PRINTED_LINES]:
+        print0(line)
+    if len(lines) > PRINTED_LINES:
+        print0(f"and {len(lines) - PRINTED_LINES:,} more")
+
+
+class _Written(NamedTuple):
+    """A row group that was written."""
+
+    path: Path
+    index: int
+    rows: int
+    chars: int
+
+
+def _row_groups(documents):
+    """Divide an iterator of (name, text) into lists, one per row group."""
+    group = []
+    chars = 0
+    for name, text in documents:
+        group.append((name, text))
+        chars += len(text)
+        if len(group) == ROWS_PER_GROUP or chars > GROUP_CHARS:
+            yield group
+            group = []
+            chars = 0
+    if group:
+        yield group
+
+
+def _write_groups(path, groups, max_chars=None):
+    """Write row groups, lists of (name, text), to one parquet file, whole or not at all.
+
+    groups: an iterator, of which nothing more is taken once the file exceeds `max_chars`.
+    Returns the _Written of each group.
+    """
+    schema = pa.schema({"text": pa.string(), SOURCE: pa.string()})
+    written = []
+    chars = 0
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in groups:
+            names, texts = zip(*group)
+            table = pa.table([pa.array(texts), pa.array(names)], schema=schema)
+            writer.write_table(table, row_group_size=len(texts))
+            group_chars = sum(map(len, texts))
+            written.append(_Written(path, len(written), len(texts), group_chars))
+            chars += group_chars
+            if max_chars is not None and chars > max_chars:
+                break
+    return written
+
+
+def _write_documents(folder, documents):
+    """Write an iterator of (name, text) as shards; returns the _Written of all row groups."""
+    groups = _row_groups(documents)
+    written = []
+    for number, first in enumerate(groups):
+        path = folder / f"shard_{number:05d}.parquet"
+        written += _write_groups(path, chain([first], groups), SHARD_CHARS)
+    return written
+
+
+def _divide_group(documents, chars, is_first, has_many):
+    """Divide a list of (name, text) after about `chars` characters; returns two lists.
+
+    The document at the border belongs to the second list. It is cut, at a line's end if possible,
+    where it is the first of all (is_first), or one of so few that whole ones would not do (not
+    has_many).
+    """
+    for border, (name, text) in enumerate(documents):
+        if chars < len(text):
+            break
+        chars -= len(text)
+    keep_whole = has_many or chars == 0
+    if keep_whole and not is_first:
         return documents[:border], documents[border:]
 
-    cut = text.find("\n", train_chars) + 1
+    cut = text.find("\n", chars) + 1
     if not 0 < cut < len(text):
-        cut = max(1, train_chars)
-    train = [*documents[:border], text[:cut]]
-    validation = [text[cut:], *documents[border + 1:]]
-    return train, validation
+        cut = max(1, chars)
+    first = [*documents[:border], (name, text[:cut])]
+    return first, [(name, text[cut:]), *documents[border + 1:]]
+
+
+def _take_validation(folder, written):
+    """Move the last VALIDATION_SHARE of the characters of all shards to one shard more.
+
+    written: the _Written of all row groups, in order. Neither part becomes empty. Whole documents
+    are moved where there are enough of them; of fewer than MIN_ROWS_IN_PLACE, the one at the border
+    is cut. Returns (documents to train on, documents for validation).
+    """
+    # 1) the row group at the border, and how many of its characters belong to training
+    total = sum(group.chars for group in written)
+    chars = int((1 - VALIDATION_SHARE) * total)
+    for place, border in enumerate(written):
+        if chars < border.chars:
+            break
+        chars -= border.chars
+
+    # 2) its documents
+    def read(groups):
+        return (_read_named(folder, True, group.path, group.index) for group in groups)
+
+    documents = next(read([border]))
+    has_many = sum(group.rows for group in written) >= MIN_ROWS_IN_PLACE
+    is_first = place == 0 and chars < len(documents[0][1])
+    head, tail = _divide_group(documents, chars, is_first, has_many)
+
+    # 3) the new shards, and what they replace
+    before = [group for group in written[:place] if group.path == border.path]
+    train_groups = chain(read(before), [head] if head else [])
+    val_groups = chain([tail], read(written[place + 1:]))
+    validation = _write_groups(folder / "validation", val_groups)
+    shortened = _write_groups(folder / "shortened", train_groups)
+    for path in {group.path for group in written[place:]}:
+        path.unlink()
+
+    # 4) their names
+    shards = sorted(folder.glob("shard_*"))
+    if shortened:
+        shards.append((folder / "shortened").rename(border.path))
+    else:
+        (folder / "shortened").unlink()
+    (folder / "validation").rename(folder / f"shard_{len(shards):05d}.parquet")
+    val_rows = sum(group.rows for group in validation)
+    return len(head) + sum(group.rows for group in written[:place]), val_rows
+
+
+def _key(path, files, has_splits=False):
+    """16 hexadecimal digits that change when one of the files behind a data path changes."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    version = 2 if has_splits else 1
+    return hashlib.sha256(json.dumps([version, str(path), stats]).encode()).hexdigest()[:16]
 
 
 def _convert(path, chosen, others):
     """Convert the user's files to shards and return their folder.
 
-    This is done once for the same paths, sizes and modification times. All of the text is held in
-    memory.
+    This is done once for the same paths, sizes and modification times.
     """
     files = chosen.files
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    version = 2 if chosen.val else 1
-    key = hashlib.sha256(json.dumps([version, str(path), stats]).encode()).hexdigest()[:16]
-    folder = get_base_dir() / "user_data" / key
+    folder = get_base_dir() / "user_data" / _key(path, files, bool(chosen.val))
     if folder.exists():
         return folder
-
-    # read
     if others:
         print0(
             f"{path}: skipped {len(others)} files that are none of {', '.join(SUFFIXES)}, "
-            f"{others[0].relative_to(path)} first"
+            f"{_name_of(others[0], path)} first"
         )
     _say_left_aside(path, chosen)
-    train, dropped = _read_user_files(path, chosen.train)
-    if chosen.val:
-        validation, more = _read_user_files(path, chosen.val)
-        dropped += more
-        if not train or not validation:
-            raise UserError(
-                f"{path} has no documents to train on, or none in its split {chosen.val_name}"
-            )
-    else:
-        if sum(map(len, train)) < 2:
-            raise UserError(f"{path} is empty: there are no documents in it to train on")
-        train, validation = split_validation(train)
-    if dropped:
-        print0(f"{path}: skipped {dropped:,} texts that are null or empty")
 
     # write to a draft, which becomes the folder when it is whole
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_old_drafts(folder.parent)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
     try:
-        write_shards(draft, "shard", train, validation, source=str(path))
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():  # otherwise another rank was faster, with the same result
-            raise
+        train_rows, val_rows = _write_draft(draft, path, chosen)
+        _rename_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
     origin = f" (split {chosen.val_name})" if chosen.val else ""
-    size = sum(size for _, size, _ in stats)
+    size = sum(file.stat().st_size for file in files)
     print0(
-        f"{path}: {len(files)} files of {size:,} bytes, {len(train):,} documents to train on, "
-        f"{len(validation):,} for validation{origin}, in {folder}"
+        f"{path}: {len(files)} files of {size:,} bytes, {train_rows:,} documents to train on, "
+        f"{val_rows:,} for validation{origin}, in {folder}"
     )
     return folder
+
+
+def _remove_old_drafts(folder):
+    """Remove what conversions that were killed have left, days ago."""
+    for draft in folder.glob("draft-*"):
+        if time.time() - draft.stat().st_mtime > OLD_SECONDS:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _rename_folder(draft, folder):
+    """Rename a folder, unless another rank was faster, with the same result."""
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+def _write_draft(draft, path, chosen):
+    """Write the shards of the user's files, and their index.json, to the folder `draft`.
+
+    Returns (documents to train on, documents for validation).
+    """
+    # 1) all documents, in the order in which they are read
+    findings = _Findings()
+    written = _write_documents(draft, _read_user_files(path, chosen.train, findings))
+    validation = []
+    if chosen.val:
+        val_documents = _read_user_files(path, chosen.val, findings)
+        shards = len({group.path for group in written})
+        val_path = draft / f"shard_{shards:05d}.parquet"
+        validation = _write_groups(val_path, _row_groups(val_documents))
+    _say_findings(path, findings, len(chosen.files))
+
+    # 2) validation
+    rows = sum(group.rows for group in written), sum(group.rows for group in validation)
+    if chosen.val and 0 in rows:
+        raise UserError(
+            f"{path} has no documents to train on, or none in its split {chosen.val_name}"
+        )
+    if findings.chars < 2:
+        raise UserError(f"{path} is empty: there are no documents in it to train on")
+    if not chosen.val:
+        rows = _take_validation(draft, written)
+
+    # 3) the index
+    shards = [shard.name for shard in sorted(draft.glob("shard_*"))]
+    index = {"source": str(path), "files": shards[:-1], "validation": shards[-1]}
+    atomic_write(draft / "index.json", json.dumps(index, indent=1))
+    return rows
 
 
 if __name__ == "__main__":

@@ -83,9 +83,17 @@ class Muon(torch.optim.Optimizer):
         return stack.lerp_(momentum, group["momentum"])
 
     def fits(self, p, state):
-        """Whether a loaded state is of matrices of this shape."""
-        saved = state["momentum"].shape[-2:]
-        return saved == p.shape[-2:]
+        """Whether a loaded state is of the matrices of the group that begins with `p`.
+
+        The momentum of all of them is one stack, which is kept under the first.
+        """
+        m, n = p.shape[-2:]
+        for group in self.param_groups:
+            if group["params"][0] is p:
+                # p itself may be a stack of several matrices
+                count = sum(q.numel() for q in group["params"]) // (m * n)
+                return state["momentum"].shape == (count, m, n)
+        return False
 
     def _apply(self, group, update):
         params = group["params"]

@@ -446,8 +446,14 @@ class Layout:
         """Load what optimizer_state() returned on this rank.
 
         The learning rate and weight decay stay those of this run's settings. UserError where the
-        state is that of another layout.
+        state is that of another layout or model.
         """
+        if len(states) != len(self.optimizers):
+            raise UserError(
+                f"the checkpoint has the state of {len(states)} optimizers, this run has "
+                f"{len(self.optimizers)}: resume with the version that saved it, or train again; "
+                "its weights can still be loaded"
+            )
         for optimizer, state in zip(self.optimizers, states):
             here = [len(group["params"]) for group in optimizer.param_groups]
             saved = [len(group["params"]) for group in state["param_groups"]]
@@ -456,18 +462,28 @@ class Layout:
                     f"the checkpoint's optimizer state is divided into {saved} tensors, this run's "
                     f"into {here}: resume with the version, ranks and layout that saved it"
                 )
-            own = [own_settings(group) for group in optimizer.param_groups]
+            own = [dict(group) for group in optimizer.param_groups]
             # copied, for training would otherwise update the mapped pages of a checkpoint's file
             optimizer.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state))
             for p, loaded in optimizer.state.items():
-                if not optimizer.fits(p, loaded):
+                if not _fits(optimizer, p, loaded):
                     raise UserError(
                         f"the checkpoint's optimizer state is not that of this model (a parameter "
                         f"of shape {tuple(p.shape)}): resume with the version that saved it, or "
                         "train again; its weights can still be loaded"
                     )
             for group, settings in zip(optimizer.param_groups, own):
-                group.update(settings)
+                # the rest is the checkpoint's, as far as it has it
+                group.update({**settings, **group, **own_settings(settings)})
+
+
+def _fits(optimizer, p, loaded):
+    """Whether a loaded state is one that the optimizer can continue parameter `p` with."""
+    try:
+        return all(value.is_floating_point() for value in loaded.values()) and (
+            optimizer.fits(p, loaded))
+    except (KeyError, AttributeError):  # a value that is missing, or is no tensor
+        return False
 
 
 def own_settings(group):

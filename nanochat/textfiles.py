@@ -1,30 +1,51 @@
 """Read the documents of one text file: .txt, .md, .jsonl, .json, .csv, compressed or not.
 
-    documents = read_text_file(Path("corpus.jsonl.gz"))
+    path = Path("corpus.jsonl.gz")
+    for text in read_text_file(path, find_encoding(path)):
+        ...
 
-docs/data.md shows every form. Text is UTF-8. A file of another encoding is refused with the line,
-and with the encoding that it seems to have: a wrong guess would be trained on without a word.
+docs/data.md shows every form. A file is read twice, a block at a time: first for its encoding, then
+for its documents. What is held in memory is a document, never the file.
+
+Text is UTF-8, UTF-16 or UTF-32, which can be told with certainty. Older encodings cannot: the byte
+that is a letter in one is another letter in the next, and a wrong guess would be trained on. So
+plain text is read as cp1252, the one of Western Europe, only where it makes the letters of one of
+its languages. All else is refused with the line, and with the encoding that it seems to have.
 Parquet files are read by nanochat/dataset.py, in place.
 """
 import bz2
+import codecs
+import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
+import re
 import zlib
+from collections import Counter
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from nanochat.common import UserError
+from nanochat.conversation import is_like_a_conversation
 
 DOCUMENT_CHARS = 6_000      # longer files are split into documents of at most this
 MAX_CSV_FIELD = 2**31 - 1   # the csv module's own limit is 131,072 characters
-HEAD_BYTES = 4096           # enough to tell UTF-16 from UTF-8
+MAX_VALUE_CHARS = 200_000_000  # of one value in a .json file
+HEAD_BYTES = 4096           # enough to tell UTF-16 from UTF-8, and text from what is none
+BLOCK_BYTES = 1 << 20       # read at a time to find the encoding
+BLOCK_CHARS = 1 << 16       # read at a time to divide into documents
 GUESS_BYTES = 1000          # on either side of a damaged byte
 LFS_POINTER = b"version https://git-lfs.github.com/"
 WANTED_LINE = 'an object of the form {"text": "..."} in valid Unicode'
 WANTED_LIST = '[{"text": "..."}, ...] or ["...", ...]'
+CONVERSATION = (
+    "a conversation, not text: conversations go to --custom of scripts.chat_sft, "
+    "or CUSTOM= of speedrun.sh"
+)
 
 # How to convert what is not read
 CONVERSIONS = {
@@ -41,11 +62,25 @@ CONVERSIONS = {
     ".parquet": "gunzip FILE.parquet.gz",  # only a compressed one comes here
 }
 
+# What is no text though its name says so, by what it begins with
+BINARY = {
+    b"%PDF": "a PDF: convert it, as in pdftotext FILE.pdf",
+    b"PK\x03\x04": "a zip, as .docx, .xlsx and .epub are: unpack it, or save it as csv or text",
+    b"PAR1": "parquet: give it a name that ends with .parquet",
+    b"\xd0\xcf\x11\xe0": "of an old Word or Excel: save it as csv or text",
+    b"{\\rtf": "RTF: convert it, as in pandoc FILE.rtf -o FILE.md",
+    b"SQLite format 3\x00": "an SQLite database: save the text of its tables as csv",
+}
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes of which text has hardly any
+MAX_CONTROL = 0.05          # the share of these; compressed data has 11 %, UTF-16 often more
+DELIMITERS = ",;\t|"        # of the columns of a table
+
 
 class NoText(UserError):
-    """A .json or .csv file that is well formed, or might be, but holds no documents.
+    """A file that is well formed, or might be, but holds no documents.
 
-    Given alone it is an error. In a folder it is skipped, for such a file is often a setting.
+    Given alone it is an error. In a folder it is skipped, for a .json or .csv file is often a
+    setting or holds conversations, and a .txt file is sometimes no text.
     """
 
 
@@ -96,7 +131,8 @@ def _text_of(record, place):
     try:
         text.encode("utf-8")  # an escaped lone surrogate is a str that no tokenizer can take
     except (AttributeError, ValueError) as error:
-        raise UserError(f"{place}: not {WANTED_LINE}") from error
+        found = CONVERSATION if is_like_a_conversation(record) else f"not {WANTED_LINE}"
+        raise UserError(f"{place}: {found}") from error
     return text
 
 
@@ -136,32 +172,157 @@ def _open(path):
     return open(path, "rb")
 
 
-def _wide_encoding(head):
-    """UTF-16 or UTF-32 as iconv spells it, where a file begins like that, or None.
+@contextlib.contextmanager
+def _open_bytes(path):
+    """_open() as a context, in which damage to a compressed file becomes a UserError."""
+    try:
+        with _open(path) as stream:
+            yield stream
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(_damage(path, error)) from error
+    except OSError as error:
+        if error.errno is not None:  # of the file system, which names the file
+            raise
+        raise UserError(_damage(path, error)) from error
 
-    Without a mark, every other byte of such a text is zero as long as it is Latin.
+
+def _damage(path, error):
+    return f"{path} is damaged ({error}): copy or download it again"
+
+
+@contextlib.contextmanager
+def open_text(path, encoding):
+    """A context with the text of a file, decompressed: a stream, "\\n" at the end of every line.
+
+    encoding: what find_encoding() says.
     """
-    if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
+    with _open_bytes(path) as stream, io.TextIOWrapper(stream, encoding) as text:
+        yield text
+
+
+# ----------------------------------------------------------------------------------------------
+# encodings
+
+class _Wrong(NamedTuple):
+    """The first byte of a file that its encoding does not have."""
+
+    offset: int       # bytes before it
+    line: int         # that it stands in, from 1
+    neighbours: bytes
+
+
+def find_encoding(path):
+    """The encoding of a text file as Python names it: utf-8, utf-16, utf-32-le, cp1252, ...
+
+    The whole file is read, so that whoever reads it in that encoding meets no byte that is wrong.
+    NoText where it is no text. UserError with the line where the encoding cannot be told.
+    """
+    check_not_a_pointer(path)
+    with _open_bytes(path) as stream:
+        head = stream.read(HEAD_BYTES)
+    encoding = _wide_encoding(head)
+    if not encoding:
+        _check_text(path, head)
+        encoding = "utf-8"
+    with _open_bytes(path) as stream:
+        wrong = _first_wrong(stream, encoding)
+    if wrong is None:
+        return encoding
+
+    # it is not, or not all of it
+    if encoding != "utf-8":
+        raise UserError(
+            f"{path} is not {encoding.upper()} throughout (byte {wrong.offset}): "
+            "copy or download it again"
+        )
+    is_plain = text_suffix(path) in PLAIN
+    if is_plain and not _is_mostly_utf8(wrong.neighbours) and _is_cp1252(path):
+        return "cp1252"
+    raise UserError(
+        f"{path}, line {wrong.line}: not UTF-8 (byte {wrong.offset}); {_advice(wrong.neighbours)}"
+    )
+
+
+def _check_text(path, head):
+    """NoText where the first bytes of a file are those of no text."""
+    for magic, kind in BINARY.items():
+        if head.startswith(magic):
+            raise NoText(f"{path} is no text but {kind}")
+    if len(CONTROL.findall(head)) > MAX_CONTROL * len(head):
+        raise NoText(f"{path} is no text but binary data: export the text that it holds")
+
+
+def _wide_encoding(head):
+    """UTF-16 or UTF-32, where a file begins like that, or None.
+
+    Without a mark, zeros tell it: every other byte of Latin text is zero, and in other scripts
+    those of line ends and spaces are. Of the two orders of bytes, one gives ASCII for them, the
+    other characters that nobody has assigned.
+    """
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    pairs = len(head) // 2
-    for name, zeros, others in (
-        ("utf-16le", head[1::2], head[::2]),
-        ("utf-16be", head[::2], head[1::2]),
-    ):
-        is_wide = zeros.count(0) > 0.6 * pairs and others.count(0) < 0.1 * pairs
-        if is_wide:
-            return name
-    return None
+    if b"\0" not in head or _is_utf8_text(head):
+        return None
+    encodings = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+    ascii_chars, encoding = max((_ascii_chars(head, name), name) for name in encodings)
+    return encoding if ascii_chars > 0 else None
+
+
+def _is_utf8_text(head):
+    """Whether the first bytes of a file are UTF-8 with hardly a control character."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return len(CONTROL.findall(head)) <= 2 * MAX_CONTROL * len(head)
+
+
+def _ascii_chars(head, encoding):
+    """How many characters of a head are ASCII in an encoding; 0 where it makes no text of it."""
+    decoder = codecs.getincrementaldecoder(encoding)()  # which may end within a character
+    try:
+        text = decoder.decode(head)
+    except UnicodeDecodeError:
+        return 0
+    odd = sum(not (char.isprintable() or char.isspace()) for char in text)
+    return sum(map(str.isascii, text)) if odd <= 0.01 * len(text) else 0
+
+
+def _first_wrong(stream, encoding):
+    """The _Wrong of a stream of bytes, or None where all of it is in the encoding."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    offset = 0
+    line = 1
+    while True:
+        block = stream.read(BLOCK_BYTES)
+        data = decoder.getstate()[0] + block  # with what is left of the block before
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            start = len(data) - len(error.object) + error.start
+            neighbours = data[max(0, start - GUESS_BYTES):start + GUESS_BYTES]
+            line += data.count(b"\n", 0, start)
+            return _Wrong(offset + start, line, neighbours)
+        if not block:
+            return None
+        used = len(data) - len(decoder.getstate()[0])
+        line += data.count(b"\n", 0, used)
+        offset += used
+
+
+def _is_mostly_utf8(data):
+    """Whether bytes of which one is not UTF-8 have more characters beyond ASCII that are."""
+    characters = data.decode("utf-8", errors="replace")
+    wrong = characters.count("\ufffd")
+    right = sum(character > "\x7f" for character in characters) - wrong
+    return right > wrong
 
 
 def _advice(data):
     """What to do about bytes that are not UTF-8, by what their neighbours look like."""
-    characters = data.decode("utf-8", errors="replace")
-    wrong = characters.count("\ufffd")
-    right = sum(character > "\x7f" for character in characters) - wrong
-    if right > wrong:
+    if _is_mostly_utf8(data):
         return "the text around it is UTF-8: correct or remove this line"
 
     high = [byte for byte in data if byte > 0x7f]
@@ -177,127 +338,297 @@ def _advice(data):
     return f"it looks like {guess}: convert it, as in iconv -f {guess} -t utf-8"
 
 
-def _decode(data, path, line=1, offset=0):
-    """Bytes as str; UserError with the line and the byte where they are not UTF-8.
+# Letters beyond ASCII of the languages that are read as cp1252. Icelandic and Estonian are missing:
+# Turkish and Hungarian, in their own encodings, would look like them.
+ALPHABETS = (
+    "àâæçèéêëîïôœùûüÿ",     # French
+    "äöüßàèé",              # German
+    "áéíóúüñ",              # Spanish
+    "àáâãçéêíóôõúü",        # Portuguese
+    "àèéìíîòóùú",           # Italian
+    "àáâäçèéêëíïñóôöûü",    # Dutch, and English with its foreign words
+    "åæøàâäéèêóòôöü",       # Danish, Norwegian
+    "åäöàáèéü",             # Swedish, Finnish
+    "àçèéíïñòóúü",          # Catalan
+)
+LETTER = r"[^\W\d_]"
+ODD_PLACES = re.compile(
+    # in a word stands no sign, and after a word no sign that opens something
+    f"(?<={LETTER})[¡-¬®-³µ¶¸-¿×÷‚ƒ„†-‹•˜›](?={LETTER})"
+    f"|(?<={LETTER})[¡£¤¥¦¨¬¯±µ¶¸¼¾¿×÷‚ƒ„†ˆ‹˜]"
+    # a small letter is not followed by a capital one, and no amount is a letter's beginning
+    f"|(?<=[a-zß-ÿ])[À-ÞŠŒŽŸ]"
+    f"|[£¥¹³¼¾¦¬¯±](?={LETTER})"
+    # no word consists of them alone: that is a word of another script
+    f"|[À-ÿ]{{3,}}|(?<!{LETTER})[À-ÿ]{{2,}}(?!{LETTER})"
+)
 
-    line, offset: where in the file the data begins.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        start = error.start
-        neighbours = data[max(0, start - GUESS_BYTES):start + GUESS_BYTES]
-        line += data.count(b"\n", 0, start)
-        raise UserError(
-            f"{path}, line {line}: not UTF-8 (byte {offset + start}); {_advice(neighbours)}"
-        ) from error
+
+def _is_cp1252(path):
+    """Whether the file is Western European text in cp1252 (or in Latin-1, which is part of it)."""
+    high = Counter()
+    odd_places = 0
+    ascii_letters = 0
+    with _open_bytes(path) as stream:
+        while block := stream.read(BLOCK_BYTES):
+            try:
+                text = block.decode("cp1252")
+            except UnicodeDecodeError:  # five bytes have no meaning in it
+                return False
+            high.update(character.lower() for character in text if character > "\x7f")
+            odd_places += len(ODD_PLACES.findall(text))
+            ascii_letters += sum(map(str.isalpha, block.decode("ascii", errors="ignore")))
+
+    signs = "ªºµ"  # which Unicode counts among the letters
+    letters = {char: n for char, n in high.items() if char.isalpha() and char not in signs}
+    known = max(sum(letters.get(letter, 0) for letter in each) for each in ALPHABETS)
+    is_one_language = known >= 0.98 * sum(letters.values())
+    is_latin = high.total() <= ascii_letters
+    return is_latin and is_one_language and odd_places <= 0.01 * high.total()
 
 
 # ----------------------------------------------------------------------------------------------
-# forms: each reader takes a stream of bytes and the path, and returns a list of str and None
+# forms: each reader takes a stream of text and the path, and yields str and None
 
-def _read_whole(stream, path):
-    """The text of a whole file, with "\\n" at the end of every line.
+def _read_plain(stream, path):
+    """One text, cut into documents as split_document() does.
 
     Windows puts a mark before the text. Where such files were joined, marks begin later lines.
     """
-    text = _decode(stream.read(), path).removeprefix("\ufeff")
-    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\n\ufeff", "\n")
-
-
-def _read_plain(stream, path):
-    """One text, cut into documents."""
-    return split_document(_read_whole(stream, path))
+    text = stream.read(BLOCK_CHARS).removeprefix("\ufeff")
+    while block := stream.read(BLOCK_CHARS):
+        text = (text + block).replace("\n\ufeff", "\n")
+        *pieces, text = split_document(text)
+        yield from pieces
+    yield from split_document(text.replace("\n\ufeff", "\n"))
 
 
 def _read_lines(stream, path):
-    """One JSON object on each line.
+    """One JSON object on each line; stream: any iterable of lines.
 
-    The bytes are divided, not the text: str.splitlines() also breaks at U+2028 inside a string.
+    A line ends at a line feed. str.splitlines() also breaks at U+2028, inside a string.
+    Some .jsonl files are one list, or have their objects over several lines.
     """
-    texts = []
-    offset = 0
-    for number, line in enumerate(stream, start=1):
+    is_first = True
+    begin = stream.readline()
+    is_list = begin.startswith("[") and not is_like_a_conversation(_parsed_or_none(begin))
+    if is_list or begin.strip() == "{":
+        yield from _read_json(stream, path, begin)
+        return
+    for number, line in enumerate(itertools.chain([begin], stream), start=1):
+        line = line.lstrip("\ufeff").strip()
+        if not line:
+            continue
         place = f"{path}, line {number}"
-        for part in line.split(b"\r"):
-            record = _decode(part, path, number, offset).lstrip("\ufeff").strip()
-            if record:
-                texts.append(_text_of(_parse_line(record, place), place))
-        offset += len(line)
-    return texts
+        record = _parse_line(line, place)
+        if is_first and is_like_a_conversation(record):
+            raise NoText(f"{place}: {CONVERSATION}")
+        is_first = False
+        yield _text_of(record, place)
 
 
-def _parse_line(record, place):
+def _parsed_or_none(line):
     try:
-        return json.loads(record)
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parse_line(line, place):
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not {WANTED_LINE}") from error
 
 
-def _read_json(stream, path):
+class _Values:
+    """JSON values one after the other, from a stream of text of which a part is held in memory."""
+
+    def __init__(self, stream, path, begin):
+        self.stream = stream
+        self.path = path
+        self.text = (begin + stream.read(BLOCK_CHARS)).removeprefix("\ufeff")
+        self.place = 0          # in self.text
+        self.lines = 0          # that ended before self.text
+        self.is_whole = False   # whether nothing follows self.text in the stream
+        self.failure = NoText   # what to raise; UserError once documents were found
+
+    def _read_more(self):
+        """Drop what was passed, and read as much again as is left."""
+        self.lines += self.text.count("\n", 0, self.place)
+        self.text = self.text[self.place:]
+        self.place = 0
+        if len(self.text) > MAX_VALUE_CHARS:
+            raise self.failure(
+                f"{self.path}, line {self.lines + 1}: one value of over {MAX_VALUE_CHARS:,} "
+                'characters: write it as .jsonl, {"text": "..."} on each line'
+            )
+        block = self.stream.read(max(BLOCK_CHARS, len(self.text)))
+        self.text += block
+        self.is_whole = not block
+
+    def next_char(self):
+        """The next character that is no white space, "" at the end. It is not taken."""
+        while True:
+            character = self.text[self.place:self.place + 1]
+            if character.isspace():
+                self.place += 1
+            elif character or self.is_whole:
+                return character
+            else:
+                self._read_more()
+
+    def take_char(self):
+        """The next character that is no white space, "" at the end."""
+        character = self.next_char()
+        self.place += len(character)
+        return character
+
+    def take(self):
+        """The next value. json.JSONDecodeError where there is none."""
+        self.next_char()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.place)
+            except json.JSONDecodeError as error:
+                if self.is_whole or not self._may_be_cut(error):
+                    raise
+            else:
+                # a number that ends where the text does may have more digits
+                if end < len(self.text) or self.is_whole:
+                    self.place = end
+                    return value
+            self._read_more()
+
+    def _may_be_cut(self, error):
+        """Whether the value may lack nothing but what follows in the stream."""
+        return error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+
+    def error(self, message):
+        """A json.JSONDecodeError at the present place."""
+        return json.JSONDecodeError(message, self.text, self.place)
+
+
+def _read_json(stream, path, begin=""):
     """One list of texts or of objects, or {"text": ...} with one text or a list of them.
 
-    Many a .json file is a .jsonl file in truth.
+    begin: what was read of the stream before. Many a .json file is a .jsonl file in truth.
     """
-    text = _read_whole(stream, path).lstrip()
+    values = _Values(stream, path, begin)
     try:
-        value, end = json.JSONDecoder().raw_decode(text)
+        for number, record in enumerate(_records_of(values)):
+            if values.failure is NoText:
+                _check_first(record, path)
+                values.failure = UserError
+            yield _text_of(record, f"{path}, item {number}")
     except json.JSONDecodeError as error:
-        raise NoText(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+        line = values.lines + error.lineno
+        raise values.failure(f"{path}, line {line}: not JSON ({error.msg})") from error
     except RecursionError as error:
-        raise NoText(f"{path}: not {WANTED_LIST}") from error
-
-    is_lines = text[end:].strip() != ""
-    if is_lines and _has_text_form(value):
-        return _read_lines(io.BytesIO(text.encode("utf-8")), path)
-
-    # {"text": ...} becomes a list
-    items = value["text"] if isinstance(value, dict) and "text" in value else value
-    items = [items] if isinstance(items, str) else items
-    is_list = isinstance(items, list) and items and _has_text_form(items[0])
-    if is_lines or not is_list:
+        raise values.failure(f"{path}: not {WANTED_LIST}") from error
+    if values.failure is NoText:
         raise NoText(f"{path} holds no list of texts: the form is {WANTED_LIST}")
-    return [_text_of(item, f"{path}, item {i}") for i, item in enumerate(items)]
+
+
+def _records_of(values):
+    """Yield the items of lists, the items under the key "text", or the values of a .jsonl file."""
+    if values.next_char() == "[":
+        while values.next_char() == "[":
+            yield from _items_of(values)
+        if values.next_char():
+            raise values.error("Extra data")
+        return
+
+    first = values.take()
+    is_alone = values.next_char() == ""
+    columns = first.get("text") if isinstance(first, dict) else None
+    if is_alone and isinstance(columns, list):
+        yield from columns
+        return
+    yield first
+    while values.next_char():
+        yield values.take()
+
+
+def _items_of(values):
+    """Yield the items of the list that comes next."""
+    values.take_char()
+    mark = ","
+    if values.next_char() == "]":
+        mark = values.take_char()
+    while mark == ",":
+        yield values.take()
+        mark = values.take_char()
+    if mark != "]":
+        raise values.error("Expecting ',' delimiter")
+
+
+def _check_first(record, path):
+    """NoText where the first record of a file shows that it holds something else than texts."""
+    if _has_text_form(record):
+        return
+    if is_like_a_conversation(record):
+        raise NoText(f"{path} holds {CONVERSATION}")
+    raise NoText(f"{path} holds no list of texts: the form is {WANTED_LIST}")
 
 
 def _read_table(stream, path):
     """The column "text", or the only column, of a table whose first line names the columns.
 
-    Columns are divided by a comma, semicolon or tab: by the one that shows the column "text".
+    Columns are divided by the one of DELIMITERS that shows the column "text".
     """
     csv.field_size_limit(MAX_CSV_FIELD)
-    data = _decode(stream.read(), path).removeprefix("\ufeff")
-    header = data.split("\n", 1)[0]
-    delimiter = next((mark for mark in ",;\t" if "text" in _columns(header, mark)), ",")
+    passed, header = read_header(stream)
+    delimiter = next((mark for mark in DELIMITERS if "text" in _columns(header, mark)), ",")
     names = _columns(header, delimiter)
-    if names.count("text") > 1:
-        raise UserError(f"{path} has {names.count('text')} columns 'text': keep one")
-    if len(names) > 1 and "text" not in names:
-        raise NoText(
-            f"{path} has no column 'text', only {names}: rename the one that holds the text"
-        )
-
-    column = names.index("text") if "text" in names else 0
-    rows = csv.reader(io.StringIO(data, newline=""), delimiter=delimiter)
-    texts = []
+    column = _text_column(names, path)
+    rows = csv.reader(stream, delimiter=delimiter, strict=True)  # no quote may stay open
     try:
-        next(rows, None)  # the names
         for row in filter(None, rows):
             if len(row) > len(names):
                 raise UserError(
-                    f"{path}, line {rows.line_num}: {len(row)} columns, the first line has "
-                    f'{len(names)}: put a text that holds {delimiter!r} between "quotes"'
+                    f"{path}, line {rows.line_num + passed}: {len(row)} columns, the first line "
+                    f'has {len(names)}: put a text that holds {delimiter!r} between "quotes"'
                 )
-            texts.append(row[column] if column < len(row) else None)
+            yield row[column] if column < len(row) else None
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from error
-    return texts
+        raise UserError(
+            f"{path}, line {rows.line_num + passed}: {error}: write \" in quotes as \"\""
+        ) from error
+
+
+def read_header(stream):
+    """(number of lines read, the last of them) of a table: the first line with column names.
+
+    Excel writes "sep=;" before them in some countries.
+    """
+    passed = 1
+    line = stream.readline().removeprefix("\ufeff")
+    while line.isspace() or line.startswith("sep="):
+        passed += 1
+        line = stream.readline()
+    return passed, line
 
 
 def _columns(header, delimiter):
     """The names of the columns, in lower case."""
-    names = next(csv.reader([header.strip("\r\n")], delimiter=delimiter), [])
+    names = next(csv.reader([header.strip("\n")], delimiter=delimiter), [])
     return [name.strip().lower() for name in names]
+
+
+def _text_column(names, path):
+    """The index of the column that holds the text. NoText, or UserError, where none is it."""
+    if names.count("text") > 1:
+        raise UserError(f"{path} has {names.count('text')} columns 'text': keep one")
+    if "text" in names:
+        return names.index("text")
+    if is_like_a_conversation(dict.fromkeys(names, "")):
+        raise NoText(f"{path} holds {CONVERSATION}")
+    if len(names) > 1:
+        raise NoText(
+            f"{path} has no column 'text', only {names}: rename the one that holds the text"
+        )
+    return 0
 
 
 READERS = {
@@ -309,6 +640,7 @@ READERS = {
     ".csv": _read_table,
     ".tsv": _read_table,
 }
+PLAIN = (".txt", ".md", ".csv", ".tsv")  # may be in an encoding that is older than Unicode
 
 
 # ----------------------------------------------------------------------------------------------
@@ -326,30 +658,11 @@ def text_suffix(path):
     return suffixes[-1] if suffixes else ""
 
 
-def read_text_file(path):
-    """The documents of one file whose text_suffix is in READERS: a list of str, None for nulls.
+def read_text_file(path, encoding):
+    """Yield the documents of one file whose text_suffix is in READERS: str, and None for nulls.
 
+    encoding: what find_encoding() says.
     UserError with the file, and the line where there is one, for a file that cannot be read.
     """
-    check_not_a_pointer(path)
-    try:
-        with _open(path) as stream:
-            head = stream.read(HEAD_BYTES)
-        wide = _wide_encoding(head)
-        if wide:
-            raise UserError(
-                f"{path} is not UTF-8 but {wide.upper()}: "
-                f"convert it, as in iconv -f {wide} -t utf-8"
-            )
-        with _open(path) as stream:
-            return READERS[text_suffix(path)](stream, path)
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(_damage(path, error)) from error
-    except OSError as error:
-        if error.errno is not None:  # of the file system, which names the file
-            raise
-        raise UserError(_damage(path, error)) from error
-
-
-def _damage(path, error):
-    return f"{path} is damaged ({error}): copy or download it again"
+    with open_text(path, encoding) as stream:
+        yield from READERS[text_suffix(path)](stream, path)

@@ -23,7 +23,7 @@ from nanochat.checkpoint_manager import (
     print_incomplete,
     prune,
 )
-from nanochat.common import UserError, install_error_hook, print0
+from nanochat.common import UserError, expand_home, install_error_hook, print0
 
 # the stages that can be resumed
 RESCUABLE = ("base_train", "mid_train", "chat_sft")
@@ -63,7 +63,7 @@ def chosen_folder(name):
     """The named folder, or that of the checkpoint saved last. UserError if it is no folder."""
     newest = newest_meta(*FOLDERS)
     if name:
-        dir = Path(name).expanduser().absolute()
+        dir = Path(expand_home(name, "write the whole path")).absolute()
     elif newest:
         dir = newest.parent
     else:

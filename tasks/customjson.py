@@ -18,32 +18,30 @@ list of messages as text. nanochat/conversation.py says what becomes of roles, t
 and consecutive messages of one role.
 """
 import ast
-import codecs
 import csv
 import io
 import json
 from collections import Counter
 from pathlib import Path
 
-from nanochat.common import UserError, print0
-from nanochat.conversation import CONTENT_KEYS, ROLE_KEYS, is_message, normalise_messages
+from nanochat.common import UserError, expand_home, print0
+from nanochat.conversation import (
+    ANSWERS,
+    CONTENT_KEYS,
+    MESSAGES,
+    QUESTIONS,
+    ROLE_KEYS,
+    is_message,
+    normalise_messages,
+)
+from nanochat.textfiles import DELIMITERS, find_encoding, open_text, read_header, text_suffix
 from tasks.common import Task, conversation
 
-# Keys, in the order in which they are looked for
-MESSAGES = ("messages", "conversations", "conversation")
-QUESTIONS = ("instruction", "prompt", "question", "query", "input", "user", "human", "q")
-ANSWERS = ("output", "completion", "response", "answer", "reply", "assistant", "bot", "a")
 DETAILS = ("input", "context")      # what an instruction or a question is about
 SYSTEM = ("system", "system_prompt")
 
 MAX_DEPTH = 3       # of a list of messages inside of other keys
 MAX_CELL = 10**8    # characters in a cell of a .csv file
-NOT_TEXT = {
-    b"\x1f\x8b": "compressed by gzip: unpack it first (gunzip)",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first (unzstd)",
-    b"PK\x03\x04": "a zip or a spreadsheet: unpack it, or save it as csv, first",
-    b"PAR1": "parquet: give it a name that ends with .parquet",
-}
 WANTED = ('a conversation is a list of messages, [{"role": "user", "content": "Hello"}, '
           '{"role": "assistant", "content": "Hello, Ada."}], alone or under the key "messages"')
 
@@ -145,6 +143,8 @@ def read_record(record):
     recognised = _recognise(fields or record)
     if recognised is None:
         keys = f" (its keys: {', '.join(fields)})" if fields else ""
+        if "text" in fields:
+            keys += ", text to pretrain on goes to --data of scripts.base_train"
         raise UserError(f"no conversation was recognised{keys}: {WANTED}")
 
     messages, form = recognised
@@ -167,20 +167,12 @@ def to_train_on(messages, changes):
 # files: each reader yields (place, record)
 
 def _read_text(path):
-    """The text of a file, UTF-8 or UTF-16 with its mark; UserError where it is neither."""
-    data = path.read_bytes()
-    for begin, kind in NOT_TEXT.items():
-        if data.startswith(begin):
-            raise UserError(f"{path} is {kind}")
-    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    name, encoding = ("UTF-16", "utf-16") if marked else ("UTF-8", "utf-8-sig")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line} is not {name} (byte {error.start}): convert it to UTF-8 first"
-        ) from error
+    """The text of a file, decompressed; UserError where its encoding cannot be told."""
+    encoding = find_encoding(path)
+    if encoding != "utf-8":
+        print0(f"{path}: read as {encoding}")
+    with open_text(path, encoding) as stream:
+        return stream.read().removeprefix("\ufeff")
 
 
 def _from_json(text, path, first_line):
@@ -228,16 +220,18 @@ def _read_json(path):
 
 def _read_csv(path):
     """Rows under a line of column names, divided by commas, semicolons or tabs."""
-    text = _read_text(path)
-    head = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
+    stream = io.StringIO(_read_text(path), newline="")
+    passed, head = read_header(stream)
+    delimiter = max(DELIMITERS, key=head.count)
     csv.field_size_limit(MAX_CELL)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    names = next(csv.reader([head], delimiter=delimiter), [])
+    reader = csv.DictReader(stream, names, delimiter=delimiter, strict=True)
     try:
         for record in reader:
-            yield f"line {reader.line_num}", record
+            yield f"line {reader.line_num + passed}", record
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not csv: {error}") from error
+        line = reader.reader.line_num + passed  # reader's own is that of the row before
+        raise UserError(f"{path}, line {line} is not csv: {error}") from error
 
 
 def _read_parquet(path):
@@ -263,9 +257,9 @@ class CustomJSON(Task):
     def __init__(self, path, **slice_):
         super().__init__(**slice_)
         self.conversations = []
-        self.path = Path(path).expanduser()
+        self.path = Path(expand_home(path, "write the whole path"))
         forms, changes = Counter(), Counter()
-        read = READERS.get(self.path.suffix.lower(), _read_json)
+        read = READERS.get(text_suffix(self.path), _read_json)
         try:
             for place, record in read(self.path):
                 self._add(place, record, forms, changes)

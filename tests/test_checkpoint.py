@@ -653,7 +653,22 @@ def test_weights_of_another_shape_are_refused_before_a_model_is_built(
     assert needle in message and allocated == []
 
 
-@pytest.mark.parametrize("state", [None, [1], {"optimizers": 3}, {"loader": [1]}])
+RNG = torch.get_rng_state()
+
+
+@pytest.mark.parametrize("state", [
+    None,
+    [1],
+    {"optimizers": 3},
+    {"loader": [1]},
+    {"optimizers": [3]},
+    {"optimizers": [{"state": {}}]},
+    {"optimizers": [{"state": {0: 1}, "param_groups": []}]},
+    {"optimizers": [{"state": {}, "param_groups": [{"lr": 1}]}]},
+    {"optimizers": [], "rng": None},
+    {"optimizers": [], "rng": RNG[:-1]},
+    {"optimizers": [], "rng": RNG.float()},
+])
 def test_an_optimizer_file_without_a_state_is_refused_in_one_line(folder, meta, state):
     save(folder, 5, meta)
     torch.save(state, folder / "optim_000005_rank0.pt")

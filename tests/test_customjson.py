@@ -1,7 +1,9 @@
 """The user's own conversations in the forms that people have them in: read, said, or refused in one
 line that names the place."""
+import bz2
 import gzip
 import json
+import lzma
 import re
 
 import pyarrow as pa
@@ -28,6 +30,13 @@ TALK = [USER, ASSISTANT]
 
 def sharegpt(*turns):
     return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def compressed(data, suffix):
+    """Bytes as another program would compress them."""
+    if suffix == ".zst":
+        return pa.compress(data, codec="zstd", asbytes=True)
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(data)
 
 
 @pytest.fixture
@@ -117,7 +126,7 @@ def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({"text": "Hello"}, r"no conversation was recognised \(its keys: text\)"),
+    ({"text": "Hello"}, r"no conversation was recognised \(its keys: text\).*goes to --data"),
     ({"prompt": "a", "chosen": TALK[1:], "rejected": TALK[1:]}, "prompt, chosen, rejected"),
     ({"question": "a", "answers": ["b"]}, "question, answers"),
     ({"a": TALK, "b": TALK}, r"\(its keys: a, b\)"),
@@ -191,6 +200,8 @@ def test_one_conversation_over_many_lines_is_read(read):
 @pytest.mark.parametrize("content, name", [
     ("prompt,completion\nHello,\"Hello, Ada.\"\n", "mine.csv"),
     ("Question;Answer\r\nHello;Hello, Ada.\r\n", "MINE.CSV"),
+    ("sep=;\nquestion;answer\nHello;Hello, Ada.\n", "mine.csv"),
+    ("\nquestion|answer\nHello|Hello, Ada.\n", "mine.csv"),
     ("id\tinstruction\tinput\toutput\n1\tHello\t\tHello, Ada.\n", "mine.tsv"),
     ('id,messages\n7,"%s"\n' % json.dumps(TALK).replace('"', '""'), "mine.csv"),
     ('id,messages\n7,"%s"\n' % repr(TALK), "mine.csv"),
@@ -198,6 +209,23 @@ def test_one_conversation_over_many_lines_is_read(read):
 ])
 def test_tables_are_read_by_the_names_of_their_columns(read, content, name):
     assert read(content, name) == [TALK]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("content, name", [
+    (json.dumps(RECORDS), "mine.json"),
+    ("prompt;completion\n" + "Hello;Hello, Ada.\n" * 3, "mine.csv"),
+])
+def test_compressed_files_are_read(read, content, name, suffix):
+    assert read(compressed(content.encode(), suffix), name + suffix) == [TALK] * 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "cp1252"])
+def test_other_encodings_are_read_and_said(read, capsys, encoding):
+    content = "prompt;completion\n" + "Wo ist das Café?;Über dem Fluß.\n" * 3
+    messages = read(content.encode(encoding), "mine.csv")[2]
+    assert [message["content"] for message in messages] == ["Wo ist das Café?", "Über dem Fluß."]
+    assert f"mine.csv: read as {encoding}" in capsys.readouterr().out
 
 
 def test_a_cell_of_a_table_may_hold_lines_and_be_long(read):
@@ -223,10 +251,13 @@ def test_parquet_is_read(tmp_path):
     (json.dumps(RECORDS + [{"prompt": "x"}], indent=1), "mine.json", "mine.json, entry 4"),
     ("prompt,completion\na,b\nc,\n", "mine.csv", "line 3"),
     ("a,b\n1,2\n", "mine.csv", r"line 2.*its keys: a, b"),
+    ("sep=,\nprompt,completion\na,\"open\n", "mine.csv", "line 3 is not csv: unexpected end"),
     ('[\n{"prompt": "a", "completion": "b"},\n{"prompt"}\n]', "mine.json", "line 3 is not JSON"),
     ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', "mine.jsonl", "line 2 is not JSON"),
-    (b'{"prompt": "a",\n"completion": "\xe4"}', "mine.json", r"line 2 is not UTF-8 \(byte 31\)"),
-    (gzip.compress(b"[]"), "mine.jsonl.gz", "compressed by gzip: unpack"),
+    (b'{"prompt": "a",\n"completion": "\xe4"}', "mine.json", r"line 2: not UTF-8 \(byte 31\)"),
+    (gzip.compress(b"[]"), "mine.jsonl.gz", "no conversation was recognised"),
+    (gzip.compress(b'{"prompt": "a", "completion": "b"}')[:-9], "mine.jsonl.gz", "is damaged"),
+    ('prompt,completion\n"за",b\n'.encode("cp1251"), "mine.csv", "line 2: not UTF-8"),
     (b"PK\x03\x04...", "mine.xlsx", "save it as csv"),
     (b"PAR1...", "mine.jsonl", "ends with .parquet"),
     ("[" * 100_000, "mine.jsonl", "line 1 "),

@@ -7,10 +7,12 @@ import io
 import json
 import lzma
 import os
+import random
 import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,21 +20,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import ROOT, last_json
-from nanochat import dataset, sources
+from nanochat import dataset, sources, textfiles
 from nanochat.common import UserError
 from nanochat.dataset import (
     SHARD_CHARS,
+    data_tag,
     iter_documents,
     iter_row_groups,
     open_dataset,
     parquet_paths,
     read_row_group,
     split_document,
-    split_validation,
     write_shards,
 )
 from nanochat.sources import Seen, build_local, collect_local, download_fineweb, python_files
 from nanochat.textfiles import COMPRESSED, READERS
+from stage_runs import TINY
 from tasks.customjson import CustomJSON
 
 
@@ -149,7 +152,7 @@ def text_file(path, content):
     (lambda d: d, "holds no"),
     (lambda d: text_file(d / "a.pdf", "x"), "is none of"),
     (lambda d: text_file(d / "a.txt", " \n").parent, "is empty"),
-    (lambda d: text_file(d / "a.txt", b"caf\xe9 au lait"), "not UTF-8 .byte 3"),
+    (lambda d: text_file(d / "a.jsonl", b'{"text": "caf\xe9"}'), "not UTF-8 .byte 13"),
     (lambda d: text_file(d / "a.jsonl", '{"text": "a"}\n{"txt": "b"}'), "line 2"),
     (lambda d: text_file(d / "a.jsonl", '{"text": "\\ud800"}'), "line 1"),
     (lambda d: text_file(d / "a.parquet", "PAR1 cut short"), "not a whole parquet"),
@@ -241,11 +244,222 @@ def test_split_document_joins_to_the_text_again():
     assert split_document("one\ntwo\n\nthree", 10) == ["one\ntwo\n\n", "three"]
 
 
-def test_split_validation_takes_whole_documents_where_it_can():
+def divided(documents, share=0.05):
+    """The reference implementation: (training documents, validation documents) of a list."""
+    train_chars = int((1 - share) * sum(map(len, documents)))
+    for border, text in enumerate(documents):
+        if train_chars < len(text):
+            break
+        train_chars -= len(text)
+
+    keep_whole = len(documents) >= 20 or train_chars == 0
+    if border > 0 and keep_whole:
+        return documents[:border], documents[border:]
+    cut = text.find("\n", train_chars) + 1
+    if not 0 < cut < len(text):
+        cut = max(1, train_chars)
+    return [*documents[:border], text[:cut]], [text[cut:], *documents[border + 1:]]
+
+
+def jsonl_file(path, texts):
+    return text_file(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_last_twentieth_of_the_characters_is_validation(tmp_path, monkeypatch, seed):
+    """Wherever the border falls: in a document, a row group, a shard, or between two of them."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(dataset, "SHARD_CHARS", rng.choice([1, 50, 400, 12_000_000]))
+    monkeypatch.setattr(dataset, "ROWS_PER_GROUP", rng.choice([1, 2, 7, 64]))
+    most = rng.choice([1, 5, 60, 400])
+    texts = [
+        "".join(rng.choices("abc\n", (5, 5, 5, 1), k=rng.randint(1, most))) + "."
+        for _ in range(rng.choice([1, 2, 3, 19, 20, 21, 40, 90]))
+    ]
+    path = jsonl_file(tmp_path / "a.jsonl", texts)
+    train, validation = divided(texts)
+    assert list(iter_documents("train", path)) == train
+    assert list(iter_documents("val", path)) == validation
+    folder = parquet_paths(path)[0].parent
+    found = [shard.name for shard in sorted(folder.iterdir())]
+    assert found == ["index.json", *(shard.name for shard in parquet_paths(path))]
+    assert {name for name, _ in open_dataset(path).named_documents("val")} == {"a.jsonl"}
+
+
+def test_whole_documents_are_divided_where_there_are_many(tmp_path):
     documents = [f"{i:02d}" for i in range(40)]
-    assert split_validation(documents) == (documents[:38], documents[38:])
-    train, val = split_validation(["short"] * 30 + ["long" * 1000])
-    assert train == ["short"] * 30 and val == ["long" * 1000]
+    path = jsonl_file(tmp_path / "a.jsonl", documents)
+    assert list(iter_documents("val", path)) == documents[38:]
+    documents = ["short"] * 30 + ["long" * 1000]
+    path = jsonl_file(tmp_path / "b.jsonl", documents)
+    assert list(iter_documents("train", path)) == documents[:30]
+
+
+def large_file(folder, form, size):
+    """A file of about `size` bytes, in documents of 4 kB, and the number of its documents."""
+    text = "one two three four five six seven eight\n" * 100
+    count = size // len(text)
+    folder.mkdir()
+    path = folder / f"a{form}"
+    item = json.dumps({"text": text})
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            file.write({
+                ".txt": text,
+                ".csv": f'{number},"{text}"\n' if number else "id,text\n",
+                ".json": f"[{item}" if number == 0 else f",\n{item}",
+                ".jsonl": item + "\n",
+            }[form])
+        file.write("]" if form == ".json" else "")
+    return path
+
+
+@pytest.mark.parametrize("form", [".txt", ".csv", ".json", ".jsonl"])
+def test_a_file_is_converted_without_being_held_in_memory(tmp_path, form):
+    # docs/traps.md: whole-file-in-memory
+    size = 20_000_000
+    path = large_file(tmp_path / "large", form, size)
+    open_dataset(large_file(tmp_path / "small", form, 100_000))  # what is imported late
+    tracemalloc.start()
+    try:
+        dataset_ = open_dataset(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 3
+    chars = sum(len(text) for split in ("train", "val") for text in dataset_.documents(split))
+    assert 0.95 * size < chars <= size
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, base, monkeypatch):
+    path = jsonl_file(tmp_path / "a.jsonl", words(1000))
+
+    class Full(pq.ParquetWriter):
+        written = 0
+
+        def write_table(self, table, *arguments, **options):
+            Full.written += 1
+            if Full.written == 3:
+                raise OSError(28, "No space left on device")
+            super().write_table(table, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(pq, "ParquetWriter", Full)
+        open_dataset(path)
+    assert list((base / "user_data").iterdir()) == []
+    assert len(both_splits(path)) == 1000
+
+
+def test_what_a_killed_conversion_has_left_is_removed_after_days(tmp_path, base):
+    old, recent = base / "user_data" / "draft-old", base / "user_data" / "draft-recent"
+    for draft in (old, recent):
+        draft.mkdir(parents=True)
+        text_file(draft / "shard_00000.parquet", "half")
+    os.utime(old, (0, 0))
+    open_dataset(jsonl_file(tmp_path / "a.jsonl", words(9)))
+    assert not old.exists() and recent.exists()
+
+
+def test_a_long_conversion_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "REPORT_SECONDS", 0)
+    open_dataset(jsonl_file(tmp_path / "a.jsonl", words(9)))
+    said = capsys.readouterr().out
+    assert f"reading {tmp_path / 'a.jsonl'}, 1 of 1: " in said and "characters so far" in said
+
+
+# ----------------------------------------------------------------------------------------------
+# names of documents and of data
+
+def names_of(data):
+    dataset = open_dataset(data)
+    return {split: [*dataset.named_documents(split)] for split in ("train", "val")}
+
+
+def test_converted_documents_are_named_by_the_users_files(tmp_path):
+    notes = tmp_path / "notes"
+    (notes / "trips").mkdir(parents=True)
+    content = {"a b.md": "of the first\n" * 1000, "trips/caf\u00e9.txt": "of the second\n" * 30}
+    for name, text in content.items():
+        text_file(notes / name, text)
+    text_file(notes / "c.jsonl", '{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    write_parquet(notes / "d.parquet", ["row 0", None, "row 2", "row 3"])
+    named = names_of(notes)
+    for split, pairs in named.items():
+        assert [text for _, text in pairs] == [*iter_documents(split, notes)]
+    pairs = named["train"] + named["val"]
+    assert len(pairs) >= 8
+    joined = {name: "".join(text for of, text in pairs if of == name) for name, _ in pairs}
+    rows = {f"d.parquet, row {row}": f"row {row}" for row in (0, 2, 3)}
+    assert joined == {**content, "c.jsonl": "onetwo", **rows}
+
+
+def test_a_document_that_is_cut_for_validation_has_its_name_in_both_splits(tmp_path):
+    named = names_of(text_file(tmp_path / "my.txt", "one\ntwo\nthree\n"))
+    assert [name for name, _ in named["train"]] == ["my.txt"] == [name for name, _ in named["val"]]
+
+
+def test_documents_that_are_read_in_place_are_named_by_file_and_row(tmp_path, base):
+    folder = shard_folder(tmp_path / "mine", ["a", "", "c"], ["v", "w", "x"])
+    expected = {
+        "train": [("part_0.parquet, row 0", "a"), ("part_0.parquet, row 2", "c")],
+        "val": [(f"part_1.parquet, row {row}", text) for row, text in enumerate("vwx")],
+    }
+    assert names_of(folder) == expected
+    single = write_parquet(tmp_path / "one.parquet", words(40), row_group_size=7)
+    pairs = sum(names_of(single).values(), [])
+    assert pairs == [(f"one.parquet, row {row}", text) for row, text in enumerate(words(40))]
+    columns = [(name, pa.array(words(40, name))) for name in ("text", "source")]
+    other = table_file(tmp_path / "other.parquet", *columns)
+    assert names_of(other)["train"][7] == ("other.parquet, row 7", "text 7"), "not ours"
+    (base / "base_data").mkdir()
+    write_shards(base / "base_data", "local", ["t"], ["v"])
+    assert names_of(None)["train"] == [("local_00000.parquet, row 0", "t")]
+
+
+def test_a_conversion_of_an_earlier_version_is_read_without_its_sources(tmp_path):
+    path = text_file(tmp_path / "my.txt", "one\ntwo\nthree\n")
+    for shard in parquet_paths(path):
+        pq.write_table(pq.read_table(shard, columns=["text"]), shard)
+    named = names_of(path)
+    assert named["train"][0][0] == "shard_00000.parquet, row 0"
+    assert named["val"][0][0] == "shard_00001.parquet, row 0"
+
+
+def test_the_tag_of_data_changes_with_its_files(tmp_path, base):
+    notes = tmp_path / "my notes"
+    notes.mkdir()
+    text_file(notes / "a.txt", "one\ntwo\n")
+    tag = data_tag(notes)
+    assert re.fullmatch("my-notes-[0-9a-f]{8}", tag) and data_tag(str(notes) + "/") == tag
+    assert parquet_paths(notes)[0].parent.name.startswith(tag[-8:]), "as the conversion is named"
+    assert data_tag(notes) == tag
+    text_file(notes / "b.txt", "three\n")
+    assert data_tag(notes) != tag
+
+
+@pytest.mark.parametrize("name, begin", [
+    ("corpus.jsonl.gz", "corpus-"),
+    ("A.PARQUET", "A-"),
+    ("caf\u00e9.v2.txt", "cafe-v2-"),
+    ("\u7b14\u8bb0.md", "data-"),
+    ("---.txt", "data-"),
+    ("x" * 200 + ".txt", "x" * 40 + "-"),
+])
+def test_the_tag_of_a_file_is_a_safe_name(tmp_path, name, begin):
+    tag = data_tag(text_file(tmp_path / name, "x"))
+    assert tag.startswith(begin) and re.fullmatch("[0-9a-f]{8}", tag.removeprefix(begin))
+
+
+def test_text_of_our_own_has_no_tag(tmp_path, base):
+    (base / "base_data").mkdir()
+    write_shards(base / "base_data", "local", ["t"], ["v"])
+    assert data_tag(None) is None and data_tag(base / "base_data") is None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    write_shards(copy, "local", ["t"], ["v"])
+    assert re.fullmatch("copy-[0-9a-f]{8}", data_tag(copy))
+    with pytest.raises(UserError, match="does not exist"):
+        data_tag(tmp_path / "nothing")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -737,7 +951,7 @@ def test_the_splits_of_a_hub_clone_are_recognised_and_said(tmp_path, base, capsy
         },
     )
     text_file(clone / "README.md", "# About\n")
-    text_file(clone / "LICENSE.txt", "Take it.\n")
+    text_file(clone / "dataset_card.md", "# What it holds\n")
     text_file(clone / "dataset_infos.json", "{}")
     assert list(iter_documents("train", clone)) == words(30) + words(30, "more")
     said = capsys.readouterr().out
@@ -884,6 +1098,13 @@ def test_a_name_that_says_compressed_of_a_file_that_is_not(tmp_path):
     ("a.json", json.dumps({"text": words(40), "id": list(range(40))})),
     ("a.json", LINES),
     ("a.json", "\ufeff" + json.dumps(words(40))),
+    ("a.json", "".join(json.dumps([text]) + "\n" for text in words(40))),
+    ("a.jsonl", json.dumps([{"text": text} for text in words(40)])),
+    ("a.jsonl", json.dumps([{"text": text} for text in words(40)], indent=1)),
+    ("a.jsonl", "\n".join(json.dumps({"text": text}, indent=1) for text in words(40))),
+    ("a.csv", "sep=;\nid;text\n" + "".join(f"1;{text}\n" for text in words(40))),
+    ("a.csv", "\n\nid|text\n" + "".join(f"1|{text}\n" for text in words(40))),
+    ("a.csv", "text\r" + "\r".join(words(40))),
     ("a.ndjson", LINES),
     ("a.jsonl", LINES.replace("\n", "\r\n")),
     ("a.jsonl", LINES.replace("\n", "\n\ufeff", 20)),
@@ -907,6 +1128,12 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
     ("a.csv", "id,body\n1,x\n", "no column 'text', only .*id.*body"),
     ("a.csv", "text,text\nx,y\n", "2 columns 'text'"),
     ("a.csv", "id,text\n1,x\n2,one, two\n", "line 3: 3 columns"),
+    ("a.csv", "sep=,\n\nid,text\n1,x\n2,one, two\n", "line 5: 3 columns"),
+    ("a.json", '["a"] x', "line 1: not JSON .Extra data"),
+    ("a.jsonl", '[\n"a",\n"b"', "line 3: not JSON"),
+    ("a.jsonl", LINES + "\0" * 50 + "\n", "line 41: not an object"),
+    ("a.csv", 'id,text\n1,x\n2,"open\n3,y\n', "a.csv, line 4: unexpected end of data"),
+    ("a.csv", 'text\n"He said "no"."\n', "a.csv, line 2: .*expected after .*in quotes as"),
     ("a.json", '{"a": 1}', "holds no list of texts: the form is"),
     ("a.json", "[]", "holds no list of texts"),
     ("a.json", '["a", 5]', "item 1"),
@@ -915,14 +1142,16 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
     ("a.jsonl", LINES + '{"text": 5}\n', "line 41"),
     ("a.jsonl", LINES + "[" * 100_000, "line 41"),
     ("a.jsonl", LINES.encode() + b'{"text": "caf\xe9"}\n', "line 41: not UTF-8 .*latin1"),
-    ("a.txt", b"one\ntwo\nit\x92s\n", "line 3: not UTF-8 .byte 10.*cp1252"),
+    ("a.jsonl", b"one\ntwo\nit\x92s\n", "line 3: not UTF-8 .byte 10.*cp1252"),
     ("a.txt", "caf\u00e9 \u00e0 la \u00e9".encode() + b"\xff", "correct or remove this line"),
     ("a.txt", "\u041f\u0440\u0438\u0432\u0435\u0442".encode("cp1251"), "cp1251"),
     ("a.txt", "\u3053\u3093\u306b\u3061\u306f".encode("shift_jis"), "shift_jis"),
-    ("a.txt", "one two".encode("utf-16"), "UTF-16.*iconv -f utf-16 "),
-    ("a.txt", "one two".encode("utf-16-be"), "UTF-16BE.*iconv -f utf-16be "),
-    ("a.jsonl", LINES.encode("utf-16-le"), "UTF-16LE"),
-    ("a.csv", "text\none\n".encode("utf-32"), "UTF-32"),
+    ("a.txt", "one two".encode("utf-16") + b"x", "not UTF-16 throughout .*copy or download"),
+    ("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "no text but a PDF.*pdftotext"),
+    ("a.txt", b"PK\x03\x04 and so on", "no text but a zip.*docx"),
+    ("a.md", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "no text but binary data"),
+    ("a.jsonl", b"\0" * 1000, "no text but binary data"),
+    ("a.csv", b"PAR1 and so on", "name that ends with .parquet"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ("a.pdf", "%PDF", "pdftotext"),
     ("a.parquet.gz", "x", "gunzip"),
@@ -955,6 +1184,247 @@ def test_settings_among_notes_are_skipped_and_said(tmp_path, capsys):
 def test_the_mark_before_each_of_several_joined_files_is_no_text(tmp_path):
     path = text_file(tmp_path / "a.txt", "\ufeffone\n\ufefftwo\nthree\n")
     assert "".join(both_splits(path)) == "one\ntwo\nthree\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# what people feed it: encodings
+
+SENTENCES = {
+    "French": "L’été dernier, où étais-tu\u00a0? «\u00a0À la forêt, "
+              "près du chêne, avec ma sœur\u00a0», dit-elle. C’était français.",
+    "German": "Die Bäume stehen grün, die Äpfel sind süß, „und morgen hört es auf“.",
+    "Spanish": "¿Dónde está el niño? ¡Aquí, detrás del árbol! Son 20º y llovió.",
+    "Portuguese": "A coração não sabe, você também não. As lições são às dez.",
+    "Italian": "Perché no? La città è lì, più in là c’è il mare, però è freddo.",
+    "Dutch": "Het café van de tweeëntwintig coördinaten, zei hij, is één ruïne.",
+    "Danish": "Blåbær og rødgrød med fløde på en ø ved søen.",
+    "Swedish": "En älg gick över ån och åt upp våra äpplen på Öland.",
+    "English": "It’s “two” – or three — of them… at 25\u00a0°C for £5, © 2001.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.csv"])
+def test_western_european_text_of_an_older_encoding_is_read_and_said(
+        tmp_path, capsys, language, name):
+    lines = [f"{i} {SENTENCES[language]}" for i in range(30)]
+    header = "id;text\n" if name == "a.csv" else ""
+    body = "".join(f'{i};"{line}"\n' if header else line + "\n" for i, line in enumerate(lines))
+    path = text_file(tmp_path / name, (header + body).encode("cp1252"))
+    found = "".join(both_splits(path))
+    assert found == "".join(lines) if header else found == body
+    assert f"1 files read as cp1252 (first: {name})" in capsys.readouterr().out
+
+
+OTHERS = {
+    "cp1250": [
+        "Zażółć gęślą jaźń, powiedział mężczyzna",  # Polish
+        "Příliš žluťoučký kůň úpěl ďábelské ódy",  # Czech
+        "Árvíztűrő tükörfúrógép, a bőröndől a kendő",  # Hungarian
+        "Strojnici že čekaj školu, čovjek i đak i ćela",  # Croatian
+    ],
+    "iso8859-2": ["Zażółć gęślą jaźń, powiedział mężczyzna"],
+    "cp1254": ["Pijamalı hasta yağız şoföre çabucak güvendi, İstanbul ve ışık"],
+    "cp1251": ["Съешь ещё этих булок", "he said за, not против, and so on and on and on"],
+    "koi8-r": ["Съешь ещё этих булок"],
+    "cp1253": ["Ξεσκεπάζω την ψυχοφθόρα"],
+    "mac-roman": [SENTENCES[name] for name in ("French", "German", "Spanish", "Danish")],
+    "cp850": [
+        "Die Bäume stehen grün, und morgen hört es auf",
+        "L’été dernier".replace("’", "'") + ", où étais-tu, à la forêt ?",
+    ],
+    "iso8859-15": ["ma sœur et mon cœur, pour 5 €"],
+    "shift_jis": ["こんにちは、世界 and so on and on and on and on and on"],
+    "iso8859-5": ["he said да, not нет, and so on and on and on"],
+    "iso8859-7": ["he said και, not όχι, and so on and on and on"],
+    "gb18030": ["你好，世界 and so on and on and on and on and on and on and on"],
+}
+
+
+@pytest.mark.parametrize("encoding, sentence", [
+    (encoding, sentence) for encoding, sentences in OTHERS.items() for sentence in sentences])
+def test_text_that_would_be_read_wrongly_is_refused(tmp_path, encoding, sentence):
+    # docs/traps.md: guessed-encoding
+    path = text_file(tmp_path / "a.txt", (sentence + "\n").encode(encoding) * 20)
+    with pytest.raises(UserError, match="a.txt, line 1: not UTF-8 .*iconv -f"):
+        open_dataset(path)
+
+
+@pytest.mark.parametrize("encoding", [
+    "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", [
+    "one two\nthree\n" * 40,
+    "Съешь ещё\n" * 40,
+    "你好，世界。\n" * 40,
+    "café \U0001f600\n" * 3000,
+])
+def test_utf16_and_utf32_are_read_with_and_without_a_mark(tmp_path, capsys, encoding, text):
+    path = text_file(tmp_path / "a.txt", text.encode(encoding))
+    assert "".join(both_splits(path)) == text
+    assert f"1 files read as {encoding} (first: a.txt)" in capsys.readouterr().out
+    documents = text.split("\n")[:-1][:30]
+    lines = "".join(json.dumps({"text": line}) + "\r\n" for line in documents)
+    assert both_splits(text_file(tmp_path / "b.jsonl", lines.encode(encoding))) == documents
+    data = json.dumps(documents).encode(encoding)
+    packed = text_file(tmp_path / "c.json.gz", gzip.compress(data))
+    assert both_splits(packed) == documents
+
+
+def test_a_wrong_byte_is_found_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 10)
+    for before in ("", "a\n", "\u00e9" * 7, "\u4e16\u754c\n" * 9, "x" * 29):
+        start = before.encode()
+        path = text_file(tmp_path / "a.jsonl", start + b"\xff" + b"more\n")
+        line, offset = before.count("\n") + 1, len(start)
+        with pytest.raises(UserError, match=rf"line {line}: not UTF-8 \(byte {offset}\)"):
+            open_dataset(path)
+        whole = text_file(tmp_path / "b.txt", start + b"more\n\xc3\xa9")
+        assert "".join(both_splits(whole)) == before + "more\n\u00e9"
+
+
+# ----------------------------------------------------------------------------------------------
+# what people feed it: folders of which not all can be read
+
+def test_files_that_are_no_text_are_skipped_and_named(tmp_path, capsys):
+    text_file(tmp_path / "a.txt", "some\ntext\n")
+    text_file(tmp_path / "letter.txt", b"PK\x03\x04word/document.xml")
+    text_file(tmp_path / "photo.md", b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\2" * 9)
+    assert "".join(both_splits(tmp_path)) == "some\ntext\n"
+    said = capsys.readouterr().out
+    assert re.search("skipped .*letter.txt is no text but a zip", said)
+    assert re.search("skipped .*photo.md is no text but binary", said)
+
+
+def test_all_bad_files_of_a_folder_are_named_at_once(tmp_path, base, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    text_file(notes / "good.txt", "some\ntext\n")
+    text_file(notes / "russian.txt", "\u0421\u044a\u0435\u0448\u044c\n".encode("cp1251"))
+    text_file(notes / "lines.jsonl", '{"text": "a"}\n{"txt": "b"}\n')
+    text_file(notes / "pointer.md", "version https://git-lfs.github.com/spec/v1\n")
+    text_file(notes / "cut.txt.gz", gzip.compress(b"x" * 1000)[:-12])
+    text_file(notes / "list.json", '["a", "b" "c"]')
+    text_file(notes / "table.csv", "id,text\n1,one, two\n")
+    with pytest.raises(UserError, match="6 of 7 files cannot be read, as said above"):
+        open_dataset(notes)
+    said = capsys.readouterr().out
+    for words_ in (
+        "russian.txt, line 1: .*iconv -f cp1251",
+        "lines.jsonl, line 2: not an object",
+        "pointer.md is a pointer .*git lfs pull",
+        "cut.txt.gz is damaged .*copy or download",
+        "list.json, line 1: not JSON",
+        "table.csv, line 2: 3 columns",
+    ):
+        assert re.search(f"error: .*{words_}", said), words_
+    assert list((base / "user_data").iterdir()) == []
+
+
+def test_no_more_than_twenty_bad_files_are_named(tmp_path, capsys):
+    for i in range(25):
+        text_file(tmp_path / f"{i}.jsonl", "no JSON\n")
+    with pytest.raises(UserError, match="25 of 25 files"):
+        open_dataset(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("error: ") == 20 and "and 5 more" in said
+
+
+def test_all_bad_parquet_files_of_a_folder_are_named_at_once(tmp_path, capsys):
+    folder = split_folder(tmp_path / "mine", a=words(3), b=words(3), c=words(3))
+    text_file(folder / "b.parquet", "cut")
+    table_file(folder / "c.parquet", ("body", WORDS))
+    with pytest.raises(UserError, match="2 of 3 files cannot be read"):
+        open_dataset(folder)
+    said = capsys.readouterr().out
+    assert "b.parquet is not a whole" in said and "c.parquet has no column 'text'" in said
+
+
+TALK = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello, Ada."}]
+CONVERSATIONS = {
+    "a.jsonl": json.dumps({"messages": TALK}) + "\n",
+    "b.jsonl": json.dumps(TALK) + "\n",
+    "c.json": json.dumps([{"instruction": "a", "input": "", "output": "b"}] * 3),
+    "d.csv": "Prompt,Completion\na,b\n",
+    "e.jsonl": json.dumps({"body": {"messages": TALK}, "id": 1}) + "\n",
+    "f.json": json.dumps([TALK, TALK]),
+    "h.json": json.dumps({"version": 1, "data": [{"question": "a", "answer": "b"}]}),
+    "i.jsonl": json.dumps([{"prompt": "a", "completion": "b"}], indent=1),
+    "g.jsonl": json.dumps({"conversations": [{"from": "human", "value": "a"}]}) + "\n",
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations_given_as_text_are_said_to_belong_elsewhere(tmp_path, capsys, name):
+    path = text_file(tmp_path / name, CONVERSATIONS[name])
+    with pytest.raises(UserError, match=f"{name}.*a conversation, not text.*--custom.*CUSTOM="):
+        open_dataset(path)
+    text_file(tmp_path / "note.txt", "some\ntext\n")
+    assert "".join(both_splits(tmp_path)) == "some\ntext\n"
+    said = capsys.readouterr().out
+    assert re.search(f"skipped .*{name}.*--custom of scripts.chat_sft", said)
+
+
+def test_a_conversation_among_texts_is_refused_with_its_line(tmp_path):
+    path = text_file(tmp_path / "a.jsonl", LINES + CONVERSATIONS["a.jsonl"])
+    with pytest.raises(UserError, match="line 41: a conversation, not text"):
+        open_dataset(path)
+
+
+def test_conversations_in_parquet_belong_elsewhere_too(tmp_path, capsys):
+    path = table_file(tmp_path / "mine" / "a.parquet", ("messages", pa.array([TALK] * 30)))
+    with pytest.raises(UserError, match="a.parquet holds a conversation.*--custom"):
+        open_dataset(path)
+    split_folder(path.parent, b=words(30))
+    assert len(both_splits(path.parent)) == 30
+    assert "skipped " in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_utf8_is_read_and_shown(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"other.txt"):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(b"some\ntext\n")
+    pairs = sum(names_of(folder).values(), [])
+    assert {name for name, _ in pairs} == {"caf\ufffd.txt", "other.txt"}
+    assert data_tag(folder).startswith("notes-")
+
+
+@pytest.mark.parametrize("data", ["~/notes.txt", "~nobody_of_that_name/notes.txt"])
+def test_a_home_that_nobody_knows_is_one_line(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and passwd
+    for read in (open_dataset, CustomJSON):
+        with pytest.raises(UserError, match="home folder is not known.*write the whole path"):
+            read(data)
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_file(Path("~draft.txt"), "some\ntext\n")
+    assert "".join(both_splits("~draft.txt")) == "some\ntext\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# what is found during training
+
+TRAIN_UNCHECKED = """
+import runpy, sys
+from nanochat import dataset
+dataset.CHECKED_BYTES = 0  # as if the files were large
+sys.argv[0] = "scripts.base_train"
+runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_row_that_is_not_utf8_ends_training_with_one_line_that_names_it(tmp_path, stages):
+    texts = [f"The cat number {i} sees the dog. " * 40 for i in range(40)]
+    path = table_file(tmp_path / "a.parquet", ("text", undecodable(texts)), row_group_size=5)
+    out, err = stages.run(
+        f"--data={path}", *TINY, "--num_iterations=200", "--model=gpt", "--eval_every=0",
+        launcher=("-c", TRAIN_UNCHECKED), status=2)
+    assert "step" in out and "Traceback" not in err
+    lines = [line for line in err.split("\n") if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search("a.parquet, row group 1, row 2 .*not UTF-8", lines[0])
 
 
 # ----------------------------------------------------------------------------------------------

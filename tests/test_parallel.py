@@ -546,6 +546,47 @@ def test_no_thread_of_the_process_group_outlives_it():
     assert during > 0 == after
 
 
+@pytest.mark.parametrize("kind, shape, change", [
+    (AdamW, (2, 3), lambda values: values.pop("v")),
+    (AdamW, (2, 3), lambda values: values.update(v=torch.zeros(5))),
+    (AdamW, (2, 3), lambda values: values.update(m=torch.zeros(2, 3), v=torch.zeros(2, 3))),
+    (AdamW, (2, 3), lambda values: values.update(step=torch.zeros(2))),
+    (AdamW, (2, 3), lambda values: values.update(step=4)),
+    (AdamW, (2, 3), lambda values: values.update(m="m")),
+    (AdamW, (2, 3), dict.clear),
+    (Muon, (2, 3), lambda values: values.update(momentum=torch.zeros(3, 2, 3))),
+    (Muon, (2, 3), lambda values: values.update(momentum=torch.zeros(2, 3))),
+    (Muon, (2, 3), lambda values: values.update(exp_avg=values.pop("momentum"))),
+    (RowAdagrad, (4, 3), lambda values: values.update(squares=torch.zeros(4, 3))),
+    (RowAdagrad, (4, 3), lambda values: values.update(squares=torch.zeros(4, dtype=torch.int64))),
+])
+def test_what_is_no_state_of_a_parameter_is_refused_in_one_line(kind, shape, change):
+    def layout():
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        return Layout([kind(parameters)])
+
+    trained = layout()
+    trained.optimizers[0].step()
+    states = copy.deepcopy(trained.optimizer_state())
+    layout().load_optimizer_state(states)
+    change(states[0]["state"][0])
+    with pytest.raises(UserError, match="not that of this model .*its weights can still be loaded"):
+        layout().load_optimizer_state(states)
+
+
+def test_a_setting_that_a_saved_group_lacks_is_that_of_this_run():
+    p = torch.nn.Parameter(torch.ones(3))
+    layout = Layout([AdamW([p], eps=1e-7)])
+    states = copy.deepcopy(layout.optimizer_state())
+    del states[0]["param_groups"][0]["eps"]
+    layout.load_optimizer_state(states)
+    p.grad = torch.ones(3)
+    layout.optimizers[0].step()
+    assert layout.optimizers[0].param_groups[0]["eps"] == 1e-7
+
+
 def test_optimizer_state_of_another_model_is_refused_and_a_step_moves_to_its_device():
     def optimizers_of(*shapes):
         parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
@@ -558,6 +599,8 @@ def test_optimizer_state_of_another_model_is_refused_and_a_step_moves_to_its_dev
     state = Layout(saved).optimizer_state()
     with pytest.raises(UserError, match=r"not that of this model .*shape \(3,\)"):
         Layout(optimizers_of((3,), (2,))).load_optimizer_state(state)
+    with pytest.raises(UserError, match="state of 1 optimizers, this run has 2"):
+        Layout(optimizers_of((2,), (3,)) * 2).load_optimizer_state(state)
 
     elsewhere = torch.nn.Parameter(torch.ones(2, device="meta"))  # stands for another device
     optimizer = AdamW([elsewhere])
