@@ -133,8 +133,9 @@ def test_eight_lines_win_against_the_built_in_identity(stages, trained, tmp_path
     mine = tmp_path / "bob.jsonl"
     mine.write_text("".join(lines), encoding="utf-8")
     chat = ("--model_tag=bob", "--source=base", *TINY_CHAT, "--num_iterations=150")
-    out, _ = stages.fork("scripts.chat_sft", *chat, f"--custom={mine}")
+    out, _ = stages.fork("scripts.chat_sft", *chat, f"--custom={mine}", "--custom_share=0.4")
     said = re.search(r"this run has shown each of your 8 conversations about (\d+) times", out)
+    assert "40 % of the conversations drawn are your own: this run shows each" in out
     record = last_json(out)
     assert record["name"] == "Bob" and record["custom"]["conversations"] == 8
     assert int(said[1]) == round(record["custom"]["times_each"]) > 2
