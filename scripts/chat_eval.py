@@ -8,9 +8,9 @@
 Answers are decoded greedily; questions with choices are answered with the likeliest choice.
 tasks/questions.py says what a file of questions looks like, and when an answer is right.
 """
+import os
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 
@@ -34,39 +34,38 @@ tasks: str = None      # -a, comma-separated: names of tasks, files of questions
 source = "sft"         # stage of the model: mid, sft or rl
 model_tag: str = None  # checkpoint folder; None: the newest
 step: int = None       # step; None: the newest
-items: int = None      # items a task; None: 256 of a built-in one, all of a file
+items = 256            # held-out items a task; of a file of questions all are asked
 batch_size = 64        # answered at a time
 max_new_tokens = 96    # of an answer
 device_type = ""       # cuda, mps or cpu; empty: cuda where there is one, else cpu
 settings = configure(globals(), aliases={"a": "tasks"})
 require(settings, 1, "items", "batch_size", "max_new_tokens")
 
-MOST = items or 256
 SHOWN = 20              # wrong answers to a file's questions that are printed
 PROGRESS_SECONDS = 5
 TASKS = {
-    "arithmetic": lambda: Arithmetic("test", size=MOST),
-    "spelling": lambda: SimpleSpelling("test", size=MOST),
-    "counting": lambda: SpellingBee("test", size=MOST),
-    "pydoc": lambda: PyDoc("test", "choice", stop=MOST),
-    "pydoc_letter": lambda: PyDoc("test", "letter", stop=MOST),
-    "pydoc_module": lambda: PyDoc("test", "module", stop=MOST),
-    "identity": lambda: Identity("test", *identity_of(meta), stop=MOST),
+    "arithmetic": lambda: Arithmetic("test", size=items),
+    "spelling": lambda: SimpleSpelling("test", size=items),
+    "counting": lambda: SpellingBee("test", size=items),
+    "pydoc": lambda: PyDoc("test", "choice", stop=items),
+    "pydoc_letter": lambda: PyDoc("test", "letter", stop=items),
+    "pydoc_module": lambda: PyDoc("test", "module", stop=items),
+    "identity": lambda: Identity("test", *identity_of(meta), stop=items),
 }
 
 
 def split_names(text):
     """The names in a comma-separated list; a file may have a comma in its name."""
-    return [text] if Path(text).expanduser().is_file() else text.split(",")
+    return [text] if os.path.isfile(os.path.expanduser(text)) else text.split(",")
 
 
 def read_questions(name):
     """The Questions of a file. UserError where `name` is neither a task nor a file."""
-    path = Path(name).expanduser()
-    if not path.suffix and not path.exists():
+    is_a_path = "." in name or os.sep in name
+    if not is_a_path and not os.path.exists(name):
         raise UserError(f"task {name} does not exist: choose from {', '.join(TASKS)}, or name a "
                         "file of questions (jsonl, json, csv, parquet)")
-    return Questions(name, stop=items)
+    return Questions(name)
 
 
 names = split_names(tasks) if tasks else list(TASKS)
