@@ -1,8 +1,10 @@
 """The user's own questions: how a file of them is read, and when an answer is right."""
 import json
+import re
 
 import pytest
 
+from conftest import ROOT
 from nanochat.common import UserError
 from tasks.questions import Questions, is_same, token_f1, words_of
 
@@ -151,3 +153,13 @@ def test_a_question_without_a_right_answer_is_one_line(read, record, words):
     with pytest.raises(UserError, match=words) as error:
         read([PAIR, record])
     assert "\n" not in str(error.value)
+
+
+def test_the_examples_of_the_page_are_read(read):
+    page = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8")
+    section = page.partition("## Your own questions")[2]
+    pairs, table = re.findall(r"^```\w+\n(.*?)^```", section, re.M | re.S)
+    task = read(pairs)
+    assert [task[i].get("gold") for i in range(len(task))] == [None, None, 1]
+    assert verdicts(task, "goethe") == [True, True, False]
+    assert verdicts(read(table, "table.csv"), "pear") == [True]

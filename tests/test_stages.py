@@ -148,15 +148,15 @@ def test_eight_lines_win_against_the_built_in_identity(stages, trained, tmp_path
     assert score["accuracy"][str(mine)] > 0.7 and score["items"][str(mine)] == 8
 
 
-def test_the_model_has_the_name_that_it_is_given_and_its_answers_are_shown_with_it(
+def test_the_model_keeps_the_name_that_midtraining_was_given_until_it_gets_another(
         stages, trained):
     shutil.copytree(stages.folder("base", "d1"), stages.folder("base", "ada"))
     small = ("--model_tag=ada", *TINY_CHAT, "--num_iterations=2")
     stages.fork("scripts.mid_train", *small, "--name=Ada Lovelace")
     assert stages.fork_record("scripts.chat_sft", *small)["name"] == "Ada Lovelace"
     assert stages.fork_record("scripts.chat_sft", *small, "--name=Bob")["name"] == "Bob"
-    out, _ = stages.fork("scripts.chat_cli", "--model_tag=ada", "--max_tokens=2")
-    assert "quit ends" in out
+    for stage, name in (("mid", "Ada Lovelace"), ("chatsft", "Bob")):
+        assert meta_of(stages.folder(stage, "ada"), 2)["name"] == name
 
 
 @pytest.mark.parametrize("model", ["gpt", "portable"])
