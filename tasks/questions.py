@@ -185,9 +185,13 @@ class Questions(CustomJSON):
         return any(is_same(given, accepted) for accepted in conversation["accepted"])
 
     def similarity(self, conversation, parts):
-        """The F1 of the answer and the accepted one that is most like it, from 0 to 1."""
-        if "choices" in conversation:
-            return float(self.evaluate(conversation, parts))
+        """The F1 of the answer and the accepted one that is most like it, from 0 to 1.
+
+        A right answer has 1, also where only the number in it counts.
+        """
+        is_right = self.evaluate(conversation, parts)
+        if is_right or "choices" in conversation:
+            return float(is_right)
         given = answer_text(parts)
         return max(token_f1(given, accepted) for accepted in conversation["accepted"])
 

@@ -109,6 +109,13 @@ def test_the_last_question_is_asked_after_the_turns_before_it(read):
     assert verdicts(task, "Paris") == [True] and verdicts(task, "Hello") == [False]
 
 
+def test_a_right_answer_is_wholly_similar_and_a_wrong_one_as_its_words_are(read):
+    task = read([{"question": "3+4?", "answer": 7}, {"question": "Who?", "answer": "Ada Byron"}])
+    assert task.similarity(task[0], "The answer is 7.") == 1.0
+    assert task.similarity(task[0], "The answer is 8.") == 0.0
+    assert task.similarity(task[1], "Byron") == pytest.approx(2 / 3)
+
+
 def test_a_whole_answer_with_a_bar_is_accepted_too(read):
     assert verdicts(read([{"question": "Or?", "answer": "a|b"}]), "a|b") == [True]
 
