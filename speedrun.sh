@@ -4,6 +4,8 @@
 #     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs the documented depth-20 run
 #     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
 #     DATA=notes/ bash speedrun.sh       # your own .txt, .md, .jsonl or parquet
+#     CUSTOM=qa.jsonl bash speedrun.sh   # your own conversations, among those of ours
+#     NAME=Bob bash speedrun.sh          # the model's name
 #     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU
 #     DRY_RUN=1 bash speedrun.sh         # print the commands only (GPUS=8: as if there were eight)
 #
@@ -62,6 +64,9 @@ absolute() {
 }
 
 DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
+CUSTOM="${CUSTOM:-}" NAME="${NAME:-}"
+# Windows' subsystem for Linux gives every process a NAME: the machine's.
+if [ -n "${WSL_DISTRO_NAME:-}" ] && [ "$NAME" = "${HOSTNAME:-}" ]; then NAME=""; fi
 if [ -z "${NANOCHAT_BASE_DIR:-}" ]; then NANOCHAT_BASE_DIR="$(home_folder)/.cache/nanochat"; fi
 NANOCHAT_BASE_DIR="$(absolute "$NANOCHAT_BASE_DIR")"
 export NANOCHAT_BASE_DIR
@@ -71,6 +76,16 @@ if [ -n "$DATA" ]; then
     if [ ! -e "$DATA" ]; then
         refuse "DATA=$given does not exist: name a file or a folder"
     fi
+fi
+if [ -n "$CUSTOM" ]; then
+    given="$CUSTOM"
+    CUSTOM="$(absolute "$CUSTOM")"
+    if [ ! -f "$CUSTOM" ]; then
+        refuse "CUSTOM=$given is not a file: name one with conversations (docs/conversations.md)"
+    fi
+fi
+if [[ "$NAME" == *$'\n'* ]] || [ "${#NAME}" -gt 60 ]; then
+    refuse "NAME must be one line of at most 60 characters"
 fi
 if [ -n "$MINUTES" ] && ! [[ "$MINUTES" =~ ^[0-9]+(\.[0-9]+)?$ && "$MINUTES" =~ [1-9] ]]; then
     refuse "MINUTES=$MINUTES is not a number of minutes above zero"
@@ -100,6 +115,20 @@ choose_gpus() {
     fi
 }
 
+# check_own: refuses a NAME or a file CUSTOM that chat_sft would refuse after the pretraining.
+check_own() {
+    local program="
+import sys
+from nanochat.common import install_error_hook
+from tasks.customjson import CustomJSON
+from tasks.identity import check_name
+install_error_hook()
+custom, name = sys.argv[1:]
+check_name(name or None)
+custom and CustomJSON(custom)"
+    python -c "$program" "$CUSTOM" "$NAME" || exit
+}
+
 device=""    # empty: each stage chooses
 if [ "$GPUS" = 0 ]; then device=cpu; fi
 if [ -z "$DRY_RUN" ]; then
@@ -110,6 +139,7 @@ if [ -z "$DRY_RUN" ]; then
     else
         choose_gpus
     fi
+    if [ -n "$CUSTOM$NAME" ]; then check_own; fi
 fi
 GPUS="${GPUS:-0}"
 
@@ -155,7 +185,8 @@ model_stage() {
 # The stages. ${X:+"--x=$X"} is one word where X is set, and nothing where it is empty.
 
 if [ -z "$DRY_RUN" ]; then
-    begin_run "$NANOCHAT_BASE_DIR" "plan minutes=$MINUTES data=$DATA gpus=$GPUS"
+    begin_run "$NANOCHAT_BASE_DIR" \
+        "plan minutes=$MINUTES data=$DATA gpus=$GPUS custom=$CUSTOM name=$NAME"
 fi
 
 # 1. Text: on a CPU what this machine's Python packages say, on GPUs FineWeb-Edu, or your own.
@@ -177,10 +208,11 @@ model_stage base_train ${DATA:+"--data=$DATA"} ${depth:+"--depth=$depth"} \
 if [ "$GPUS" -gt 0 ]; then model_stage base_loss ${DATA:+"--data=$DATA"}; fi
 
 # 4. Midtraining: the model meets conversations, their special tokens, and tools.
-model_stage mid_train ${MINUTES:+"--minutes=$(minutes_of mid_train)"}
+model_stage mid_train ${NAME:+"--name=$NAME"} ${MINUTES:+"--minutes=$(minutes_of mid_train)"}
 
 # 5. Fine-tuning: the model learns to answer as the assistant of a conversation.
-model_stage chat_sft ${MINUTES:+"--minutes=$(minutes_of chat_sft)"}
+model_stage chat_sft ${CUSTOM:+"--custom=$CUSTOM"} ${NAME:+"--name=$NAME"} \
+    ${MINUTES:+"--minutes=$(minutes_of chat_sft)"}
 
 # 6. Evaluation: the chat model answers questions whose answers are known.
 model_stage chat_eval

@@ -6,6 +6,7 @@ to search a log.
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import sys
@@ -132,6 +133,22 @@ def open_logger(name, folder, settings):
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
         log(step, numbers)
     return send
+
+
+def wilson_interval(share, items):
+    """(low, high): the 95 % interval of a share that was measured on so many items, from 0 to 1.
+
+    Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which also holds near 0 and 1.
+
+    >>> [round(bound, 3) for bound in wilson_interval(0.985, 200)]
+    [0.957, 0.995]
+    """
+    z = 1.96  # standard deviations on each side
+    scale = 1 + z * z / items
+    centre = (share + z * z / (2 * items)) / scale
+    variance = share * (1 - share) / items + z * z / (4 * items * items)
+    half = z * math.sqrt(variance) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def finish_stage(stage, seconds, settings, **fields):

@@ -30,7 +30,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir
-from nanochat.metrics import finish_stage
+from nanochat.metrics import finish_stage, wilson_interval
 from nanochat.configurator import configure
 
 speedrun = False            # end with the record of a whole speedrun in place of this stage's own
@@ -135,18 +135,10 @@ def percent(fraction):
 
 
 def interval(fraction, items):
-    """The 95 % interval of an accuracy: 0.985 of 200 items -> '95.7 to 99.5 %'.
-
-    Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which also holds near 0 and 1.
-    """
+    """The 95 % interval of an accuracy: 0.985 of 200 items -> '95.7 to 99.5 %'."""
     if not items:
         return "unknown"
-    z = 1.96  # standard deviations on each side
-    scale = 1 + z * z / items
-    centre = (fraction + z * z / (2 * items)) / scale
-    variance = fraction * (1 - fraction) / items + z * z / (4 * items * items)
-    half = z * math.sqrt(variance) / scale
-    low, high = max(0, centre - half), min(1, centre + half)
+    low, high = wilson_interval(fraction, items)
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 

@@ -249,12 +249,14 @@ def load_page():
     }
 
 
-def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tokens=256):
+def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tokens=256,
+               shown_name="nanochat"):
     """
     The application: GET / (the page), /health, /v1/models and /v1/models/NAME, and
     POST /v1/chat/completions.
 
-    temperature, top_k and max_tokens hold where a request does not say. Errors have OpenAI's shape.
+    temperature, top_k and max_tokens hold where a request does not say. shown_name heads the page.
+    Errors have OpenAI's shape.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -289,6 +291,7 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
         "object": "model",
         "created": created,
         "owned_by": "nanochat",
+        "name": shown_name,
     }
 
     @app.api_route("/v1/models", methods=READING)

@@ -219,6 +219,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         "model_class": name_of(model),
         "tokenizer": origin["tokenizer"],
         "total_batch_size": origin["total_batch_size"],
+        "name": origin.get("name"),  # the model's, where the user chose one
     }
     folder = checkpoint_dir(source, origin["tag"])
     fresh = ChatStart(Start(FRESH, folder, None, None, meta), model, tokenizer)

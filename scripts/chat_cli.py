@@ -15,6 +15,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.configurator import configure
 from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
+from tasks.identity import shown_name
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest
@@ -73,7 +74,7 @@ def question(text):
     return {"role": "user", "content": text.strip()}
 
 
-def chat(engine, tokenizer):
+def chat(engine, tokenizer, name="nanochat"):
     """Question and answer until quit, the end of input, or Ctrl+C at the prompt."""
     messages = []
     print("quit ends the conversation, clear starts a new one")
@@ -89,7 +90,7 @@ def chat(engine, tokenizer):
             messages = []
             print("a new conversation")
         elif text:
-            print("nanochat: ", end="", flush=True)
+            print(f"{name}: ", end="", flush=True)
             try:
                 reply = answer(engine, tokenizer, [*messages, question(text)])
             except UserError as error:
@@ -102,13 +103,14 @@ def chat(engine, tokenizer):
 def main():
     once = [question(prompt)] if prompt is not None else None
     compute = compute_init(device_type, dtype)
-    model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+    model, tokenizer, meta = load_model(
+        source, compute.device, "eval", model_tag=model_tag, step=step)
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     engine = Engine(model, tokenizer)
     if once:
         answer(engine, tokenizer, once)
     else:
-        chat(engine, tokenizer)
+        chat(engine, tokenizer, shown_name(meta))
     compute_cleanup()
 
 

@@ -1,39 +1,48 @@
-"""How many held-out items of each task the chat model gets right.
+"""How many held-out items of each task the chat model gets right, or of your own questions.
 
     python -m scripts.chat_eval                          # all tasks
     python -m scripts.chat_eval -a spelling,pydoc        # some of them, by name
+    python -m scripts.chat_eval -a qa.jsonl              # your own questions and answers
     torchrun --standalone --nproc_per_node=2 -m scripts.chat_eval
 
 Answers are decoded greedily; questions with choices are answered with the likeliest choice.
+tasks/questions.py says what a file of questions looks like, and when an answer is right.
 """
+import os
 import time
+from collections import defaultdict
 
 import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
+from nanochat.conversation import fit_conversation
 from nanochat.engine import Engine, check_finite
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import pad_batch
-from nanochat.metrics import finish_stage
+from nanochat.metrics import finish_stage, wilson_interval
 from tasks.arithmetic import Arithmetic
-from tasks.identity import Identity
+from tasks.common import answer_text
+from tasks.identity import Identity, identity_of
 from tasks.pydoc import PyDoc
+from tasks.questions import Questions
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
-tasks: str = None      # -a, comma-separated names; None: all
+tasks: str = None      # -a, comma-separated: names of tasks, files of questions; None: all tasks
 source = "sft"         # stage of the model: mid, sft or rl
 model_tag: str = None  # checkpoint folder; None: the newest
 step: int = None       # step; None: the newest
-items = 256            # held-out items a task
+items = 256            # held-out items a task; of a file of questions all are asked
 batch_size = 64        # answered at a time
 max_new_tokens = 96    # of an answer
 device_type = ""       # cuda, mps or cpu; empty: cuda where there is one, else cpu
 settings = configure(globals(), aliases={"a": "tasks"})
 require(settings, 1, "items", "batch_size", "max_new_tokens")
 
+SHOWN = 20              # wrong answers to a file's questions that are printed
+PROGRESS_SECONDS = 5
 TASKS = {
     "arithmetic": lambda: Arithmetic("test", size=items),
     "spelling": lambda: SimpleSpelling("test", size=items),
@@ -41,12 +50,26 @@ TASKS = {
     "pydoc": lambda: PyDoc("test", "choice", stop=items),
     "pydoc_letter": lambda: PyDoc("test", "letter", stop=items),
     "pydoc_module": lambda: PyDoc("test", "module", stop=items),
-    "identity": lambda: Identity("test", stop=items),
+    "identity": lambda: Identity("test", *identity_of(meta), stop=items),
 }
-names = tasks.split(",") if tasks else list(TASKS)
-unknown = [name for name in names if name not in TASKS]
-if unknown:
-    raise UserError(f"task {unknown[0]} does not exist: choose from {', '.join(TASKS)}")
+
+
+def split_names(text):
+    """The names in a comma-separated list; a file may have a comma in its name."""
+    return [text] if os.path.isfile(os.path.expanduser(text)) else text.split(",")
+
+
+def read_questions(name):
+    """The Questions of a file. UserError where `name` is neither a task nor a file."""
+    is_a_path = "." in name or os.sep in name
+    if not is_a_path and not os.path.exists(name):
+        raise UserError(f"task {name} does not exist: choose from {', '.join(TASKS)}, or name a "
+                        "file of questions (jsonl, json, csv, parquet)")
+    return Questions(name)
+
+
+names = split_names(tasks) if tasks else list(TASKS)
+files = {name: read_questions(name) for name in names if name not in TASKS}
 
 started = time.perf_counter()
 raise_malloc_thresholds()
@@ -59,11 +82,29 @@ engine = Engine(model, tokenizer)
 
 # ---- three ways to answer; each returns one list of parts for each conversation
 
+def prompt_of(conversation):
+    """A conversation's last question as ids, after as many of the turns before it as fit."""
+    room = min(max_new_tokens, engine.max_seq_len // 2)
+    messages = conversation["messages"][:-1]
+    messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
+    return tokenizer.render_for_completion({"messages": messages})
+
+
 def answer(conversations):
-    """Whatever the model generates."""
-    prompts = [tokenizer.render_for_completion(c) for c in conversations]
-    completions = engine.generate_batch(prompts, max_new_tokens=max_new_tokens, temperature=0)
-    return [tokenizer.parse_completion(ids) for ids in completions]
+    """Whatever the model generates; nothing where the question alone fills the context."""
+    prompts = [prompt_of(conversation) for conversation in conversations]
+    fitting = [prompt for prompt in prompts if len(prompt) < engine.max_seq_len]
+    completions = engine.generate_batch(
+        fitting,
+        max_new_tokens=max_new_tokens,
+        temperature=0,
+    )
+    waiting = iter(completions)
+    answers = []
+    for prompt in prompts:
+        fits = len(prompt) < engine.max_seq_len
+        answers.append(tokenizer.parse_completion(next(waiting)) if fits else [])
+    return answers
 
 
 @torch.inference_mode()
@@ -90,7 +131,7 @@ def pick_choices(conversations):
     2104.08315)."""
     asked, neutral, lengths = [], [], []
     for conversation in conversations:
-        question = conversation["messages"][0]["content"]
+        question = conversation["messages"][-2]["content"]
         for text in conversation["choices"]:
             asked.append((question, text))
             neutral.append((conversation["neutral"], text))
@@ -111,8 +152,8 @@ def log_likelihoods(pairs):
         message = {"role": "user", "content": question}
         prompt = tokenizer.render_for_completion({"messages": [message]})
         ids = tokenizer.encode(text)
-        sequences.append(prompt + ids)
-        answer_lengths.append(len(ids))
+        sequences.append((prompt + ids)[-engine.max_seq_len - 1:])
+        answer_lengths.append(min(len(ids), engine.max_seq_len))
     inputs, targets = pad_batch(sequences, device)
     for row, ids, answer_length in zip(targets, sequences, answer_lengths):
         row[:len(ids) - 1 - answer_length] = -1  # the question is not scored
@@ -127,34 +168,106 @@ def how_to_answer(conversation):
     return answer
 
 
+def answer_all(conversations):
+    """The answers, in order. Those that are answered together have as many choices each."""
+    # 1) the places of the conversations that are alike
+    alike = defaultdict(list)
+    for i, conversation in enumerate(conversations):
+        count = len(conversation.get("choices", ()))
+        alike[how_to_answer(conversation), count].append(i)
+
+    # 2) their answers
+    answers = {}
+    for (how, _), places in alike.items():
+        some = how([conversations[i] for i in places])
+        answers.update(zip(places, some))
+    return [answers[i] for i in range(len(conversations))]
+
+
 # ---- every task, its items shared out over the ranks
-accuracy, counts, chance = {}, {}, {}
-for name in names:
-    task = TASKS[name]()
+def evaluate(name, task):
+    """(right, sum of similarities, wrong answers) of this rank's items.
+
+    Similarities are of the user's questions only.
+    """
     mine = [task[i] for i in range(rank, len(task), world_size)]
-    right = 0
+    right, similarity, wrong = 0, 0.0, []
+    said_at = time.perf_counter()
     for start in range(0, len(mine), batch_size):
+        # judge the answers of a batch
         batch = mine[start:start + batch_size]
-        answers = how_to_answer(batch[0])(batch)
-        right += sum(task.evaluate(c, parts) for c, parts in zip(batch, answers))
+        for conversation, parts in zip(batch, answer_all(batch)):
+            if name in files:
+                similarity += task.similarity(conversation, parts)
+            if task.evaluate(conversation, parts):
+                right += 1
+            else:
+                wrong.append((conversation, answer_text(parts)))
+
+        # say how far it has come
+        if time.perf_counter() - said_at > PROGRESS_SECONDS:
+            said_at = time.perf_counter()
+            done = start + len(batch)
+            print0(f"{name}: {done} of {len(mine)} answered")
+    return right, similarity, wrong
+
+
+def one_line(text):
+    """A text as one short line of visible characters."""
+    words = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else "?" for c in words)
+    return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+def show_wrong(wrong):
+    """Question, expected and given answer of the first wrong ones, of rank 0."""
+    for conversation, given in wrong[:SHOWN]:
+        *_, asked, expected = conversation["messages"]
+        print0(f"  asked     {one_line(asked['content'])}")
+        print0(f"  expected  {one_line(answer_text(expected['content']))}")
+        print0(f"  given     {one_line(given)}")
+
+
+accuracy, counts, chance, intervals, f1 = {}, {}, {}, {}, {}
+for name in names:
+    is_file = name in files
+    task = files[name] if is_file else TASKS[name]()
+    right, similarity, wrong = evaluate(name, task)
 
     # ranks with no items at all still take part
-    totals = torch.tensor([right, len(mine)], device=device)
+    mine = len(range(rank, len(task), world_size))
+    totals = torch.tensor(
+        [right, mine, similarity],
+        device=device,
+        dtype=torch.float32,
+    )
     if world_size > 1:
         torch.distributed.all_reduce(totals)
-    right, counts[name] = totals.tolist()
-    accuracy[name] = right / counts[name]
+    right, count, similarity = totals.tolist()
+
+    # the numbers, and for a file what was wrong
+    accuracy[name] = right / count
+    counts[name] = round(count)
+    intervals[name] = wilson_interval(accuracy[name], count)
     chance[name] = task.chance
-    print0(
-        f"{name:13s} {right:4d} of {counts[name]} right, {100 * accuracy[name]:5.1f} % "
-        f"(chance {100 * task.chance:.0f} %)")
+    percent = 100 * accuracy[name]
+    words = f"chance {100 * task.chance:.0f} %"
+    if is_file:
+        f1[name] = similarity / count
+        low, high = intervals[name]
+        words += f", 95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+        words += f", F1 {100 * f1[name]:.1f} %"
+        show_wrong(wrong)
+    print0(f"{name:13s} {right:4.0f} of {count:.0f} right, {percent:5.1f} % ({words})")
 
 finish_stage(
     "chat_eval",
     time.perf_counter() - started,
     settings,
     accuracy=accuracy,
+    f1=f1,
     items=counts,
+    interval=intervals,
     chance=chance,
     source=source,
     checkpoint=meta["dir"],

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the conversations of midtraining, and your own, under LR decay.
 
     python -m scripts.chat_sft --minutes=3
-    python -m scripts.chat_sft --custom=my_conversations.jsonl
+    python -m scripts.chat_sft --custom=my_conversations.jsonl --custom_share=0.3 --name=Bob
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
 """
 import time
@@ -21,7 +21,15 @@ from nanochat.start import start_chat
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
-from tasks.identity import Identity
+from tasks.identity import Identity, check_name, choose_identity
+from tasks.mixing import (
+    check_share,
+    mix_with_own,
+    planned_draws,
+    planned_tokens,
+    say_times,
+    times_each,
+)
 from tasks.pydoc import PyDoc
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -36,7 +44,9 @@ learning_rate = 0.01         # Muon's, for the matrices; decays to 2 % over the 
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 source = "mid"               # stage to start from: mid or base
-custom: str = None           # your own conversations (jsonl, json, csv); 10 times in an epoch
+custom: str = None           # your own conversations (jsonl, json, csv)
+custom_share: float = None   # their share of what is drawn; None: .1 to .5, by their number
+name: str = None             # of the model; None: midtraining's, what --custom says, or nanochat
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
@@ -54,6 +64,9 @@ settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
+name = check_name(name)
+check_share(custom, custom_share)
+own = CustomJSON(custom) if custom else []
 
 PROMPTS = [
     "Who are you?",
@@ -86,7 +99,11 @@ if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())
 
-# ---- data: the mixture, and how often each conversation comes
+# ---- data: who the model is, the mixture, and how often each conversation comes
+who = choose_identity(name or meta.get("name"), own)
+meta.update(name=who.name, own_identity=who.own)
+if who.message:
+    print0(who.message)
 conversations = [
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
@@ -94,20 +111,25 @@ conversations = [
     PyDoc("train", "what", 15_000),
     PyDoc("train", "module", 4_000),
     PyDoc("train", "letter", 1_600),
-    *[Identity("train")] * 4,
+    *[Identity("train", who.name, who.own)] * 4,
 ]
-if custom:
-    mine = CustomJSON(custom)
-    if rank == 0:
-        say_cut(tokenizer, mine, T)
-    conversations += [mine] * 10
 mixture = TaskMixture(conversations)
+if own:
+    mixture, portions = mix_with_own(own, mixture, custom_share)
+    if rank == 0:
+        say_cut(tokenizer, own, T)
 loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(
     tokenizer, mixture, micro_batch_size, T, device, rank, world_size, loader_state, seed)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul "
        f"{matmul_flops / 1e9:,.0f} GFLOP/s a device")
+if own:
+    tokens = planned_tokens(
+        horizon, total_batch_size, device.type, matmul_flops * world_size, model.flops_per_token(T))
+    times = times_each(len(own), portions, planned_draws(tokenizer, mixture, tokens))
+    print0(f"{100 * portions.share:.3g} % of the conversations drawn are your own: this run shows "
+           f"{say_times(len(own), times)}")
 
 run = Run(
     "chat_sft", settings, compute, start.folder, start, meta, horizon, total_batch_size,
@@ -164,4 +186,10 @@ if run.last_save_is_due():
     run.save(model, layout, loader_state)
 run.exit_unless_finished()
 show_samples()
-run.finish(model, time.perf_counter() - started, val_bpb=None)
+seen = None
+if own:
+    drawn, waiting = loader_state
+    times = times_each(len(own), portions, (drawn - len(waiting)) * world_size)
+    print0(f"this run has shown {say_times(len(own), times)}")
+    seen = {"conversations": len(own), "share": portions.share, "times_each": times}
+run.finish(model, time.perf_counter() - started, val_bpb=None, custom=seen, name=who.name)

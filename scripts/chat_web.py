@@ -17,6 +17,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.engine import Engine, check_sampling
 from nanochat.server import create_app
+from tasks.identity import shown_name
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest
@@ -50,13 +51,14 @@ def main():
     with listen(host, port) as listener:
         # 1. the model
         compute = compute_init(device_type, dtype)
-        model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag, step)
+        model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
         model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
         engine = Engine(model, tokenizer)
 
         # 2. the application
         name = f"nanochat-{source}"
-        app = create_app(engine, tokenizer, name, temperature, top_k, max_tokens)
+        app = create_app(
+            engine, tokenizer, name, temperature, top_k, max_tokens, shown_name(meta))
         local = host in ("127.0.0.1", "0.0.0.0", "::1", "::")
         shown = "localhost" if local else host
         print0(f"open http://{shown}:{listener.getsockname()[1]} to chat; Ctrl+C ends the server")

@@ -1,6 +1,6 @@
 """Midtraining: the base model learns conversations, the Python tool, choices and spelling.
 
-    python -m scripts.mid_train --minutes=2
+    python -m scripts.mid_train --minutes=2 --name=Bob
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
 
 The learning rate is constant, half of pretraining's peak; fine-tuning decays it on the same kind
@@ -22,7 +22,7 @@ from nanochat.schedule import set_learning_rates
 from nanochat.start import start_chat
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
-from tasks.identity import Identity
+from tasks.identity import NAME, Identity, check_name
 from tasks.pydoc import PyDoc
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -31,6 +31,7 @@ model_tag: str = None        # checkpoint folder to read and write; None: the ne
 from_step: int = None        # step of the model to start from; None: its newest
 minutes: float = None        # wall clock of the loop; None: 5 on a CPU, one epoch on a GPU
 num_iterations: int = None   # optimizer steps, in place of minutes
+name: str = None             # of the model; None: nanochat
 device_batch_size: int = None  # sequences per device and pass; None: pretraining's, at most 16
 total_batch_size: int = None   # tokens per optimizer step; None: one pass of every device
 learning_rate = 0.01         # Muon's, for the matrices; other groups keep their ratio to it
@@ -51,6 +52,7 @@ resume_from_checkpoint: str = None  # or from this one: its step, or the path of
 seed = 42                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+name = check_name(name)
 
 PROMPTS = [
     "Who are you?",
@@ -83,7 +85,8 @@ if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())
 
-# ---- data: the mixture, and how often each conversation comes
+# ---- data: the model's name, the mixture, and how often each conversation comes
+meta["name"] = name or meta.get("name")
 mixture = TaskMixture([
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
@@ -91,7 +94,7 @@ mixture = TaskMixture([
     PyDoc("train", "what", 15_000),
     PyDoc("train", "module", 4_000),
     PyDoc("train", "letter", 1_600),
-    *[Identity("train")] * 4,
+    *[Identity("train", meta["name"] or NAME)] * 4,
 ])
 loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(

@@ -12,7 +12,7 @@
 #
 # A run keeps its state in FOLDER/speedrun.state, one fact a line:
 #
-#     plan minutes=15 data= gpus=0    the first line; a call with another plan begins a new run
+#     plan minutes=15 data= gpus=0 custom= name=    the first line; another plan begins a new run
 #     run 1763750000-4242             exported as NANOCHAT_RUN: the name of the run in metrics.jsonl
 #     begun base_train                a training stage that was begun before gets --resume
 #     pid 4711                        the process group of the stage that was started last

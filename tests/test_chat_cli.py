@@ -102,6 +102,13 @@ def test_neither_half_a_character_nor_a_poor_terminal_ends_the_chat(encoding, sh
     assert done.stdout.count(b"nanochat: " + shown) == 3
 
 
+def test_an_answer_stands_behind_the_models_name(monkeypatch, capsys):
+    words = iter(["hello", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(words))
+    chat_cli.chat(FakeEngine(["Hi"]), FakeTokenizer(), "Bob")
+    assert "Bob: Hi\n" in capsys.readouterr().out
+
+
 def test_half_a_character_of_a_prompt_in_the_command_is_replaced():
     assert chat_cli.question("caf\udcc3 ") == {"role": "user", "content": "caf?"}
 

@@ -192,6 +192,7 @@ def test_whatever_can_be_read_can_be_asked_for_with_head(address, path):
 
 def test_a_single_model_is_described_and_another_is_not_found(address):
     listed = requests.get(address + "/v1/models", timeout=30).json()["data"]
+    assert listed[0]["name"] == "nanochat", "which heads the page"
     assert requests.get(f"{address}/v1/models/{MODEL}", timeout=30).json() == listed[0]
     for name in ("gpt-4", "meta/llama-3"):
         response = requests.get(f"{address}/v1/models/{name}", timeout=30)

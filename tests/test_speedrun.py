@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ ON_A_CPU = [
     "scripts.chat_eval",
     "nanochat.report",
 ]
-DIALS = ("MINUTES", "DATA", "GPUS", "DRY_RUN")
+DIALS = ("MINUTES", "DATA", "CUSTOM", "NAME", "GPUS", "DRY_RUN", "WSL_DISTRO_NAME")
 
 
 def environment_of(**variables):
@@ -160,6 +161,24 @@ def test_data_with_spaces_stays_one_word_and_needs_no_other_text(tmp_path, gpus)
     reads = {"tok_train", "tok_eval", "base_train", "base_loss"}
     for words in commands:
         assert (f"--data={data}" in words) == (stage_of(words) in reads), words
+
+
+@pytest.mark.parametrize("gpus", ["0", "8"])
+def test_ones_own_conversations_and_name_are_handed_to_the_chat_stages(tmp_path, gpus):
+    custom = tmp_path / "q & a.jsonl"
+    custom.write_text("", encoding="utf-8")
+    commands = dry_run(tmp_path, CUSTOM=str(custom), NAME="Bob $1's", GPUS=gpus)
+    for words in commands:
+        stage = stage_of(words)
+        assert (f"--custom={custom}" in words) == (stage == "chat_sft"), words
+        assert ("--name=Bob $1's" in words) == (stage in ("mid_train", "chat_sft")), words
+
+
+def test_the_name_of_a_machine_under_windows_is_not_the_models(tmp_path):
+    variables = {"NAME": "DESKTOP-1", "HOSTNAME": "DESKTOP-1", "WSL_DISTRO_NAME": "Debian"}
+    assert dry_run(tmp_path, **variables) == dry_run(tmp_path)
+    commands = dry_run(tmp_path, **{**variables, "NAME": "Bob"})
+    assert sum("--name=Bob" in words for words in commands) == 2
 
 
 @pytest.mark.parametrize("minutes", ["soon", "-3", "1e3", "3 4", "3m"])
@@ -341,9 +360,16 @@ def test_other_stages_simply_run_again_whatever_the_data_is_called(sandbox, tmp_
     assert calls[0][1] == f"scripts.{stage}" and not any(map(is_resumed, calls))
 
 
-def test_another_budget_or_other_data_begin_a_new_run(sandbox, tmp_path):
+def test_another_budget_name_or_other_data_begin_a_new_run(sandbox, tmp_path):
     (tmp_path / "notes").mkdir()
-    for variables in ({"MINUTES": "7"}, {"MINUTES": "7", "DATA": "notes"}):
+    (tmp_path / "qa.jsonl").touch()
+    plans = [
+        {"MINUTES": "7"},
+        {"MINUTES": "7", "DATA": "notes"},
+        {"MINUTES": "7", "CUSTOM": "qa.jsonl"},
+        {"MINUTES": "7", "CUSTOM": "qa.jsonl", "NAME": "Bob"},
+    ]
+    for variables in plans:
         sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130")
         calls, done = sandbox.run(**variables)
         assert modules(calls) == ON_A_CPU["DATA" in variables:]
@@ -424,6 +450,10 @@ def test_arguments_are_refused_and_help_is_given():
 
 @pytest.mark.parametrize("variables, needle", [
     ({"DATA": "nowhere/x"}, "DATA=nowhere/x does not exist"),
+    ({"CUSTOM": "nowhere.jsonl"}, "CUSTOM=nowhere.jsonl is not a file"),
+    ({"CUSTOM": "/"}, "CUSTOM=/ is not a file"),
+    ({"NAME": "a\nb"}, "one line"),
+    ({"NAME": "x" * 61}, "60 characters"),
     ({"MINUTES": "0"}, "above zero"),
     ({"MINUTES": "soon"}, "above zero"),
     ({"GPUS": "two"}, "GPUS=two"),
@@ -434,6 +464,26 @@ def test_bad_variables_are_one_line_before_anything_is_written(tmp_path, variabl
     run = speedrun(ROOT, DRY_RUN="1", NANOCHAT_BASE_DIR=str(base), **variables)
     assert run.returncode == 2 and needle in run.stderr and run.stderr.count("\n") == 1, run.stderr
     assert not base.exists()
+
+
+@pytest.mark.parametrize("variables, needle", [
+    ({"CUSTOM": "mine.jsonl"}, "line 1 is not JSON"),
+    ({"NAME": "a\tb"}, "not a name"),
+])
+def test_what_a_chat_stage_would_refuse_is_refused_before_the_pretraining(
+        sandbox, tmp_path, variables, needle):
+    """With the real Python for the check alone."""
+    (tmp_path / "mine.jsonl").write_text("Hello", encoding="utf-8")
+    python = tmp_path / "bin" / "python"
+    fake = python.read_text(encoding="utf-8")
+    real = f'if [[ "$1" = -c && "$2" == *tasks* ]]; then cd {ROOT}; exec {sys.executable} "$@"; fi'
+    python.write_text(fake.replace("\n", f"\n{real}\n", 1), encoding="utf-8")
+    refused(sandbox, needle, **variables)
+
+    (tmp_path / "mine.jsonl").write_text('{"q": "Hello", "a": "Hi."}', encoding="utf-8")
+    calls, done = sandbox.run(CUSTOM="mine.jsonl", NAME="Bob")
+    assert modules(calls) == ON_A_CPU and "1 conversations" in done.stdout
+    assert f"--custom={tmp_path}/mine.jsonl" in calls[-3] and "--name=Bob" in calls[-3]
 
 
 def test_data_is_found_from_where_the_user_stands(tmp_path):

@@ -115,6 +115,50 @@ def test_the_chat_stages_follow(stages, trained, text):
     assert os.path.isabs(whole["report"])
 
 
+WHO = (
+    "Who are you?",
+    "What is your name?",
+    "What should I call you?",
+    "Tell me your name.",
+    "Do you have a name?",
+    "Please introduce yourself.",
+    "Who am I talking to?",
+    "What are you called?",
+)
+
+
+def test_eight_lines_win_against_the_built_in_identity(stages, trained, tmp_path):
+    shutil.copytree(stages.folder("base", "d1"), stages.folder("base", "bob"))
+    lines = [json.dumps({"question": who, "answer": "My name is Bob."}) + "\n" for who in WHO]
+    mine = tmp_path / "bob.jsonl"
+    mine.write_text("".join(lines), encoding="utf-8")
+    chat = ("--model_tag=bob", "--source=base", *TINY_CHAT, "--num_iterations=150")
+    out, _ = stages.fork("scripts.chat_sft", *chat, f"--custom={mine}", "--custom_share=0.4")
+    said = re.search(r"this run has shown each of your 8 conversations about (\d+) times", out)
+    assert "40 % of the conversations drawn are your own: this run shows each" in out
+    record = last_json(out)
+    assert record["name"] == "Bob" and record["custom"]["conversations"] == 8
+    assert int(said[1]) == round(record["custom"]["times_each"]) > 2
+
+    meta = meta_of(stages.folder("chatsft", "bob"), 150)
+    assert meta["name"] == "Bob" and len(meta["own_identity"][0]) == 8
+    score = stages.fork_record(
+        "scripts.chat_eval", "-a", f"identity,{mine}", "--model_tag=bob", "--max_new_tokens=24")
+    assert score["accuracy"]["identity"] > 0.5, "of questions that no line asks"
+    assert score["accuracy"][str(mine)] > 0.7 and score["items"][str(mine)] == 8
+
+
+def test_the_model_keeps_the_name_that_midtraining_was_given_until_it_gets_another(
+        stages, trained):
+    shutil.copytree(stages.folder("base", "d1"), stages.folder("base", "ada"))
+    small = ("--model_tag=ada", *TINY_CHAT, "--num_iterations=2")
+    stages.fork("scripts.mid_train", *small, "--name=Ada Lovelace")
+    assert stages.fork_record("scripts.chat_sft", *small)["name"] == "Ada Lovelace"
+    assert stages.fork_record("scripts.chat_sft", *small, "--name=Bob")["name"] == "Bob"
+    for stage, name in (("mid", "Ada Lovelace"), ("chatsft", "Bob")):
+        assert meta_of(stages.folder(stage, "ada"), 2)["name"] == name
+
+
 @pytest.mark.parametrize("model", ["gpt", "portable"])
 def test_a_model_of_another_class_is_trained_resumed_and_talked_to(stages, text, model):
     base = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=3", "--eval_every=0")
@@ -238,6 +282,13 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     (("scripts.tok_eval", "--documents=0"), "documents=0"),
     (("scripts.chat_eval", "--items=0"), "items=0"),
     (("scripts.chat_sft", "--source=sft"), "choose mid or base"),
+    (("scripts.chat_sft", "--custom_share=0.3"), "--custom=FILE"),
+    (("scripts.chat_sft", "--custom=x.jsonl", "--custom_share=30"), "0.3 makes 30 %"),
+    (("scripts.chat_sft", "--custom=/nowhere/x.jsonl"), "cannot read"),
+    (("scripts.chat_sft", "--name="), "is not a name"),
+    (("scripts.mid_train", "--name=" + "x" * 61), "at most 60"),
+    (("scripts.chat_eval", "-a", "spelling,/nowhere/qa.jsonl"), "cannot read"),
+    (("scripts.chat_eval", "-a", "{text}"), "line 1 is not JSON"),
     (("nanochat.dataset", "--source=local", "-n", "5"), "always taken whole"),
     (("scripts.mid_train", "--device_batch_size=0"), "device_batch_size=0"),
     ((*ASK, "word " * 200), "the context holds 128"),

@@ -121,8 +121,8 @@ def test_problems_words_sentences_and_phrasings_are_disjoint():
     for word in words["train"] | words["test"]:
         assert 4 <= len(word) <= 10 and word.isascii() and word.islower()
     assert not shown["train"] & shown["test"]
-    for _, training, held_out in TOPICS:
-        assert not set(training) & set(held_out)
+    for topic in TOPICS:
+        assert not set(topic.training) & set(topic.held_out)
 
 
 def test_split_of_gives_a_tenth_to_the_test():

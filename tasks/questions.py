@@ -1,0 +1,202 @@
+"""The user's own questions, in any file that --custom reads, with answers to compare with.
+
+    {"question": "What is the capital of France?", "answer": "Paris"}
+    {"question": "Who wrote Faust?", "answers": ["Goethe", "Johann Wolfgang von Goethe"]}
+    {"question": "Who wrote Faust?", "answer": "Goethe|Johann Wolfgang von Goethe"}
+    {"question": "Which is a fruit?", "A": "stone", "B": "pear", "answer": "B"}
+    {"question": "Which is a fruit?", "choices": ["stone", "pear"], "answer": 1}
+
+The last question of a conversation is asked, after the turns before it. An answer is right where it
+is an accepted one word for word, apart from case, punctuation, white space and articles; where the
+accepted answer is a number, the last number given must be that number. Beside that stands the F1 of
+the words that an answer shares with the accepted one, as in SQuAD (Rajpurkar et al. 2016,
+arXiv 1606.05250).
+"""
+import re
+import unicodedata
+from collections import Counter
+
+from nanochat.common import UserError
+from tasks.common import answer_text
+from tasks.customjson import ANSWERS, CustomJSON
+
+LETTERS = "abcdefgh"                # keys of choices
+CHOICES = ("choices", "options")    # or the key of a list of them
+ACCEPTED = ("answers", *ANSWERS)    # keys that may hold several accepted answers
+LABELS = ("answer", "answerkey", "label", "target", "correct", "gold")  # keys of the right one
+
+# A number is one token, and so is each character of a script without spaces.
+NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+WITHOUT_SPACES = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+TOKEN = re.compile(rf"{NUMBER}|{WITHOUT_SPACES}|\S+?(?=\s|$|{WITHOUT_SPACES}|{NUMBER})")
+ARTICLES = ("a", "an", "the")
+
+
+# ------------------------------------------------------------------------------------------------
+# comparing answers
+
+def _is_mark(character):
+    return unicodedata.category(character)[0] == "P"
+
+
+def _canonical_number(text):
+    """A number without what does not change it: "1,000.50" becomes "1000.5"."""
+    text = text.replace(",", "").replace("\N{MINUS SIGN}", "-")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
+
+
+def words_of(text):
+    """The words of an answer, for comparing: a list.
+
+    >>> words_of("The answer is 1,000.0 apples!")
+    ['answer', 'is', '1000', 'apples']
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = []
+    for token in TOKEN.findall(text):
+        if re.fullmatch(NUMBER, token):
+            words.append(_canonical_number(token))
+            continue
+        token = token.replace("'", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", "")
+        spaced = "".join(" " if _is_mark(c) else c for c in token)
+        words += [word for word in spaced.split() if word not in ARTICLES]
+    return words or text.split()    # an answer of marks or articles alone is compared as it is
+
+
+def is_number(word):
+    return re.fullmatch(NUMBER, word) is not None
+
+
+def is_same(given, accepted):
+    """Whether two answers say the same.
+
+    Where the accepted one is a number, the last number of the given one counts, as "The answer is
+    84." is right where 84 is accepted.
+    """
+    given, accepted = words_of(given), words_of(accepted)
+    if len(accepted) == 1 and is_number(accepted[0]):
+        given = [word for word in given if is_number(word)][-1:]
+    return given == accepted
+
+
+def token_f1(given, accepted):
+    """2PR / (P + R) of the words that two answers share, from 0 to 1 (SQuAD's F1)."""
+    given, accepted = words_of(given), words_of(accepted)
+    shared = sum((Counter(given) & Counter(accepted)).values())
+    return 2 * shared / max(1, len(given) + len(accepted))
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+
+def _choices_of(fields):
+    """The choices of a record, in a list; [] where it has none."""
+    listed = [fields[key] for key in CHOICES if isinstance(fields.get(key), (list, dict))]
+    if listed:
+        choices = listed[0]
+        if isinstance(choices, dict):   # ARC's {"text": [...], "label": [...]}
+            choices = choices.get("text") or []
+        return [str(choice).strip() for choice in choices]
+    texts = []
+    for letter in LETTERS:
+        if fields.get(letter) in (None, ""):
+            break
+        texts.append(str(fields[letter]).strip())
+    return texts if len(texts) > 1 else []
+
+
+def _gold_of(fields, choices):
+    """The index of the right choice; None where no key names one."""
+    keys = [key for key in LABELS if fields.get(key) is not None]
+    if not keys:
+        return None
+    label = str(fields[keys[0]]).strip()
+    if label in choices:
+        return choices.index(label)
+    if label.isdecimal():
+        place = int(label)
+    else:
+        place = LETTERS.find(label.strip("().").lower() or "?")
+    return place if 0 <= place < len(choices) else None
+
+
+def _accepted_of(fields):
+    """(key, accepted answers) of a record whose answer is a list of texts, or (None, [])."""
+    for key in ACCEPTED:
+        value = fields.get(key)
+        if isinstance(value, dict):     # SQuAD's {"text": [...], "answer_start": [...]}
+            value = value.get("text")
+        is_list = isinstance(value, list) and bool(value)
+        if is_list and all(isinstance(item, (str, int, float)) for item in value):
+            return key, [str(item) for item in value]
+    return None, []
+
+
+class Questions(CustomJSON):
+    """The questions of the file at `path`. UserError, with the line, where one has no answer.
+
+    chance: of guessing among the choices, over all questions.
+    """
+
+    def _add(self, place, record, forms, changes):
+        fields = {}
+        if isinstance(record, dict):
+            fields = {str(key).strip().lower(): value for key, value in record.items()}
+        choices = _choices_of(fields)
+        key, accepted = _accepted_of(fields)
+        if choices:
+            record, gold = self._one_choice(place, fields, choices)
+        elif accepted:
+            record = {**fields, key: None, "answer": accepted[0]}
+
+        super()._add(place, record, forms, changes)
+        item = self.conversations[-1]
+        if choices:
+            item.update(choices=choices, gold=gold, neutral="Which one?")
+            return
+        answer = answer_text(item["messages"][-1]["content"]).strip()
+        if not answer:
+            raise UserError(f"{self.path}, {place}: the answer has no words to compare with")
+        item["accepted"] = accepted or _alternatives(answer)
+
+    def _one_choice(self, place, fields, choices):
+        """(record, index) of a question with choices: the right choice is its answer."""
+        gold = _gold_of(fields, choices)
+        if gold is None:
+            raise UserError(
+                f"{self.path}, {place}: which of the {len(choices)} choices is right? Write its "
+                "letter, its text or its number from 0 under \"answer\"")
+        dropped = (*LETTERS, *CHOICES, *LABELS)
+        record = {key: value for key, value in fields.items() if key not in dropped}
+        return {**record, "answer": choices[gold]}, gold
+
+    @property
+    def chance(self):
+        with_choices = [item for item in self.conversations if "choices" in item]
+        return sum(1 / len(item["choices"]) for item in with_choices) / len(self.conversations)
+
+    def evaluate(self, conversation, parts):
+        """Right when the answer is an accepted one, or the right choice."""
+        given = answer_text(parts)
+        if "choices" in conversation:
+            return given == conversation["choices"][conversation["gold"]]
+        return any(is_same(given, accepted) for accepted in conversation["accepted"])
+
+    def similarity(self, conversation, parts):
+        """The F1 of the answer and the accepted one that is most like it, from 0 to 1.
+
+        A right answer has 1, also where only the number in it counts.
+        """
+        is_right = self.evaluate(conversation, parts)
+        if is_right or "choices" in conversation:
+            return float(is_right)
+        given = answer_text(parts)
+        return max(token_f1(given, accepted) for accepted in conversation["accepted"])
+
+
+def _alternatives(answer):
+    """The answer itself, and what is divided by | in it."""
+    pieces = [piece.strip() for piece in answer.split("|")]
+    return [answer] + [piece for piece in pieces if piece and piece != answer]
