@@ -163,9 +163,9 @@ class Reading(NamedTuple):
         size = f"{about}{megabytes(self.text.bytes)}, {about}{self.text.tokens:,} tokens"
         if self.wanted < 1:
             return f"text: {size}: the budget reads {100 * self.wanted:.0f} % of it"
-        line = f"text: {size}: the budget reads it {self.wanted:.2g} times"
+        line = f"text: {size}: the budget reads it {times(self.wanted)}"
         if self.epochs < self.wanted:
-            line += f", the run {self.epochs:.2g} times and ends before"
+            line += f", the run {times(self.epochs)} and ends before"
         return line
 
     def warnings(self):
@@ -185,6 +185,15 @@ class Reading(NamedTuple):
     def evaluations(self):
         """How many validations there are in the run: at each quarter, or after each epoch."""
         return max(4, min(MOST_EVALUATIONS, math.ceil(self.epochs)))
+
+
+def times(epochs):
+    """A number of epochs in words.
+
+    >>> times(2.54), times(12.4)
+    ('2.5 times', '12 times')
+    """
+    return f"{epochs:.1f} times" if epochs < 9.95 else f"{epochs:,.0f} times"
 
 
 def megabytes(size):

@@ -96,7 +96,8 @@ def busy_line(before, after, step, progress, planned_steps):
     share = 100 * waited / (ran + waited)
     steps = ""
     if planned_steps and progress > 0:
-        steps = f"{step / min(1.0, progress):.0f} steps of about {planned_steps:.0f}, for "
+        expected = step / min(1.0, progress)
+        steps = f"{expected:.0f} steps of about {planned_steps:.0f}, for "
     return (f"the machine is busy: {steps}this process waits for a core {share:.0f} % of its time "
             "(stop the other programs, or give it more minutes)")
 
@@ -120,7 +121,7 @@ class Run:
         self.stage, self.settings, self.compute, self.folder = stage, settings, compute, folder
         self.meta, self.horizon, self.total_batch_size = meta, horizon, total_batch_size
         self.flops_per_token, self.matmul_flops = flops_per_token, matmul_flops
-        self.planned_steps = planned_steps
+        self.planned_steps = planned_steps if horizon.minutes else None
 
         # where the run stands
         self.step = self.first_step = meta["step"]

@@ -119,10 +119,10 @@ model_class = MODEL_CLASSES[model_name]
 vocab_size = tokenizer.get_vocab_size()
 planning_began = time.perf_counter()  # measuring and counting are training time
 dataset = open_dataset(data)
-text = measure_text(dataset, tokenizer)
+text_size = measure_text(dataset, tokenizer)
 machine = this_machine(compute, matmul_flops)
 speed = speed_of(model_class, vocab_size, compute)
-plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed, text)
+plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed, text_size)
 reading = plan.reading
 for line in plan.describe(model_name, world_size) + reading.warnings():
     print0(line)
@@ -150,7 +150,7 @@ if start.kind == FRESH:
     if counted:
         kept, counted_tokens = len(counted.keys), counted.tokens
     kept, counted_tokens = map(int, all_reduce_max(kept, counted_tokens))
-    config = config_for(model_class, plan.shape, vocab_size, kv_heads, text)
+    config = config_for(model_class, plan.shape, vocab_size, kv_heads, text_size)
     if kept:
         model_name = WITH_COUNTS[model_name]
         config = NGramConfig(**asdict(config), ngrams=kept)
@@ -194,14 +194,9 @@ if start.state:
     torch.set_rng_state(start.state["rng"].cpu())
 
 # ---- data
-length = 0
-for text in dataset.documents("train"):
-    length += len(tokenizer.encode(text)) + 1
-    if length > max_seq_len:
-        break
-else:
+if text_size.exact and text_size.tokens <= max_seq_len:
     raise UserError(f"the context of {max_seq_len} tokens is longer than the training text of "
-                    f"{length}: lower --max_seq_len")
+                    f"{text_size.tokens}: lower --max_seq_len")
 loader_state = start.state and start.state["loader"]
 loader = tokenizing_distributed_data_loader_with_state(
     tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,
@@ -306,5 +301,5 @@ run.finish(
     model, time.perf_counter() - started, amended,
     val_bpb=val_bpb,
     best_step=run.step if best is None else best,
-    text_bytes=text.bytes,
-    epochs=run.step * total_batch_size / text.tokens)
+    text_bytes=text_size.bytes,
+    epochs=run.step * total_batch_size / text_size.tokens)
