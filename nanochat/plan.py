@@ -112,14 +112,14 @@ def pretraining_defaults(settings):
 # ------------------------------------------------------------------------------------------------
 # 2. the text
 
-# How often a run reads its text at most, where its budget is time or follows from the model. More
-# is learning by heart: bits per byte of other text rise (dev/LOG.md).
-MOST_EPOCHS = 8
-GOOD_EPOCHS = 4            # so often, text is nearly as good as new text (arXiv 2305.16264)
+# How often a run reads its text at most, where its budget is time or follows from the model. So
+# often, text is nearly as good as new text (arXiv 2305.16264); more is learning by heart, and bits
+# per byte of other text rise (dev/LOG.md).
+MOST_EPOCHS = 4
 TOO_LITTLE_BYTES = 20_000  # of training text, from which hardly more than spelling is learnt
 MOST_EVALUATIONS = 20      # on the way: one for each epoch, up to these
-ROWS_PER_TOKEN = 1 / 16    # rows of a hashed table for each token of the text
-MIN_HASHED_ROWS = 2048
+TOKENS_PER_ROW = 512       # of text that is read several times, for each row of a hashed table
+MIN_HASHED_ROWS = 64
 OVERFITTING_BPB = 0.01     # bits per byte above the best that are no chance
 
 
@@ -136,14 +136,21 @@ def most_tokens(text, budget, resumed=None):
 
 
 def fitting_hashed_rows(text, usual):
-    """Rows of a hashed table that a text fills, a power of two; 0 where that is `usual` or more."""
-    fitting = 2 ** round(math.log2(max(1, ROWS_PER_TOKEN * text.tokens)))
+    """Rows of a hashed table for a text that is read several times, a power of two.
+
+    0, for the usual number, where that is no more. Tables with a row for each triple of tokens know
+    such a text by heart after two epochs.
+    """
+    fitting = 2 ** round(math.log2(max(1, text.tokens / TOKENS_PER_ROW)))
     fitting = max(MIN_HASHED_ROWS, fitting)
     return fitting if fitting < usual else 0
 
 
-def config_for(model_class, shape, vocab_size, kv_heads, text):
-    """The config of a model of a Shape, with no larger tables than the text (or None) fills."""
+def config_for(model_class, shape, vocab_size, kv_heads=None, text=None):
+    """The config of a model of a Shape.
+
+    text: the TextSize of a text that is read several times, which gets smaller tables, or None.
+    """
     config = model_class.config_class.from_depth(
         shape.depth, vocab_size, shape.max_seq_len, kv_heads)
     if text and issubclass(model_class, LookupGPT):
@@ -176,11 +183,15 @@ class Reading(NamedTuple):
                 f"warning: {size} of text teach hardly more than how a few words are spelled "
                 f"({megabytes(TOO_LITTLE_BYTES)} is little, 1 MB a beginning): add text, or train "
                 "on this machine's text (without --data) and practise yours in --custom"]
-        if self.wanted > GOOD_EPOCHS:
+        if self.wanted > MOST_EPOCHS:
             return [
                 f"warning: {size} of text for this budget: more text would help more than more "
-                f"minutes, for after {GOOD_EPOCHS} times a text teaches little that is new"]
+                f"minutes, for after {MOST_EPOCHS} times a text teaches little that is new"]
         return []
+
+    def repeated(self):
+        """The TextSize where the text is read several times, else None."""
+        return self.text if self.epochs > 1 else None
 
     def evaluations(self):
         """How many validations there are in the run: at each quarter, or after each epoch."""
@@ -634,15 +645,18 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
     resumed or extended; its shape and batch stay. text: the TextSize of the training text, or None.
     """
     on_gpu = machine.device_type == "cuda"
-    # 1. the shape, and a model of it that takes no memory
+    # 1. the shape, how it reads the text, and a model of it that takes no memory
     most = most_tokens(text, budget, resumed)
     shape = choose_shape(settings, budget, machine, model_class, vocab_size, speed, resumed, most)
     if resumed:
         config = model_class.config_class(**resumed["config"])
     else:
-        config = config_for(model_class, shape, vocab_size, settings["kv_heads"], text)
+        config = config_for(model_class, shape, vocab_size, settings["kv_heads"])
     model = build_on_meta(model_class, config)
     flops_per_token = model.flops_per_token(shape.max_seq_len)
+    tokens_per_second = expected_speed(machine, flops_per_token)
+    if depends_on_speed(settings, machine, resumed):
+        tokens_per_second = speed(shape.depth, shape.max_seq_len)
 
     # 2. the batch
     size = machine.dtype_bytes, machine.ranks, machine.device_type
@@ -657,30 +671,28 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
         settings["device_batch_size"] or (resumed or {}).get("device_batch_size"),
     )
 
-    # 3. how long, and how the weights decay
-    horizon = choose_horizon(
-        budget, batch.total_batch_size, flops_per_token, model.matmul_parameters(), most)
+    # 3. how long, how often that reads the text, and how the weights decay
+    parameters = model.matmul_parameters()
+    horizon = choose_horizon(budget, batch.total_batch_size, flops_per_token, parameters, most)
+    steps_per_hour = 3600 * tokens_per_second / batch.total_batch_size
+    steps, hours = expected_steps(horizon, steps_per_hour)
+    reading = None
+    if text:
+        unlimited = choose_horizon(budget, batch.total_batch_size, flops_per_token, parameters)
+        wanted, _ = expected_steps(unlimited, steps_per_hour)
+        epochs = batch.total_batch_size / text.tokens  # of one step
+        reading = Reading(text, wanted * epochs, steps * epochs)
     weight_decay = settings["weight_decay"]
     if weight_decay is None:
         weight_decay = gpu_weight_decay(shape.depth) if on_gpu else 0.0
 
-    # 4. what it takes
-    tokens_per_second = expected_speed(machine, flops_per_token)
-    if depends_on_speed(settings, machine, resumed):
-        tokens_per_second = speed(shape.depth, shape.max_seq_len)
-    steps_per_hour = 3600 * tokens_per_second / batch.total_batch_size
-    steps, hours = expected_steps(horizon, steps_per_hour)
+    # 4. what it takes, with tables that fit the text
+    if reading and not resumed:
+        config = config_for(
+            model_class, shape, vocab_size, settings["kv_heads"], reading.repeated())
+        model = build_on_meta(model_class, config)
     needed = memory(model, batch.micro_batch_size, *size)
     disk = (settings["keep"] + 2) * checkpoint_bytes(model)
-
-    # 5. how often the text is read
-    reading = None
-    if text:
-        unlimited = choose_horizon(
-            budget, batch.total_batch_size, flops_per_token, model.matmul_parameters())
-        steps_of_budget, _ = expected_steps(unlimited, steps_per_hour)
-        epochs = batch.total_batch_size / text.tokens  # of one step
-        reading = Reading(text, steps_of_budget * epochs, steps * epochs)
     return Plan(
         budget, shape, batch, horizon, weight_decay, needed, steps, hours, disk, reading)
 

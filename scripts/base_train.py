@@ -150,7 +150,7 @@ if start.kind == FRESH:
     if counted:
         kept, counted_tokens = len(counted.keys), counted.tokens
     kept, counted_tokens = map(int, all_reduce_max(kept, counted_tokens))
-    config = config_for(model_class, plan.shape, vocab_size, kv_heads, text_size)
+    config = config_for(model_class, plan.shape, vocab_size, kv_heads, reading.repeated())
     if kept:
         model_name = WITH_COUNTS[model_name]
         config = NGramConfig(**asdict(config), ngrams=kept)
@@ -246,7 +246,7 @@ while not run.over():
             save(bpb)
         show_samples()
         # text that is read several times is learnt by heart in the end
-        run.enough = reading.epochs > 1 and is_overfitting(bpbs)
+        run.enough = reading.repeated() is not None and is_overfitting(bpbs)
         if run.enough:
             print0(f"ending here: the validation text has become harder to predict than at its "
                    f"best ({best_bpb:.4f}), so that more steps would only memorise the text")

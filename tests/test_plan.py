@@ -195,8 +195,8 @@ def test_steps_that_the_user_names_and_an_extended_run_are_not_cut():
 
 
 def test_a_plan_says_how_often_the_text_is_read():
-    assert Reading(NOVEL, 12.4, 8.0).describe() == (
-        "text: 0.6 MB, 250,000 tokens: the budget reads it 12 times, the run 8.0 times and ends "
+    assert Reading(NOVEL, 12.4, 4.0).describe() == (
+        "text: 0.6 MB, 250,000 tokens: the budget reads it 12 times, the run 4.0 times and ends "
         "before")
     assert Reading(NOVEL, 2.5, 2.5).describe() == (
         "text: 0.6 MB, 250,000 tokens: the budget reads it 2.5 times")
@@ -206,9 +206,9 @@ def test_a_plan_says_how_often_the_text_is_read():
 
 def test_little_text_is_warned_of_before_minutes_are_spent():
     tiny = TextSize(TOO_LITTLE_BYTES - 1, 9000, True)
-    warnings = Reading(tiny, 50.0, 8.0).warnings()
+    warnings = Reading(tiny, 50.0, 4.0).warnings()
     assert len(warnings) == 1 and "add text" in warnings[0]
-    warnings = Reading(NOVEL, 12.0, 8.0).warnings()
+    warnings = Reading(NOVEL, 12.0, 4.0).warnings()
     assert len(warnings) == 1 and "more text would help more than more minutes" in warnings[0]
     assert Reading(NOVEL, 3.0, 3.0).warnings() == Reading(LIBRARY, 0.1, 0.1).warnings() == []
 
