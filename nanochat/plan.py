@@ -555,14 +555,19 @@ class Machine(NamedTuple):
 
 
 def this_machine(compute, matmul_flops):
-    """The Machine that this process runs on. compute: what compute_init() returned."""
+    """The Machine that this process runs on, the same on all ranks, which all must call it.
+
+    compute: what compute_init() returned. matmul_flops: measured, of this rank's device.
+    """
     device = compute.device
     memory = None
     if device.type == "cuda":
         # the smallest device's, so that all ranks plan alike
         memory = -int(all_reduce_max(-torch.cuda.mem_get_info(device)[1])[0])
     dtype_bytes = compute.dtype.itemsize
-    return Machine(device.type, compute.world_size, memory, dtype_bytes, matmul_flops)
+    # likewise the slowest device's
+    slowest = -all_reduce_max(-matmul_flops)[0]
+    return Machine(device.type, compute.world_size, memory, dtype_bytes, slowest)
 
 
 class Plan(NamedTuple):
