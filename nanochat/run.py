@@ -97,7 +97,9 @@ def busy_line(before, after, step, progress, planned_steps):
     steps = ""
     if planned_steps and progress > 0:
         expected = step / min(1.0, progress)
-        steps = f"{expected:.0f} steps of about {planned_steps:.0f}, for "
+        # a plan that was made on a machine as busy expects no more
+        if expected < 0.8 * planned_steps:
+            steps = f"{expected:.0f} steps of about {planned_steps:.0f}, for "
     return (f"the machine is busy: {steps}this process waits for a core {share:.0f} % of its time "
             "(stop the other programs, or give it more minutes)")
 

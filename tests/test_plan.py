@@ -148,6 +148,12 @@ def test_hashed_tables_grow_with_the_text_up_to_the_usual_size():
     assert len(usual.trigram.weight) == 131072
 
 
+def test_a_text_that_is_read_once_gets_the_usual_tables():
+    often, once = plan_of_text(NOVEL), plan_of_text(LIBRARY)
+    assert often.reading.repeated() == NOVEL and once.reading.repeated() is None
+    assert often.memory.tables < once.memory.tables / 4
+
+
 def plan_of_text(text, minutes=10.0, machine="cpu", resumed=None, **given):
     budget = Budget("minutes", minutes)
     return make_plan(

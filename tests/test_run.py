@@ -374,6 +374,7 @@ def test_a_machine_is_busy_where_threads_wait_for_a_core():
     assert "waits for a core 75 % of its time" in line
     assert "10 steps of about 760" in busy_line(before, (110.0, 35.0), 5, 0.5, 760)
     assert "steps" not in busy_line(before, (110.0, 35.0), 5, 0.5, None)
+    assert "steps" not in busy_line(before, (110.0, 35.0), 70, 1.0, 69), "planned as busy"
     assert busy_line(None, None, 5, 0.5, 760) == "", "not every system counts it"
 
 
