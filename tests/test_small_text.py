@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from nanochat.checkpoint_manager import complete_steps
+from nanochat.checkpoint_manager import better_step, complete_steps
 from stage_runs import TINY, TINY_CHAT, last_json, meta_of, rows_of
 
 
@@ -60,6 +60,23 @@ def test_the_chat_stages_start_from_the_best_step(stages, overfitted):
     assert f"starting from step {best} of noise, the best by validation" in out
     folder = stages.folder("mid", "noise")
     assert meta_of(folder, 1)["origin"][1] == best
+
+
+@pytest.mark.parametrize("bpbs, last, expected", [
+    ({}, 2.0, None),
+    ({10: None, 20: None}, 2.0, None),             # never validated
+    ({10: 2.5, 20: 2.1, 30: 2.3}, 2.2, 20),
+    ({10: 2.5, 20: 2.1, 30: None}, 2.1, None),     # no worse than the best
+    ({10: float("nan"), 20: 2.1}, 2.2, 20),
+])
+def test_the_best_step_is_one_that_was_validated_and_is_better_than_the_last(bpbs, last, expected):
+    metas = [{"step": step, "val_bpb": bpb} for step, bpb in bpbs.items()]
+    assert better_step(metas, last) == expected
+
+
+def test_the_best_step_of_an_earlier_run_in_the_folder_does_not_count():
+    metas = [{"step": step, "val_bpb": bpb} for step, bpb in ((50, 1.0), (20, 2.0), (40, 2.5))]
+    assert better_step(metas, 2.5) == 20
 
 
 def test_little_text_is_said_before_the_first_step(overfitted):
