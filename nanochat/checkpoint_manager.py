@@ -176,6 +176,15 @@ class CheckpointManager:
         good_step = int(all_reduce_max(mine)[0])
         return good_step if good_step >= 0 else None
 
+    def better_than(self, bpb):
+        """The best step of the run where its validation is below bpb, bits per byte; else None.
+
+        Every rank calls it; rank 0 decides.
+        """
+        found = better_step(complete_metas(self.dir), bpb) if self.rank == 0 else None
+        step = int(all_reduce_max(-1 if found is None else found)[0])
+        return step if step >= 0 else None
+
     def load(self, step, model, layout):
         """Load weights and optimizer states of `step` into a model and a layout in use."""
         weights, state, _ = read_checkpoint(self.dir, step, self.rank)
@@ -295,9 +304,37 @@ def steps_that_stay(metas, keep):
     """The numbers of the steps that prune() keeps. metas: in the order they were saved."""
     newest = metas[-keep:]
     before_decay = [meta for meta in metas if meta.get("before_decay")]
-    evaluated = [meta for meta in metas if math.isfinite(meta.get("val_bpb") or math.nan)]
+    evaluated = [meta for meta in metas if is_evaluated(meta)]
     best = sorted(evaluated, key=lambda meta: meta["val_bpb"])
     return {meta["step"] for meta in (*newest, *before_decay[-1:], *best[:1])}
+
+
+def best_step(dir):
+    """The step of a finished run that is best by validation, where that is not its last; else None.
+
+    A run on little text may have learnt it by heart by its end.
+    """
+    metas = complete_metas(dir)
+    if not metas or not metas[-1]["finished"] or not is_evaluated(metas[-1]):
+        return None
+    return better_step(metas, metas[-1]["val_bpb"])
+
+
+def better_step(metas, bpb):
+    """The best step by validation of the last run among metas, if it is better than bpb; or None.
+
+    metas: of complete steps, in the order they were saved. bpb: bits per byte.
+    """
+    steps = [meta["step"] for meta in metas]
+    of_run = steps_of_run(steps, steps[-1]) if steps else []
+    evaluated = [meta for meta in metas[len(steps) - len(of_run):] if is_evaluated(meta)]
+    best = min(evaluated, key=lambda meta: meta["val_bpb"], default=None)
+    return best["step"] if best and best["val_bpb"] < bpb else None
+
+
+def is_evaluated(meta):
+    """Whether a meta has bits per byte of the validation documents by which steps are compared."""
+    return math.isfinite(meta.get("val_bpb") or math.nan)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -433,9 +470,14 @@ def load_model(source, device, phase="eval", model_tag=None, step=None):
     """(model, tokenizer, meta) of a stage's checkpoint; meta has `dir` and `tag` besides.
 
     source: base, mid, sft or rl. phase: train or eval. Without a model_tag or step the newest is
-    taken. On a CPU, a model for evaluation uses the mapped pages of the file in place.
+    taken; of a finished base run the best by validation. On a CPU, a model for evaluation uses the
+    mapped pages of the file in place.
     """
     dir = checkpoint_dir(source, model_tag or find_model_tag(source))
+    if step is None and source == "base":
+        step = best_step(dir)
+        if step is not None:
+            print0(f"starting from step {step} of {dir.name}, the best by validation")
     weights, _, meta = read_checkpoint(dir, step)
     tokenizer = tokenizer_of(dir, meta)
     model = build_model(meta, device)

@@ -15,8 +15,10 @@ followed. A state belongs to one rank, and to the B, T and number of ranks that 
 import functools
 import itertools
 import random
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from nanochat.common import print0
@@ -25,6 +27,55 @@ from nanochat.dataset import open_dataset, read_row_group
 
 IGNORED = -1                # target of a position that gives no loss
 WAITING_CONVERSATIONS = 32  # from which the packing chooses
+MEASURED_BYTES = 8_000_000  # of text that are read and encoded to measure it; less is exact
+
+
+# ----------------------------------------------------------------------------------------------
+# how much text there is
+
+class TextSize(NamedTuple):
+    """The size of the training text: raw bytes, and tokens with one <|bos|> for each document."""
+    bytes: int
+    tokens: int
+    exact: bool  # whether all of it was read
+
+
+def measure_text(dataset, tokenizer, most_bytes=MEASURED_BYTES):
+    """The TextSize of the training documents of a Dataset.
+
+    About most_bytes are read and encoded, whole row groups of them. What the other row groups hold
+    follows from their stored sizes, at as many raw bytes and tokens for each stored byte.
+    """
+    groups = dataset.groups("train")
+    raw_bytes = tokens = 0
+    read = 0  # row groups
+    while read < len(groups) and raw_bytes < most_bytes:
+        texts = [text for text in read_row_group(*groups[read]) if text]
+        raw_bytes += sum(len(text.encode("utf-8")) for text in texts)
+        tokens += sum(map(len, tokenizer.encode(texts))) + len(texts)
+        read += 1
+    if read == len(groups):
+        return TextSize(raw_bytes, tokens, True)
+    stored = stored_bytes(groups)
+    factor = sum(stored) / max(1, sum(stored[:read]))
+    return TextSize(round(factor * raw_bytes), round(factor * tokens), False)
+
+
+def stored_bytes(groups):
+    """The uncompressed size of the column `text` in each row group, a list.
+
+    groups: what Dataset.groups() returned; of a group that counts in part, its share of the rows.
+    """
+    sizes = []
+    for path, of_path in itertools.groupby(groups, key=lambda group: group[0]):
+        with pq.ParquetFile(path) as parquet:
+            for _, index, *rows in of_path:
+                group = parquet.metadata.row_group(index)
+                columns = [group.column(i) for i in range(group.num_columns)]
+                text = next(column for column in columns if column.path_in_schema == "text")
+                first, last = rows or (0, group.num_rows)
+                sizes.append(text.total_uncompressed_size * (last - first) / group.num_rows)
+    return sizes
 
 
 # ----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
 from nanochat.variants import default_model
+from nanochat.variants.lookup import LookupGPT, usual_hashed_rows
 
 BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
 CPU_MINUTES = 5.0              # the budget without a CUDA device where none is given
@@ -109,7 +110,126 @@ def pretraining_defaults(settings):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. the shape
+# 2. the text
+
+# How often a run reads its text at most, where its budget is time or follows from the model. So
+# often, text is nearly as good as new text (arXiv 2305.16264); more is learning by heart, and bits
+# per byte of other text rise (dev/LOG.md).
+MOST_EPOCHS = 4
+TOO_LITTLE_BYTES = 20_000  # of training text, from which hardly more than spelling is learnt
+MOST_EVALUATIONS = 20      # on the way: one for each epoch, up to these
+TOKENS_PER_ROW = 512       # of text that is read several times, for each row of a hashed table
+MIN_HASHED_ROWS = 64
+OVERFITTING_BPB = 0.01     # bits per byte above the best that are no chance
+
+
+def most_tokens(text, budget, resumed=None):
+    """How many tokens a run trains on at most, however long its budget is.
+
+    text: a TextSize (dataloader.py), or None where it is not known. Infinite for steps that the
+    user named, and for a run that is extended, which is to be longer than it was planned.
+    """
+    extended = resumed is not None and resumed.get("extend")
+    if text is None or budget.kind == "num_iterations" or extended:
+        return math.inf
+    return MOST_EPOCHS * text.tokens
+
+
+def fitting_hashed_rows(text, usual):
+    """Rows of a hashed table for a text that is read several times, a power of two.
+
+    0, for the usual number, where that is no more. Tables with a row for each triple of tokens know
+    such a text by heart after two epochs.
+    """
+    fitting = 2 ** round(math.log2(max(1, text.tokens / TOKENS_PER_ROW)))
+    fitting = max(MIN_HASHED_ROWS, fitting)
+    return fitting if fitting < usual else 0
+
+
+def config_for(model_class, shape, vocab_size, kv_heads=None, text=None):
+    """The config of a model of a Shape.
+
+    text: the TextSize of a text that is read several times, which gets smaller tables, or None.
+    """
+    config = model_class.config_class.from_depth(
+        shape.depth, vocab_size, shape.max_seq_len, kv_heads)
+    if text and issubclass(model_class, LookupGPT):
+        config.hashed_rows = fitting_hashed_rows(text, usual_hashed_rows(vocab_size))
+    return config
+
+
+class Reading(NamedTuple):
+    """How a run reads its text."""
+    text: tuple       # a TextSize
+    wanted: float     # epochs: how often the budget alone would read it
+    epochs: float     # how often the run does
+
+    def describe(self):
+        """One line: how much text there is, and how often it is read."""
+        about = "" if self.text.exact else "about "
+        size = f"{about}{megabytes(self.text.bytes)}, {about}{self.text.tokens:,} tokens"
+        if self.wanted < 1:
+            return f"text: {size}: the budget reads {100 * self.wanted:.0f} % of it"
+        line = f"text: {size}: the budget reads it {times(self.wanted)}"
+        if self.epochs < self.wanted:
+            line += f", the run {times(self.epochs)} and ends before"
+        return line
+
+    def warnings(self):
+        """What should be known before minutes are spent: a list of lines."""
+        size = megabytes(self.text.bytes)
+        if self.text.bytes < TOO_LITTLE_BYTES:
+            return [
+                f"warning: {size} of text teach hardly more than how a few words are spelled "
+                f"({megabytes(TOO_LITTLE_BYTES)} is little, 1 MB a beginning): add text, or train "
+                "on this machine's text (without --data) and practise yours in --custom"]
+        if self.wanted > MOST_EPOCHS:
+            return [
+                f"warning: {size} of text for this budget: more text would help more than more "
+                f"minutes, for after {MOST_EPOCHS} times a text teaches little that is new"]
+        return []
+
+    def repeated(self):
+        """The TextSize where the text is read several times, else None."""
+        return self.text if self.epochs > 1 else None
+
+    def evaluations(self):
+        """How many validations there are in the run: at each quarter, or after each epoch."""
+        return max(4, min(MOST_EVALUATIONS, math.ceil(self.epochs)))
+
+
+def times(epochs):
+    """A number of epochs in words.
+
+    >>> times(2.54), times(12.4)
+    ('2.5 times', '12 times')
+    """
+    return f"{epochs:.1f} times" if epochs < 9.95 else f"{epochs:,.0f} times"
+
+
+def megabytes(size):
+    """A number of bytes in words.
+
+    >>> megabytes(600_000)
+    '0.6 MB'
+    """
+    if size < 100_000:
+        return f"{size / 1000:.0f} kB"
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
+def is_overfitting(bpbs):
+    """Whether the last two validations of a run are clearly worse than its best.
+
+    bpbs: bits per byte of the same documents, in the order of the validations.
+    """
+    if len(bpbs) < 3:
+        return False
+    return min(bpbs[-2:]) > min(bpbs) + OVERFITTING_BPB
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. the shape
 
 class Shape(NamedTuple):
     """The dials of a model and its batch."""
@@ -180,7 +300,7 @@ def gpu_weight_decay(depth):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. the batch
+# 4. the batch
 
 class Batch(NamedTuple):
     """total_batch_size tokens = micro_batch_size x max_seq_len x ranks x grad_accum_steps."""
@@ -234,25 +354,30 @@ def with_large_divisor(sequences, limit):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. the horizon
+# 5. the horizon
 
 class Horizon(NamedTuple):
     """Where progress reaches 1: a number of steps or of minutes; the other is None."""
     num_iterations: int
     minutes: float
+    max_steps: int = None  # besides minutes: after so many steps at the latest
 
 
-def choose_horizon(budget, total_batch_size, flops_per_token, parameters):
-    """Steps or minutes of a Budget. parameters: those that a token is multiplied with."""
+def choose_horizon(budget, total_batch_size, flops_per_token, parameters, most=math.inf):
+    """Steps or minutes of a Budget.
+
+    parameters: those that a token is multiplied with. most: tokens that the run trains on at most.
+    """
     if budget.kind == "minutes":
-        return Horizon(None, budget.amount)
+        max_steps = None if most == math.inf else max(1, round(most / total_batch_size))
+        return Horizon(None, budget.amount, max_steps)
     if budget.kind == "num_iterations":
         return Horizon(round(budget.amount), None)  # extended, it may have become a fraction
     if budget.kind == "target_flops":
         tokens = budget.amount / flops_per_token
     else:
         tokens = budget.amount * parameters
-    return Horizon(max(1, round(tokens / total_batch_size)), None)
+    return Horizon(max(1, round(min(tokens, most) / total_batch_size)), None)
 
 
 def chat_batch(settings, max_seq_len, ranks, pretraining_batch):
@@ -287,7 +412,7 @@ def chat_horizon(settings, device_type):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. memory
+# 6. memory
 
 class Memory(NamedTuple):
     """Bytes on one device, by kind."""
@@ -360,7 +485,7 @@ def fits(model, micro_batch_size, dtype_bytes, ranks, device_type, device_memory
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. time and disk
+# 7. time and disk
 
 def checkpoint_bytes(model):
     """Disk space of one step with its optimizer state, in bytes (n-gram counts come on top)."""
@@ -430,14 +555,19 @@ class Machine(NamedTuple):
 
 
 def this_machine(compute, matmul_flops):
-    """The Machine that this process runs on. compute: what compute_init() returned."""
+    """The Machine that this process runs on, the same on all ranks, which all must call it.
+
+    compute: what compute_init() returned. matmul_flops: measured, of this rank's device.
+    """
     device = compute.device
     memory = None
     if device.type == "cuda":
         # the smallest device's, so that all ranks plan alike
         memory = -int(all_reduce_max(-torch.cuda.mem_get_info(device)[1])[0])
     dtype_bytes = compute.dtype.itemsize
-    return Machine(device.type, compute.world_size, memory, dtype_bytes, matmul_flops)
+    # likewise the slowest device's
+    slowest = -all_reduce_max(-matmul_flops)[0]
+    return Machine(device.type, compute.world_size, memory, dtype_bytes, slowest)
 
 
 class Plan(NamedTuple):
@@ -448,8 +578,10 @@ class Plan(NamedTuple):
     horizon: Horizon
     weight_decay: float
     memory: Memory
+    steps: float             # an estimate where the horizon is one of minutes
     hours: float             # of training, an estimate
     disk: int                # bytes of the checkpoints that stay
+    reading: Reading = None  # where the text is known
 
     def describe(self, model_name, ranks):
         """The decisions as numbered lines, each with its reason."""
@@ -458,6 +590,7 @@ class Plan(NamedTuple):
             horizon = f"{self.horizon.num_iterations:,} steps"
         else:
             horizon = f"{self.horizon.minutes:g} minutes of training"
+        reading = [f"7) {self.reading.describe()}"] if self.reading else []
         kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in m._asdict().items())
         return [
             f"1) budget: {self.budget.kind}={self.budget.amount:g}",
@@ -468,11 +601,24 @@ class Plan(NamedTuple):
             f"weight decay {self.weight_decay:.3g}",
             f"5) memory of a device: about {m.total / 1e9:.2f} GB ({kinds})",
             f"6) disk: about {self.disk / 1e9:.2f} GB of checkpoints",
+            *reading,
         ]
 
 
-def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resumed=None):
-    """The Shape of a run: the user's settings, else what the hardware's table says."""
+def depends_on_speed(settings, machine, resumed=None):
+    """Whether a shape is to be chosen by the measured speed of this machine."""
+    if resumed or machine.device_type == "cuda":
+        return False
+    given = settings["depth"], settings["max_seq_len"], settings["total_batch_size"]
+    return not all(given)
+
+
+def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resumed=None,
+                 most=math.inf):
+    """The Shape of a run: the user's settings, else what the hardware's table says.
+
+    most: the tokens that the run trains on at most, for its text is short.
+    """
     if resumed:
         config = resumed["config"]
         reason = "as the run that is resumed"
@@ -481,14 +627,14 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
     depth, max_seq_len = settings["depth"], settings["max_seq_len"]
     if machine.device_type == "cuda":
         shape = gpu_shape(depth, vocab_size)
-    elif depth and max_seq_len and settings["total_batch_size"]:
+    elif not depends_on_speed(settings, machine, resumed):
         shape = Shape(depth, max_seq_len, settings["total_batch_size"], "as the settings say")
     else:
         def tokens_at(depth, max_seq_len):
             config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
             model = build_on_meta(model_class, config)
             flops = model.flops_per_token(max_seq_len)
-            return tokens_within(budget, flops, lambda: speed(depth, max_seq_len))
+            return min(most, tokens_within(budget, flops, lambda: speed(depth, max_seq_len)))
 
         shape = cpu_shape(tokens_at, depth)
     if max_seq_len:
@@ -496,23 +642,26 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
     return shape
 
 
-def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed=None):
+def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed=None, text=None):
     """The Plan of pretraining.
 
     settings: of base_train. speed(depth, max_seq_len): measured training tokens per second of all
     ranks; it is called only where the shape depends on it. resumed: the meta of the run that is
-    resumed or extended; its shape and batch stay.
+    resumed or extended; its shape and batch stay. text: the TextSize of the training text, or None.
     """
     on_gpu = machine.device_type == "cuda"
-    # 1. the shape, and a model of it that takes no memory
-    shape = choose_shape(settings, budget, machine, model_class, vocab_size, speed, resumed)
+    # 1. the shape, how it reads the text, and a model of it that takes no memory
+    most = most_tokens(text, budget, resumed)
+    shape = choose_shape(settings, budget, machine, model_class, vocab_size, speed, resumed, most)
     if resumed:
         config = model_class.config_class(**resumed["config"])
     else:
-        config = model_class.config_class.from_depth(
-            shape.depth, vocab_size, shape.max_seq_len, settings["kv_heads"])
+        config = config_for(model_class, shape, vocab_size, settings["kv_heads"])
     model = build_on_meta(model_class, config)
     flops_per_token = model.flops_per_token(shape.max_seq_len)
+    tokens_per_second = expected_speed(machine, flops_per_token)
+    if depends_on_speed(settings, machine, resumed):
+        tokens_per_second = speed(shape.depth, shape.max_seq_len)
 
     # 2. the batch
     size = machine.dtype_bytes, machine.ranks, machine.device_type
@@ -527,20 +676,43 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
         settings["device_batch_size"] or (resumed or {}).get("device_batch_size"),
     )
 
-    # 3. how long, and how the weights decay
-    horizon = choose_horizon(
-        budget, batch.total_batch_size, flops_per_token, model.matmul_parameters())
+    # 3. how long, how often that reads the text, and how the weights decay
+    parameters = model.matmul_parameters()
+    horizon = choose_horizon(budget, batch.total_batch_size, flops_per_token, parameters, most)
+    steps_per_hour = 3600 * tokens_per_second / batch.total_batch_size
+    steps, hours = expected_steps(horizon, steps_per_hour)
+    reading = None
+    if text:
+        unlimited = choose_horizon(budget, batch.total_batch_size, flops_per_token, parameters)
+        wanted, _ = expected_steps(unlimited, steps_per_hour)
+        epochs = batch.total_batch_size / text.tokens  # of one step
+        reading = Reading(text, wanted * epochs, steps * epochs)
     weight_decay = settings["weight_decay"]
     if weight_decay is None:
         weight_decay = gpu_weight_decay(shape.depth) if on_gpu else 0.0
 
-    # 4. what it takes
-    flops = machine.matmul_flops * machine.ranks * ASSUMED_SHARE[machine.device_type]
-    if horizon.minutes:
-        hours = horizon.minutes / 60
-    else:
-        tokens = horizon.num_iterations * batch.total_batch_size
-        hours = tokens * flops_per_token / flops / 3600
+    # 4. what it takes, with tables that fit the text
+    if reading and not resumed:
+        config = config_for(
+            model_class, shape, vocab_size, settings["kv_heads"], reading.repeated())
+        model = build_on_meta(model_class, config)
     needed = memory(model, batch.micro_batch_size, *size)
     disk = (settings["keep"] + 2) * checkpoint_bytes(model)
-    return Plan(budget, shape, batch, horizon, weight_decay, needed, hours, disk)
+    return Plan(
+        budget, shape, batch, horizon, weight_decay, needed, steps, hours, disk, reading)
+
+
+def expected_speed(machine, flops_per_token):
+    """Training tokens per second of all ranks, from the measured rate of matmuls alone."""
+    flops = machine.matmul_flops * machine.ranks * ASSUMED_SHARE[machine.device_type]
+    return flops / flops_per_token
+
+
+def expected_steps(horizon, steps_per_hour):
+    """(steps, hours) of a Horizon at a speed."""
+    if horizon.num_iterations:
+        return horizon.num_iterations, horizon.num_iterations / steps_per_hour
+    hours = horizon.minutes / 60
+    if horizon.max_steps:
+        hours = min(hours, horizon.max_steps / steps_per_hour)
+    return hours * steps_per_hour, hours

@@ -22,6 +22,7 @@ import math
 import signal
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,8 @@ from nanochat.start import resume_hint
 PROGRESS_SECONDS = 5      # of training between two lines of progress
 SPEED_STEPS = 20          # the speed that is shown is the median of the last steps
 WARM_STEPS = 3            # steps that compile and allocate; they do not count for the speed
+BUSY_SECONDS = 20         # of training before the machine is called busy
+BUSY_SHARE = 0.25         # of the time that threads want a core, for which they wait for one
 
 
 class StopRequest:
@@ -63,6 +66,44 @@ class StopRequest:
         print0("stopping after this step; once more stops at once")
 
 
+def core_seconds():
+    """(seconds that the threads of this process ran, seconds that they waited for a core).
+
+    From the kernel's scheduler; None where it does not say (it is Linux's).
+    """
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            numbers = path.read_text(encoding="ascii").split()
+        except OSError:
+            continue  # a thread that has just ended
+        ran += int(numbers[0])
+        waited += int(numbers[1])
+    return (ran / 1e9, waited / 1e9) if ran else None
+
+
+def busy_line(before, after, step, progress, planned_steps):
+    """What to say where other processes take the cores, or "".
+
+    before, after: what core_seconds() gave at the start and now. step: of the run; progress: the
+    share of its horizon; planned_steps: how many were planned, or None.
+    """
+    if not before or not after:
+        return ""
+    ran, waited = after[0] - before[0], after[1] - before[1]
+    if waited <= BUSY_SHARE * (ran + waited):
+        return ""
+    share = 100 * waited / (ran + waited)
+    steps = ""
+    if planned_steps and progress > 0:
+        expected = step / min(1.0, progress)
+        # a plan that was made on a machine as busy expects no more
+        if expected < 0.8 * planned_steps:
+            steps = f"{expected:.0f} steps of about {planned_steps:.0f}, for "
+    return (f"the machine is busy: {steps}this process waits for a core {share:.0f} % of its time "
+            "(stop the other programs, or give it more minutes)")
+
+
 class Run:
     """A training run: its clock and budget, its checkpoints, its guard and its record.
 
@@ -71,28 +112,34 @@ class Run:
     compute_init() returned. start: a Start (start.py). meta: the run's entry in every meta file.
     horizon: a Horizon (plan.py); with neither steps nor minutes over() is told the progress.
 
+    planned_steps: how many the plan expects within the minutes, or None.
+
     step, elapsed (seconds of training, evaluation aside), progress and lr_scale (halved by every
     roll back) are for the loop to read.
     """
 
     def __init__(self, stage, settings, compute, folder, start, meta, horizon, total_batch_size,
-                 flops_per_token, matmul_flops):
+                 flops_per_token, matmul_flops, planned_steps=None):
         self.stage, self.settings, self.compute, self.folder = stage, settings, compute, folder
         self.meta, self.horizon, self.total_batch_size = meta, horizon, total_batch_size
         self.flops_per_token, self.matmul_flops = flops_per_token, matmul_flops
+        self.planned_steps = planned_steps if horizon.minutes else None
 
         # where the run stands
         self.step = self.first_step = meta["step"]
         self.elapsed = self.saved_at = meta["elapsed"]
         self.lr_scale = meta.get("rate_scale", 1.0)
         self.progress = self._progress(0.0)
-        self.quarter = 0             # of the run, the last in which an evaluation was due
+        self.evaluated = 0.0         # progress at the last evaluation
         self.durations = []          # seconds of each step
         self.shown_at = 0.0          # elapsed at the last line of progress
+        self.cores_before = None     # core_seconds() when the first steps were taken
+        self.said_busy = False
 
         # what may end it
         self.stopped = 0             # the signal that asked for it
         self.diverged = ""           # why no step may be taken any more
+        self.enough = False          # whether the stage wants no more steps
         self.stop_request = StopRequest()
         self.guard = Guard()
         if start.state:
@@ -107,7 +154,7 @@ class Run:
     # ---------------------------------------------------------------------- before each step
 
     def over(self, data_progress=0.0):
-        """Whether the loop ends here: budget used, stop asked for, or weights diverged.
+        """Whether the loop ends here: budget used or enough, stop asked for, or weights diverged.
 
         data_progress: the share of the data that was seen, where that is the budget. Every rank
         calls it: all take the same decision.
@@ -124,12 +171,13 @@ class Run:
             self.checkpoints.finish(raise_on_error=False)
         self.progress = self._progress(data_progress)
         if not self.durations:
-            self.quarter = int(4 * self.progress)  # a resumed run has had it already
+            self.evaluated = self.progress  # a resumed run has been evaluated before
         # the last step is the one after which another would not fit
         half_a_step = 0.0
         if self.horizon.minutes:
             half_a_step = 0.5 * last_step / (60 * self.horizon.minutes)
-        return bool(self.stopped) or self.progress + half_a_step >= 1
+        used = self.progress + half_a_step >= 1
+        return bool(self.stopped) or self.enough or used
 
     def watch(self):
         """The watchdog: a step that takes too long ends the run, every rank saying where it was."""
@@ -139,20 +187,22 @@ class Run:
         if self.horizon.num_iterations:
             return self.step / self.horizon.num_iterations
         if self.horizon.minutes:
-            return self.elapsed / (60 * self.horizon.minutes)
+            of_minutes = self.elapsed / (60 * self.horizon.minutes)
+            of_steps = self.step / (self.horizon.max_steps or math.inf)
+            return max(of_minutes, of_steps)
         return data_progress
 
-    def evaluation_due(self, every=None):
+    def evaluation_due(self, every=None, times=4):
         """Whether to evaluate before this step: every so many steps, or at each quarter of the
-        run. Never on weights that the guard doubts."""
+        run (or after as many equal parts as `times` says). Never on weights that the guard doubts.
+        """
         if self.step == self.first_step or self.guard.bad:
             return False
         if every is not None:
             return bool(every) and self.step % every == 0
-        quarter = int(4 * self.progress)
-        if quarter <= self.quarter:
+        if int(times * self.progress) <= int(times * self.evaluated):
             return False
-        self.quarter = quarter
+        self.evaluated = self.progress
         return True
 
     def save_due(self, wanted=False):
@@ -229,9 +279,11 @@ class Run:
             gc.collect()
             gc.freeze()
             gc.disable()  # a collection would stall the loop for half a second
+            self.cores_before = core_seconds()
         if self.elapsed - self.shown_at >= PROGRESS_SECONDS or self.step <= self.first_step + 1:
             self.shown_at = self.elapsed
             self._show(loss, lr, grad_norm)
+            self.say_where_busy()
         self.log(loss=loss, lr=lr, grad_norm=grad_norm)
 
     def _show(self, loss, lr, grad_norm):
@@ -244,11 +296,27 @@ class Run:
             f"lr {lr:.2g} | norm {grad_norm:.2f} | {speed:,.0f} tok/s | "
             f"{share:.0f} % of matmul rate | {self._seconds_left(seconds) / 60:.1f} min left")
 
+    def say_where_busy(self, at_the_end=False):
+        """One line where other processes take the cores: once on the way, and at the end."""
+        long_enough = sum(self.durations) >= BUSY_SECONDS
+        if self.compute.device.type != "cpu" or not (long_enough or at_the_end):
+            return
+        if self.said_busy and not at_the_end:
+            return
+        after = core_seconds()
+        line = busy_line(
+            self.cores_before, after, self.step, self.progress, self.planned_steps)
+        if line:
+            self.said_busy = True
+            print0(line)
+
     def _seconds_left(self, seconds_per_step):
         if self.horizon.num_iterations:
             return max(0, self.horizon.num_iterations - self.step) * seconds_per_step
         if self.horizon.minutes:
-            return max(0, 60 * self.horizon.minutes - self.elapsed)
+            left = max(0, 60 * self.horizon.minutes - self.elapsed)
+            steps_left = (self.horizon.max_steps or math.inf) - self.step
+            return min(left, max(0, steps_left) * seconds_per_step)
         return self.elapsed * (1 / max(self.progress, 1e-3) - 1)
 
     def log(self, **row):
@@ -293,6 +361,7 @@ class Run:
             raise SystemExit(128 + self.stopped)
         self.checkpoints.finish()  # before the last evaluation, which may run out of memory
         self.stop_request.release()
+        self.say_where_busy(at_the_end=True)
         self.watch()
 
     def finish(self, model, seconds, amended={}, **fields):

@@ -18,7 +18,7 @@ import torch
 from nanochat.checkpoint_manager import build_model, checkpoint_dir, load_weights
 from nanochat.common import UserError, all_reduce_max, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
+from nanochat.dataloader import measure_text, tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import open_dataset
 from nanochat.engine import sample_texts
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
@@ -27,6 +27,8 @@ from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import (
     NGRAM_TOKENS,
     choose_budget,
+    config_for,
+    is_overfitting,
     make_plan,
     pretraining_defaults,
     speed_of,
@@ -62,7 +64,7 @@ dtype = ""                   # float32 or bfloat16; empty: what the hardware is 
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
 compile = True               # compile the blocks
-eval_every: int = None       # steps between validations and samples; None: each quarter of the run
+eval_every: int = None       # steps between validations and samples; None: each quarter, or epoch
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay, besides the best and that before decay
@@ -116,16 +118,18 @@ if resumed:
 model_class = MODEL_CLASSES[model_name]
 vocab_size = tokenizer.get_vocab_size()
 planning_began = time.perf_counter()  # measuring and counting are training time
+dataset = open_dataset(data)
+text_size = measure_text(dataset, tokenizer)
 machine = this_machine(compute, matmul_flops)
 speed = speed_of(model_class, vocab_size, compute)
-plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed)
-for line in plan.describe(model_name, world_size):
+plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed, text_size)
+reading = plan.reading
+for line in plan.describe(model_name, world_size) + reading.warnings():
     print0(line)
 max_seq_len, total_batch_size = plan.shape.max_seq_len, plan.batch.total_batch_size
 micro_batch_size, grad_accum_steps = plan.batch.micro_batch_size, plan.batch.grad_accum_steps
 
 # ---- a fresh run counts n-grams, and describes its model
-dataset = open_dataset(data)
 counted = None
 folder, meta = start.folder, resumed
 if start.kind == FRESH:
@@ -146,8 +150,7 @@ if start.kind == FRESH:
     if counted:
         kept, counted_tokens = len(counted.keys), counted.tokens
     kept, counted_tokens = map(int, all_reduce_max(kept, counted_tokens))
-    config = model_class.config_class.from_depth(
-        plan.shape.depth, vocab_size, max_seq_len, kv_heads)
+    config = config_for(model_class, plan.shape, vocab_size, kv_heads, reading.repeated())
     if kept:
         model_name = WITH_COUNTS[model_name]
         config = NGramConfig(**asdict(config), ngrams=kept)
@@ -191,14 +194,9 @@ if start.state:
     torch.set_rng_state(start.state["rng"].cpu())
 
 # ---- data
-length = 0
-for text in dataset.documents("train"):
-    length += len(tokenizer.encode(text)) + 1
-    if length > max_seq_len:
-        break
-else:
+if text_size.exact and text_size.tokens <= max_seq_len:
     raise UserError(f"the context of {max_seq_len} tokens is longer than the training text of "
-                    f"{length}: lower --max_seq_len")
+                    f"{text_size.tokens}: lower --max_seq_len")
 loader_state = start.state and start.state["loader"]
 loader = tokenizing_distributed_data_loader_with_state(
     tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,
@@ -210,9 +208,10 @@ micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 # ---- the run
 run = Run(
     "base_train", settings, compute, folder, start, meta, plan.horizon, total_batch_size,
-    model.flops_per_token(max_seq_len), matmul_flops)
+    model.flops_per_token(max_seq_len), matmul_flops, plan.steps)
 del start  # what was read is mapped from files that the run may delete
 counted_tokens = meta.get("counted", 0)
+bpbs = list(meta.get("bpbs", []))  # of the validations on the way
 best_bpb = meta.get("best_bpb", math.inf)
 lr_warmup = 0.0 if meta.get("extend") else 0.02
 decaying = run.step > 0 and run.progress > 1 - warmdown
@@ -226,7 +225,7 @@ def evaluate(documents):
 def save(val_bpb=None):
     run.save(
         model, layout, loader_state,
-        val_bpb=val_bpb, best_bpb=best_bpb, before_decay=not decaying)
+        val_bpb=val_bpb, best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
 
 
 def show_samples():
@@ -237,14 +236,21 @@ def show_samples():
 model.train()
 while not run.over():
     # once in a while: validate, and save the best step
-    if run.evaluation_due(eval_every):
+    if run.evaluation_due(eval_every, reading.evaluations()):
         bpb = evaluate(few)
+        bpbs.append(bpb)
         run.log(val_bpb=bpb, documents=len(few))
         print0(f"step {run.step}: {bpb:.4f} bits per byte on {len(few)} validation documents")
         if bpb < best_bpb:
             best_bpb = bpb
             save(bpb)
         show_samples()
+        # text that is read several times is learnt by heart in the end
+        run.enough = reading.repeated() is not None and is_overfitting(bpbs)
+        if run.enough:
+            print0(f"ending here: the validation text has become harder to predict than at its "
+                   f"best ({best_bpb:.4f}), so that more steps would only memorise the text")
+            continue
 
     # save now and then, and before the learning rate begins to decay
     decay_begins = not decaying and run.progress >= 1 - warmdown
@@ -281,9 +287,19 @@ if run.last_save_is_due():
     save()
 run.exit_unless_finished()
 few_bpb = evaluate(few)
+best = run.checkpoints.better_than(few_bpb)
+if best is not None:
+    print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {best_bpb:.4f}: "
+           "that one is the model")
+    run.checkpoints.load(best, model, layout)
 val_bpb = evaluate(validation)
 run.log(val_bpb=val_bpb, documents=len(validation))
 show_samples()
 # the steps of a run are compared by the few documents
 amended = {"val_bpb": few_bpb}
-run.finish(model, time.perf_counter() - started, amended, val_bpb=val_bpb)
+run.finish(
+    model, time.perf_counter() - started, amended,
+    val_bpb=val_bpb,
+    best_step=run.step if best is None else best,
+    text_bytes=text_size.bytes,
+    epochs=run.step * total_batch_size / text_size.tokens)

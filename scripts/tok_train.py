@@ -36,7 +36,7 @@ CPU_VOCAB_SIZE = 4_096
 SLOW_CPU_VOCAB_SIZE = 2_048
 SLOW_CPU_FLOPS = 220e9      # a CPU below this many FLOP/s is slow
 MIN_VOCAB_SIZE = 512        # for very little text
-CHARS_PER_TOKEN = 256       # of training text, which leaves every token enough to be learnt from
+BYTES_PER_TOKEN = 96        # of training text, of which fewer tokens would learn less (dev/LOG.md)
 USUAL_DOC_CAP = 10_000      # so that no huge document dominates
 
 TRANSITIONS = {"t80k": 0.4, "t180k": 0.9}  # names from the paper
@@ -90,19 +90,22 @@ def usual_vocab_size(is_gpu):
 
 
 def fitting_vocab_size(texts, usual):
-    """`usual`, or what leaves every token CHARS_PER_TOKEN characters where there is less text."""
-    fitting = count_chars(texts, usual * CHARS_PER_TOKEN) // CHARS_PER_TOKEN
+    """`usual`, or what leaves every token BYTES_PER_TOKEN bytes where there is less text."""
+    fitting = count_bytes(texts, usual * BYTES_PER_TOKEN) // BYTES_PER_TOKEN
     return max(min(fitting, usual), MIN_VOCAB_SIZE)
 
 
-def count_chars(texts, enough):
-    """The number of characters in texts, which are not read any further once there are enough."""
-    chars = 0
+def count_bytes(texts, enough):
+    """The number of bytes of texts, which are not read any further once there are enough.
+
+    Bytes, for a character of Chinese says as much as three of English, and has as many bytes.
+    """
+    count = 0
     for text in texts:
-        chars += len(text)
-        if chars >= enough:
+        count += len(text.encode("utf-8"))
+        if count >= enough:
             break
-    return chars
+    return count
 
 
 def choose_texts(dataset, vocab_size):
@@ -112,8 +115,8 @@ def choose_texts(dataset, vocab_size):
     as lines of a .jsonl file; the same books as .txt files are many documents.
     """
     texts = TrainingTexts(dataset, max_chars, doc_cap or USUAL_DOC_CAP)
-    enough = min(vocab_size * CHARS_PER_TOKEN, max_chars)
-    if doc_cap or count_chars(texts, enough) >= enough:
+    enough = min(vocab_size * BYTES_PER_TOKEN, max_chars)
+    if doc_cap or count_bytes(texts, enough) >= enough:
         return texts
     return TrainingTexts(dataset, max_chars, None)
 

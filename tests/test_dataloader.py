@@ -10,6 +10,7 @@ import torch
 
 from nanochat.dataloader import (
     count_cut,
+    measure_text,
     say_cut,
     sft_data_generator,
     tokenizing_distributed_data_loader_with_state,
@@ -72,6 +73,28 @@ def documents_as_ids(tokenizer, split, data):
 
 def test_the_loader_takes_an_open_dataset_as_well_as_its_path(tokenizer, data):
     assert_equal_batches(load(tokenizer, data, 20), load(tokenizer, open_dataset(data), 20))
+
+
+def test_a_text_is_measured_exactly_where_it_is_short_and_estimated_where_it_is_long(
+        tokenizer, data):
+    dataset = open_dataset(data)
+    texts = list(dataset.documents("train"))
+    ids = documents_as_ids(tokenizer, "train", data)
+    whole = measure_text(dataset, tokenizer)
+    assert whole.exact and whole.bytes == sum(map(len, texts))
+    assert whole.tokens == sum(map(len, ids))
+    part = measure_text(dataset, tokenizer, most_bytes=whole.bytes // 3)
+    assert not part.exact
+    assert part.bytes == pytest.approx(whole.bytes, rel=0.3)
+    assert part.tokens == pytest.approx(whole.tokens, rel=0.3)
+
+
+def test_rows_for_validation_do_not_count_as_training_text(tokenizer, tmp_path):
+    rng = random.Random(3)
+    documents = [sentence(rng, least=6) for _ in range(40)]
+    path = write_folder(tmp_path / "one", [documents], 50)  # its last rows are validation
+    size = measure_text(open_dataset(path), tokenizer)
+    assert size.bytes == sum(map(len, documents[:38]))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.loss_eval import cut_into_sequences, evaluate_bpb, pad_batch
 from nanochat.tokenizer import Tokenizer
 from nanochat.variants.lookup import LookupGPT
@@ -21,7 +21,7 @@ def tokenizer():
 
 def make_model(tokenizer, model_class=GPT):
     torch.manual_seed(0)
-    model = model_class(GPTConfig(1, 32, 2, 2, tokenizer.get_vocab_size(), CONTEXT))
+    model = model_class(model_class.config_class(1, 32, 2, 2, tokenizer.get_vocab_size(), CONTEXT))
     model.init_weights()
     torch.nn.init.normal_(model.head.weight)
     return model

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
+from nanochat.dataloader import TextSize
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import (
     ACTIVATIONS_PER_LAYER,
@@ -16,10 +17,15 @@ from nanochat.plan import (
     CPU_SHAPES,
     GPU_PARAM_DATA_RATIO,
     MAX_MICRO_BATCH,
+    MIN_HASHED_ROWS,
+    MOST_EPOCHS,
+    OVERFITTING_BPB,
+    TOO_LITTLE_BYTES,
     Batch,
     Budget,
     Horizon,
     Machine,
+    Reading,
     build_on_meta,
     chat_batch,
     chat_horizon,
@@ -27,10 +33,13 @@ from nanochat.plan import (
     choose_batch,
     choose_budget,
     choose_horizon,
+    config_for,
     cpu_shape,
     fits,
+    fitting_hashed_rows,
     gpu_shape,
     gpu_weight_decay,
+    is_overfitting,
     largest_divisor,
     make_plan,
     matmul_parameters,
@@ -108,7 +117,114 @@ def test_extend_takes_no_budget_and_a_factor_above_1(factor):
             choose_budget(settings_with(extend=extend), "cpu", {"minutes": 5}, factor and extend)
 
 
-# -------------------------------------------------------------------------------- 2. the shape
+# -------------------------------------------------------------------------------- 2. the text
+
+NOVEL = TextSize(600_000, 250_000, True)
+LIBRARY = TextSize(60_000_000_000, 12_000_000_000, False)
+
+
+@pytest.mark.parametrize("bpbs, expected", [
+    ([], False),
+    ([2.0, 2.5], False),                        # one better and one worse say nothing yet
+    ([2.5, 2.0, 2.1], False),                   # once may be chance
+    ([2.5, 2.0, 2.1, 2.1], True),
+    ([2.5, 2.0, 2.1, 2.0], False),              # it came back
+    ([2.0, 2.0 + OVERFITTING_BPB / 2, 2.0 + OVERFITTING_BPB / 2], False),
+    ([2.0, 2.1, 2.2, 1.9], False),
+])
+def test_a_run_overfits_where_two_validations_are_clearly_above_its_best(bpbs, expected):
+    assert is_overfitting(bpbs) == expected
+
+
+def test_hashed_tables_grow_with_the_text_up_to_the_usual_size():
+    sizes = [10**n for n in range(2, 10)]
+    rows = [fitting_hashed_rows(TextSize(2 * n, n, True), 131072) for n in sizes]
+    assert rows[0] == MIN_HASHED_ROWS and rows[-1] == 0  # 0 is the usual size
+    growing = [found or 131072 for found in rows]
+    assert growing == sorted(growing) and max(growing) == 131072
+    config = config_for(LookupGPT, cpu_shape(lambda *_: 0), 2048, None, NOVEL)
+    small, usual = LookupGPT(config), LookupGPT(LookupGPT.config_class.from_depth(2, 2048, 256))
+    assert len(small.bigram.weight) == config.hashed_rows < len(usual.bigram.weight)
+    assert len(usual.trigram.weight) == 131072
+
+
+def test_a_text_that_is_read_once_gets_the_usual_tables():
+    often, once = plan_of_text(NOVEL), plan_of_text(LIBRARY)
+    assert often.reading.repeated() == NOVEL and once.reading.repeated() is None
+    assert often.memory.tables < once.memory.tables / 4
+
+
+def plan_of_text(text, minutes=10.0, machine="cpu", resumed=None, **given):
+    budget = Budget("minutes", minutes)
+    return make_plan(
+        settings_with(**given), budget, MACHINES[machine], LookupGPT, 2048, slow_machine, resumed,
+        text)
+
+
+def test_a_short_text_ends_a_run_of_minutes_and_a_long_one_does_not():
+    short, long = plan_of_text(NOVEL), plan_of_text(LIBRARY)
+    step = short.batch.total_batch_size
+    assert short.horizon.max_steps == pytest.approx(MOST_EPOCHS * NOVEL.tokens / step, rel=0.01)
+    assert short.hours < 10 / 60 and short.horizon.minutes == 10
+    assert short.reading.epochs == pytest.approx(MOST_EPOCHS, rel=0.01)
+    assert short.reading.wanted > MOST_EPOCHS
+    assert long.reading.epochs == long.reading.wanted < 0.001
+    assert long.horizon.max_steps > 100 * long.steps
+    for plan in (short, long):
+        check_plan(plan, MACHINES["cpu"])
+
+
+def test_a_short_text_has_no_larger_model_than_its_tokens_pay_for():
+    plans = [plan_of_text(TextSize(3 * n, n, True), 1e4) for n in (10**4, 10**5, 10**6, 10**8)]
+    depths = [plan.shape.depth for plan in plans]
+    assert depths == sorted(depths) and depths[0] == CPU_SHAPES[0][1] < depths[-1]
+    assert [plan.memory.tables for plan in plans] == sorted(plan.memory.tables for plan in plans)
+
+
+@pytest.mark.parametrize("kind", ["target_flops", "target_param_data_ratio"])
+def test_a_gpu_does_not_read_a_short_text_thousands_of_times(kind):
+    budget = Budget(kind, {"target_flops": 1e20}.get(kind, 20.0))
+    plan = make_plan(settings_with(), budget, MACHINES["cuda"], GPT, VOCAB_SIZE, None, None, NOVEL)
+    assert plan.horizon.num_iterations == round(MOST_EPOCHS * NOVEL.tokens / 524288)
+    assert plan.reading.wanted > 1000
+
+
+def test_steps_that_the_user_names_and_an_extended_run_are_not_cut():
+    budget = Budget("num_iterations", 10**6)
+    plan = make_plan(
+        settings_with(), budget, MACHINES["cpu"], LookupGPT, 2048, slow_machine, None, NOVEL)
+    assert plan.horizon == Horizon(10**6, None)
+    assert plan.reading.epochs == plan.reading.wanted > 1000
+    meta = resumed_meta("lookup", 1)
+    assert plan_of_text(NOVEL, resumed=meta).horizon.max_steps
+    assert plan_of_text(NOVEL, resumed={**meta, "extend": 2.0}).horizon.max_steps is None
+
+
+def test_a_plan_says_how_often_the_text_is_read():
+    assert Reading(NOVEL, 12.4, 4.0).describe() == (
+        "text: 0.6 MB, 250,000 tokens: the budget reads it 12 times, the run 4.0 times and ends "
+        "before")
+    assert Reading(NOVEL, 2.5, 2.5).describe() == (
+        "text: 0.6 MB, 250,000 tokens: the budget reads it 2.5 times")
+    assert Reading(LIBRARY, 0.25, 0.25).describe() == (
+        "text: about 60.0 GB, about 12,000,000,000 tokens: the budget reads 25 % of it")
+
+
+def test_little_text_is_warned_of_before_minutes_are_spent():
+    tiny = TextSize(TOO_LITTLE_BYTES - 1, 9000, True)
+    warnings = Reading(tiny, 50.0, 4.0).warnings()
+    assert len(warnings) == 1 and "add text" in warnings[0]
+    warnings = Reading(NOVEL, 12.0, 4.0).warnings()
+    assert len(warnings) == 1 and "more text would help more than more minutes" in warnings[0]
+    assert Reading(NOVEL, 3.0, 3.0).warnings() == Reading(LIBRARY, 0.1, 0.1).warnings() == []
+
+
+def test_validations_come_after_each_epoch_of_a_text_that_is_read_often():
+    counts = [Reading(NOVEL, 99, epochs).evaluations() for epochs in (0.1, 1, 4.5, 8, 1000)]
+    assert counts == [4, 4, 5, 8, 20]
+
+
+# -------------------------------------------------------------------------------- 3. the shape
 
 def asked_shapes(tokens_at, depth=None):
     """(the Shape of a CPU, the shapes for which the training tokens were asked)."""
@@ -196,7 +312,7 @@ def test_the_documented_matmul_parameters_are_those_of_the_model():
         assert matmul_parameters(depth, VOCAB_SIZE) == model.matmul_parameters()
 
 
-# -------------------------------------------------------------------------------- 3. the batch
+# -------------------------------------------------------------------------------- 4. the batch
 
 def tokens_of(batch, max_seq_len, ranks):
     return batch.micro_batch_size * batch.grad_accum_steps * ranks * max_seq_len
@@ -287,7 +403,7 @@ def test_a_chat_stage_takes_one_pass_over_the_batch_of_pretraining():
         "4 x 256 x 2")
 
 
-# -------------------------------------------------------------------------------- 4. the horizon
+# -------------------------------------------------------------------------------- 5. the horizon
 
 def test_every_budget_becomes_steps_or_minutes():
     def horizon(kind, amount):
@@ -314,7 +430,7 @@ def test_the_horizon_of_a_chat_stage():
     assert chat_horizon(chat_settings(), "cuda") == Horizon(None, None)  # one pass over the data
 
 
-# -------------------------------------------------------------------------------- 5. memory
+# -------------------------------------------------------------------------------- 6. memory
 
 def model_of(name, depth=2, max_seq_len=64, vocab_size=97):
     """A fresh model of a class, by its name in MODEL_CLASSES."""
@@ -442,7 +558,7 @@ def test_where_the_memory_is_not_known_the_usual_number_of_sequences_is_taken(de
     assert micro_batch_limit(model, None, 4, 1, device_type) == MAX_MICRO_BATCH[device_type]
 
 
-# -------------------------------------------------------------------------------- 6. time and disk
+# -------------------------------------------------------------------------------- 7. time and disk
 
 @pytest.mark.parametrize("name", ["gpt", "lookup", "portable"])
 def test_a_checkpoint_takes_the_model_and_its_optimizer_state(name):
@@ -517,7 +633,8 @@ def check_plan(plan, machine):
     assert (plan.horizon.num_iterations is None) != (plan.horizon.minutes is None)
     assert plan.hours > 0 and plan.disk > 0 and all(size > 0 for size in plan.memory)
     lines = plan.describe("gpt", machine.ranks)
-    assert [line[:3] for line in lines] == [f"{n}) " for n in range(1, 7)]
+    count = 7 if plan.reading else 6
+    assert [line[:3] for line in lines] == [f"{n}) " for n in range(1, count + 1)]
     assert f"{batch.micro_batch_size} sequences" in lines[2] and shape.reason in lines[1]
 
 

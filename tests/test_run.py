@@ -12,7 +12,7 @@ import torch
 from nanochat.checkpoint_manager import complete_steps
 from nanochat.guard import ROLL_BACKS, SKIPS
 from nanochat.plan import Horizon
-from nanochat.run import Run, StopRequest
+from nanochat.run import Run, StopRequest, busy_line, core_seconds
 
 COMPUTE = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
 SETTINGS = {
@@ -130,6 +130,20 @@ def test_progress_counts_minutes_and_the_last_step_is_the_one_after_which_none_w
     assert run.over() == over
 
 
+def test_a_run_of_minutes_ends_earlier_where_its_text_is_used_up(make_run):
+    run = make_run(Horizon(None, 60.0, 8))
+    assert due_at(run, 8) == [2, 4, 6]
+    assert run.over() and run.progress == 1
+
+
+def test_a_stage_that_has_enough_ends_the_loop(make_run):
+    run = make_run(STEPS)
+    take_steps(run)
+    assert not run.over()
+    run.enough = True
+    assert run.over() and run.last_save_is_due()
+
+
 def test_progress_counts_what_was_seen_of_the_data(make_run):
     run = make_run(DATA)
     assert not run.over(0.0)
@@ -146,12 +160,12 @@ def test_time_before_the_run_counts_and_a_resumed_run_keeps_its_learning_rate_sc
 # ------------------------------------------------------------------------------------------------
 # what is due before a step
 
-def due_at(run, steps, every=None):
+def due_at(run, steps, every=None, times=4):
     """The steps before which an evaluation was due."""
     due = []
     for _ in range(steps):
         assert not run.over()
-        if run.evaluation_due(every):
+        if run.evaluation_due(every, times):
             due.append(run.step)
         take_steps(run)
     return due
@@ -159,6 +173,10 @@ def due_at(run, steps, every=None):
 
 def test_evaluation_is_due_at_each_quarter_and_not_at_the_first_step(make_run):
     assert due_at(make_run(STEPS), 8) == [2, 4, 6]
+
+
+def test_evaluation_is_due_as_often_as_the_stage_says(make_run):
+    assert due_at(make_run(STEPS), 8, times=8) == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("every, expected", [(3, [3, 6]), (0, [])])
@@ -343,6 +361,44 @@ def test_a_line_of_progress_has_the_norm_and_the_share_of_the_matmul_rate(make_r
     run.record(2.0, 0.02, 1.5)
     line = capsys.readouterr().out
     assert "loss 2.0000 | lr 0.02 | norm 1.50" in line and "% of matmul rate" in line
+
+
+# ------------------------------------------------------------------------------------------------
+# a busy machine
+
+def test_a_machine_is_busy_where_threads_wait_for_a_core():
+    before = 100.0, 5.0
+    assert busy_line(before, (120.0, 7.0), 10, 0.5, 760) == ""
+    line = busy_line(before, (110.0, 35.0), 25, 1.1, 760.4)
+    assert line.startswith("the machine is busy: 25 steps of about 760, ")
+    assert "waits for a core 75 % of its time" in line
+    assert "10 steps of about 760" in busy_line(before, (110.0, 35.0), 5, 0.5, 760)
+    assert "steps" not in busy_line(before, (110.0, 35.0), 5, 0.5, None)
+    assert "steps" not in busy_line(before, (110.0, 35.0), 70, 1.0, 69), "planned as busy"
+    assert busy_line(None, None, 5, 0.5, 760) == "", "not every system counts it"
+
+
+def test_seconds_on_a_core_grow_with_work():
+    before = core_seconds()
+    if before is None:
+        pytest.skip("this system does not count them")
+    sum(range(3_000_000))
+    after = core_seconds()
+    assert after[0] > before[0] and after[1] >= before[1]
+
+
+def test_a_busy_machine_is_said_once_on_the_way_and_at_the_end(make_run, monkeypatch, capsys):
+    run = make_run(MINUTES)
+    monkeypatch.setattr("nanochat.run.core_seconds", lambda: (10.0, 30.0))
+    take_steps(run, 4)
+    run.cores_before = 0.0, 0.0
+    run.say_where_busy()
+    assert "busy" not in capsys.readouterr().out, "after seconds that would be rash"
+    take_steps(run, 30)
+    run.say_where_busy()
+    run.say_where_busy()
+    run.say_where_busy(at_the_end=True)
+    assert capsys.readouterr().out.count("the machine is busy") == 2
 
 
 # ------------------------------------------------------------------------------------------------

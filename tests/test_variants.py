@@ -7,7 +7,12 @@ from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, nois
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.parallel import Layout, accumulate_gradients
 from nanochat.variants import MODEL_CLASSES
-from nanochat.variants.lookup import HASHED_ROWS_MAX, HashedEmbedding, LookupGPT
+from nanochat.variants.lookup import (
+    HASHED_ROWS_MAX,
+    HashedEmbedding,
+    LookupConfig,
+    LookupGPT,
+)
 from nanochat.variants.portable import PortableConfig, PortableGPT
 
 every_class = pytest.mark.parametrize(
@@ -183,7 +188,7 @@ def test_value_embeddings_are_shared_from_both_ends():
 
 def test_fresh_lookups_have_no_effect():
     torch.manual_seed(0)
-    model = LookupGPT(GPTConfig.from_depth(2, VOCAB_SIZE, CONTEXT))
+    model = LookupGPT(LookupConfig.from_depth(2, VOCAB_SIZE, CONTEXT))
     model.init_weights()
     idx = noise(2, 8)
     entrance = F.rms_norm(model.embed(idx), (128,))
@@ -198,7 +203,7 @@ def test_hashed_tables_are_bounded_and_their_gradients_sparse_on_a_cpu():
         assert isinstance(table, HashedEmbedding) and table.weight.grad.is_sparse
     assert not model.embed.weight.grad.is_sparse
     with torch.device("meta"):
-        large = LookupGPT(GPTConfig.from_depth(1, 65536, CONTEXT))
+        large = LookupGPT(LookupConfig.from_depth(1, 65536, CONTEXT))
     assert large.bigram.num_embeddings == HASHED_ROWS_MAX == 131072
 
 

@@ -13,12 +13,14 @@ blend             every block reads a blend of the residual stream and of the em
 
 Shapes as in gpt.py.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adagrad import RowAdagrad
-from nanochat.gpt import GPT, OPTIMIZERS, Attention, Block, Embedding, Recipe, norm
+from nanochat.gpt import GPT, OPTIMIZERS, Attention, Block, Embedding, GPTConfig, Recipe, norm
 from nanochat.kv_cache import KVCache
 
 HASHED_ROWS_PER_TOKEN = 64
@@ -26,6 +28,17 @@ HASHED_ROWS_MAX = 131072
 # What the token before, and the one before that, are multiplied with: primes keep frequent
 # tokens apart.
 HASH_PRIMES = 7919, 1000003
+
+
+def usual_hashed_rows(vocab_size):
+    """Rows of a hashed table where there is text enough."""
+    return min(HASHED_ROWS_PER_TOKEN * vocab_size, HASHED_ROWS_MAX)
+
+
+@dataclass
+class LookupConfig(GPTConfig):
+    """hashed_rows: of the table of pairs and of that of triples; 0: what the vocabulary needs."""
+    hashed_rows: int = 0
 
 
 class HashedEmbedding(nn.Embedding):
@@ -81,6 +94,7 @@ class LookupCache(KVCache):
 
 class LookupGPT(GPT):
     """GPT with the lookups that the head of this file lists."""
+    config_class = LookupConfig
     block_class = LookupBlock
     roles = {"smear": "scalar"}
     optimizers = {**OPTIMIZERS, "hashed": Recipe(RowAdagrad, 50.0, False, False, {})}
@@ -88,7 +102,7 @@ class LookupGPT(GPT):
 
     def __init__(self, config):
         super().__init__(config)
-        rows = min(HASHED_ROWS_PER_TOKEN * self.vocab_size_padded, HASHED_ROWS_MAX)
+        rows = config.hashed_rows or usual_hashed_rows(self.vocab_size_padded)
         self.smear = nn.Parameter(torch.empty(config.width))
         self.bigram = HashedEmbedding(rows, config.width)
         self.trigram = HashedEmbedding(rows, config.width)

@@ -31,9 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import print0
-from nanochat.gpt import GPTConfig
 from nanochat.loss import ChunkedLoss, cross_entropy_and_gradient
-from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.lookup import LookupConfig, LookupGPT
 
 NGRAM_ORDERS = 4           # contexts of one to four tokens, counted in the training text
 MIN_COUNTS = 1, 1, 2, 2    # what was counted less often is dropped, for each order
@@ -292,7 +291,7 @@ class Gate(nn.Linear):
 
 
 @dataclass
-class NGramConfig(GPTConfig):
+class NGramConfig(LookupConfig):
     """ngrams: how many n-grams of the training text are kept."""
     ngrams: int = 0
 
@@ -383,7 +382,7 @@ class NGramGPT(LookupGPT):
         config = asdict(self.config)
         del config["ngrams"]
         with torch.device("meta"):
-            model = LookupGPT(GPTConfig(**config))
+            model = LookupGPT(LookupConfig(**config))
         weights = self.state_dict()
         kept = {name: weights[name] for name in model.state_dict()}
         model.load_state_dict(kept, assign=True)
