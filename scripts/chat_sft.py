@@ -15,6 +15,7 @@ from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.plan import chat_batch, chat_horizon
+from nanochat.prompts import QUESTIONS
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.start import start_chat
@@ -54,14 +55,6 @@ settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
-
-PROMPTS = [
-    "Who are you?",
-    "What is 12 times 7?",
-    "Spell window.",
-    "How many e are in letter?",
-    "What does textwrap.dedent do?",
-]
 
 # ---- compute, and where the run starts
 started = time.perf_counter()
@@ -117,7 +110,7 @@ del start  # what was read is mapped from files that the run may delete
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, PROMPTS, max_new_tokens=48))
+        run.log(samples=sample_chats(model, tokenizer, QUESTIONS, max_new_tokens=48))
 
 
 def data_progress():
