@@ -66,8 +66,8 @@ def main():
             temperature,
             top_k,
             max_tokens,
-            continues,
-            suggestions_of(meta),
+            continues=continues,
+            suggestions=suggestions_of(meta),
         )
         local = host in ("127.0.0.1", "0.0.0.0", "::1", "::")
         shown = "localhost" if local else host
