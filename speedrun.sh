@@ -20,7 +20,7 @@ fi
 if [ $# -gt 0 ]; then
     refuse "speedrun.sh takes no arguments, but variables before it: MINUTES=3 bash speedrun.sh"
 fi
-caller="$PWD"
+caller="$PWD" caller_base="${NANOCHAT_BASE_DIR:-}" caller_python="$(command -v python || true)"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/supervise.sh    # begin_run, stage, run_seconds, end_run
 
@@ -167,6 +167,23 @@ minutes_of() {
     }'
 }
 
+# how_to_talk: prints the commands that use the model, as they work where the caller stands.
+how_to_talk() {
+    local folder="" activate
+    activate="$(dirname "$(command -v python)")/activate"
+    if [ -n "$caller_base" ]; then
+        folder="$(printf 'NANOCHAT_BASE_DIR=%q ' "$NANOCHAT_BASE_DIR")"
+    fi
+    echo "The model is ready. To talk to it:"
+    if [ "$caller" != "$PWD" ]; then printf '  cd %q\n' "$PWD"; fi
+    if [ "$(command -v python)" != "$caller_python" ]; then
+        printf '  source %q\n' "${activate#"$PWD/"}"
+    fi
+    echo "  ${folder}python -m scripts.chat_cli    # in the terminal"
+    echo "  ${folder}python -m scripts.chat_web    # in the browser"
+    echo "  ${folder}python -m scripts.complete \"My name is\"    # the base model continues a text"
+}
+
 # model_stage NAME SETTING...: a stage that runs the model, in one process for each GPU.
 model_stage() {
     local name="$1" command
@@ -224,6 +241,5 @@ if [ -n "$DRY_RUN" ]; then
 fi
 report="$(python -m nanochat.report --speedrun "--seconds=$(run_seconds)")"
 end_run
-echo "Talk to it:  python -m scripts.chat_cli   or   python -m scripts.chat_web" \
-    "  (source .venv/bin/activate first)"
-echo "$report"
+how_to_talk
+echo "$report"    # what the model can do, then the record of the run

@@ -278,6 +278,8 @@ KINDS_IF_PRESENT = {
     "elapsed": NUMBER,
     "val_bpb": (*NUMBER, type(None)),
     "total_batch_size": int,
+    "prompts": list,
+    "questions": list,
 }
 
 

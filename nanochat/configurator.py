@@ -154,15 +154,18 @@ def _read_config(path):
     return assignments
 
 
-def _assignments(words, declared, aliases):
+def _assignments(words, declared, aliases, texts):
     """Yield (name, value) for all that the command line sets, in order; (HELP, None) for --help.
 
-    Names are checked, values are not. `words` is emptied.
+    Names are checked, values are not. `words` is emptied; texts: as of configure().
     """
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
             yield HELP, None
+        elif word == "--" and texts is not None:
+            texts += words
+            words.clear()
         elif word == "--":  # torchrun passes it through
             continue
         elif word.startswith("-"):
@@ -175,6 +178,8 @@ def _assignments(words, declared, aliases):
             if not given:
                 value = _next_value(name, declared[name][0], words)
             yield name, value
+        elif texts is not None:
+            texts.append(word)
         elif Path(word).is_file():
             for name, value in _read_config(word):
                 if _stands_for_a_value(name, aliases):
@@ -195,13 +200,14 @@ def _print_help(doc, declared, settings, here):
         print(f"  {assignment:<30} {kind.__name__:<5} {text}")
 
 
-def configure(namespace, argv=None, aliases={}, defaults_here=None):
+def configure(namespace, argv=None, aliases={}, defaults_here=None, texts=None):
     """Override the settings in `namespace` from the command line; return all of them as a dict.
 
     namespace: a script's globals(), changed in place. argv: the words, by default sys.argv[1:].
     aliases: other names, {"p": "prompt"}, and words that stand for a setting with its value,
     {"no_wandb": "logger="}. defaults_here: a function of the settings that returns {name: what a
-    None becomes on this machine}; only --help calls it and shows its values.
+    None becomes on this machine}; only --help calls it and shows its values. texts: a list for
+    the words without dashes and all behind "--", which are then no config files.
     UserError (exit status 2) for an unknown setting, a wrong type or a missing file.
     """
     install_error_hook()
@@ -209,7 +215,7 @@ def configure(namespace, argv=None, aliases={}, defaults_here=None):
     settings = {name: namespace[name] for name in declared}
     words = list(sys.argv[1:] if argv is None else argv)
 
-    for name, value in _assignments(words, declared, aliases):
+    for name, value in _assignments(words, declared, aliases, texts):
         if name is HELP:  # shows the settings as the words before it have set them
             here = defaults_here(settings) if defaults_here else {}
             _print_help(namespace.get("__doc__"), declared, settings, here)

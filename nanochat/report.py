@@ -26,7 +26,7 @@ import math
 import os
 import re
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir
@@ -204,9 +204,22 @@ def _draw_loss(axes, stage, log):
     axes.set_ylabel("loss (nats per token)", fontsize=8, color=BLUE)
 
 
+def comparable(log):
+    """The validations of a log that are of the same documents, of which most are.
+
+    The last one of a run is of more documents than those on the way, and on another scale.
+    """
+    measured = [record for record in log if record.get("val_bpb") is not None]
+    counts = Counter(record.get("documents") for record in measured)
+    if not counts:
+        return []
+    [(documents, _)] = counts.most_common(1)
+    return [record for record in measured if record.get("documents") == documents]
+
+
 def _draw_bits_per_byte(axes, log):
     """Validation bits per byte as points, on an axis of their own on the right."""
-    measured = [record for record in log if record.get("val_bpb") is not None]
+    measured = comparable(log)
     if not measured:
         return
     steps = [record["step"] for record in measured]
@@ -342,12 +355,17 @@ LIKE_GPT2 = (
 SMALLER_THAN_GPT2 = (
     "This model has {size}. The smallest GPT-2 of 2019 had 124 M parameters; today's assistants "
     "have thousands of times more than that and have read far more text still. What it learned is "
-    "the look of the text it was trained on and a few rehearsed skills, those in the table of "
+    "the look of {text} and a few practised skills, those in the table of "
     "accuracies. It does not reason and it knows next to nothing: outside those skills its answers "
     "are fluent guesses, most of them false, and it cannot tell which. The accuracies are of "
     "held-out items of the same making as the training items, so they show that a skill carries "
     "over to new words, numbers or names, not that it carries over to other questions. And to "
     "choose among four answers is far easier than to give one."
+)
+
+OWN_TEXT = (
+    "It quotes from {files}: of the questions about them that were held out it answered {held_out} "
+    "rightly, of those that it practised {practised}. It knows nothing else about the world."
 )
 
 
@@ -360,12 +378,44 @@ def honest_words(run):
     if not parameters or not tokens:
         return "Without a trained model there is nothing to be honest about yet."
 
-    size = f"{si(parameters)} parameters, pretrained on {si(tokens)} tokens"
-    text = tokens * run.stages.get("tok_train", {}).get("bytes_per_token", 0)
-    if text:
-        size += f" ({si(text, 'B')} of text)"
+    size = f"{si(parameters)} parameters, pretrained on {reading(run, base)}"
+    data = base.get("settings", {}).get("data")
+    text = f"your text, {data}," if data else "the text it was trained on"
     words = LIKE_GPT2 if parameters >= 1e8 else SMALLER_THAN_GPT2
-    return words.format(size=size)
+    words = words.format(size=size, text=text)
+    return f"{words} {own_text_words(run.stages)}".strip()
+
+
+def own_text_words(stages):
+    """What a chat about the user's own text knows, and how well; "" for another chat."""
+    record = stages.get("chat_eval", {})
+    accuracy = record.get("accuracy", {})
+    if "own_text" not in accuracy:
+        return ""
+    files = record.get("own_files")
+    return OWN_TEXT.format(
+        files=f"your {files} files" if files else "your files",
+        held_out=percent(accuracy["own_text"]),
+        practised=percent(accuracy.get("own_text_practised")),
+    )
+
+
+def reading(run, base):
+    """How much text pretraining read, and how often: '1.5 M tokens (620 kB of text, read 8 times)'.
+
+    base: its record. "text_bytes" are those of the training text, each counted once, and "epochs"
+    how often it was read. A record without them says no more than how many bytes the tokens were.
+    """
+    tokens = base["tokens"]
+    words = f"{si(tokens)} tokens"
+    text_bytes, epochs = base.get("text_bytes"), base.get("epochs")
+    if text_bytes and epochs:
+        often = f"read {epochs:.1f} times"
+        if epochs <= 1:
+            often = f"of which it read {percent(epochs)}"
+        return f"{words} ({si(text_bytes, 'B')} of text, {often})"
+    size = tokens * run.stages.get("tok_train", {}).get("bytes_per_token", 0)
+    return f"{words} ({si(size, 'B')} of text)" if size else words
 
 
 def picture(run, name, alt):
@@ -383,7 +433,10 @@ def overview_blocks(run):
         if base.get("val_bpb") is not None:
             tiles.append(("bits per byte", f"{base['val_bpb']:.3f}"))
         tiles.append(("parameters", si(base.get("parameters"))))
-        tiles.append(("tokens read", si(tokens)))
+        if base.get("text_bytes") and base.get("epochs"):
+            tiles.append(("of text", si(base["text_bytes"], "B")))
+            tiles.append(("times read", f"{base['epochs']:.1f}"))
+        tiles.append(("tokens trained on", si(tokens)))
         tiles.append(("tokens per second", si(base.get("tokens_per_second"))))
     tiles.append(("time in all", duration(run.total)))
     yield ("tiles", tiles)
@@ -391,6 +444,13 @@ def overview_blocks(run):
         yield ("text", NO_PLOTS)
     yield ("heading", "What this model is")
     yield ("text", honest_words(run))
+
+
+def task_title(task):
+    """The name of a task as people read it: questions that were practised are called so."""
+    if task.endswith("_practised"):
+        return task.removesuffix("_practised") + ", practised"
+    return task
 
 
 def accuracy_blocks(run):
@@ -402,7 +462,7 @@ def accuracy_blocks(run):
     rows = []
     for task, fraction in record["accuracy"].items():
         rows.append((
-            task,
+            task_title(task),
             percent(fraction),
             interval(fraction, items.get(task)),
             percent(chance.get(task)),
@@ -411,9 +471,9 @@ def accuracy_blocks(run):
     yield ("heading", "Accuracy")
     yield from picture(run, "report_accuracy.png", "Accuracy of each task with its chance level")
     yield ("table", ["task", "right", "95 % interval", "chance", "items"], rows)
-    yield ("text", "Items that no training conversation asked, each answered once. Chance is what "
-                   "guessing would get; where it is 0 %, the answer has to be produced and not "
-                   "chosen.")
+    yield ("text", "Items that no training conversation asked, each answered once; those called "
+                   "practised were asked in training. Chance is what guessing would get; where it "
+                   "is 0 %, the answer has to be produced and not chosen.")
 
 
 def training_blocks(run):
@@ -452,11 +512,20 @@ def training_blocks(run):
                    f"on this machine{measured}, not a peak from a data sheet.")
 
 
+def validation_documents(record):
+    """How many validation documents the val_bpb of a stage's record is of; None: not known."""
+    if record.get("documents"):
+        return record["documents"]
+    measured = [entry for entry in training_log(record) if entry.get("val_bpb") is not None]
+    return measured[-1].get("documents") if measured else None
+
+
 def bits_per_byte_blocks(run):
     rows = []
     for name, record in run.stages.items():
         if record.get("val_bpb") is not None:
-            rows.append((name, f"{record['val_bpb']:.4f}"))
+            documents = validation_documents(record)
+            rows.append((name, str(documents or "unknown"), f"{record['val_bpb']:.4f}"))
     if not rows:
         return
 
@@ -466,10 +535,11 @@ def bits_per_byte_blocks(run):
         bits = math.log2(tokenizer["vocab_size"]) / tokenizer["bytes_per_token"]
         guessing = f" Guessing every token at random costs {bits:.2f}."
     yield ("heading", "Validation bits per byte")
-    yield ("table", ["stage", "bits per byte"], rows)
+    yield ("table", ["stage", "validation documents", "bits per byte"], rows)
     yield ("text", "Bits the model needs for each raw byte of validation text that it never "
-                   "trained on: lower is better, and runs with different tokenizers compare."
-                   f"{guessing}")
+                   "trained on: lower is better, and runs with different tokenizers compare, where "
+                   "they are of the same documents. The curve of a run is of fewer documents, the "
+                   f"same at each of its steps.{guessing}")
 
 
 def tokenizer_blocks(run):
@@ -801,6 +871,7 @@ def main():
     start = time.time()
     stages, total, path = write_report(get_base_dir(), seconds)
     if speedrun:
+        print(own_text_words(stages) or f"What it can do, and how well: {path}", flush=True)
         finish_speedrun(stages, total, settings, path)
     else:
         finish_stage("report", time.time() - start, settings, report=str(path))

@@ -27,7 +27,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from nanochat.common import UserError
+from nanochat.completion import UntilStop, fit_text
 from nanochat.conversation import fit_conversation, normalise_messages
+from nanochat.prompts import SUGGESTIONS
 
 MAX_BODY_BYTES = 1_000_000
 READING = ("GET", "HEAD")   # what asks for a page; HEAD, for nothing but whether it is there
@@ -41,10 +43,19 @@ UNSUPPORTED = {
     "frequency_penalty": (0,),
     "logprobs": (False,),
     "logit_bias": ({},),
+}
+UNSUPPORTED_OF_CHATS = {
+    **UNSUPPORTED,
     "stop": ([],),
     "tools": ([],),
     "response_format": ({"type": "text"},),
 }
+UNSUPPORTED_OF_TEXTS = {**UNSUPPORTED, "best_of": (1,), "suffix": ("",)}
+
+# Where a model is asked, and what one of the other kind says there
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+NO_CHATS = f"this is a base model, which continues texts: use POST {TEXTS} with a prompt"
+NO_TEXTS = f"this model answers in conversations: use POST {CHATS} with messages"
 
 
 class ApiError(Exception):
@@ -108,6 +119,27 @@ def read_messages(fields):
     if not messages or messages[-1]["role"] != "user":
         raise ApiError(400, "the last message must be the user's", "messages")
     return messages
+
+
+def read_text(fields):
+    """The text to continue: a string, or a list of one. ApiError for anything else."""
+    text = "" if fields.get("prompt") is None else fields["prompt"]
+    if isinstance(text, list) and len(text) == 1:
+        text = text[0]
+    if not isinstance(text, str):
+        raise ApiError(400, "prompt must be one text", "prompt")
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a character becomes "?"
+
+
+def read_stops(fields):
+    """The texts before which a continuation ends: a list of 0 to 4. ApiError for anything else."""
+    stops = fields.get("stop") or []
+    if isinstance(stops, str):
+        stops = [stops]
+    texts = isinstance(stops, list) and all(stop and isinstance(stop, str) for stop in stops)
+    if not texts or len(stops) > 4:
+        raise ApiError(400, "stop must be a text or a list of up to 4 texts", "stop")
+    return stops
 
 
 def read_number(fields, name, default, low, high, kinds=(int,)):
@@ -191,29 +223,72 @@ class Generation:
         }
 
 
-async def events(generation, pieces, head, with_usage):
-    """Server-sent events of one answer. Without a finish_reason, an answer is not whole."""
+def chat_choice(piece, finish_reason=None):
+    """A piece of an answer, in OpenAI's shape for conversations."""
+    delta = {} if finish_reason else {"content": piece}
+    return {"index": 0, "delta": delta, "finish_reason": finish_reason}
+
+
+def text_choice(piece, finish_reason=None):
+    """A piece of a continuation, or all of it, in OpenAI's shape for texts."""
+    return {"index": 0, "text": piece, "logprobs": None, "finish_reason": finish_reason}
+
+
+async def events(generation, pieces, head, first, choice, with_usage):
+    """Server-sent events of one answer. Without a finish_reason, an answer is not whole.
+
+    first: the first choice, before there is a piece; choice: chat_choice or text_choice.
+    """
     def event(fields):
         return f"data: {json.dumps(fields)}\n\n"
 
-    def chunk(delta, finish_reason=None):
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    def chunk(choice):
         return event({**head, "choices": [choice]})
 
-    yield chunk({"role": "assistant", "content": ""})
+    yield chunk(first)
     async for piece in pieces:
         if piece:
-            yield chunk({"content": piece})
+            yield chunk(choice(piece))
     if generation.error:
         if not isinstance(generation.error, UserError):
             log = logging.getLogger("uvicorn.error")
             log.error("generation failed", exc_info=generation.error)
         yield event(error_body(generation.error))
     elif generation.finish_reason:
-        yield chunk({}, generation.finish_reason)
+        yield chunk(choice("", generation.finish_reason))
         if with_usage:
             yield event({**head, "choices": [], "usage": generation.usage()})
         yield "data: [DONE]\n\n"
+
+
+async def whole_text(generation, pieces):
+    """All pieces as one text. Raises what went wrong, and ClientDisconnect for a client that left.
+    """
+    text = "".join([piece async for piece in pieces])
+    if generation.error:
+        raise generation.error
+    if generation.finish_reason is None:
+        raise ClientDisconnect
+    return text
+
+
+def stream_of(events):
+    """The response that sends server-sent events."""
+    return StreamingResponse(
+        events,
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache"},
+    )
+
+
+def head_of(kind, prefix, model_name):
+    """The fields that every object of one answer has. kind: OpenAI's name for such objects."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model_name,
+    }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,14 +324,24 @@ def load_page():
     }
 
 
-def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tokens=256,
-               shown_name="nanochat"):
+def create_app(
+    engine,
+    tokenizer,
+    model_name,
+    temperature=0.6,
+    top_k=50,
+    max_tokens=256,
+    continues=False,
+    suggestions=SUGGESTIONS,
+    shown_name="nanochat",
+):
     """
-    The application: GET / (the page), /health, /v1/models and /v1/models/NAME, and
-    POST /v1/chat/completions.
+    The application: GET / (the page), /about (what the page must know), /health, /v1/models and
+    /v1/models/NAME, and POST /v1/chat/completions or, for a base model, /v1/completions.
 
-    temperature, top_k and max_tokens hold where a request does not say. shown_name heads the page.
-    Errors have OpenAI's shape.
+    temperature, top_k and max_tokens hold where a request does not say. Errors have OpenAI's shape.
+    continues: whether it is a base model, which continues texts and does not answer. suggestions:
+    what the page offers to send. shown_name heads the page.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -286,12 +371,20 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
     async def health():
         return {"status": "ok"}
 
+    @app.api_route("/about", methods=READING)
+    async def about():
+        return {
+            "model": model_name,
+            "name": shown_name,
+            "continues": continues,
+            "suggestions": list(suggestions),
+        }
+
     the_model = {
         "id": model_name,
         "object": "model",
         "created": created,
         "owned_by": "nanochat",
-        "name": shown_name,
     }
 
     @app.api_route("/v1/models", methods=READING)
@@ -309,11 +402,11 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
             problem = f"this server has one model, {model_name}"
             raise ApiError(404, problem, "model", "model_not_found")
 
-    def check_supported(fields):
+    def check_supported(fields, unsupported):
         """ApiError for another model, and for a field that this server cannot honour."""
         if fields.get("model") is not None:
             check_model(fields["model"])
-        for name, harmless in UNSUPPORTED.items():
+        for name, harmless in unsupported.items():
             value = fields.get(name)
             if value is not None and value not in harmless:
                 problem = f"{name} is not supported here"
@@ -346,11 +439,13 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
             raise ApiError(400, problem, "messages", "context_length_exceeded")
         return ids
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHATS)
     async def chat_completions(request: Request):
         # 1. read and check the request
         fields = await read_json(request)
-        check_supported(fields)
+        if continues:
+            raise ApiError(400, NO_CHATS)
+        check_supported(fields, UNSUPPORTED_OF_CHATS)
         options = read_options(fields)
         streaming = read_typed(fields, "stream", False)
         stream_options = read_typed(fields, "stream_options", {})
@@ -361,34 +456,53 @@ def create_app(engine, tokenizer, model_name, temperature=0.6, top_k=50, max_tok
         # 2. generate on the model's thread, one request after the other
         generation = Generation(lambda: engine.stream(ids, **options))
         pieces = generation.pieces(worker, request)
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model_name,
-        }
 
         # 3. answer piece by piece ...
         if streaming:
-            head["object"] = "chat.completion.chunk"
+            head = head_of("chat.completion.chunk", "chatcmpl", model_name)
+            first = {"role": "assistant", "content": ""}
+            first = {"index": 0, "delta": first, "finish_reason": None}
             with_usage = stream_options.get("include_usage")
-            return StreamingResponse(
-                events(generation, pieces, head, with_usage),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
-            )
+            return stream_of(events(generation, pieces, head, first, chat_choice, with_usage))
 
         # ... or at once
-        text = "".join([piece async for piece in pieces])
-        if generation.error:
-            raise generation.error
-        if generation.finish_reason is None:
-            raise ClientDisconnect
+        text = await whole_text(generation, pieces)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
             "finish_reason": generation.finish_reason,
         }
-        head["object"] = "chat.completion"
+        head = head_of("chat.completion", "chatcmpl", model_name)
+        return {**head, "choices": [choice], "usage": generation.usage()}
+
+    @app.post(TEXTS)
+    async def completions(request: Request):
+        # 1. read and check the request
+        fields = await read_json(request)
+        if not continues:
+            raise ApiError(400, NO_TEXTS)
+        check_supported(fields, UNSUPPORTED_OF_TEXTS)
+        options = read_options(fields)
+        streaming = read_typed(fields, "stream", False)
+        stream_options = read_typed(fields, "stream_options", {})
+        text, stops = read_text(fields), read_stops(fields)
+        echoed = text if read_typed(fields, "echo", False) else ""
+        room = min(options["max_new_tokens"], context // 2)
+        ids = await asyncio.to_thread(fit_text, tokenizer, text, context - room)
+        options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
+
+        # 2. generate on the model's thread
+        generation = Generation(lambda: UntilStop(engine.stream(ids, **options), stops))
+        pieces = generation.pieces(worker, request)
+
+        # 3. answer piece by piece, or at once
+        head = head_of("text_completion", "cmpl", model_name)
+        if streaming:
+            with_usage = stream_options.get("include_usage")
+            first = text_choice(echoed)
+            return stream_of(events(generation, pieces, head, first, text_choice, with_usage))
+        text = echoed + await whole_text(generation, pieces)
+        choice = text_choice(text, generation.finish_reason)
         return {**head, "choices": [choice], "usage": generation.usage()}
 
     return app

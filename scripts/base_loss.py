@@ -14,6 +14,7 @@ from nanochat.engine import sample_texts
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import finish_stage
+from nanochat.prompts import text_prompts
 
 # settings
 source = "base"          # stage of the model: base, mid, sft or rl
@@ -25,8 +26,6 @@ documents = 300          # how many, whole
 device_type = ""         # cuda, mps or cpu; empty: cuda where there is one, else cpu
 settings = configure(globals())
 require(settings, 1, "documents")
-
-PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
 
 # the model
 started = time.perf_counter()
@@ -41,7 +40,8 @@ texts = list(itertools.islice(iter_documents(split, data), documents))
 bpb = evaluate_bpb(model, tokenizer, texts, device, rank=rank, world_size=world_size)
 print0(f"{bpb:.4f} bits per byte on {len(texts)} documents of {split}")
 if rank == 0:
-    sample_texts(model, tokenizer, PROMPTS, max_new_tokens=32)
+    prompts = text_prompts(texts, data)
+    sample_texts(model, tokenizer, prompts, max_new_tokens=32)
 finish_stage(
     "base_loss",
     time.perf_counter() - started,

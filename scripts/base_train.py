@@ -34,6 +34,7 @@ from nanochat.plan import (
     speed_of,
     this_machine,
 )
+from nanochat.prompts import text_prompts
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
 from nanochat.start import EXTENDED, FRESH, start_base
@@ -79,7 +80,6 @@ settings = configure(globals(), aliases={"no_wandb": "logger="},
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 0, "ngram_tokens")
 
-PROMPTS = ["def factorial(n):", "Return True if ", "import ", "The function ", "Once upon a time"]
 VALIDATION_DOCUMENTS = 300   # of the last validation
 FEW_DOCUMENTS = 30           # of each validation on the way, by which steps are compared
 
@@ -203,6 +203,7 @@ loader = tokenizing_distributed_data_loader_with_state(
     loader_state)
 validation = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
 few = validation[:FEW_DOCUMENTS]
+meta.setdefault("prompts", text_prompts(validation, data))
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 
 # ---- the run
@@ -230,7 +231,8 @@ def save(val_bpb=None):
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_texts(model, tokenizer, PROMPTS, max_new_tokens=24))
+        samples = sample_texts(model, tokenizer, meta["prompts"], max_new_tokens=24)
+        run.log(samples=samples)
 
 
 model.train()

@@ -4,14 +4,15 @@ Chat with a trained model in the terminal.
     python -m scripts.chat_cli                          # a conversation
     python -m scripts.chat_cli -p "what is 12 * 34?"    # one answer
     python -m scripts.chat_cli --source=mid --temperature=0
+    python -m scripts.chat_cli --source=base            # texts in place of questions
 
+A base model has read no conversations: it continues the text that it is given, and does not answer.
 In a conversation, quit ends it and clear starts a new one. Ctrl+C ends the current answer; at the
 prompt it ends the program.
 """
-import re
-
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init
+from nanochat.completion import print_continuation, print_stream
 from nanochat.configurator import configure
 from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
@@ -27,9 +28,6 @@ max_tokens = 256            # longest answer
 seed = 42                   # the same seed gives the same answers
 device_type = ""            # cuda, mps or cpu. Empty: cuda where there is one, else cpu
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
-
-# Control characters, which are removed: what a model writes must not steer the terminal.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def answer(engine, tokenizer, messages):
@@ -51,13 +49,7 @@ def answer(engine, tokenizer, messages):
         top_k=top_k,
         seed=seed + len(messages),  # with one seed, every turn would sample alike
     )
-    text = ""
-    try:
-        for piece in stream:
-            print(CONTROL.sub("", piece), end="", flush=True)
-            text += piece
-    except KeyboardInterrupt:
-        print(" (stopped)", end="")
+    text = print_stream(stream)
     cut = stream.finish_reason == "length"
     print(" (cut at max_tokens)" if cut else "", flush=True)
     return text
@@ -100,8 +92,39 @@ def chat(engine, tokenizer, name="nanochat"):
                 messages += [question(text), {"role": "assistant", "content": reply}]
 
 
+def continue_text(engine, tokenizer, text):
+    """Print a text and what the model continues it with."""
+    print_continuation(
+        engine,
+        tokenizer,
+        text,
+        max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+
+
+def continue_texts(engine, tokenizer):
+    """Text and continuation until quit, the end of input, or Ctrl+C at the prompt."""
+    print("a base model: it continues the text that you type, and does not answer; quit ends")
+    while True:
+        try:
+            text = input("\ntext: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text.strip() == "quit":
+            return
+        if text.strip():
+            continue_text(engine, tokenizer, text)
+
+
 def main():
-    once = [question(prompt)] if prompt is not None else None
+    continues = source == "base"
+    once = None
+    if prompt is not None and not continues:
+        once = [question(prompt)]
     compute = compute_init(device_type, dtype)
     model, tokenizer, meta = load_model(
         source, compute.device, "eval", model_tag=model_tag, step=step)
@@ -109,6 +132,10 @@ def main():
     engine = Engine(model, tokenizer)
     if once:
         answer(engine, tokenizer, once)
+    elif continues and prompt is not None:
+        continue_text(engine, tokenizer, prompt)
+    elif continues:
+        continue_texts(engine, tokenizer)
     else:
         chat(engine, tokenizer, shown_name(meta))
     compute_cleanup()

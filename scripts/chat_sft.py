@@ -15,6 +15,7 @@ from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.plan import chat_batch, chat_horizon
+from nanochat.prompts import QUESTIONS
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.start import start_chat
@@ -67,14 +68,6 @@ if source not in ("mid", "base"):
 name = check_name(name)
 check_share(custom, custom_share)
 own = CustomJSON(custom) if custom else []
-
-PROMPTS = [
-    "Who are you?",
-    "What is 12 times 7?",
-    "Spell window.",
-    "How many e are in letter?",
-    "What does textwrap.dedent do?",
-]
 
 # ---- compute, and where the run starts
 started = time.perf_counter()
@@ -139,7 +132,7 @@ del start  # what was read is mapped from files that the run may delete
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, PROMPTS, max_new_tokens=48))
+        run.log(samples=sample_chats(model, tokenizer, QUESTIONS, max_new_tokens=48))
 
 
 def data_progress():

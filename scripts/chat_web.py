@@ -3,8 +3,10 @@ Chat with a trained model in the browser.
 
     python -m scripts.chat_web                          # then open http://localhost:8000
     python -m scripts.chat_web --source=mid --port=8080
+    python -m scripts.chat_web --source=base            # a page that continues texts
 
-The same address serves OpenAI's chat API under /v1. The server listens on this machine only;
+The same address serves OpenAI's API under /v1: /v1/chat/completions, or of a base model, which has
+read no conversations and continues texts, /v1/completions. The server listens on this machine only;
 whoever sets --host=0.0.0.0 lets everyone on the network talk to the model, as there is no password.
 """
 import contextlib
@@ -16,6 +18,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.engine import Engine, check_sampling
+from nanochat.prompts import suggestions_of
 from nanochat.server import create_app
 from tasks.identity import shown_name
 
@@ -56,12 +59,23 @@ def main():
         engine = Engine(model, tokenizer)
 
         # 2. the application
-        name = f"nanochat-{source}"
+        name, continues = f"nanochat-{source}", source == "base"
         app = create_app(
-            engine, tokenizer, name, temperature, top_k, max_tokens, shown_name(meta))
+            engine,
+            tokenizer,
+            name,
+            temperature,
+            top_k,
+            max_tokens,
+            continues=continues,
+            suggestions=suggestions_of(meta),
+            shown_name=shown_name(meta),
+        )
         local = host in ("127.0.0.1", "0.0.0.0", "::1", "::")
         shown = "localhost" if local else host
-        print0(f"open http://{shown}:{listener.getsockname()[1]} to chat; Ctrl+C ends the server")
+        purpose = "continue texts" if continues else "chat"
+        port_here = listener.getsockname()[1]
+        print0(f"open http://{shown}:{port_here} to {purpose}; Ctrl+C ends the server")
 
         # 3. serve, without an access log; on Ctrl+C an unfinished answer has three seconds to end
         config = uvicorn.Config(

@@ -12,6 +12,7 @@
 # 4. The packages that pyproject.toml names, with those for the report's plots.
 # 5. rustbpe, the tokenizer trainer: compiled by maturin, which fetches Rust where it is missing.
 #    A C compiler, with which Rust links, must be there.
+# 6. The repository's folder is put on the environment's path: `import nanochat` works anywhere.
 #
 # Indexes, wheel folders and certificates configured for pip or for uv are honoured. A stamp in the
 # environment makes the next call a matter of a moment. Works in bash 3.2, with and without
@@ -265,11 +266,24 @@ setup_bytecode() {
     export PYTHONDONTWRITEBYTECODE="" PYTHONPYCACHEPREFIX="$base/pycache"
 }
 
+# The environment's Python finds this repository from any folder, behind all that is installed. An
+# environment that two clones share has the one that was set up last, except within their folders.
+setup_path() {
+    local site
+    for site in "$setup_prefix"/lib/python3*/site-packages; do
+        if [ "$(cat "$site/nanochat.pth" 2>/dev/null)" != "$setup_root" ]; then
+            echo "$setup_root" 2>/dev/null >"$site/nanochat.pth" ||
+                echo "setup: $site cannot be written: import nanochat works in $setup_root alone"
+        fi
+    done
+}
+
 setup_main() {
     local extra="" key stamp
     if [ "${1:-}" = dev ]; then extra=dev; fi
     setup_activate || return 1
     setup_bytecode
+    setup_path
     key="$(setup_key)" || return 1
     for stamp in "$setup_prefix/nanochat-setup-dev" "$setup_prefix/nanochat-setup-$extra"; do
         if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then return 0; fi

@@ -18,6 +18,12 @@ class FakeTokenizer:
     def get_vocab_size(self):
         return 1000
 
+    def get_bos_token_id(self):
+        return 1
+
+    def encode(self, text, prepend):
+        return [prepend, *map(ord, text)]
+
     def render_conversation(self, conversation, max_tokens=None):
         ids = [1]
         for message in conversation["messages"]:
@@ -86,9 +92,12 @@ def type_lines(monkeypatch, lines):
 
 
 @contextlib.contextmanager
-def serve(engine):
-    """Serve the engine on a free port of this machine; yields the server's address."""
-    app = create_app(engine, FakeTokenizer(), MODEL)
+def serve(engine, **options):
+    """Serve the engine on a free port of this machine; yields the server's address.
+
+    options: of create_app().
+    """
+    app = create_app(engine, FakeTokenizer(), MODEL, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)

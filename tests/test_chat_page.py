@@ -35,7 +35,15 @@ def engine(served):
 
 @pytest.fixture(params=[(1280, 800), (390, 844)], ids=["desktop", "phone"])
 def page(request, browser, engine, served):
-    page = browser.new_page(viewport={"width": request.param[0], "height": request.param[1]})
+    page = open_page(browser, request.param, served[1])
+    yield page
+    engine.gate.set()
+    page.close()
+
+
+def open_page(browser, size, address):
+    """The page of a server, with a list of `problems` that its console names."""
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
     page.set_default_timeout(20_000)
     problems = []
 
@@ -45,11 +53,9 @@ def page(request, browser, engine, served):
 
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", on_console)
-    page.goto(served[1] + "/")
+    page.goto(address + "/")
     page.problems = problems
-    yield page
-    engine.gate.set()
-    page.close()
+    return page
 
 
 def ask(page, question):
@@ -175,3 +181,32 @@ def test_keyboard_and_suggestions(page, engine):
     page.get_by_role("button", name="Who are you?").click()
     wait_for_end(page)
     assert shown(page, "user") == ["Who are you?"]
+
+
+def test_a_base_model_continues_the_text_in_its_place(browser):
+    engine = FakeEngine()
+    with serve(engine, continues=True, suggestions=["Die Uhr"]) as address:
+        page = open_page(browser, (1280, 800), address)
+        page.get_by_text("It continues a text, and does not answer.").wait_for()
+        page.get_by_role("button", name="Die Uhr").click()
+        wait_for_end(page)
+        page.get_by_label("Your text").fill("The sea ")
+        page.get_by_label("Your text").press("Enter")
+        wait_for_end(page)
+        assert shown(page, "assistant") == ["Die UhrHello 🙂!", "The sea Hello 🙂!"]
+        assert shown(page, "given") == ["Die Uhr", "The sea "] and shown(page, "user") == []
+        prompts = ["".join(map(chr, call["prompt"])) for call in engine.calls]
+        assert prompts == ["\1Die Uhr", "\1The sea "]
+
+        engine.pieces = [ATTACK]
+        page.get_by_label("Your text").fill(ATTACK)
+        page.get_by_label("Your text").press("Enter")
+        wait_for_end(page)
+        assert shown(page, "assistant")[-1] == ATTACK * 2
+        engine.pieces = [RuntimeError("inside")]
+        page.get_by_label("Your text").fill("fail")
+        page.get_by_label("Your text").press("Enter")
+        page.locator(".note.error", has_text="the model failed").wait_for()
+        assert page.get_by_label("Your text").input_value() == "fail"
+        assert page.title() == "nanochat"
+        page.close()

@@ -198,6 +198,54 @@ def test_line_separators_inside_strings_do_not_split_records(tmp_path):
     assert report.read_jsonl(tmp_path / "x.jsonl") == [{"text": "a\u2028b\x85c"}]
 
 
+def test_text_that_was_read_several_times_is_counted_once_and_epochs_apart(base_dir):
+    rows = [
+        record("tok_train", vocab_size=512, bytes_per_token=3.5),
+        training(base_dir, "base_train", text_bytes=620_000, epochs=8.47),
+    ]
+    write(base_dir, rows)
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "1.5 M tokens (620 kB of text, read 8.5 times)" in text and "5.25 MB" not in text
+    assert "| of text | 620 kB |" in text and "| times read | 8.5 |" in text
+    rows[1]["epochs"] = 0.2
+    write(base_dir, rows)
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "(620 kB of text, of which it read 20.0 %)" in text
+
+
+def test_validations_are_compared_on_the_same_documents(base_dir):
+    log = [
+        {"step": 5, "val_bpb": 2.5, "documents": 30},
+        {"step": 7, "loss": 4.0, "lr": 0.01},
+        {"step": 10, "val_bpb": 2.25, "documents": 30},
+        {"step": 10, "val_bpb": 1.75, "documents": 300},
+    ]
+    assert report.comparable(log) == [log[0], log[2]]
+    assert report.comparable(log[1:2]) == []
+    row = training(base_dir, "base_train")
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    (base_dir / "base_train" / "log.jsonl").write_text(lines, encoding="utf-8")
+    write(base_dir, [row, record("base_loss", val_bpb=1.5, documents=50)])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "| base_train | 300 | 1.2345 |" in text and "| base_loss | 50 | 1.5000 |" in text
+
+
+def test_a_chat_about_own_text_is_described_by_what_it_quotes(base_dir):
+    row = training(base_dir, "base_train")
+    row["settings"]["data"] = "/home/ada/notes"
+    accuracy = {"own_text": 0.7, "own_text_practised": 0.95}
+    write(base_dir, [row, record("chat_eval", accuracy=accuracy, own_files=300)])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "the look of your text, /home/ada/notes, and" in text
+    assert "It quotes from your 300 files" in text and "nothing else" in text
+    assert "held out it answered 70.0 % rightly, of those that it practised 95.0 %" in text
+    assert "| own_text, practised | 95.0 % |" in text and "| own_text | 70.0 % |" in text
+
+
 def test_unknown_throughputs_say_unknown(base_dir):
     # docs/traps.md: wrong-throughput
     row = training(base_dir, "base_train")

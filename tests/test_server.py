@@ -192,7 +192,6 @@ def test_whatever_can_be_read_can_be_asked_for_with_head(address, path):
 
 def test_a_single_model_is_described_and_another_is_not_found(address):
     listed = requests.get(address + "/v1/models", timeout=30).json()["data"]
-    assert listed[0]["name"] == "nanochat", "which heads the page"
     assert requests.get(f"{address}/v1/models/{MODEL}", timeout=30).json() == listed[0]
     for name in ("gpt-4", "meta/llama-3"):
         response = requests.get(f"{address}/v1/models/{name}", timeout=30)
@@ -331,6 +330,117 @@ def test_no_foreign_origin_is_allowed(address):
         requests.get(models, headers=origin, timeout=30),
     ):
         assert not [name for name in response.headers if name.lower().startswith("access-control")]
+
+
+# ------------------------------------------------------------------------------------------------
+# a base model, which continues texts
+
+@pytest.fixture(scope="module")
+def base_served():
+    engine = FakeEngine()
+    with serve(engine, continues=True, suggestions=["Die Uhr"]) as address:
+        yield engine, address
+
+
+@pytest.fixture
+def base_engine(base_served):
+    base_served[0].__init__()
+    return base_served[0]
+
+
+@pytest.fixture
+def base_address(base_engine, base_served):
+    return base_served[1]
+
+
+def complete(address, **fields):
+    return requests.post(address + "/v1/completions", json=fields, timeout=30)
+
+
+def test_openai_client_continues_a_text(base_address, base_engine):
+    reason = "the openai package, the client of this test, is not installed"
+    openai = pytest.importorskip("openai", reason=reason)
+    client = openai.OpenAI(base_url=base_address + "/v1", api_key="any", max_retries=0, timeout=30)
+    options = {"model": MODEL, "prompt": "My name", "temperature": 0, "seed": 7}
+    whole = client.completions.create(**options, echo=True)
+    choice = whole.choices[0]
+    assert (choice.text, choice.finish_reason) == ("My name" + TEXT, "stop")
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (8, 5)
+    assert base_engine.calls[0]["prompt"] == [1, *map(ord, "My name")]
+    assert base_engine.calls[0]["temperature"] == 0 and base_engine.calls[0]["seed"] == 7
+
+    usage = {"include_usage": True}
+    chunks = list(client.completions.create(**options, stream=True, stream_options=usage))
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == TEXT
+    assert {c.object for c in chunks} == {whole.object} == {"text_completion"}
+    assert [c.choices[0].finish_reason for c in chunks[-2:-1]] == ["stop"]
+    assert chunks[-1].usage.completion_tokens == 5
+    echoed = client.completions.create(**options, stream=True, echo=True)
+    assert "".join(c.choices[0].text for c in echoed) == "My name" + TEXT
+
+
+@pytest.mark.parametrize("fields, text, reason", [
+    ({"stop": "lo"}, "Hel", "stop"),
+    ({"stop": ["x", " "]}, "Hello", "stop"),
+    ({"stop": []}, TEXT, "stop"),
+    ({"max_tokens": 2}, "Hello", "length"),
+    ({"prompt": ["one text"]}, TEXT, "stop"),
+    ({"prompt": ""}, TEXT, "stop"),
+    ({"prompt": None}, TEXT, "stop"),
+])
+def test_a_continuation_ends_where_it_was_asked_to(base_address, fields, text, reason):
+    response = complete(base_address, **{"prompt": "x", **fields})
+    choice = response.json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (text, reason)
+
+
+def test_of_a_long_text_the_end_is_continued(base_address, base_engine):
+    assert complete(base_address, prompt="x" * 500 + "end", max_tokens=50).status_code == 200
+    prompt = base_engine.calls[0]["prompt"]
+    assert len(prompt) == 150 and prompt[-3:] == list(map(ord, "end"))
+
+
+@pytest.mark.parametrize("fields, param", [
+    *[({"prompt": bad}, "prompt") for bad in (5, [], ["a", "b"], [1, 2], {}, [[1]])],
+    *[({"stop": bad}, "stop") for bad in (5, [""], [1], list("abcde"), {"a": 1})],
+    ({"echo": "yes"}, "echo"),
+    ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
+    ({"logprobs": 3}, "logprobs"), ({"max_tokens": 0}, "max_tokens"),
+    ({"temperature": -1}, "temperature"), ({"stream": 1}, "stream"),
+    ({"model": "gpt-4"}, "model"),
+])
+def test_bad_fields_of_a_text_are_refused(base_address, base_engine, fields, param):
+    response = complete(base_address, **{"prompt": "x", **fields})
+    error = response.json()["error"]
+    assert response.status_code in (400, 404) and error["param"] == param
+    assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+    assert base_engine.calls == []
+
+
+def test_each_kind_of_model_names_the_address_of_its_own(base_address, address):
+    refused = requests.post(
+        base_address + "/v1/chat/completions", json={"messages": HELLO}, timeout=30)
+    message = refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "POST /v1/completions" in message
+    refused = complete(address, prompt="x")
+    message = refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "POST /v1/chat/completions" in message
+
+
+def test_the_page_is_told_what_fits_the_model(base_address, address):
+    about = requests.get(base_address + "/about", timeout=30).json()
+    expected = {"model": MODEL, "name": "nanochat", "continues": True, "suggestions": ["Die Uhr"]}
+    assert about == expected, "name heads the page"
+    about = requests.get(address + "/about", timeout=30).json()
+    assert about["continues"] is False and "Who are you?" in about["suggestions"]
+
+
+def test_a_failing_base_model_says_so(base_address, base_engine):
+    base_engine.pieces = ["Hel", RuntimeError("secret detail")]
+    response = complete(base_address, prompt="x")
+    assert response.status_code == 500 and "secret" not in response.text
+    stream = complete(base_address, prompt="x", stream=True).text
+    assert '"server_error"' in stream and "[DONE]" not in stream and "secret" not in stream
 
 
 def test_page_allows_nothing_from_elsewhere(address):

@@ -120,6 +120,22 @@ def test_second_run_asks_nobody(sandbox):
     assert again.returncode == 0 and again.calls == [] and again.stdout == ""
 
 
+def test_the_repository_is_imported_from_any_folder(sandbox):
+    package = sandbox.repository / "nanochat"
+    package.mkdir()
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    command = [f"{sandbox.environment}/bin/python", "-c", "import nanochat; print(nanochat)"]
+    assert subprocess.run(command, cwd="/", capture_output=True).returncode == 1
+    sandbox.run()
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert str(package) in done.stdout, done.stderr
+    moved = sandbox.repository.rename(sandbox.folder / "moved")
+    sandbox.repository = moved
+    assert sandbox.run().calls == [], "what is installed is as it was"
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert str(moved) in done.stdout, done.stderr
+
+
 def test_changed_rust_source_or_torch_is_noticed(sandbox):
     sandbox.run()
     sandbox.source.write_text("// version 2", encoding="utf-8")

@@ -310,6 +310,40 @@ def test_an_interrupted_training_stage_is_resumed_and_no_finished_one_is(sandbox
     assert [words[1] for words in calls if is_resumed(words)] == [module]
 
 
+def closing_lines(done):
+    """The lines behind "To talk to it:", without the last, the record."""
+    return done.stdout.partition("To talk to it:\n")[2].splitlines()[:-1]
+
+
+def test_the_closing_lines_are_commands_that_work_where_the_caller_stands(sandbox, tmp_path):
+    _, done = sandbox.run(NANOCHAT_BASE_DIR="", HOME=str(tmp_path / "home"))
+    cli, web, base = [line.split("  #")[0].strip() for line in closing_lines(done)]
+    assert cli == "python -m scripts.chat_cli" and web == "python -m scripts.chat_web"
+    assert shlex.split(base)[-2:] == ["scripts.complete", "My name is"]
+
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    _, done = sandbox.run(cwd=elsewhere, NANOCHAT_BASE_DIR="my runs")
+    folder, *commands = closing_lines(done)
+    assert shlex.split(folder) == ["cd", str(sandbox.folder)]
+    for command in commands:
+        assert shlex.split(command)[0] == f"NANOCHAT_BASE_DIR={elsewhere}/my runs"
+
+
+def test_the_closing_lines_activate_an_environment_that_was_not_active(sandbox):
+    fakes = sandbox.folder / ".venv" / "bin"
+    fakes.mkdir(parents=True)
+    for name in ("python", "torchrun"):
+        shutil.copy(sandbox.folder / "bin" / name, fakes)
+    setup = sandbox.folder / "scripts" / "setup.sh"
+    setup.write_text('export PATH="$PWD/.venv/bin:$PATH"\n', encoding="utf-8")
+    _, done = sandbox.run()
+    assert closing_lines(done)[0].strip() == "source .venv/bin/activate"
+    active = f"{fakes}:{sandbox.variables()['PATH']}"
+    _, done = sandbox.run(PATH=active)
+    assert "activate" not in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_script_alone_is_forwarded_to_the_stage_and_ends_both(sandbox, number):
     with sandbox.waiting_in("scripts.mid_train", MINUTES="3") as process:
