@@ -15,6 +15,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init
 from nanochat.configurator import configure
 from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
+from nanochat.passage_store import load_passages
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest
@@ -102,9 +103,9 @@ def chat(engine, tokenizer):
 def main():
     once = [question(prompt)] if prompt is not None else None
     compute = compute_init(device_type, dtype)
-    model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+    model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, load_passages(meta))
     if once:
         answer(engine, tokenizer, once)
     else:

@@ -17,8 +17,10 @@ from nanochat.engine import Engine, check_finite
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage
+from nanochat.passage_store import load_passages
 from tasks.arithmetic import Arithmetic
 from tasks.identity import Identity
+from tasks.own_text import OwnText
 from tasks.pydoc import PyDoc
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -42,6 +44,8 @@ TASKS = {
     "pydoc_letter": lambda: PyDoc("test", "letter", stop=items),
     "pydoc_module": lambda: PyDoc("test", "module", stop=items),
     "identity": lambda: Identity("test", stop=items),
+    "own_text": lambda: OwnText("test", passages.passages, items, own_form),
+    "own_text_practised": lambda: OwnText("train", passages.passages, items, own_form),
 }
 names = tasks.split(",") if tasks else list(TASKS)
 unknown = [name for name in names if name not in TASKS]
@@ -54,7 +58,16 @@ compute = compute_init(device_type)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 model.cast_for_inference(model.compute_dtype)
-engine = Engine(model, tokenizer)
+passages = load_passages(meta)
+own_form = meta["settings"].get("own_text", "lookup")
+engine = Engine(model, tokenizer, passages)
+
+# a chat is asked about the user's text where it was made of that, else about Python's library
+if not tasks:
+    unfit = "pydoc" if passages else "own_text"
+    names = [name for name in names if not name.startswith(unfit)]
+elif not passages and any(name.startswith("own_text") for name in names):
+    raise UserError("own_text: this chat was not trained on a text of yours, ask for other tasks")
 
 
 # ---- three ways to answer; each returns one list of parts for each conversation
@@ -142,7 +155,11 @@ for name in names:
     totals = torch.tensor([right, len(mine)], device=device)
     if world_size > 1:
         torch.distributed.all_reduce(totals)
-    right, counts[name] = totals.tolist()
+    right, count = totals.tolist()
+    if not count:
+        print0(f"{name:13s} has no items: the text is too short to ask about")
+        continue
+    counts[name] = count
     accuracy[name] = right / counts[name]
     chance[name] = task.chance
     print0(
@@ -156,6 +173,7 @@ finish_stage(
     accuracy=accuracy,
     items=counts,
     chance=chance,
+    own_files=passages.document_count if passages else 0,
     source=source,
     checkpoint=meta["dir"],
 )

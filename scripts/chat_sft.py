@@ -14,6 +14,7 @@ from nanochat.dataloader import say_cut, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
+from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_batch, chat_horizon
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
@@ -22,7 +23,7 @@ from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.identity import Identity
-from tasks.pydoc import PyDoc
+from tasks.own_text import FORMS, identity_tasks, subject_tasks
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
@@ -37,6 +38,8 @@ weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 source = "mid"               # stage to start from: mid or base
 custom: str = None           # your own conversations (jsonl, json, csv); 10 times in an epoch
+data: str = None             # your own text, to look up; None: that of the model's pretraining
+own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
@@ -52,6 +55,8 @@ resume_from_checkpoint: str = None  # or from this one: its step, or the path of
 seed = 43                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+if own_text not in FORMS:
+    raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
 
@@ -70,6 +75,7 @@ compute = compute_init(device_type, dtype, seed)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("chat_sft", "sft", settings, compute, model_source=source)
 meta = start.meta
+passages = prepare_passages(data, meta, start.folder)
 prepare(model, compile)
 T = model.config.max_seq_len
 
@@ -91,10 +97,8 @@ conversations = [
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
     Arithmetic("train", 26_000),
-    PyDoc("train", "what", 15_000),
-    PyDoc("train", "module", 4_000),
-    PyDoc("train", "letter", 1_600),
-    *[Identity("train")] * 4,
+    *subject_tasks(passages, own_text),
+    *identity_tasks(Identity("train"), passages),
 ]
 if custom:
     mine = CustomJSON(custom)
@@ -117,7 +121,7 @@ del start  # what was read is mapped from files that the run may delete
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, PROMPTS, max_new_tokens=48))
+        run.log(samples=sample_chats(model, tokenizer, PROMPTS, 48, passages))
 
 
 def data_progress():

@@ -10,12 +10,13 @@ import time
 
 import torch
 
-from nanochat.common import compute_init, print0
+from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
+from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_batch, chat_horizon
 from nanochat.run import Run
 from nanochat.schedule import set_learning_rates
@@ -23,7 +24,7 @@ from nanochat.start import start_chat
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.identity import Identity
-from tasks.pydoc import PyDoc
+from tasks.own_text import FORMS, identity_tasks, subject_tasks
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
@@ -36,6 +37,8 @@ total_batch_size: int = None   # tokens per optimizer step; None: one pass of ev
 learning_rate = 0.01         # Muon's, for the matrices; other groups keep their ratio to it
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
+data: str = None             # your own text, to look up; None: that of the model's pretraining
+own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
@@ -51,6 +54,8 @@ resume_from_checkpoint: str = None  # or from this one: its step, or the path of
 seed = 42                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+if own_text not in FORMS:
+    raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
 
 PROMPTS = [
     "Who are you?",
@@ -84,14 +89,13 @@ if start.state:
     torch.set_rng_state(start.state["rng"].cpu())
 
 # ---- data: the mixture, and how often each conversation comes
+passages = prepare_passages(data, meta, start.folder)
 mixture = TaskMixture([
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
     Arithmetic("train", 26_000),
-    PyDoc("train", "what", 15_000),
-    PyDoc("train", "module", 4_000),
-    PyDoc("train", "letter", 1_600),
-    *[Identity("train")] * 4,
+    *subject_tasks(passages, own_text),
+    *identity_tasks(Identity("train"), passages),
 ])
 loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(
@@ -108,7 +112,7 @@ del start  # what was read is mapped from files that the run may delete
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, PROMPTS, max_new_tokens=48))
+        run.log(samples=sample_chats(model, tokenizer, PROMPTS, 48, passages))
 
 
 def data_progress():
