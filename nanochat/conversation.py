@@ -34,6 +34,14 @@ SHOWN = {
 }
 SHOWN_CALL = re.compile(r"`([^`]+)` → ([^\n]*)\n")
 
+# The call that looks the last question up in the user's own text. It has no argument: a small model
+# cannot copy a long question. It is not shown; its reply is, and ends with the source of a quote.
+LOOKUP_CALL = "lookup()"
+NOTHING_FOUND = "I found nothing about that in your text."
+SHOWN_LOOKUP = re.compile(
+    r"(.+\n\(source: [^\n]+\)|" + re.escape(NOTHING_FOUND) + r")\n?", re.DOTALL
+)
+
 
 # -------------------------------------------------------------------------------------------------
 # what is well formed
@@ -333,10 +341,18 @@ def restore_tool_calls(message):
     """The message with its tool calls as parts again, the inverse of SHOWN.
 
     "So: `12*7` → 84\\nIt is 84." becomes the parts text "So: ", python "12*7", python_output "84"
-    and text "It is 84.". A message without a call, or not the assistant's, is returned as it is.
+    and text "It is 84.". A quote with its source becomes the look-up that it was. A message without
+    a call, or not the assistant's, is returned as it is.
     """
     if message["role"] != "assistant" or not isinstance(message["content"], str):
         return message
+    lookup = SHOWN_LOOKUP.fullmatch(message["content"])
+    if lookup:
+        parts = [
+            {"type": "python", "text": LOOKUP_CALL},
+            {"type": "python_output", "text": lookup[1]},
+        ]
+        return {**message, "content": parts}
     pieces = SHOWN_CALL.split(message["content"])  # text, call, reply, text, call, reply, ..., text
     if len(pieces) == 1:
         return message

@@ -17,15 +17,18 @@ and each samples with a generator seeded for it alone: it gets the same tokens a
 others.
 
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
-tool's reply into that sequence, token by token, instead of sampling.
+tool's reply into that sequence, token by token, instead of sampling. The call lookup() is answered
+with what the user's own text says about the last question, where the engine was given its passages
+(retrieval.py): the model decides whether to look up, the quote is exact.
 """
 import math
 
 import torch
 
 from nanochat.common import UserError
-from nanochat.conversation import SHOWN
+from nanochat.conversation import LOOKUP_CALL, SHOWN
 from nanochat.execution import use_tool
+from nanochat.retrieval import reply_within
 from nanochat.tokenizer import StreamDecoder
 
 
@@ -122,6 +125,20 @@ class Sequence:
         return len(self.prompt) + self.max_new_tokens
 
 
+def user_texts(tokenizer, ids):
+    """The texts of the user's messages in the ids of a conversation, a list of str."""
+    start = tokenizer.encode_special("<|user_start|>")
+    end = tokenizer.encode_special("<|user_end|>")
+    texts, first = [], None
+    for place, token in enumerate(ids):
+        if token == start:
+            first = place + 1
+        elif token == end and first is not None:
+            texts.append(tokenizer.decode(ids[first:place]))
+            first = None
+    return texts
+
+
 # ------------------------------------------------------------------------------------------------
 # the engine
 
@@ -134,11 +151,13 @@ class Engine:
                 with as many slots and as much length as they need. Sequences admitted later take
                 the slots that become free, where these are long enough; else they wait until no
                 sequence runs any more and the next cache is allocated.
+    passages    the user's own text (retrieval.py), or None: then lookup() is refused
     """
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, passages=None):
         self.model = model
         self.tokenizer = tokenizer
+        self.passages = passages
         self.max_seq_len = model.config.max_seq_len
         self.device = model.embed.weight.device
         self.kv_cache = None
@@ -266,19 +285,32 @@ class Engine:
         elif token == special("<|python_start|>"):
             sequence.call = []
         elif token == special("<|python_end|>") and sequence.call is not None:
-            sequence.forced = self._tool_reply(sequence.call)
+            sequence.forced = self._tool_reply(sequence)
             sequence.call = None
         elif sequence.call is not None:
             sequence.call.append(token)
 
-    def _tool_reply(self, call):
-        """Ids of the tool's reply to the expression, with their markers; [] where it refuses."""
-        reply = use_tool(self.tokenizer.decode(call))
+    def _tool_reply(self, sequence):
+        """Ids of the tool's reply to the call, with their markers; [] where it refuses."""
+        call = self.tokenizer.decode(sequence.call)
+        is_lookup = call.strip() == LOOKUP_CALL and self.passages is not None
+        reply = self._look_up(sequence) if is_lookup else use_tool(call)
         if reply is None:
             return []
         start = self.tokenizer.encode_special("<|output_start|>")
         end = self.tokenizer.encode_special("<|output_end|>")
         return [start, *self.tokenizer.encode(reply), end]
+
+    def _look_up(self, sequence):
+        """What the user's text says about the last question of the prompt, cut to the room left."""
+        questions = user_texts(self.tokenizer, sequence.prompt)
+        # two markers and the closing token come besides
+        room = sequence.max_new_tokens - len(sequence.tokens) - 3
+
+        def fits(text):
+            return len(self.tokenizer.encode(text)) <= room
+
+        return reply_within(self.passages, questions, fits)
 
     # --------------------------------------------------------------------------------------------
     # callers of step()
@@ -330,6 +362,8 @@ class Stream:
         self._sequence = sequence
         self._decoder = StreamDecoder(engine.tokenizer)
         self._shown = {engine.tokenizer.encode_special(name): text for name, text in SHOWN.items()}
+        self._call = None       # the text of a call that may become a look-up, held back
+        self._quoting = False   # whether a look-up's reply is being shown
 
     def __iter__(self):
         """Yield pieces of text, often "": the reader learns that a step is over, and may leave."""
@@ -352,27 +386,48 @@ class Stream:
         token = self._sequence.tokens[self.completion_tokens]
         self.completion_tokens += 1
         if token in self._shown:
-            piece = self._decoder.flush() + self._shown[token]
+            piece = self._decoder.flush() + self._shown_marker(token)
         else:
             piece = self._decoder.feed(token)
+        if self._call is not None:
+            self._call += piece
+            piece = ""
         if self._sequence.finish_reason and not self._unread():
             self.finish_reason = self._sequence.finish_reason
-            piece += self._decoder.flush()
+            piece += (self._call or "") + self._decoder.flush()
         return piece
+
+    def _shown_marker(self, token):
+        """How a marker of a tool call is shown. A look-up shows its reply and nothing else.
+
+        With passages, the text of a call is held back until it is known whether it is one.
+        """
+        special = self._engine.tokenizer.encode_special
+        text = self._shown[token]
+        if token == special("<|python_start|>") and self._engine.passages is not None:
+            self._call = ""
+            return text
+        if token == special("<|python_end|>") and self._call is not None:
+            call, self._call = self._call + text, None
+            self._quoting = call.strip(text) == LOOKUP_CALL
+            return "" if self._quoting else call
+        if token == special("<|output_start|>") and self._quoting:
+            return ""
+        return text
 
 
 # ------------------------------------------------------------------------------------------------
 # samples that a training run shows
 
-def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
+def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
     """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
 
     A model that has diverged is said in place of its text: the guard decides what becomes of a run.
-    ids_of(prompt): the ids that stand for a prompt; None: its text.
+    ids_of(prompt): the ids that stand for a prompt; None: its text. passages: of the Engine.
     """
     was_training = model.training
     model.eval()
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, passages)
     samples = []
     for prompt in prompts:
         start = ids_of(prompt) if ids_of else prompt
@@ -386,10 +441,10 @@ def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None):
     return samples
 
 
-def sample_chats(model, tokenizer, questions, max_new_tokens):
+def sample_chats(model, tokenizer, questions, max_new_tokens, passages=None):
     """Answer each question greedily, as sample_texts() does."""
     def ids_of(question):
         message = {"role": "user", "content": question}
         return tokenizer.render_for_completion({"messages": [message]})
 
-    return sample_texts(model, tokenizer, questions, max_new_tokens, ids_of)
+    return sample_texts(model, tokenizer, questions, max_new_tokens, ids_of, passages)

@@ -16,6 +16,7 @@ from nanochat.completion import print_continuation, print_stream
 from nanochat.configurator import configure
 from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
+from nanochat.passage_store import load_passages
 from tasks.identity import shown_name
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
@@ -126,10 +127,9 @@ def main():
     if prompt is not None and not continues:
         once = [question(prompt)]
     compute = compute_init(device_type, dtype)
-    model, tokenizer, meta = load_model(
-        source, compute.device, "eval", model_tag=model_tag, step=step)
+    model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, load_passages(meta))
     if once:
         answer(engine, tokenizer, once)
     elif continues and prompt is not None:

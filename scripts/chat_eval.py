@@ -22,9 +22,11 @@ from nanochat.engine import Engine, check_finite
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage, wilson_interval
+from nanochat.passage_store import load_passages
 from tasks.arithmetic import Arithmetic
 from tasks.common import answer_text
 from tasks.identity import Identity, identity_of
+from tasks.own_text import OwnText
 from tasks.pydoc import PyDoc
 from tasks.questions import Questions
 from tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -51,6 +53,8 @@ TASKS = {
     "pydoc_letter": lambda: PyDoc("test", "letter", stop=items),
     "pydoc_module": lambda: PyDoc("test", "module", stop=items),
     "identity": lambda: Identity("test", *identity_of(meta), stop=items),
+    "own_text": lambda: OwnText("test", passages.passages, items, own_form),
+    "own_text_practised": lambda: OwnText("train", passages.passages, items, own_form),
 }
 
 
@@ -77,7 +81,16 @@ compute = compute_init(device_type)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 model.cast_for_inference(model.compute_dtype)
-engine = Engine(model, tokenizer)
+passages = load_passages(meta)
+own_form = meta["settings"].get("own_text", "lookup")
+engine = Engine(model, tokenizer, passages)
+
+# a chat is asked about the user's text where it was made of that, else about Python's library
+if not tasks:
+    unfit = "pydoc" if passages else "own_text"
+    names = [name for name in names if not name.startswith(unfit)]
+elif not passages and any(name.startswith("own_text") for name in names):
+    raise UserError("own_text: this chat was not trained on a text of yours, ask for other tasks")
 
 
 # ---- three ways to answer; each returns one list of parts for each conversation
@@ -244,6 +257,9 @@ for name in names:
     if world_size > 1:
         torch.distributed.all_reduce(totals)
     right, count, similarity = totals.tolist()
+    if not count:
+        print0(f"{name:13s} has no items: the text is too short to ask about")
+        continue
 
     # the numbers, and for a file what was wrong
     accuracy[name] = right / count
@@ -269,6 +285,7 @@ finish_stage(
     items=counts,
     interval=intervals,
     chance=chance,
+    own_files=passages.document_count if passages else 0,
     source=source,
     checkpoint=meta["dir"],
 )

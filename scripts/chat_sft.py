@@ -14,8 +14,8 @@ from nanochat.dataloader import say_cut, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
+from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_batch, chat_horizon
-from nanochat.prompts import QUESTIONS
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.start import start_chat
@@ -31,7 +31,7 @@ from tasks.mixing import (
     say_times,
     times_each,
 )
-from tasks.pydoc import PyDoc
+from tasks.own_text import FORMS, identity_tasks, sample_questions, subject_tasks
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
@@ -48,6 +48,8 @@ source = "mid"               # stage to start from: mid or base
 custom: str = None           # your own conversations (jsonl, json, csv)
 custom_share: float = None   # their share of what is drawn; None: .1 to .5, by their number
 name: str = None             # of the model; None: midtraining's, what --custom says, or nanochat
+data: str = None             # your own text, to look up; None: that of the model's pretraining
+own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
@@ -63,6 +65,8 @@ resume_from_checkpoint: str = None  # or from this one: its step, or the path of
 seed = 43                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+if own_text not in FORMS:
+    raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
 name = check_name(name)
@@ -76,6 +80,8 @@ compute = compute_init(device_type, dtype, seed)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("chat_sft", "sft", settings, compute, model_source=source)
 meta = start.meta
+passages = prepare_passages(data, meta, start.folder)
+meta["questions"] = sample_questions(passages)
 prepare(model, compile)
 T = model.config.max_seq_len
 
@@ -101,10 +107,8 @@ conversations = [
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
     Arithmetic("train", 26_000),
-    PyDoc("train", "what", 15_000),
-    PyDoc("train", "module", 4_000),
-    PyDoc("train", "letter", 1_600),
-    *[Identity("train", who.name, who.own)] * 4,
+    *subject_tasks(passages, own_text),
+    *identity_tasks(Identity("train", who.name, who.own), passages),
 ]
 mixture = TaskMixture(conversations)
 if own:
@@ -132,7 +136,7 @@ del start  # what was read is mapped from files that the run may delete
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, QUESTIONS, max_new_tokens=48))
+        run.log(samples=sample_chats(model, tokenizer, meta["questions"], 48, passages))
 
 
 def data_progress():

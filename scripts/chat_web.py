@@ -18,6 +18,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.engine import Engine, check_sampling
+from nanochat.passage_store import load_passages
 from nanochat.prompts import suggestions_of
 from nanochat.server import create_app
 from tasks.identity import shown_name
@@ -56,7 +57,7 @@ def main():
         compute = compute_init(device_type, dtype)
         model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
         model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
-        engine = Engine(model, tokenizer)
+        engine = Engine(model, tokenizer, load_passages(meta))
 
         # 2. the application
         name, continues = f"nanochat-{source}", source == "base"

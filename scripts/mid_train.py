@@ -10,21 +10,21 @@ import time
 
 import torch
 
-from nanochat.common import compute_init, print0
+from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
+from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_batch, chat_horizon
-from nanochat.prompts import QUESTIONS
 from nanochat.run import Run
 from nanochat.schedule import set_learning_rates
 from nanochat.start import start_chat
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.identity import NAME, Identity, check_name
-from tasks.pydoc import PyDoc
+from tasks.own_text import FORMS, identity_tasks, sample_questions, subject_tasks
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
@@ -38,6 +38,8 @@ total_batch_size: int = None   # tokens per optimizer step; None: one pass of ev
 learning_rate = 0.01         # Muon's, for the matrices; other groups keep their ratio to it
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
+data: str = None             # your own text, to look up; None: that of the model's pretraining
+own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
@@ -53,6 +55,8 @@ resume_from_checkpoint: str = None  # or from this one: its step, or the path of
 seed = 42                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+if own_text not in FORMS:
+    raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
 name = check_name(name)
 
 # ---- compute, and where the run starts
@@ -80,14 +84,14 @@ if start.state:
 
 # ---- data: the model's name, the mixture, and how often each conversation comes
 meta["name"] = name or meta.get("name")
+passages = prepare_passages(data, meta, start.folder)
+meta["questions"] = sample_questions(passages)
 mixture = TaskMixture([
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
     Arithmetic("train", 26_000),
-    PyDoc("train", "what", 15_000),
-    PyDoc("train", "module", 4_000),
-    PyDoc("train", "letter", 1_600),
-    *[Identity("train", meta["name"] or NAME)] * 4,
+    *subject_tasks(passages, own_text),
+    *identity_tasks(Identity("train", meta["name"] or NAME), passages),
 ])
 loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(
@@ -104,7 +108,7 @@ del start  # what was read is mapped from files that the run may delete
 
 def show_samples():
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, QUESTIONS, max_new_tokens=48))
+        run.log(samples=sample_chats(model, tokenizer, meta["questions"], 48, passages))
 
 
 def data_progress():

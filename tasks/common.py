@@ -11,6 +11,7 @@ import random
 import re
 
 from nanochat.common import UserError, fraction
+from nanochat.conversation import LOOKUP_CALL
 
 TEST_SHARE = 0.1
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -47,13 +48,19 @@ def conversation(question, answer, **fields):
 
 
 def answer_text(parts):
-    """The text that the user reads: tool calls and their outputs are dropped.
+    """The text that the user reads as the answer: tool calls and their outputs are dropped, but for
+    what was looked up.
 
     parts: a list of parts, or plain text, which is returned as it is.
     """
     if isinstance(parts, str):
         return parts
-    return "".join(part["text"] for part in parts if part["type"] == "text")
+    texts = []
+    for before, part in zip([None, *parts], parts):
+        is_quote = before is not None and before["text"] == LOOKUP_CALL
+        if part["type"] == "text" or is_quote:
+            texts.append(part["text"])
+    return "".join(texts)
 
 
 def last_number(text):

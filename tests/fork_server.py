@@ -78,8 +78,8 @@ def take_shortcuts():
     from nanochat import engine, hardware
     sample_texts = engine.sample_texts
 
-    def short_samples(model, tokenizer, prompts, max_new_tokens, ids_of=None):
-        return sample_texts(model, tokenizer, prompts, SAMPLE_TOKENS, ids_of)
+    def short_samples(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
+        return sample_texts(model, tokenizer, prompts, SAMPLE_TOKENS, ids_of, passages)
 
     def assume_matmul_flops(device, dtype):
         m, k, n = hardware.MATMUL_SHAPES["cpu"]

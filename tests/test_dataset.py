@@ -1419,10 +1419,10 @@ runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
 def test_a_row_that_is_not_utf8_ends_training_with_one_line_that_names_it(tmp_path, stages):
     texts = [f"The cat number {i} sees the dog. " * 40 for i in range(40)]
     path = table_file(tmp_path / "a.parquet", ("text", undecodable(texts)), row_group_size=5)
-    out, err = stages.run(
+    _, err = stages.run(
         f"--data={path}", *TINY, "--num_iterations=200", "--model=gpt", "--eval_every=0",
         launcher=("-c", TRAIN_UNCHECKED), status=2)
-    assert "step" in out and "Traceback" not in err
+    assert "Traceback" not in err
     lines = [line for line in err.split("\n") if line.startswith("error: ")]
     assert len(lines) == 1 and re.search("a.parquet, row group 1, row 2 .*not UTF-8", lines[0])
 
@@ -1487,7 +1487,7 @@ def test_the_examples_of_docs_data_are_read(tmp_path, monkeypatch, name, prose, 
 
 
 def test_docs_data_names_every_stage_that_reads_a_path():
-    stages = re.findall(r"^\| `python -m scripts\.(\w+)` \| `--(?:data|custom)` ", DATA_PAGE, re.M)
+    stages = re.findall(r"^\| `python -m scripts\.(\w+)` \| `--(?:data|custom)`", DATA_PAGE, re.M)
     scripts = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("scripts/*.py")}
     reading = re.compile(r"^(?:data|custom): str", re.M)
     assert sorted(stages) == sorted(name for name, text in scripts.items() if reading.search(text))

@@ -1,0 +1,294 @@
+"""Look up a question in the user's own text, and quote what answers it.
+
+    passages = Passages(passages_of([("garden.md", text), ...]))
+    answer = passages.answer("When do I sow beans?")
+    answer.quote        # "Beans: sow in May, after the last frost."
+    answer.source       # "garden.md, Vegetables > Beans"
+    answer.confidence   # SURE, DOUBTFUL or NOTHING
+
+In two steps. BM25 (Robertson & Zaragoza 2009) finds the passages whose words are those of the
+question; heading and file name are words of a passage. Then every window of neighbouring sentences
+in the best passages is compared with the question: its *coverage* is the share of the question's
+words, weighed by their rarity, that the window or its heading contains. Coverage decides what is
+quoted, and how sure the answer is.
+
+A word also finds its other forms, compounds and misspellings (words.py), at a lower weight. They
+are looked up in the vocabulary of the text when a question comes, so that the index holds whole
+words only: it is counted when the text is loaded.
+"""
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from nanochat.conversation import NOTHING_FOUND
+from nanochat.words import COMPOUND_CHARS, STOP_WORDS, is_typo, language_of, likeness, words_of
+
+QUOTE_CHARS = 300       # a quote is at most this long, but whole units of the text where it can be
+QUOTE_STEPS = (300, 220, 150, 80, 1)    # what is tried where the room is less; 1: one unit
+MIN_QUOTE_CHARS = 20    # where there is no room for more than this, nothing is quoted
+CANDIDATES = 12         # passages whose windows are compared
+K1, B = 1.2, 0.6        # of BM25: how fast repetition saturates, how much length counts
+TYPO_CHARS = 6          # shorter words are taken as they are typed
+TYPO_WEIGHT = 0.7       # of a word that is found misspelled
+UNKNOWN_WEIGHT = 0.5    # of a word that the text lacks, in place of its rarity
+
+# What the rank of a window adds to its coverage: the passage's score by BM25, the coverage of its
+# heading, that of its best unit, and a definition of what is asked for
+BM25_WEIGHT = 0.1
+TITLE_WEIGHT = 0.3
+UNIT_WEIGHT = 0.5
+DEFINITION_WEIGHT = 0.1
+
+# Calibrated on questions about 300 notes: dev/LOG.md, 2026-11-26
+SURE, DOUBTFUL, NOTHING = "sure", "doubtful", "nothing"
+SURE_COVERAGE = 0.8
+DOUBTFUL_COVERAGE = 0.25
+NOT_SURE = "I am not sure. The nearest is: "
+
+
+class Term(NamedTuple):
+    """A word of a question: its variants in the text {word: weight}, its rarity, and how often each
+    passage has it, (passages,)."""
+
+    word: str
+    variants: dict
+    idf: float
+    tf: np.ndarray
+
+
+class Window(NamedTuple):
+    """Neighbouring units, and how well they answer. evidence: how many words of the question were
+    found, one in a heading or a definition counting twice."""
+
+    quote: str
+    coverage: float
+    evidence: int
+    rank: float
+
+
+class Answer(NamedTuple):
+    """What was found: the quote, where it stands ("garden.md, Beans"), and SURE, DOUBTFUL or
+    NOTHING. coverage: the share of the question that was found, 0 to 1."""
+
+    quote: str
+    source: str
+    confidence: str
+    coverage: float
+
+
+class Passages:
+    """The index of a list of Passage (passages.py).
+
+    vocabulary          {word: number}
+    posting_places, posting_counts    the passages that a word is in, and how often, word by word
+    first_posting       where those of each word begin
+    lengths             words of each passage
+    document_count      from how many files they are
+    """
+
+    def __init__(self, passages):
+        self.passages = passages
+
+        # 1) number the words; a heading's count twice
+        number_of = defaultdict(lambda: len(number_of))
+        ids, places = [], []
+        for place, passage in enumerate(passages):
+            words = words_of(" ".join(passage.units)) + 2 * words_of(title_of(passage))
+            ids += [number_of[word] for word in words]
+            places += [place] * len(words)
+
+        self.vocabulary = dict(number_of)
+
+        # 2) postings: of each word, the passages it is in and how often
+        ids, places = np.array(ids, np.int64), np.array(places, np.int64)
+        self.lengths = np.bincount(places, minlength=len(passages))
+        pairs, counts = np.unique(ids * len(passages) + places, return_counts=True)
+        self.posting_places = pairs % max(1, len(passages))
+        self.posting_counts = counts
+        bounds = np.arange(len(self.vocabulary) + 1) * len(passages)
+        self.first_posting = np.searchsorted(pairs, bounds)
+        self.document_count = len({passage.source for passage in passages})
+        self.words_by_start = defaultdict(list)
+        for word in self.vocabulary:
+            self.words_by_start[word[:3]].append(word)
+
+    def variants(self, word):
+        """{word of the vocabulary: weight} of the words that count as `word`, itself with 1."""
+        candidates = set(self.words_by_start.get(word[:3], ()))
+        if len(word) >= COMPOUND_CHARS:
+            candidates.update(known for known in self.vocabulary if word in known)
+        found = {known: likeness(word, known) for known in candidates}
+        found = {known: weight for known, weight in found.items() if weight}
+        if not found and len(word) >= TYPO_CHARS:
+            found = {known: TYPO_WEIGHT for known in self.vocabulary if is_typo(word, known)}
+        return found
+
+    def postings(self, word):
+        """(passages, counts) of a word of the vocabulary."""
+        index = self.vocabulary[word]
+        part = slice(self.first_posting[index], self.first_posting[index + 1])
+        return self.posting_places[part], self.posting_counts[part]
+
+    def terms(self, question):
+        """The words of a question that may say what it is about, a list of Term."""
+        words = words_of(question)
+        ignored = STOP_WORDS[language_of(words)[0]]
+        return [self._term(word) for word in dict.fromkeys(words) if word not in ignored]
+
+    def _term(self, word):
+        tf = np.zeros(len(self.passages))
+        variants = self.variants(word)
+        for known, weight in variants.items():
+            places, counts = self.postings(known)
+            tf[places] += weight * counts
+        df = np.count_nonzero(tf)
+        idf = math.log(1 + (len(tf) - df + 0.5) / (df + 0.5))
+        if not df:
+            idf *= UNKNOWN_WEIGHT
+        return Term(word, variants, idf, tf)
+
+    def answer(self, question, quote_chars=QUOTE_CHARS):
+        """The Answer to a question, its quote of at most quote_chars or of one unit."""
+        terms = self.terms(question)
+        best = self._rank(terms)
+        if not best:
+            return Answer("", "", NOTHING, 0.0)
+
+        # the best window of the best passages
+        found = []
+        for place, share in best:
+            passage = self.passages[place]
+            for window in windows(passage, terms, quote_chars):
+                found.append((window.rank + BM25_WEIGHT * share, window, passage))
+        _, window, passage = max(found, key=lambda entry: entry[0])
+
+        source = ", ".join(filter(None, [passage.source, passage.heading]))
+        return Answer(window.quote, source, confidence_of(window), window.coverage)
+
+    def _rank(self, terms):
+        """The best passages by BM25, best first: (index, score as a share of the best one's)."""
+        if not terms or not self.passages:
+            return []
+        norm = K1 * (1 - B + B * self.lengths / max(1, self.lengths.mean()))
+        scores = np.zeros(len(self.passages))
+        for term in terms:
+            scores += term.idf * term.tf * (K1 + 1) / (term.tf + norm)
+        best = np.argsort(-scores, kind="stable")[:CANDIDATES]
+        return [(place, scores[place] / scores[best[0]]) for place in best if scores[place] > 0]
+
+
+# ------------------------------------------------------------------------------------------------
+# windows of a passage
+
+def title_of(passage):
+    """File name, without its suffix, and headings as text."""
+    return re.sub(r"\.\w{1,7}$", "", passage.source) + " " + passage.heading
+
+
+def windows(passage, terms, quote_chars):
+    """A Window for each unit of a passage: the units from there on, as many as a quote may hold."""
+    idf = np.array([term.idf for term in terms])
+    shares = idf / idf.sum()    # of each term in the question
+    in_title = matches(terms, words_of(title_of(passage)))
+    in_units = np.array([matches(terms, words_of(unit)) for unit in passage.units])  # units, terms
+
+    found = []
+    for first in range(len(passage.units)):
+        stop = window_end(passage.units, first, quote_chars)
+        in_window = in_units[first:stop].max(0)
+        coverage = float(shares @ np.maximum(in_window, in_title))
+
+        quote = "\n".join(passage.units[first:stop])
+        defines = is_definition(passage.units[first], terms)
+        rank = coverage + TITLE_WEIGHT * (shares @ in_title)
+        rank += UNIT_WEIGHT * (in_units[first:stop] @ shares).max()
+        rank += DEFINITION_WEIGHT * defines
+        evidence = np.count_nonzero(in_window) + np.count_nonzero(in_title) + defines
+        found.append(Window(quote, coverage, evidence, rank))
+    return found
+
+
+def window_end(units, first, quote_chars):
+    """Where the window that begins with unit `first` ends: its quote has at most quote_chars."""
+    stop = first + 1
+    size = len(units[first])
+    while stop < len(units) and size + 1 + len(units[stop]) <= quote_chars:
+        size += 1 + len(units[stop])
+        stop += 1
+    return stop
+
+
+def matches(terms, words):
+    """How well each term is found among some words: the weight of its best variant, (terms,)."""
+    words = set(words)
+    found = []
+    for term in terms:
+        weights = [weight for known, weight in term.variants.items() if known in words]
+        found.append(max(weights, default=0.0))
+    return np.array(found)
+
+
+def is_definition(unit, terms):
+    """Whether a unit has the form "Term: ..." for one of the terms."""
+    name, colon, _ = unit.partition(":")
+    return bool(colon) and any(words_of(name) == [term.word] for term in terms)
+
+
+def confidence_of(window):
+    """SURE, DOUBTFUL or NOTHING. One common word of a question, found somewhere, is not enough to
+    be sure."""
+    if window.coverage >= SURE_COVERAGE and window.evidence > 1:
+        return SURE
+    return DOUBTFUL if window.coverage >= DOUBTFUL_COVERAGE else NOTHING
+
+
+# ------------------------------------------------------------------------------------------------
+# what the user reads
+
+def answer_to(passages, questions, quote_chars=QUOTE_CHARS):
+    """The Answer to the last of a user's messages.
+
+    One with a single word of its own may be about the same thing as the message before it ("And how
+    tall is it?"). Then both together are looked up, and answered where nearly all of that is found
+    in one place, or where the last one alone finds nothing.
+    """
+    last = questions[-1] if questions else ""
+    answer = passages.answer(last, quote_chars)
+    if len(questions) < 2 or len(passages.terms(last)) > 1:
+        return answer
+    joined = passages.answer(questions[-2] + " " + last, quote_chars)
+    better = answer.confidence == NOTHING or joined.coverage >= SURE_COVERAGE
+    return joined if better else answer
+
+
+def reply_to(answer):
+    """An Answer as the user reads it: the quote and its source, or that nothing was found.
+
+    >>> print(reply_to(Answer("Sow in May.", "garden.md, Beans", DOUBTFUL, 0.5)))
+    I am not sure. The nearest is: Sow in May.
+    (source: garden.md, Beans)
+    """
+    if answer.confidence == NOTHING:
+        return NOTHING_FOUND
+    doubt = NOT_SURE if answer.confidence == DOUBTFUL else ""
+    return f"{doubt}{answer.quote}\n(source: {answer.source})"
+
+
+def reply_within(passages, questions, fits):
+    """What the user reads in answer to the last message, with as long a quote as fits(text) allows.
+
+    A shorter quote is of the sentences that fit best, and in the end the beginning of one.
+    NOTHING_FOUND where there is no room for that; None where not even that fits.
+    """
+    for quote_chars in QUOTE_STEPS:
+        answer = answer_to(passages, questions, quote_chars)
+        if fits(reply_to(answer)):
+            return reply_to(answer)
+    while len(answer.quote) > MIN_QUOTE_CHARS:
+        answer = answer._replace(quote=answer.quote[:int(0.9 * len(answer.quote)) - 1] + "…")
+        if fits(reply_to(answer)):
+            return reply_to(answer)
+    return NOTHING_FOUND if fits(NOTHING_FOUND) else None

@@ -1,0 +1,314 @@
+"""The user's own text in the chat: what is practised, what the engine quotes, what is kept."""
+import random
+import shutil
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
+from nanochat.engine import Engine, user_texts
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.passage_store import find_data, load_passages, prepare_passages, save_passages
+from nanochat.passages import passages_of
+from nanochat.retrieval import Passages
+from nanochat.tokenizer import Tokenizer
+from stage_runs import TINY, TINY_CHAT
+from tasks.common import answer_text
+from tasks.identity import Identity
+from tasks.own_text import OwnText, identity_tasks, language_of_text, overlap, retyped
+
+NOTES = [
+    (
+        f"notes/{name}.md",
+        f"# {name.title()}\n\n{name.title()} was bought on {day} May.\n"
+        f"Colour: {colour}\nWhere is the {name}?\nIn room {day}.\n",
+    )
+    for day, name, colour in [
+        (1, "piano", "black"), (2, "kettle", "red"), (3, "bicycle", "green"),
+        (4, "lamp", "white"), (5, "mirror", "silver"), (6, "carpet", "blue"),
+        (7, "ladder", "grey"), (8, "clock", "gold"), (9, "hammer", "brown"),
+        (10, "pillow", "pink"), (11, "basket", "beige"), (12, "drum", "tan"),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def passages():
+    return Passages(passages_of(NOTES))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = ["what do I know about the piano? lookup() was bought on (source: notes) " * 20]
+    return Tokenizer.train_from_iterator(texts, 300)
+
+
+# ------------------------------------------------------------------------------------------------
+# practice
+
+def sources(split, passages):
+    task = OwnText(split, passages, 300)
+    return {tuple(task[i]["source"]) for i in range(len(task)) if task[i]["source"]}
+
+
+def test_headings_are_held_out_whole_and_both_splits_have_some():
+    names = [f"{first} {second}" for first in "abcde" for second in "fghij"]
+    many = passages_of([("a.md", f"# {name}\n\n" + "Long sentences. " * 90) for name in names])
+    train, test = sources("train", many), sources("test", many)
+    assert train and test and not train & test
+    assert len(train) + len(test) == len(names)
+
+
+def test_of_a_text_without_headings_single_passages_are_held_out():
+    text = "\n\n".join(f"Chapter-less sentence number {i}. " * 12 for i in range(40))
+    novel = passages_of([("novel.txt", text)])
+    held_out = OwnText("test", novel).passages
+    assert 0 < len(held_out) < len(OwnText("train", novel).passages)
+
+
+def test_a_text_of_one_line_has_nothing_to_hold_out_and_says_so():
+    line = passages_of([("a.txt", "Hello there.")])
+    assert sorted(len(OwnText(split, line, 7)) for split in ("train", "test")) == [0, 7]
+
+
+def test_every_question_is_answered_by_the_same_call(passages):
+    task = OwnText("train", passages.passages, 200)
+    for i in range(len(task)):
+        conversation = task[i]
+        assert conversation == task[i]
+        for message in conversation["messages"][1::2]:
+            call, reply = message["content"]
+            assert (call["type"], call["text"]) == ("python", LOOKUP_CALL)
+            assert reply["text"] == NOTHING_FOUND or "(source: notes/" in reply["text"]
+    turns = {len(task[i]["messages"]) for i in range(len(task))}
+    assert turns == {2, 4}
+
+
+def test_questions_come_from_headings_definitions_questions_and_rare_words(passages):
+    task = OwnText("train", passages.passages, 600)
+    asked = {task[i]["messages"][-2]["content"].lower().rstrip("?. ") for i in range(len(task))}
+    assert any(question.startswith("what do i know about") for question in asked)
+    assert any("colour" in question for question in asked)              # Colour: black
+    assert {"where is the lamp", "where is the piano"} & asked          # Where is the lamp?
+    assert any("bought" in question and "what" in question for question in asked)
+
+
+def test_an_answer_is_right_when_its_source_is(passages):
+    task = OwnText("train", passages.passages, 50)
+    conversation = next(task[i] for i in range(50) if task[i]["source"])
+    source = ", ".join(conversation["source"])
+    right = [{"type": "python", "text": LOOKUP_CALL},
+             {"type": "python_output", "text": f"It was red.\n(source: {source})"}]
+    assert task.evaluate(conversation, right)
+    assert not task.evaluate(conversation, [{"type": "text", "text": f"(source: {source})"}])
+    right[1]["text"] = "It was red.\n(source: notes/other.md)"
+    assert not task.evaluate(conversation, right)
+
+
+def test_beside_own_text_the_model_practises_to_be_greeted(passages):
+    plain, often = identity_tasks(Identity("train"), None), identity_tasks(
+        Identity("train"), passages)
+    assert len(plain) == 4
+
+    def greetings(tasks):
+        asked = [task[i]["messages"][0]["content"].lower() for task in tasks
+                 for i in range(len(task))]
+        return asked.count("hello") / len(asked)
+
+    assert greetings(often) > 5 * greetings(plain) > 0
+
+
+def test_a_quote_is_part_of_the_answer_and_the_output_of_a_sum_is_not():
+    quote = [{"type": "python", "text": LOOKUP_CALL}, {"type": "python_output", "text": "In May."}]
+    total = [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
+    assert answer_text(quote) == "In May."
+    assert answer_text([*total, {"type": "text", "text": "It is."}]) == "It is."
+
+
+def test_from_memory_half_of_the_words_are_right(passages):
+    task = OwnText("test", passages.passages, 20, form="recall")
+    conversation = task[0]
+    quote = conversation["messages"][-1]["content"]
+    assert isinstance(quote, str)
+    assert task.evaluate(conversation, [{"type": "text", "text": quote.lower()}])
+    assert not task.evaluate(conversation, [{"type": "text", "text": "I do not know."}])
+    assert overlap("a b c d", "a b x y") == 0.5
+
+
+@pytest.mark.parametrize("text, language", [
+    ("The clock is on the wall and it was wound in May.", "English"),
+    ("Die Uhr ist an der Wand und sie war im Mai kaputt.", "German"),
+    ("我的钟在墙上。", "Chinese"),
+    ("時計はここです。", "Japanese"),
+    ("Kello on seinalla ollut pysahtyneena toukokuusta asti", ""),
+])
+def test_questions_are_in_the_language_of_the_text(text, language):
+    assert language_of_text(text) == language
+    task = OwnText("train", passages_of([(f"{i}.md", text) for i in range(40)]), 40)
+    assert all(task[i]["messages"][0]["content"].strip() for i in range(40))
+
+
+def test_a_question_keeps_its_words_however_it_is_typed():
+    rng = random.Random(1)
+    typed = {retyped("where is Ada?", rng) for _ in range(30)}
+    assert typed == {"where is ada", "Where is Ada?"}
+    assert all(retyped("???", rng) for _ in range(30))
+
+
+# ------------------------------------------------------------------------------------------------
+# the engine
+
+class Scripted(torch.nn.Module):
+    """A model that writes the ids of `script` after the prompt, whatever that is."""
+
+    def __init__(self, tokenizer, script, T=200):
+        super().__init__()
+        self.config = GPTConfig(
+            depth=1, width=64, heads=2, kv_heads=2,
+            vocab_size=tokenizer.get_vocab_size(), max_seq_len=T)
+        self.model = GPT(self.config)
+        self.model.init_weights()
+        self.embed = self.model.embed
+        self.script = script
+        self.written = 0
+
+    def new_kv_cache(self, slots, length):
+        return self.model.new_kv_cache(slots, length)
+
+    def _logits(self, count):
+        logits = torch.zeros(count, self.config.vocab_size)
+        logits[:, self.script[min(self.written, len(self.script) - 1)]] = 1
+        self.written += 1
+        return logits
+
+    def prefill(self, idx, kv_cache, slots, lengths):
+        return self._logits(len(idx))
+
+    def decode(self, idx, kv_cache):
+        logits = self._logits(len(idx))
+        return logits
+
+
+def scripted_engine(tokenizer, passages, call=LOOKUP_CALL, T=200):
+    special = tokenizer.encode_special
+    script = [special("<|python_start|>"), *tokenizer.encode(call), special("<|python_end|>")]
+    # while a reply is forced, what the model would write is not read
+    script += [special("<|assistant_end|>")]
+    return Engine(Scripted(tokenizer, script, T), tokenizer, passages)
+
+
+def ask(engine, *texts, **options):
+    messages = []
+    for text in texts[:-1]:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "Hm."}]
+    messages.append({"role": "user", "content": texts[-1]})
+    ids = engine.tokenizer.render_for_completion({"messages": messages})
+    return engine.generate(ids, **{"temperature": 0, "max_new_tokens": 180, **options})
+
+
+def test_the_engine_answers_a_look_up_with_the_quote_for_the_last_question(tokenizer, passages):
+    engine = scripted_engine(tokenizer, passages, T=400)
+    text = ask(engine, "what colour is the kettle", "drum, when bought?")
+    assert text.startswith("Drum was bought on 12 May.") and "kettle" not in text.lower()
+    assert text.endswith("\n(source: notes/drum.md, Drum)\n")
+    assert LOOKUP_CALL not in text and "`" not in text
+
+
+def test_a_look_up_without_passages_is_refused_and_other_calls_are_shown(tokenizer, passages):
+    refused = ask(scripted_engine(tokenizer, None), "the drum?")
+    assert refused == f"`{LOOKUP_CALL}`"
+    assert ask(scripted_engine(tokenizer, passages, "12*7"), "12*7?") == "`12*7` → 84\n"
+
+
+def test_a_quote_fits_the_room_that_is_left(tokenizer, passages):
+    for room in (60, 40, 25):
+        engine = scripted_engine(tokenizer, passages, T=300)
+        messages = [{"role": "user", "content": "drum bought?"}]
+        ids = engine.tokenizer.render_for_completion({"messages": messages})
+        (tokens,) = engine.generate_batch([ids], max_new_tokens=room, temperature=0)
+        assert len(tokens) <= room
+        reply = engine.tokenizer.parse_completion(tokens)
+        outputs = [part["text"] for part in reply if part["type"] == "python_output"]
+        for output in outputs:
+            assert output.endswith("(source: notes/drum.md, Drum)") or output == NOTHING_FOUND
+
+
+def test_a_user_who_writes_the_call_gets_no_quote_and_no_marker(tokenizer, passages):
+    message = {"role": "user", "content": "<|python_start|>lookup()<|python_end|>"}
+    ids = tokenizer.render_for_completion({"messages": [message]})
+    assert user_texts(tokenizer, ids) == [message["content"]]
+
+
+# ------------------------------------------------------------------------------------------------
+# what is kept
+
+def test_passages_are_kept_beside_the_model_and_damage_is_named(tmp_path, passages):
+    name = save_passages(tmp_path, passages.passages)
+    meta = {"passages": name, "dir": str(tmp_path)}
+    assert load_passages(meta).passages == passages.passages
+    assert save_passages(tmp_path, passages.passages) == name
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert load_passages({"dir": str(tmp_path)}) is None
+
+    (tmp_path / name).write_bytes(b"PAR1 something else")
+    for damaged in (meta, {**meta, "passages": "../" + name}, {**meta, "passages": 7}):
+        with pytest.raises(UserError, match="missing or damaged"):
+            load_passages(damaged)
+
+
+def test_a_chat_stage_finds_the_text_of_its_model_and_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name, text in NOTES:
+        (notes / name.split("/")[1]).write_text(text, encoding="utf-8")
+    origins = {
+        ("mid", 5): {"origin": ["base", 9], "settings": {"data": None}},
+        ("base", 9): {"settings": {"data": str(notes)}},
+    }
+    monkeypatch.setattr("nanochat.passage_store.read_meta", lambda *key: origins[key])
+    assert find_data({"origin": ["mid", 5]}) == str(notes)
+
+    meta = {"origin": ["mid", 5]}
+    found = prepare_passages(None, meta, tmp_path / "sft")
+    assert found.answer("what colour is the kettle").source == "kettle.md, Kettle"
+    assert f"of {len(NOTES)} files" in capsys.readouterr().out
+
+    # the notes have moved: a resumed run and the chat have them all the same
+    for path in notes.iterdir():
+        path.unlink()
+    notes.rmdir()
+    again = prepare_passages(None, dict(meta), tmp_path / "sft")
+    assert again.passages == found.passages
+    assert prepare_passages(None, {"origin": ["mid", 5]}, tmp_path / "new") is None
+    assert "is gone" in capsys.readouterr().out
+
+
+def test_a_model_of_other_text_has_nothing_to_look_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochat.passage_store.read_meta", lambda *_: {"settings": {"data": None}})
+    meta = {"origin": ["base", 9]}
+    assert prepare_passages(None, meta, tmp_path) is None and "passages" not in meta
+
+
+# docs/own-text.md: the stages from the notes to the chat
+def test_a_chat_of_notes_quotes_them_after_they_are_gone(stages, tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for i in range(60):
+        text = f"# Harbour {i}\n\n" + f"Boat {i} lies at berth {i * 7}. " * 5
+        (notes / f"boat {i}.md").write_text(text, encoding="utf-8")
+    small = (*TINY_CHAT, "--num_iterations=2", "--device_type=cpu")
+    stages.fork("scripts.base_train", f"--data={notes}", *TINY, "--num_iterations=2")
+    out, _ = stages.fork("scripts.mid_train", *small)
+    assert f"passages of 60 files of {notes}" in out
+    shutil.rmtree(notes)
+
+    # from here on the text is that of midtraining
+    folder = stages.folder("mid", "d1")
+    out, _ = stages.fork("scripts.chat_sft", *small, "--own_text=recall", status=0)
+    row = stages.fork_record("scripts.chat_eval", "--source=mid", "--items=3", "--max_new_tokens=8")
+    assert {"own_text", "own_text_practised"} <= row["accuracy"].keys()
+    assert "pydoc" not in row["accuracy"] and row["own_files"] == 60
+    assert list(folder.glob("passages_*.parquet"))
+    stages.refusal("scripts.mid_train", *small, "--own_text=both")
