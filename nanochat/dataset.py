@@ -26,6 +26,8 @@ import re
 import runpy
 import shutil
 import tempfile
+import unicodedata
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,7 @@ from nanochat.common import (
     sha256,
 )
 from nanochat.textfiles import (
+    COMPRESSED,
     CONVERSIONS,
     DOCUMENT_CHARS,  # noqa: F401  (where they were before)
     READERS,
@@ -58,6 +61,8 @@ VALIDATION_SHARE = 0.05     # of the rows or characters, where no file is for va
 MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may have to be cut
 CHECKED_BYTES = 100_000_000  # up to this size, the user's parquet files are checked row by row
 SUFFIXES = (*READERS, ".parquet")
+SOURCE = "source"           # the column of converted text that names the user's file
+MAX_TAG_CHARS = 40          # of the name before its hash
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
 COPY_AGAIN = "copy or download it again"
@@ -93,11 +98,15 @@ class Dataset(NamedTuple):
     train_groups, val_groups: the arguments of read_row_group, (path, row group index), in the order
     in which they are read. A row group is the unit that is read from a parquet file at a time.
     Where one file holds both splits, the group at the border has its first and last row as well.
+    root: the folder that the names of documents are relative to.
+    is_ours: whether nanochat has written the files, so that a column `source` is one of names.
     """
 
     paths: list
     train_groups: list
     val_groups: list
+    root: Path
+    is_ours: bool
 
     def groups(self, split):
         """The row groups of "train" or "val", a list; UserError for any other split."""
@@ -121,6 +130,18 @@ class Dataset(NamedTuple):
                     yield text
                 row += 1
 
+    def named_documents(self, split):
+        """One pass over the documents of a split, in order: yields (name, text), text not empty.
+
+        The name is that of the user's file, relative to the data path. Of a file that was cut into
+        several documents, all have the same name. A document of a parquet file, of the user's or
+        of a shard, is named by its place: "part-0.parquet, row 17", counted from 0.
+        """
+        for group in self.groups(split):
+            for name, text in _read_named(self.root, self.is_ours, *group):
+                if text:
+                    yield name, text
+
 
 def open_dataset(data=None):
     """Resolve a data path, check every file behind it, and return a Dataset.
@@ -143,6 +164,38 @@ def open_dataset(data=None):
     # 2) the user's files
     files, others = _user_files(path)
     return _open_user_files(path, files, others)
+
+
+def data_tag(data):
+    """A name for what is trained on a data path: "notes-1a2b3c4d". None for nanochat's own text.
+
+    It ends with a hash of the paths, sizes and modification times of all files behind `data`, by
+    which conversions are named as well: when one of them changes, so does the tag. The tag is made
+    of ASCII letters, digits and hyphens, and is no longer than a name of a folder may be.
+    UserError for what open_dataset() refuses without reading it.
+    """
+    if data is None:
+        return None
+    path = _existing(data)
+    if os.path.realpath(path) == os.path.realpath(get_base_dir() / "base_data"):
+        return None
+
+    # the key
+    pinned = _pinned(path / "index.json")
+    if pinned:
+        files = [path / name for name in (*pinned["files"], pinned["validation"])]
+        key = _key(path, [file for file in files if file.exists()])
+    else:
+        chosen = _choose(path, _user_files(path)[0])
+        key = _key(path, chosen.files, bool(chosen.val))
+
+    # the name, without the suffixes of a file
+    name = path.name
+    while path.is_file() and Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED):
+        name = Path(name).stem
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9]+", "-", plain)[:MAX_TAG_CHARS].strip("-")
+    return f"{safe or 'data'}-{key[:8]}"
 
 
 def _open_base_data():
@@ -211,6 +264,24 @@ def read_row_group(path, index, start=0, stop=None):
     """
     with pq.ParquetFile(path) as parquet:
         return _texts_of(parquet, path, index)[start:stop]
+
+
+def _read_named(root, is_ours, path, index, start=0, stop=None):
+    """The [(name, text)] of a row group; see Dataset.named_documents."""
+    with pq.ParquetFile(path) as parquet:
+        texts = _texts_of(parquet, path, index)
+        if is_ours and SOURCE in parquet.schema_arrow.names:
+            names = parquet.read_row_group(index, columns=[SOURCE])[SOURCE].to_pylist()
+        else:
+            earlier = [parquet.metadata.row_group(i).num_rows for i in range(index)]
+            names = _names_of_rows(path, root, sum(earlier), len(texts))
+    return list(zip(names, texts))[start:stop]
+
+
+def _names_of_rows(path, root, first, count):
+    """The names of `count` rows of a parquet file, from row `first` on."""
+    file = path.relative_to(root).as_posix()
+    return [f"{file}, row {row}" for row in range(first, first + count)]
 
 
 def _texts_of(parquet, path, index):
@@ -339,7 +410,7 @@ def _open_pinned(folder, pinned, remedy):
         )
     damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
     parts = [_check_parquet(folder / name, damaged) for name in names]
-    return _dataset_of(folder, parts[:-1], parts[-1:])
+    return _dataset_of(folder, parts[:-1], parts[-1:], is_ours=True)
 
 
 def _open_in_place(path, chosen):
@@ -362,7 +433,7 @@ def _open_in_place(path, chosen):
         dataset = _dataset_of(path, train[:-1], train[-1:])
         origin = f"the last file, {train[-1].path.name}"
     elif train and sum(train[0].rows) >= MIN_ROWS_IN_PLACE:
-        dataset = _last_rows(train[0])
+        dataset = _last_rows(path, train[0])
         origin = f"the last {VALIDATION_SHARE:.0%} of the rows"
     else:
         return None
@@ -379,7 +450,7 @@ def _open_in_place(path, chosen):
     return dataset
 
 
-def _dataset_of(folder, train, val):
+def _dataset_of(folder, train, val, is_ours=False):
     """The Dataset of two lists of _Part; UserError where one of them has no text."""
     if not any(part.has_text for part in train) or not any(part.has_text for part in val):
         names = ", ".join(part.path.name for part in val) or "none"
@@ -390,10 +461,12 @@ def _dataset_of(folder, train, val):
         [part.path for part in train + val],
         [group for part in train for group in part.groups()],
         [group for part in val for group in part.groups()],
+        folder,
+        is_ours,
     )
 
 
-def _last_rows(part):
+def _last_rows(path, part):
     """The Dataset of one file, whose last rows are validation."""
     total = sum(part.rows)
     border = total - max(1, round(VALIDATION_SHARE * total))
@@ -417,7 +490,7 @@ def _last_rows(part):
                 f"{part.path} has no documents to train on, or none in its last "
                 f"{total - border} rows, which are validation"
             )
-    return Dataset([part.path], train, val)
+    return Dataset([part.path], train, val, _root(path), False)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -452,28 +525,30 @@ def _is_shard_name(name):
 # ----------------------------------------------------------------------------------------------
 # writing shards
 
-def write_shards(folder, prefix, train, validation, **fields):
+def write_shards(folder, prefix, train, validation, names=None, **fields):
     """Write documents as parquet shards with their index.json.
 
     train, validation: lists of str; the validation documents become the last shard.
+    names: the files that the documents come from, two lists; they become the column `source`.
     fields: further entries of the index.
 
     The index is written first, without hashes, and completed last: the shards of an interrupted
     build are reported as missing and never taken for whole.
     """
     shards = [*_divide(train), validation]
-    names = [f"{prefix}_{i:05d}.parquet" for i in range(len(shards))]
-    index = {**fields, "files": names[:-1], "validation": names[-1]}
+    files = [f"{prefix}_{i:05d}.parquet" for i in range(len(shards))]
+    index = {**fields, "files": files[:-1], "validation": files[-1]}
 
     # shards of an earlier build must not be taken for this one's
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+    for file in files:
+        (folder / file).unlink(missing_ok=True)
     atomic_write(folder / "index.json", json.dumps(index, indent=1))
 
-    for name, documents in zip(names, shards):
-        _write_parquet(folder / name, documents)
+    sources = iter([*names[0], *names[1]] if names else [])
+    for file, documents in zip(files, shards):
+        _write_parquet(folder / file, documents, list(islice(sources, len(documents))))
 
-    index["sha256"] = {name: sha256(folder / name) for name in names}
+    index["sha256"] = {file: sha256(folder / file) for file in files}
     atomic_write(folder / "index.json", json.dumps(index, indent=1))
 
 
@@ -490,9 +565,12 @@ def _divide(documents):
     return shards
 
 
-def _write_parquet(path, documents):
-    """Write documents as one parquet file, whole or not at all."""
-    table = pa.table({"text": pa.array(documents, pa.string())})
+def _write_parquet(path, documents, sources):
+    """Write documents, and the names of their files if any, as one parquet file, whole or not."""
+    columns = {"text": pa.array(documents, pa.string())}
+    if sources:
+        columns[SOURCE] = pa.array(sources, pa.string())
+    table = pa.table(columns)
     with atomic_file(path) as file:
         pq.write_table(table, file, row_group_size=ROWS_PER_GROUP, compression="zstd")
 
@@ -527,6 +605,11 @@ def _existing(data):
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{data} is neither a file nor a folder: save the text to a file first")
     return path
+
+
+def _root(path):
+    """The folder that the names of the documents behind a data path are relative to."""
+    return path.parent if path.is_file() else path
 
 
 def _is_readable(path):
@@ -651,34 +734,36 @@ def _say_left_aside(path, chosen):
             print0(f"{path}: left aside {len(files)} files {what}, {first} first")
 
 
-def _read_user_file(path):
-    """The texts of one of the user's files, a list of str and None."""
+def _read_user_file(path, root):
+    """The [(name, text)] of one of the user's files; a text may be None."""
     if path.suffix.lower() != ".parquet":
-        return read_text_file(path)
+        name = path.relative_to(root).as_posix()
+        return [(name, text) for text in read_text_file(path)]
     groups = _check_parquet(path, COPY_AGAIN).groups()
-    return [text for group in groups for text in read_row_group(*group)]
+    return [document for group in groups for document in _read_named(root, False, *group)]
 
 
 def _read_user_files(path, files):
-    """(documents, number of texts that are null or empty) of the user's files.
+    """(documents, their names, number of texts that are null or empty) of the user's files.
 
     The files of a folder are ordered by a hash of their names, so that the last 5 % are not simply
     the last in the alphabet. One that turns out to be no text is skipped, unless it is the only
     one.
     """
-    documents = []
+    named = []
     count = 0
     for file in sorted(files, key=lambda file: fraction(str(file.relative_to(path)))):
         try:
-            texts = _read_user_file(file)
+            found = _read_user_file(file, _root(path))
         except NoText as error:
             if len(files) == 1:
                 raise
             print0(f"skipped {error}")
             continue
-        count += len(texts)
-        documents += [text for text in texts if text and text.strip()]
-    return documents, count - len(documents)
+        count += len(found)
+        named += [(name, text) for name, text in found if text and text.strip()]
+    names = [name for name, _ in named]
+    return [text for _, text in named], names, count - len(named)
 
 
 def split_validation(documents, share=VALIDATION_SHARE):
@@ -706,6 +791,13 @@ def split_validation(documents, share=VALIDATION_SHARE):
     return train, validation
 
 
+def _key(path, files, has_splits=False):
+    """16 hexadecimal digits that change when one of the files behind a data path changes."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    version = 2 if has_splits else 1
+    return hashlib.sha256(json.dumps([version, str(path), stats]).encode()).hexdigest()[:16]
+
+
 def _convert(path, chosen, others):
     """Convert the user's files to shards and return their folder.
 
@@ -713,10 +805,7 @@ def _convert(path, chosen, others):
     memory.
     """
     files = chosen.files
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    version = 2 if chosen.val else 1
-    key = hashlib.sha256(json.dumps([version, str(path), stats]).encode()).hexdigest()[:16]
-    folder = get_base_dir() / "user_data" / key
+    folder = get_base_dir() / "user_data" / _key(path, files, bool(chosen.val))
     if folder.exists():
         return folder
 
@@ -727,9 +816,9 @@ def _convert(path, chosen, others):
             f"{others[0].relative_to(path)} first"
         )
     _say_left_aside(path, chosen)
-    train, dropped = _read_user_files(path, chosen.train)
+    train, train_names, dropped = _read_user_files(path, chosen.train)
     if chosen.val:
-        validation, more = _read_user_files(path, chosen.val)
+        validation, val_names, more = _read_user_files(path, chosen.val)
         dropped += more
         if not train or not validation:
             raise UserError(
@@ -739,6 +828,8 @@ def _convert(path, chosen, others):
         if sum(map(len, train)) < 2:
             raise UserError(f"{path} is empty: there are no documents in it to train on")
         train, validation = split_validation(train)
+        val_names = train_names[-len(validation):]
+        train_names = train_names[:len(train)]
     if dropped:
         print0(f"{path}: skipped {dropped:,} texts that are null or empty")
 
@@ -746,7 +837,8 @@ def _convert(path, chosen, others):
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
     try:
-        write_shards(draft, "shard", train, validation, source=str(path))
+        names = (train_names, val_names)
+        write_shards(draft, "shard", train, validation, names, source=str(path))
         draft.rename(folder)
     except OSError:
         if not folder.exists():  # otherwise another rank was faster, with the same result
@@ -755,7 +847,7 @@ def _convert(path, chosen, others):
         shutil.rmtree(draft, ignore_errors=True)
 
     origin = f" (split {chosen.val_name})" if chosen.val else ""
-    size = sum(size for _, size, _ in stats)
+    size = sum(file.stat().st_size for file in files)
     print0(
         f"{path}: {len(files)} files of {size:,} bytes, {len(train):,} documents to train on, "
         f"{len(validation):,} for validation{origin}, in {folder}"

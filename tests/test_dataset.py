@@ -22,6 +22,7 @@ from nanochat import dataset, sources
 from nanochat.common import UserError
 from nanochat.dataset import (
     SHARD_CHARS,
+    data_tag,
     iter_documents,
     iter_row_groups,
     open_dataset,
@@ -249,6 +250,101 @@ def test_split_validation_takes_whole_documents_where_it_can():
 
 
 # ----------------------------------------------------------------------------------------------
+# names of documents and of data
+
+def names_of(data):
+    dataset = open_dataset(data)
+    return {split: [*dataset.named_documents(split)] for split in ("train", "val")}
+
+
+def test_converted_documents_are_named_by_the_users_files(tmp_path):
+    notes = tmp_path / "notes"
+    (notes / "trips").mkdir(parents=True)
+    content = {"a b.md": "of the first\n" * 1000, "trips/caf\u00e9.txt": "of the second\n" * 30}
+    for name, text in content.items():
+        text_file(notes / name, text)
+    text_file(notes / "c.jsonl", '{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    write_parquet(notes / "d.parquet", ["row 0", None, "row 2", "row 3"])
+    named = names_of(notes)
+    for split, pairs in named.items():
+        assert [text for _, text in pairs] == [*iter_documents(split, notes)]
+    pairs = named["train"] + named["val"]
+    assert len(pairs) >= 8
+    joined = {name: "".join(text for of, text in pairs if of == name) for name, _ in pairs}
+    rows = {f"d.parquet, row {row}": f"row {row}" for row in (0, 2, 3)}
+    assert joined == {**content, "c.jsonl": "onetwo", **rows}
+
+
+def test_a_document_that_is_cut_for_validation_has_its_name_in_both_splits(tmp_path):
+    named = names_of(text_file(tmp_path / "my.txt", "one\ntwo\nthree\n"))
+    assert [name for name, _ in named["train"]] == ["my.txt"] == [name for name, _ in named["val"]]
+
+
+def test_documents_that_are_read_in_place_are_named_by_file_and_row(tmp_path, base):
+    folder = shard_folder(tmp_path / "mine", ["a", "", "c"], ["v", "w", "x"])
+    expected = {
+        "train": [("part_0.parquet, row 0", "a"), ("part_0.parquet, row 2", "c")],
+        "val": [(f"part_1.parquet, row {row}", text) for row, text in enumerate("vwx")],
+    }
+    assert names_of(folder) == expected
+    single = write_parquet(tmp_path / "one.parquet", words(40), row_group_size=7)
+    pairs = sum(names_of(single).values(), [])
+    assert pairs == [(f"one.parquet, row {row}", text) for row, text in enumerate(words(40))]
+    columns = [(name, pa.array(words(40, name))) for name in ("text", "source")]
+    other = table_file(tmp_path / "other.parquet", *columns)
+    assert names_of(other)["train"][7] == ("other.parquet, row 7", "text 7"), "not ours"
+    (base / "base_data").mkdir()
+    write_shards(base / "base_data", "local", ["t"], ["v"])
+    assert names_of(None)["train"] == [("local_00000.parquet, row 0", "t")]
+
+
+def test_a_conversion_of_an_earlier_version_is_read_without_its_sources(tmp_path):
+    path = text_file(tmp_path / "my.txt", "one\ntwo\nthree\n")
+    for shard in parquet_paths(path):
+        pq.write_table(pq.read_table(shard, columns=["text"]), shard)
+    named = names_of(path)
+    assert named["train"][0][0] == "shard_00000.parquet, row 0"
+    assert named["val"][0][0] == "shard_00001.parquet, row 0"
+
+
+def test_the_tag_of_data_changes_with_its_files(tmp_path, base):
+    notes = tmp_path / "my notes"
+    notes.mkdir()
+    text_file(notes / "a.txt", "one\ntwo\n")
+    tag = data_tag(notes)
+    assert re.fullmatch("my-notes-[0-9a-f]{8}", tag) and data_tag(str(notes) + "/") == tag
+    assert parquet_paths(notes)[0].parent.name.startswith(tag[-8:]), "as the conversion is named"
+    assert data_tag(notes) == tag
+    text_file(notes / "b.txt", "three\n")
+    assert data_tag(notes) != tag
+
+
+@pytest.mark.parametrize("name, begin", [
+    ("corpus.jsonl.gz", "corpus-"),
+    ("A.PARQUET", "A-"),
+    ("caf\u00e9.v2.txt", "cafe-v2-"),
+    ("\u7b14\u8bb0.md", "data-"),
+    ("..txt", "data-"),
+    ("x" * 200 + ".txt", "x" * 40 + "-"),
+])
+def test_the_tag_of_a_file_is_a_safe_name(tmp_path, name, begin):
+    tag = data_tag(text_file(tmp_path / name, "x"))
+    assert tag.startswith(begin) and re.fullmatch("[0-9a-f]{8}", tag.removeprefix(begin))
+
+
+def test_text_of_our_own_has_no_tag(tmp_path, base):
+    (base / "base_data").mkdir()
+    write_shards(base / "base_data", "local", ["t"], ["v"])
+    assert data_tag(None) is None and data_tag(base / "base_data") is None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    write_shards(copy, "local", ["t"], ["v"])
+    assert re.fullmatch("copy-[0-9a-f]{8}", data_tag(copy))
+    with pytest.raises(UserError, match="does not exist"):
+        data_tag(tmp_path / "nothing")
+
+
+# ----------------------------------------------------------------------------------------------
 # text that is on the machine
 
 @pytest.fixture
@@ -302,7 +398,7 @@ def test_local_shards_are_built_once(made_sources, base):
 
 
 def test_a_build_that_broke_off_is_not_taken_for_whole(made_sources, monkeypatch):
-    def full(path, documents):
+    def full(path, documents, sources):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(dataset, "_write_parquet", full)
