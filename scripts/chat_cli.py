@@ -9,12 +9,14 @@ In a conversation, quit ends it and clear starts a new one. Ctrl+C ends the curr
 prompt it ends the program.
 """
 import re
+import sys
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, compute_cleanup, compute_init
+from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
+from nanochat.folders import chosen_line
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest
@@ -99,12 +101,22 @@ def chat(engine, tokenizer):
                 messages += [question(text), {"role": "assistant", "content": reply}]
 
 
+def say_choice(line, once):
+    """Print which model was taken. Where one answer was asked for, standard output is for that, and
+    standard error for at most one line, where no person reads it."""
+    if not once:
+        print0(line)
+    elif sys.stderr.isatty():
+        print0(line, file=sys.stderr)
+
+
 def main():
     once = [question(prompt)] if prompt is not None else None
     compute = compute_init(device_type, dtype)
-    model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag=model_tag, step=step)
+    model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     engine = Engine(model, tokenizer)
+    say_choice(chosen_line(source, meta), once)
     if once:
         answer(engine, tokenizer, once)
     else:

@@ -14,6 +14,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.engine import Engine, check_finite
+from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage
@@ -53,6 +54,7 @@ raise_malloc_thresholds()
 compute = compute_init(device_type)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
+print0(chosen_line(source, meta))
 model.cast_for_inference(model.compute_dtype)
 engine = Engine(model, tokenizer)
 

@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.engine import Engine, check_sampling
+from nanochat.folders import chosen_line
 from nanochat.server import create_app
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
@@ -50,7 +51,8 @@ def main():
     with listen(host, port) as listener:
         # 1. the model
         compute = compute_init(device_type, dtype)
-        model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag, step)
+        model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
+        print0(chosen_line(source, meta))
         model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
         engine = Engine(model, tokenizer)
 
