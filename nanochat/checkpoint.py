@@ -4,10 +4,12 @@
        optim_000500_rank0.pt    what one rank needs to resume: optimizer shard, loader, guard, RNG
        meta_000500.json         written last, with the SHA-256 of each file above
        .verified.json           size, modification time and SHA-256 of the files that were verified
+       tokenizer/               of the run; tokenizer.py has its files
 
 A step without its meta file does not exist, so a process that is killed at any moment leaves only
 complete steps behind. Weights that are not finite are never saved. Step numbers count completed
-optimizer steps. The steps of one run are the subject of checkpoint_manager.py.
+optimizer steps. The steps of one run are the subject of checkpoint_manager.py, the folders of all
+runs that of folders.py.
 
 A checkpoint may come from elsewhere. Nothing in its files is executed, and a meta file is believed
 only as far as problem_of() has checked it: above all it names no file outside of its step.
@@ -241,6 +243,16 @@ def list_steps(dir):
     return sorted(steps, key=lambda step: step.meta["saved"] if step.meta else 0)
 
 
+def complete_metas(dir):
+    """The meta of each complete step of `dir`, in the order in which they were saved."""
+    return [step.meta for step in list_steps(dir) if step.meta]
+
+
+def complete_steps(dir):
+    """The numbers of the complete steps of `dir`, in the order in which they were saved."""
+    return [meta["step"] for meta in complete_metas(dir)]
+
+
 def read_meta(dir, step):
     """The meta file of a complete step, in the current format.
 
@@ -267,6 +279,8 @@ NUMBER = (int, float)
 # Of keys that a meta file need not have, the type, for every reader that would fail at another
 KINDS_IF_PRESENT = {
     "stage": str,
+    "run": str,
+    "origin": list,
     "model_class": str,
     "config": dict,
     "dtype": str,

@@ -1,9 +1,12 @@
 """The steps of a training run: saved while training continues, kept, found, loaded.
 
-    $NANOCHAT_BASE_DIR/base_checkpoints/d4/    the folder of one run; checkpoint.py has its files
+    $NANOCHAT_BASE_DIR/base_checkpoints/d4/    the folder of one run
+
+checkpoint.py has the files of a step, folders.py the folders of all runs.
 
 Of the complete steps a run keeps the newest few, the best by validation (`val_bpb`, of the same
-documents at each step) and the last one before LR decay, from which a longer run can resume.
+documents at each step) and the last one before LR decay, from which a longer run can resume. The
+tokenizer is beside them, so that a model can be loaded whatever was trained since.
 
     python -m nanochat.checkpoint_manager DIR    # runs python -m scripts.checkpoints DIR
 """
@@ -22,7 +25,9 @@ from torch.utils._pytree import tree_map_only
 from nanochat.checkpoint import (
     STEP_FILE,
     begin_step,
+    complete_metas,
     complete_step,
+    complete_steps,
     damaged_files,
     list_steps,
     load_checkpoint,
@@ -39,22 +44,16 @@ from nanochat.common import (
     NOT_OFFERED,
     UserError,
     all_reduce_max,
-    get_base_dir,
     get_dist_info,
     print0,
     warn_once,
 )
-from nanochat.tokenizer import get_tokenizer
+from nanochat.folders import checkpoint_dir, find_model_tag, list_models, remedy_for_missing
+from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
-FOLDERS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
-STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 KEEP = 3  # newest complete steps that stay
+TOKENIZER_FOLDER = "tokenizer"  # in the folder of a run
 LONGEST_CONTEXT = 2**20  # tokens; no model has a longer one, and its table of rotary angles fits
 DTYPES = ("float32", "bfloat16")
 
@@ -107,18 +106,28 @@ class CheckpointManager:
     """The checkpoints of one run: the lock on its folder, the async save, the good steps.
 
     keep: how many of the newest steps stay. resumed_from: the step from which the run resumes, or
-    None. All ranks make the same calls in the same order, except writing().
+    None. run: the name of the run in its meta files, whose steps alone are deleted; None: those of
+    any run. All ranks make the same calls in the same order, except writing().
     """
 
-    def __init__(self, dir, rank, keep=KEEP, resumed_from=None):
+    def __init__(self, dir, rank, keep=KEEP, resumed_from=None, run=None):
         self.dir = Path(dir)
         self.rank = rank
         self.keep = keep
+        self.run = run
         self.lock = lock_folder(dir, rank)
         self.pending = None  # an AsyncSave
         self.good_steps = []  # to which a roll-back may return, in the order they were saved
         if resumed_from is not None:
             self.good_steps = steps_of_run(complete_steps(dir), resumed_from)
+
+    def save_tokenizer(self, tokenizer):
+        """Put the run's tokenizer beside its checkpoints, before there is the first of them."""
+        if self.rank != 0:
+            return
+        found = own_tokenizer(self.dir)
+        if found is None or found.fingerprint != tokenizer.fingerprint:
+            tokenizer.save(self.dir / TOKENIZER_FOLDER)
 
     def save(self, step, model, optimizer_state, meta):
         """Begin to save a step; finish() completes it. A step that is saved is not saved again."""
@@ -195,7 +204,7 @@ class CheckpointManager:
         if self.rank != 0:
             return
         try:
-            prune(self.dir, self.keep)
+            prune(self.dir, self.keep, self.run)
         except OSError as error:
             print0(f"warning: old checkpoints in {self.dir} were not deleted: {error}")
 
@@ -245,7 +254,7 @@ def lock_folder(dir, rank):
             "run trains into it"
         )
         return file
-    for path in dir.glob("*.tmp"):
+    for path in (*dir.glob("*.tmp"), *dir.glob(f"{TOKENIZER_FOLDER}/*.tmp")):
         path.unlink(missing_ok=True)  # a process that reads may have just renamed it
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -255,16 +264,6 @@ def lock_folder(dir, rank):
 
 # --------------------------------------------------------------------------------------------------
 # the steps of a folder
-
-def complete_metas(dir):
-    """The meta of each complete step of `dir`, in the order in which they were saved."""
-    return [step.meta for step in list_steps(dir) if step.meta]
-
-
-def complete_steps(dir):
-    """The numbers of the complete steps of `dir`, in the order in which they were saved."""
-    return [meta["step"] for meta in complete_metas(dir)]
-
 
 def print_incomplete(dir, steps):
     """One line for each of `steps`, of list_steps(dir), that is ignored: it is not complete."""
@@ -281,27 +280,45 @@ def resumable(dir):
     return False
 
 
-def prune(dir, keep=KEEP):
+def prune(dir, keep=KEEP, run=None):
     """Delete the complete steps of `dir` that need not stay, and return their numbers.
 
-    The newest `keep`, the best by validation and the newest before LR decay stay. Incomplete steps
-    stay as well, for somebody may want to examine them.
+    run: the name of a run; the steps of others, and those that name none, are left alone. None:
+    the steps of all runs. Incomplete steps stay, for somebody may want to examine them.
     """
-    metas = complete_metas(dir)
-    staying = steps_that_stay(metas, keep)
     deleted = []
-    for meta in metas:
-        if meta["step"] in staying:
-            continue
-        (Path(dir) / meta_file(meta["step"])).unlink()  # first: now the step does not exist
-        for name in meta["files"]:
-            (Path(dir) / name).unlink()
+    for meta in steps_to_delete(complete_metas(dir), keep, run):
+        delete_step(dir, meta)
         deleted.append(meta["step"])
     return deleted
 
 
+def steps_to_delete(metas, keep, run=None, finished=False):
+    """The metas of the steps that prune() deletes. metas: in the order they were saved.
+
+    The newest `keep`, the best by validation and the newest before LR decay stay, and so does every
+    finished model, unless `finished` says that those may be deleted as well.
+    """
+    if run is not None:
+        metas = [meta for meta in metas if meta.get("run") == run]
+    staying = steps_that_stay(metas, keep)
+    deleted = []
+    for meta in metas:
+        is_model = meta.get("finished") and not finished
+        if meta["step"] not in staying and not is_model:
+            deleted.append(meta)
+    return deleted
+
+
+def delete_step(dir, meta):
+    """Delete the files of a complete step."""
+    (Path(dir) / meta_file(meta["step"])).unlink()  # first: now the step does not exist
+    for name in meta["files"]:
+        (Path(dir) / name).unlink()
+
+
 def steps_that_stay(metas, keep):
-    """The numbers of the steps that prune() keeps. metas: in the order they were saved."""
+    """The numbers of the newest `keep` steps, of the best, and of the newest before LR decay."""
     newest = metas[-keep:]
     before_decay = [meta for meta in metas if meta.get("before_decay")]
     evaluated = [meta for meta in metas if is_evaluated(meta)]
@@ -377,8 +394,7 @@ def candidates(dir, step):
     metas = [found.meta for found in steps if found.meta]
     if not metas:
         newest = f" ({steps[-1].problem})" if steps else ""
-        remedy = f"{advice(source_of(dir))}, or name another --model_tag"
-        raise UserError(f"no complete checkpoint in {dir}{newest}: {remedy}")
+        raise UserError(f"no complete checkpoint in {dir}{newest}: {remedy_for_missing(dir)}")
     if step is None:
         return metas
     for meta in metas:
@@ -424,48 +440,6 @@ def named_checkpoint(name, dir):
 # --------------------------------------------------------------------------------------------------
 # models
 
-def checkpoint_dir(source, model_tag):
-    """Folder of the checkpoints of a stage (base, mid, sft or rl)."""
-    if source not in FOLDERS:
-        choices = ", ".join(FOLDERS)
-        raise UserError(f"source={source} is not a stage: choose from {choices}")
-    return get_base_dir() / FOLDERS[source] / model_tag
-
-
-def source_of(dir):
-    """The stage (base, mid, sft or rl) whose checkpoints are in `dir`; base for other folders."""
-    for source, folder in FOLDERS.items():
-        if folder == Path(dir).parent.name:
-            return source
-    return "base"
-
-
-def advice(source):
-    """How to get a checkpoint of a stage."""
-    if source in STAGES:
-        return f"run python -m {STAGES[source]} first"
-    return f"no stage makes {source} checkpoints yet"
-
-
-def newest_meta(*sources):
-    """Path of the meta file written last by any of these stages, or None."""
-    paths = []
-    for source in sources:
-        paths += (get_base_dir() / FOLDERS[source]).glob("*/meta_*.json")
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def find_model_tag(source, missing_ok=False):
-    """The tag of a stage's checkpoint written last. If there is none: None, or UserError."""
-    newest = newest_meta(source) if source in FOLDERS else None
-    if newest is not None:
-        return newest.parent.name
-    if missing_ok:
-        return None
-    where = checkpoint_dir(source, "")
-    raise UserError(f"no {source} checkpoint under {where}: {advice(source)}")
-
-
 def load_model(source, device, phase="eval", model_tag=None, step=None):
     """(model, tokenizer, meta) of a stage's checkpoint; meta has `dir` and `tag` besides.
 
@@ -500,9 +474,15 @@ def restore_model(dir, weights, meta, device):
 
 
 def tokenizer_of(dir, meta):
-    """The tokenizer. UserError if it is not the one with which the checkpoint was trained."""
-    tokenizer = get_tokenizer()
+    """The tokenizer with which a checkpoint of `dir` was trained.
+
+    It is beside the checkpoint. A folder of an earlier version has none; the one of the base
+    directory is then taken, if it is the same. UserError where neither is.
+    """
     check_keys(meta, "tokenizer")
+    tokenizer = own_tokenizer(dir)
+    if tokenizer is None or tokenizer.fingerprint != meta["tokenizer"]:
+        tokenizer = get_tokenizer()
     if tokenizer.fingerprint != meta["tokenizer"]:
         raise UserError(
             f"the checkpoint in {dir} was trained with another tokenizer ({meta['tokenizer']}, "
@@ -517,6 +497,32 @@ def tokenizer_of(dir, meta):
             "train again, or get the checkpoint again from where it came"
         )
     return tokenizer
+
+
+def own_tokenizer(dir):
+    """The tokenizer that was saved beside the checkpoints of `dir`, or None."""
+    folder = Path(dir) / TOKENIZER_FOLDER
+    if not folder.exists():
+        return None
+    try:
+        return Tokenizer.load(folder)
+    except UserError as error:
+        print0(f"warning: the tokenizer beside the checkpoints is ignored: {error}")
+        return None
+
+
+def hand_out_tokenizer(folder):
+    """Put the tokenizer in `folder`, which is about to be replaced, beside the checkpoints that
+    were trained with it and have none: those of earlier versions."""
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except UserError:
+        return  # there is none, or a damaged one, with which no checkpoint can be loaded
+    for model in list_models():
+        place = model.dir / TOKENIZER_FOLDER
+        if model.meta.get("tokenizer") == tokenizer.fingerprint and not place.exists():
+            tokenizer.save(place)
+            print0(f"kept the tokenizer of {model.dir} beside its checkpoints")
 
 
 def build_model(meta, device):

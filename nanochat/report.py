@@ -68,18 +68,23 @@ def read_jsonl(path):
     return records
 
 
-def last_run(records):
+def last_run(records, run=None):
     """{stage: record}: the last record of every stage since the run began.
 
-    The stages are in the order in which they ended. records: those of metrics.jsonl.
+    The stages are in the order in which they ended. records: those of metrics.jsonl. run: the name
+    of a speedrun; None: the one that began last, with what was run by hand since.
     """
-    begin = 0
+    if run is not None:
+        records = [record for record in records if record.get("run") == run]
+    begin, began = 0, None
     for i, record in enumerate(records):
         if record.get("stage") == "start":
-            begin = i + 1
+            begin, began = i + 1, record.get("run")
 
     stages = {}
     for record in records[begin:]:
+        if began and record.get("run") not in (None, began):
+            continue  # of another speedrun, which was resumed meanwhile
         name = record["stage"]
         stages.pop(name, None)  # so that a repeated stage moves to the end
         stages[name] = record
@@ -830,7 +835,7 @@ def write_report(base, total=None):
     Returns (stages, total, path of report.md).
     """
     # 1) what there is to report
-    stages = last_run(read_jsonl(base / "metrics.jsonl"))
+    stages = last_run(read_jsonl(base / "metrics.jsonl"), os.environ.get("NANOCHAT_RUN"))
     if not stages:
         raise UserError(f"{base} holds no finished stage: "
                         "run one first, or point NANOCHAT_BASE_DIR at a run")

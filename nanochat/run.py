@@ -147,7 +147,8 @@ class Run:
 
         # where it is written
         resumed_from = self.step if start.state else None
-        self.checkpoints = CheckpointManager(folder, compute.rank, settings["keep"], resumed_from)
+        self.checkpoints = CheckpointManager(
+            folder, compute.rank, settings["keep"], resumed_from, meta.get("run"))
         self.logger = open_logger(settings["logger"], folder, settings)
         self.log_file = open_log(folder, self.step) if compute.rank == 0 else None
 
@@ -350,7 +351,7 @@ class Run:
             compute_cleanup()
             raise SystemExit(1)
         if self.stopped:
-            hint = resume_hint(self.settings)
+            hint = resume_hint(self.settings, self.folder)
             self.checkpoints.finish()
             if not self.guard.bad or self.checkpoints.newest() == self.step:
                 print0(f"saved step {self.step} in {self.folder}: {hint}")

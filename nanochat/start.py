@@ -2,7 +2,10 @@
 
 `choose_*` are pure: they decide by settings and meta files alone, so that tests reach every
 combination without a process. `start_*` do the reading for pretraining and for the chat stages.
+A run that starts fresh gets a folder of its own (folders.py), and no run starts over where one has
+finished.
 """
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -10,18 +13,31 @@ from typing import NamedTuple
 import torch
 
 from nanochat.checkpoint_manager import (
-    checkpoint_dir,
     complete_metas,
-    find_model_tag,
     load_model,
     load_weights,
     named_checkpoint,
     read_checkpoint,
     restore_model,
     resumable,
+    tokenizer_of,
 )
 from nanochat.common import UserError, print0
+from nanochat.dataset import data_tag
+from nanochat.folders import (
+    checkpoint_dir,
+    find_model_tag,
+    folder_to_continue,
+    folder_to_extend,
+    free_folder,
+    list_models,
+    new_run,
+    newest_model,
+    refuse_taken,
+    run_of_speedrun,
+)
 from nanochat.plan import BUDGETS
+from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
 
 FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
@@ -34,7 +50,7 @@ class Start(NamedTuple):
     already, so weights is None, and its meta is always that of the run.
     """
     kind: str
-    folder: Path    # of the checkpoints, None where the tag is not known yet
+    folder: Path    # of the checkpoint; of a chat stage, that of the run; None: not known yet
     weights: dict   # of the model
     state: dict     # of this rank: optimizers, loader, guard, random numbers
     meta: dict
@@ -47,26 +63,74 @@ class Choice(NamedTuple):
     message: str = ""  # to print
 
 
-def resume_hint(settings):
-    """What a stage says after it was stopped and has saved."""
+def resume_hint(settings, folder):
+    """What a stage says after it was stopped and has saved in `folder`."""
+    tag = settings.get("model_tag")
+    words = "--resume"
+    is_pretraining = "extend" in settings  # a chat stage's tag is that of its first model
+    if is_pretraining and tag and tag != folder.name:
+        words = f"--resume --model_tag={folder.name}"
     for name in ("resume_from_checkpoint", "extend"):
         if settings.get(name) is not None:
-            return f"the same command with --resume in place of --{name} resumes it"
-    return "the same command with --resume resumes it"
+            return f"the same command with {words} in place of --{name} resumes it"
+    return f"the same command with {words} resumes it"
 
 
 # ------------------------------------------------------------------------------------------------
 # pretraining
 
-def choose_base_checkpoint(settings, metas, named_step=None):
+def choose_base_folder(settings, models, run=None):
+    """The Model whose folder a command without a --model_tag means, or None.
+
+    settings: of base_train. models: the base models that are there. run: of the speedrun that gives
+    the command, or None. --resume alone means the newest unfinished run of these settings, or a
+    finished one where there is no other.
+    """
+    depth = settings["depth"]
+    if depth:
+        models = [model for model in models if model.meta.get("config", {}).get("depth") == depth]
+    if settings["resume_from_checkpoint"] or settings["extend"] is not None:
+        return newest_model(models, run)
+    meant = [model for model in models if is_same_run(settings, model.meta, run)]
+    unfinished = [model for model in meant if not model.finished]
+    return newest_model(unfinished or meant)
+
+
+def is_same_run(settings, meta, run=None):
+    """Whether a command with these settings, in which no run is named, may resume that of a meta.
+
+    It must be on the same data, toward the same budget. A command that gives no budget, or a depth,
+    resumes toward any.
+    """
+    if run is not None:
+        return meta.get("run") == run
+    theirs = meta.get("settings", {})
+    if not is_same_path(theirs.get("data"), settings["data"]):
+        return False
+    given = {name: settings[name] for name in BUDGETS if settings[name] is not None}
+    return bool(settings["depth"]) or all(theirs.get(name) == given[name] for name in given)
+
+
+def is_same_path(a, b):
+    """Whether two --data are the same, or both None."""
+    if a is None or b is None:
+        return a is b
+    absolute = [os.path.abspath(os.path.expanduser(str(path))) for path in (a, b)]
+    return absolute[0] == absolute[1]
+
+
+def choose_base_checkpoint(settings, metas, named_step=None, run=None):
     """Which checkpoint pretraining starts from.
 
     settings: of base_train. metas: of the complete steps in the folder, oldest first. named_step:
-    of --resume_from_checkpoint, or None. UserError where there is nothing to extend.
+    of --resume_from_checkpoint, or None. run: as above; of the speedrun's own finished run nothing
+    but the record may be missing, so that it is resumed. UserError where there is nothing to
+    extend, and where the run to resume has finished.
     """
     factor = settings["extend"]
     newest = metas[-1] if metas else None
-    unfinished = newest is not None and not newest["finished"]
+    finished = newest is not None and newest.get("finished")
+    unfinished = newest is not None and not finished
     extends_already = factor is not None and unfinished and newest.get("extend") == factor
     if factor is not None and not extends_already:
         if named_step is not None:
@@ -83,90 +147,126 @@ def choose_base_checkpoint(settings, metas, named_step=None):
         return Choice(FRESH, None)
     if newest is None:
         return Choice(FRESH, None, "nothing to resume: starting from step 0")
+    if finished and not is_of(newest, run):
+        raise UserError(
+            f"the run has finished at step {newest['step']}: use --extend, or leave --resume out "
+            "and name another --model_tag")
     return Choice(RESUMED, None)
 
 
-def reason_to_start_fresh(settings, tag, meta, fingerprint):
-    """Why the newest checkpoint of a tag is not resumed: one line, or "" where it is.
-
-    A run whose tag or depth was named must be of the same tokenizer, else UserError.
-    """
-    if meta["finished"]:
-        return f"the newest checkpoint of {tag} is a finished run: starting from step 0"
-    same_tokenizer = meta["tokenizer"] == fingerprint
-    if settings["model_tag"] or settings["depth"]:
-        if not same_tokenizer:
-            raise UserError(
-                f"{tag} was trained with another tokenizer: train again without --resume")
-        return ""
-    if settings["extend"] is not None and meta.get("extend") == settings["extend"]:
-        return ""  # the command that extended it need not repeat the run's settings
-    names = ("data", *BUDGETS)
-    same_run = all(meta["settings"].get(name) == settings[name] for name in names)
-    if same_tokenizer and same_run:
-        return ""
-    return f"the newest checkpoint, of {tag}, is of another run: starting from step 0"
+def is_of(meta, run):
+    """Whether a meta file is of the speedrun `run`."""
+    return run is not None and meta.get("run") == run
 
 
-def check_named(kind, folder, meta, fingerprint):
-    """UserError where a checkpoint that the user named, or that is extended, cannot be used."""
-    if meta["tokenizer"] != fingerprint:
-        raise UserError(f"{folder} was trained with another tokenizer: bring that one back")
-    if kind == EXTENDED and not meta["before_decay"]:
+def unfinished_extension(models, folder, factor):
+    """The folder of the newest unfinished run that extends the one in `folder`, or `folder`."""
+    found = [
+        model for model in models
+        if not model.finished
+        and model.meta.get("extend") == factor
+        and is_same_model(model.meta.get("continues"), [str(folder), None], any_step=True)
+    ]
+    return newest_model(found).dir if found else folder
+
+
+def check_before_decay(folder, meta):
+    """UserError where a checkpoint that is to be extended is from after the LR decay began."""
+    if not meta.get("before_decay"):
         raise UserError(
             f"step {meta['step']} of {folder} is from after the LR decay began: extend another, "
             "or leave --resume_from_checkpoint out")
 
 
-def start_base(settings, rank, fingerprint):
-    """The Start of pretraining. fingerprint: of the tokenizer that is there now."""
-    # 1. the folder
-    tag = settings["model_tag"]
-    if not tag and settings["depth"]:
-        tag = f"d{settings['depth']}"
-    wants_checkpoint = (
-        settings["resume"] or settings["resume_from_checkpoint"] or settings["extend"])
-    if not tag and wants_checkpoint:
-        tag = find_model_tag("base", missing_ok=True)
+def start_base(settings, rank):
+    """(Start, tokenizer) of pretraining."""
+    # 1. a run that begins
+    tag, named = settings["model_tag"], settings["resume_from_checkpoint"]
+    if not (settings["resume"] or named or settings["extend"] is not None):
+        return fresh_base(settings)
+
+    # 2. the folder to read
+    models, run = list_models("base"), run_of_speedrun()
     folder = checkpoint_dir("base", tag) if tag else None
+    if not tag:
+        model = choose_base_folder(settings, models, run)
+        folder = model.dir if model else None
+    if folder and settings["extend"] is not None:
+        folder = unfinished_extension(models, folder, settings["extend"])
     named_step = None
-    if settings["resume_from_checkpoint"]:
-        named = settings["resume_from_checkpoint"]
+    if named:
         folder, named_step = named_checkpoint(named, folder or checkpoint_dir("base", ""))
 
-    # 2. the checkpoint
-    metas = []
-    if wants_checkpoint and folder and resumable(folder):
-        metas = complete_metas(folder)
-    choice = choose_base_checkpoint(settings, metas, named_step)
+    # 3. the step to read
+    metas = complete_metas(folder) if folder and resumable(folder) else []
+    choice = choose_base_checkpoint(settings, metas, named_step, run)
     if choice.message:
         print0(choice.message)
-    fresh = Start(FRESH, None, None, None, None)  # the plan's depth may name the folder
     if choice.kind == FRESH:
-        return fresh
-
-    # 3. what is in it
+        return fresh_base(settings)
     weights, state, meta = read_checkpoint(folder, choice.step, rank=rank, stage="base_train")
-    if choice.step is not None:
-        check_named(choice.kind, folder, meta, fingerprint)
+    if choice.kind == EXTENDED:
+        check_before_decay(folder, meta)
+    return Start(choice.kind, folder, weights, state, meta), tokenizer_of(folder, meta)
+
+
+def fresh_base(settings):
+    """(Start, tokenizer) of a run that begins. The plan's depth may name its folder.
+
+    Where the user names it, it must be free.
+    """
+    if settings["model_tag"]:
+        refuse_taken(checkpoint_dir("base", settings["model_tag"]))
+    return Start(FRESH, None, None, None, None), get_tokenizer(settings["data"])
+
+
+def new_base_folder(settings, depth):
+    """The folder of a run that begins: as --model_tag says, else named after its text or depth."""
+    if settings["model_tag"]:
+        return checkpoint_dir("base", settings["model_tag"])
+    return free_folder(checkpoint_dir("base", data_tag(settings["data"]) or f"d{depth}"))
+
+
+def place_of(start):
+    """(folder to save in, meta) of a run that is resumed or extended.
+
+    Another folder, where a finished model is in the way, makes it another run: its meta says from
+    where it `continues`. Every rank calls it.
+    """
+    meta, folder = start.meta, start.folder
+    if start.kind == EXTENDED:
+        place = folder_to_extend(folder, meta["step"])
+    elif is_of(meta, run_of_speedrun()):
+        place = folder
     else:
-        reason = reason_to_start_fresh(settings, tag, meta, fingerprint)
-        if reason:
-            print0(reason)
-            return fresh
-    return Start(choice.kind, folder, weights, state, meta)
+        place = folder_to_continue(folder, meta["step"])
+    if place == folder:
+        return place, {**meta, "run": meta.get("run") or new_run()}
+    return place, {**meta, "run": new_run(), "continues": [str(folder), meta["step"]]}
 
 
 # ------------------------------------------------------------------------------------------------
 # the chat stages
 
-def reason_for_fresh_chat(meta, origin):
-    """Why the newest checkpoint of a chat stage is not resumed, or ""."""
-    if meta["finished"]:
-        return "is of a finished run"
-    if meta["origin"] != origin:
-        return "started from another model"
-    return ""
+def choose_chat_run(models, origin, run=None):
+    """The newest run of a chat stage that --resume means: a Model, or None.
+
+    models: of the stage. origin: [folder, step] of the model from which the run must have started.
+    run: of the speedrun that gives the command, or None. Of the speedrun's own finished run
+    nothing but the record may be missing, so that it is resumed.
+    """
+    started = [model for model in models if is_same_model(model.meta.get("origin"), origin)]
+    if run is not None:
+        return newest_model([model for model in started if is_of(model.meta, run)])
+    return newest_model([model for model in started if not model.finished])
+
+
+def is_same_model(a, b, any_step=False):
+    """Whether two [folder, step] are of the same model; the base directory may have moved."""
+    if not a or not b:
+        return False
+    folders = [Path(str(model[0])).parts[-2:] for model in (a, b)]
+    return folders[0] == folders[1] and (any_step or a[1:] == b[1:])
 
 
 class ChatStart(NamedTuple):
@@ -200,7 +300,8 @@ def start_chat_from_name(stage, source, settings, compute):
     folder, step = named_checkpoint(name, checkpoint_dir(source, tag))
     weights, state, meta = read_checkpoint(folder, step, rank=compute.rank, stage=stage)
     model, tokenizer = restore_model(folder, weights, meta, compute.device)
-    return ChatStart(Start(RESUMED, folder, None, state, meta), model.train(), tokenizer)
+    start = with_place(Start(RESUMED, folder, None, state, meta))
+    return ChatStart(start, model.train(), tokenizer)
 
 
 def start_chat_from_model(stage, source, settings, compute, model_source):
@@ -211,6 +312,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     model = model.for_chat()
     meta = {
         "stage": stage,
+        "run": new_run(),
         "origin": [origin["dir"], origin["step"]],
         "step": 0,
         "elapsed": 0.0,
@@ -221,19 +323,30 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         "total_batch_size": origin["total_batch_size"],
         "name": origin.get("name"),  # the model's, where the user chose one
     }
-    folder = checkpoint_dir(source, origin["tag"])
-    fresh = ChatStart(Start(FRESH, folder, None, None, meta), model, tokenizer)
 
     # 2. an unfinished run that started with the same model
-    if not settings["resume"]:
-        return fresh
-    if not resumable(folder):
-        print0(f"nothing to resume in {folder} (--model_tag names another): starting from step 0")
-        return fresh
-    weights, state, found = read_checkpoint(folder, rank=compute.rank, stage=stage)
-    reason = reason_for_fresh_chat(found, meta["origin"])
-    if reason:
-        print0(f"the newest checkpoint of {folder} {reason}: starting from step 0")
-        return fresh
+    if settings["resume"]:
+        found = choose_chat_run(list_models(source), meta["origin"], run_of_speedrun())
+        if found:
+            start, tokenizer = resume_chat(stage, found.dir, compute, model)
+            return ChatStart(start, model, tokenizer)
+        print0(f"nothing to resume: no unfinished {stage} started from {origin['tag']}, step "
+               f"{origin['step']}; starting from step 0")
+
+    # 3. a run that begins, with a folder named after the model
+    folder = free_folder(checkpoint_dir(source, origin["tag"]))
+    return ChatStart(Start(FRESH, folder, None, None, meta), model, tokenizer)
+
+
+def resume_chat(stage, folder, compute, model):
+    """(Start, tokenizer) of the run in `folder`, whose newest weights are loaded into `model`."""
+    weights, state, meta = read_checkpoint(folder, rank=compute.rank, stage=stage)
+    tokenizer = tokenizer_of(folder, meta)
     load_weights(model, weights, assign=False)
-    return ChatStart(Start(RESUMED, folder, None, state, found), model, tokenizer)
+    return with_place(Start(RESUMED, folder, None, state, meta)), tokenizer
+
+
+def with_place(start):
+    """A Start with the folder and the meta of place_of()."""
+    folder, meta = place_of(start)
+    return start._replace(folder=folder, meta=meta)

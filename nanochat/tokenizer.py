@@ -22,11 +22,12 @@ import binascii
 import codecs
 import hashlib
 import json
+import re
 
 import numpy as np
 import rustbpe
 
-from nanochat.common import UserError, atomic_write, get_base_dir
+from nanochat.common import UserError, atomic_write, get_base_dir, print0
 from nanochat.conversation import as_parts, check_conversation
 
 # Their ids follow the mergeable ranks, in this order.
@@ -433,6 +434,39 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def get_tokenizer():
-    """The tokenizer of this base directory."""
-    return Tokenizer.load(get_base_dir() / "tokenizer")
+def tokenizer_folder(data=None):
+    """Where the tokenizer that is trained on a data path is saved, a Path.
+
+    $NANOCHAT_BASE_DIR/tokenizer for nanochat's own text (None), tokenizers/TAG for the user's, so
+    that text of one kind never overwrites the tokenizer of another.
+    """
+    from nanochat.dataset import data_tag  # it imports pyarrow, which a chat does without
+    tag = data_tag(data) if data is not None else None
+    if tag is None:
+        return get_base_dir() / "tokenizer"
+    return get_base_dir() / "tokenizers" / tag
+
+
+def get_tokenizer(data=None):
+    """The tokenizer of a data path; None: of nanochat's own text.
+
+    Where none was trained on the user's text as it is now, the one of its last state is taken, else
+    that of nanochat's own text, and a line says so. UserError where there is none at all.
+    """
+    folder = tokenizer_folder(data)
+    usual = get_base_dir() / "tokenizer"
+    if folder == usual or (folder / META_FILE).exists():
+        return Tokenizer.load(folder)
+    name = re.compile(re.escape(folder.name.rpartition("-")[0]) + "-[0-9a-f]{8}")
+    metas = folder.parent.glob(f"*/{META_FILE}")
+    of_data = [path for path in metas if name.fullmatch(path.parent.name)]
+    if of_data:
+        earlier = max(of_data, key=lambda path: path.stat().st_mtime).parent
+        print0(f"{data} has changed since its tokenizer was trained: taking {earlier}")
+        return Tokenizer.load(earlier)
+    if not (usual / META_FILE).exists():
+        raise UserError(
+            f"no tokenizer for {data}: run `python -m scripts.tok_train --data={data}` first"
+        )
+    print0(f"no tokenizer was trained on {data} (scripts.tok_train --data): taking {usual}")
+    return Tokenizer.load(usual)

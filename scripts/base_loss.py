@@ -11,6 +11,7 @@ from nanochat.common import compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
 from nanochat.engine import sample_texts
+from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import finish_stage
@@ -33,6 +34,7 @@ raise_malloc_thresholds()
 compute = compute_init(device_type)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
+print0(chosen_line(source, meta))
 model.cast_for_inference(model.compute_dtype)
 
 # bits per byte, and samples

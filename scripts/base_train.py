@@ -15,12 +15,13 @@ from dataclasses import asdict
 
 import torch
 
-from nanochat.checkpoint_manager import build_model, checkpoint_dir, load_weights
+from nanochat.checkpoint_manager import build_model, load_weights
 from nanochat.common import UserError, all_reduce_max, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import measure_text, tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import open_dataset
 from nanochat.engine import sample_texts
+from nanochat.folders import new_run
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
@@ -37,14 +38,13 @@ from nanochat.plan import (
 from nanochat.prompts import text_prompts
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
-from nanochat.start import EXTENDED, FRESH, start_base
-from nanochat.tokenizer import get_tokenizer
+from nanochat.start import EXTENDED, FRESH, new_base_folder, place_of, start_base
 from nanochat.variants import MODEL_CLASSES, TRAINABLE, WITH_COUNTS, default_model
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 
 # settings
 data: str = None             # parquet folder, or your own .txt .md .jsonl; None: nanochat.dataset's
-model_tag: str = None        # name of the checkpoint folder; None: dN for depth N
+model_tag: str = None        # name of the checkpoint folder; None: dN for depth N, or the data's
 model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: lookup on a CPU
 depth: int = None            # layers; width is 64 x depth. None: 20 on a GPU, by speed on a CPU
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
@@ -71,7 +71,7 @@ save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay, besides the best and that before decay
 hang_minutes = 30.0          # a step that takes longer ends the run; every rank prints where it was
 logger = ""                  # tensorboard or wandb, besides log.jsonl; --no-wandb is --logger=
-resume = False               # resume from the newest checkpoint of this tag
+resume = False               # resume the newest unfinished run: of this tag, or of these settings
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 extend: float = None         # or from before the LR decay, to a horizon so many times as long
 seed = 42                    # of the initial weights
@@ -93,8 +93,7 @@ dtype_name = str(compute.dtype).removeprefix("torch.")
 print0(f"{world_size} x {device.type}, {dtype_name}, matmul {matmul_flops / 1e9:,.0f} GFLOP/s each")
 
 # ---- where the run starts: fresh, resumed or extended
-tokenizer = get_tokenizer()
-start = start_base(settings, rank, tokenizer.fingerprint)
+start, tokenizer = start_base(settings, rank)
 resumed = start.meta  # of the run that is resumed or extended; None for a fresh one
 if start.kind == EXTENDED:
     resumed["extend"] = extend
@@ -131,9 +130,10 @@ micro_batch_size, grad_accum_steps = plan.batch.micro_batch_size, plan.batch.gra
 
 # ---- a fresh run counts n-grams, and describes its model
 counted = None
-folder, meta = start.folder, resumed
-if start.kind == FRESH:
-    folder = checkpoint_dir("base", model_tag or f"d{plan.shape.depth}")
+if start.kind != FRESH:
+    folder, meta = place_of(start)
+else:
+    folder = new_base_folder(settings, plan.shape.depth)
     counts_fit = model_name in WITH_COUNTS and vocab_size <= MAX_VOCAB_SIZE
     if ngram_tokens and not counts_fit:
         raise UserError(
@@ -159,6 +159,7 @@ if start.kind == FRESH:
     print0(f"planning and counting took {elapsed:.1f} s, which count as training time")
     meta = {
         "stage": "base_train",
+        "run": new_run(),
         "model_class": model_name,
         "config": asdict(config),
         "dtype": dtype_name,
@@ -210,6 +211,7 @@ micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 run = Run(
     "base_train", settings, compute, folder, start, meta, plan.horizon, total_batch_size,
     model.flops_per_token(max_seq_len), matmul_flops, plan.steps)
+run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
 counted_tokens = meta.get("counted", 0)
 bpbs = list(meta.get("bpbs", []))  # of the validations on the way

@@ -10,12 +10,15 @@ A base model has read no conversations: it continues the text that it is given, 
 In a conversation, quit ends it and clear starts a new one. Ctrl+C ends the current answer; at the
 prompt it ends the program.
 """
+import sys
+
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, compute_cleanup, compute_init
+from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.completion import print_continuation, print_stream
 from nanochat.configurator import configure
 from nanochat.conversation import fit_conversation, normalise_messages
 from nanochat.engine import Engine
+from nanochat.folders import chosen_line
 from nanochat.passage_store import load_passages
 from tasks.identity import shown_name
 
@@ -121,6 +124,15 @@ def continue_texts(engine, tokenizer):
             continue_text(engine, tokenizer, text)
 
 
+def say_choice(line, once):
+    """Print which model was taken. Where one answer was asked for, standard output is for that, and
+    standard error for at most one line, where no person reads it."""
+    if not once:
+        print0(line)
+    elif sys.stderr.isatty():
+        print0(line, file=sys.stderr)
+
+
 def main():
     continues = source == "base"
     once = None
@@ -130,6 +142,7 @@ def main():
     model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     engine = Engine(model, tokenizer, load_passages(meta))
+    say_choice(chosen_line(source, meta), prompt is not None)
     if once:
         answer(engine, tokenizer, once)
     elif continues and prompt is not None:

@@ -19,6 +19,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.conversation import fit_conversation
 from nanochat.engine import Engine, check_finite
+from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage, wilson_interval
@@ -80,6 +81,7 @@ raise_malloc_thresholds()
 compute = compute_init(device_type)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
+print0(chosen_line(source, meta))
 model.cast_for_inference(model.compute_dtype)
 passages = load_passages(meta)
 own_form = meta["settings"].get("own_text", "lookup")

@@ -35,7 +35,7 @@ from tasks.own_text import FORMS, identity_tasks, sample_questions, subject_task
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
-model_tag: str = None        # checkpoint folder to read and write; None: the newest of the source
+model_tag: str = None        # checkpoint folder of the model to start from; None: the newest
 from_step: int = None        # step of the model to start from; None: its newest
 minutes: float = None        # wall clock of the loop; None: 5 on a CPU, one epoch on a GPU
 num_iterations: int = None   # optimizer steps, in place of minutes
@@ -60,7 +60,7 @@ save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay
 hang_minutes = 30.0          # a step that takes longer ends the run; every rank prints where it was
 logger = ""                  # tensorboard or wandb, besides log.jsonl; --no-wandb is --logger=
-resume = False               # resume from the newest checkpoint of this tag
+resume = False               # resume the newest unfinished run that started from this model
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 seed = 43                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
@@ -131,6 +131,7 @@ if own:
 run = Run(
     "chat_sft", settings, compute, start.folder, start, meta, horizon, total_batch_size,
     model.flops_per_token(T), matmul_flops)
+run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
 
 

@@ -18,6 +18,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.engine import Engine, check_sampling
+from nanochat.folders import chosen_line
 from nanochat.passage_store import load_passages
 from nanochat.prompts import suggestions_of
 from nanochat.server import create_app
@@ -56,6 +57,7 @@ def main():
         # 1. the model
         compute = compute_init(device_type, dtype)
         model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
+        print0(chosen_line(source, meta))
         model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
         engine = Engine(model, tokenizer, load_passages(meta))
 

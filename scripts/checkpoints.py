@@ -1,45 +1,56 @@
-"""The checkpoints of a run: list, verify, prune, rescue.
+"""The models that are there, and the checkpoints of a run: list, verify, prune, rescue.
 
-    python -m scripts.checkpoints                # the folder of the checkpoint that was saved last
+    python -m scripts.checkpoints                # every model: stage, tag, step, data, size
     python -m scripts.checkpoints DIR            # each step: size, validation, complete or why not
     python -m scripts.checkpoints DIR --verify   # reads every file and compares its hash
     python -m scripts.checkpoints DIR --prune    # deletes what a run would not have kept
     python -m scripts.checkpoints DIR --rescue   # resumes training, with safe settings
 
+A finished model is deleted by --prune --finished alone, and by no training run. Without DIR,
+--verify and --rescue take the folder of the checkpoint that was saved last.
 emergency_training.sh calls the last one; docs/numerical_stability.md describes it.
 """
 import argparse
+import datetime
 import os
 import sys
 from pathlib import Path
 
-from nanochat.checkpoint import damaged_files, list_steps, meta_file, verify_files
-from nanochat.checkpoint_manager import (
-    FOLDERS,
-    KEEP,
-    checkpoint_dir,
-    lock_folder,
-    newest_meta,
-    print_incomplete,
-    prune,
+from nanochat.checkpoint import (
+    complete_metas,
+    damaged_files,
+    list_steps,
+    meta_file,
+    verify_files,
 )
-from nanochat.common import UserError, expand_home, install_error_hook, print0
+from nanochat.checkpoint_manager import (
+    KEEP,
+    delete_step,
+    lock_folder,
+    print_incomplete,
+    steps_to_delete,
+)
+from nanochat.common import UserError, expand_home, get_base_dir, install_error_hook, print0
+from nanochat.folders import FOLDERS, checkpoint_dir, list_models, newest_meta
 
 # the stages that can be resumed
 RESCUABLE = ("base_train", "mid_train", "chat_sft")
 # the settings of a rescued run, besides half the learning rate
 SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}
 
+# stage, tag, step, state, when it was saved, bits per byte, size, data
+ROW = "{:5}  {:24} {:>6}  {:10}  {:16}  {:>7}  {:>10}  {}"
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
         prog="python -m scripts.checkpoints",
-        description="List the checkpoints of a folder.",
+        description="List the models that are there, or the checkpoints of a folder.",
     )
     parser.add_argument(
         "dir",
         nargs="?",
-        help="a folder of checkpoints; without one, that of the checkpoint saved last",
+        help="a folder of checkpoints; without one, all models are listed",
     )
     parser.add_argument(
         "--verify",
@@ -49,7 +60,13 @@ def parse_arguments():
     parser.add_argument(
         "--prune",
         action="store_true",
-        help=f"delete all but the newest {KEEP}, the best, and the one before LR decay",
+        help=f"delete all but the newest {KEEP}, the best, the one before LR decay, and finished "
+        "models",
+    )
+    parser.add_argument(
+        "--finished",
+        action="store_true",
+        help="with --prune: finished models, too, where they are not among the newest",
     )
     parser.add_argument(
         "--rescue",
@@ -71,6 +88,46 @@ def chosen_folder(name):
     if not dir.is_dir():
         raise UserError(f"{dir} is not a folder: name one that holds checkpoints")
     return dir
+
+
+def print_models():
+    """One line for each model there is, the newest last."""
+    models = list_models()
+    if not models:
+        print(f"no model in {get_base_dir()}")
+        return
+    heads = ("stage", "tag", "step", "state", "saved", "val_bpb", "size", "data")
+    print(ROW.format(*heads))
+    for model in models:
+        print(line_of(model))
+    print(
+        "the chat takes the newest sft, or --model_tag=TAG; the steps of one are listed by "
+        f"python -m scripts.checkpoints {models[-1].dir}"
+    )
+
+
+def line_of(model):
+    """What print_models() says of a Model."""
+    meta = model.meta
+    state = "finished" if model.finished else "unfinished"
+    saved = datetime.datetime.fromtimestamp(model.saved).strftime("%Y-%m-%d %H:%M")
+    bpb = f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") else ""
+    data = data_of(meta)
+    size = f"{folder_bytes(model.dir) / 1e6:.1f} MB"
+    return ROW.format(model.source, model.tag, meta["step"], state, saved, bpb, size, data)
+
+
+def folder_bytes(dir):
+    """The size of all checkpoints in a folder."""
+    return sum(path.stat().st_size for path in dir.glob("*.pt"))
+
+
+def data_of(meta):
+    """The text or the model that a run was trained from, in words."""
+    origin = meta.get("origin")
+    if origin:
+        return "from " + "/".join(Path(str(origin[0])).parts[-2:])
+    return str(meta.get("settings", {}).get("data") or "nanochat's own text")
 
 
 def print_steps(dir, verify):
@@ -178,16 +235,31 @@ def rescue(dir):
     os.execv(sys.executable, [sys.executable, *launcher, *words])
 
 
+def prune(dir, finished):
+    """Delete what a run would not have kept, after saying what."""
+    lock = lock_folder(dir, 0)
+    metas = steps_to_delete(complete_metas(dir), KEEP, finished=finished)
+    numbers = ", ".join(str(meta["step"]) for meta in metas)
+    print(f"deleting steps: {numbers or 'none'}")
+    for meta in metas:
+        delete_step(dir, meta)
+    lock.close()
+
+
 def main():
     options = parse_arguments()
+    if options.prune and not options.dir:
+        raise UserError("--prune needs the folder: python -m scripts.checkpoints DIR --prune")
+    if options.finished and not options.prune:
+        raise UserError("--finished is for --prune: give both, or leave it out")
+    if not (options.dir or options.verify or options.rescue):
+        print_models()
+        raise SystemExit(0)
     dir = chosen_folder(options.dir)
     if options.rescue:
         rescue(dir)
     if options.prune:
-        lock = lock_folder(dir, 0)
-        deleted = ", ".join(str(step) for step in prune(dir))
-        lock.close()
-        print(f"deleted steps: {deleted or 'none'}")
+        prune(dir, options.finished)
     damage = print_steps(dir, options.verify)
     raise SystemExit(int(damage))
 

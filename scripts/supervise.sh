@@ -3,26 +3,32 @@
 # To be sourced, which defines functions and does nothing else:
 #
 #     source scripts/supervise.sh
-#     begin_run FOLDER "plan minutes=15"   # resume the run that has this plan, or begin one
+#     begin_run FOLDER "plan minutes=15"   # resume the run of this plan, or begin one
 #     stage NAME COMMAND...                # run a stage, unless this run has finished it already
 #     run_seconds                          # print what the stages took, interrupted ones included
 #     end_run                              # forget the state: the next call begins a new run
 #
 # Where DRY_RUN is not empty, a stage only prints its command, and begin_run must not be called.
 #
-# A run keeps its state in FOLDER/speedrun.state, one fact a line:
+# A run keeps its state in FOLDER/speedrun.N.state, where N is a checksum of its plan: a call with
+# another plan begins a run of its own, and leaves the first for its own command to resume. One
+# fact a line:
 #
-#     plan minutes=15 data= gpus=0 custom= name=    the first line; another plan begins a new run
+#     plan minutes=15 data= gpus=0 custom= name=    the first line
 #     run 1763750000-4242             exported as NANOCHAT_RUN: the name of the run in metrics.jsonl
+#                                     and in its checkpoints
 #     begun base_train                a training stage that was begun before gets --resume
 #     pid 4711                        the process group of the stage that was started last
 #     seconds 240                     what a stage took
 #
+# One run at a time: two would train in the time of each other. FOLDER/speedrun.pid has the process
+# of the script that runs now, and its name.
+#
 # Whether a stage is finished is not in the state: a finished stage has a line in
 # FOLDER/metrics.jsonl that names the stage and the run.
 
-# The folder and the state file of the run.
-run_folder="" run_state=""
+# The folder and the state file of the run, and the file that names this process.
+run_folder="" run_state="" run_pid_file=""
 # The process group of the stage that runs now; 0: none.
 run_child=0
 # The exit status that a signal asked for; 0: no signal came.
@@ -30,19 +36,21 @@ run_stopped=0
 
 begin_run() {
     local folder="$1" plan="$2"
-    run_folder="$folder" run_state="$folder/speedrun.state"
+    run_folder="$folder" run_state="$folder/speedrun.$(checksum "$plan").state"
 
     if ! mkdir -p "$folder" 2>/dev/null; then
         echo "error: cannot create $folder: set NANOCHAT_BASE_DIR to a folder you can write" >&2
         exit 2
     fi
+    claim_folder "$folder"
     if [ "$(head -n 1 "$run_state" 2>/dev/null)" = "$plan" ]; then
         echo "speedrun: resuming where the last one stopped ($run_state)"
+        NANOCHAT_RUN="$(awk '$1 == "run" { print $2 }' "$run_state")"
     else
-        printf '%s\n' "$plan" "run $(date +%s)-$$" >"$run_state"
-        echo '{"stage": "start"}' >>"$folder/metrics.jsonl"
+        NANOCHAT_RUN="$(date +%s)-$$"
+        echo "{\"stage\": \"start\", \"run\": \"$NANOCHAT_RUN\"}" >>"$folder/metrics.jsonl"
+        printf '%s\n' "$plan" "run $NANOCHAT_RUN" >"$run_state"
     fi
-    NANOCHAT_RUN="$(awk '$1 == "run" { print $2 }' "$run_state")"
     export NANOCHAT_RUN
     # torchrun kills its ranks this many seconds after a signal, 30 by default: too few to save a
     # large model.
@@ -52,6 +60,38 @@ begin_run() {
     trap 'forward_signal INT 130' INT
     trap 'forward_signal TERM 143' TERM
     trap 'forward_signal HUP 129' HUP
+}
+
+# checksum TEXT: a number.
+checksum() {
+    printf '%s' "$1" | cksum | awk '{ print $1 }'
+}
+
+# claim_folder FOLDER: writes this process into FOLDER/speedrun.pid until the script ends. Refuses
+# where the process that is written there is still running.
+claim_folder() {
+    local other name
+    run_pid_file="$1/speedrun.pid"
+    # noclobber: of two scripts, one creates the file
+    if ! (set -C && echo "$$ ${0##*/}" >"$run_pid_file") 2>/dev/null; then
+        read -r other name <"$run_pid_file" || true
+        if is_running "${other:-}" "${name:-}"; then
+            echo "error: another $name is running with the same NANOCHAT_BASE_DIR (process" \
+                "$other): wait until it ends, or set another NANOCHAT_BASE_DIR" >&2
+            exit 2
+        fi
+        echo "$$ ${0##*/}" >"$run_pid_file"
+    fi
+    trap 'rm -f "$run_pid_file"' EXIT
+}
+
+# is_running PROCESS NAME: whether that process is there, and its command names the script. After a
+# crash the number may be another program's, and in a container that was started again our own.
+is_running() {
+    local command
+    if [ -z "$1" ] || [ "$1" = $$ ] || ! kill -0 "$1" 2>/dev/null; then return 1; fi
+    command="$(tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null || ps -o args= -p "$1" 2>/dev/null)"
+    case "$command" in *"$2"*) return 0 ;; *) return 1 ;; esac
 }
 
 # A script that was killed without its stage leaves the stage running. Two processes must not train
@@ -138,8 +178,17 @@ run_stage() {
     if [ "$run_stopped" != 0 ]; then status="$run_stopped"; fi
     echo "seconds $((SECONDS - begin))" >>"$run_state"
     if [ "$status" != 0 ]; then
-        echo "speedrun: stopped in $name (status $status). The same command resumes it." >&2
+        echo "speedrun: stopped in $name (status $status). $(what_resumes "$status")" >&2
         exit "$status"
+    fi
+}
+
+# what_resumes STATUS: what to do after a stage that failed. Status 2 is bad input, which stays bad.
+what_resumes() {
+    if [ "$1" = 2 ]; then
+        echo "Once that is mended, the same command resumes it."
+    else
+        echo "The same command resumes it."
     fi
 }
 

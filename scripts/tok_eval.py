@@ -90,7 +90,7 @@ def utf8_bytes(texts):
 
 # 1) the texts, by kind
 start = time.time()
-tokenizer = get_tokenizer()
+tokenizer = get_tokenizer(data)
 dataset = open_dataset(data)
 kinds = {
     "train": list(itertools.islice(dataset.documents("train"), documents)),

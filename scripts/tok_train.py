@@ -1,5 +1,6 @@
 """
-Train the tokenizer on the training documents, and save it in $NANOCHAT_BASE_DIR/tokenizer.
+Train the tokenizer on the training documents, and save it in $NANOCHAT_BASE_DIR/tokenizer, or for
+the user's own text in $NANOCHAT_BASE_DIR/tokenizers.
 
     python -m scripts.tok_train
     python -m scripts.tok_train --data=notes/ --vocab_size=8192
@@ -12,13 +13,14 @@ import time
 
 import torch
 
-from nanochat.common import UserError, get_base_dir, get_dist_info, print0
+from nanochat.checkpoint_manager import hand_out_tokenizer
+from nanochat.common import UserError, get_dist_info, print0
 from nanochat.configurator import configure, require
 from nanochat.dataset import open_dataset
 from nanochat.hardware import measure_matmul_flops, preferred_dtype
 from nanochat.metrics import finish_stage
 from nanochat.textfiles import split_document
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, tokenizer_folder
 
 data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
 vocab_size: int = None  # all tokens; None: 65536 (GPU), 4096 or 2048 (CPU), less for little text
@@ -149,7 +151,9 @@ yielded = tokenizer.get_vocab_size()
 if yielded < vocab_size:
     print0(f"the text repeats itself: it yields {yielded} tokens, {vocab_size} would be usual")
     vocab_size = yielded
-tokenizer.save(get_base_dir() / "tokenizer")
+folder = tokenizer_folder(data)
+hand_out_tokenizer(folder)
+tokenizer.save(folder)
 
 # 4) how far the tokenizer compresses documents that it has not seen
 sample = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,8 @@ def stages(tmp_path_factory, text, server):
 
     stages.tokenizer_record = stages.fork_record(
         "scripts.tok_train", f"--data={text}", "--vocab_size=430")
+    [own] = (stages.base / "tokenizers").iterdir()
+    shutil.copytree(own, stages.base / "tokenizer")  # other text has no tokenizer of its own
     return stages
 
 
@@ -120,4 +123,5 @@ def stages(tmp_path_factory, text, server):
 def trained(stages, text):
     """The record of a base model of ten steps, as its user trains it."""
     from stage_runs import TINY
-    return stages.record("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10")
+    return stages.record(
+        "scripts.base_train", f"--data={text}", *TINY, "--num_iterations=10", "--model_tag=d1")

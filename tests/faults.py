@@ -13,7 +13,8 @@ The environment variable FAULTS says which: FAULTS='{"4": "nan"}'. Batches count
     terminate        the process gets SIGTERM, as by a scheduler
     terminate twice  the process gets SIGTERM twice
 
-With {"end": "memory"} the validation at the end finds no memory.
+With {"end": "memory"} the validation at the end finds no memory. With {"record": "kill"} the
+process is killed when all is done but its record in metrics.jsonl.
 """
 import json
 import os
@@ -22,7 +23,7 @@ import time
 
 import torch
 
-from nanochat import dataloader, loss_eval, parallel
+from nanochat import dataloader, loss_eval, metrics, parallel
 
 SIGNALS = {
     "kill": [signal.SIGKILL],
@@ -37,6 +38,7 @@ def install():
     """Replace what the stages call by functions that fail as FAULTS says."""
     faults = json.loads(os.environ["FAULTS"])
     at_the_end = faults.pop("end", None)
+    at_the_record = faults.pop("record", None)
     faults = {int(number): fault for number, fault in faults.items()}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may run the tests, ignores it
     accumulate, calls = parallel.accumulate_gradients, [0]
@@ -71,7 +73,12 @@ def install():
     def no_memory(*_, **__):
         raise MemoryError("of this machine")
 
+    def killed(row):
+        os.kill(os.getpid(), signal.SIGKILL)
+
     parallel.accumulate_gradients = faulty
+    if at_the_record == "kill":
+        metrics.append_metrics = killed
     if at_the_end == "memory":
         loss_eval.evaluate_bpb = no_memory
     for name in ("tokenizing_distributed_data_loader_with_state", "sft_data_generator"):

@@ -141,3 +141,16 @@ def test_a_port_in_use_is_one_line_naming_the_setting(tmp_path):
 def test_only_this_machine_is_listened_to_by_default():
     with chat_web.listen(chat_web.host, 0) as listener:
         assert listener.family == socket.AF_INET and listener.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("once, terminal, out, err", [
+    (None, False, "sft d3\n", ""),
+    (["a question"], True, "", "sft d3\n"),
+    (["a question"], False, "", ""),
+])
+def test_which_model_was_taken_is_said_where_a_person_reads_it(
+    capsys, monkeypatch, once, terminal, out, err
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    chat_cli.say_choice("sft d3", once)
+    assert capsys.readouterr() == (out, err)

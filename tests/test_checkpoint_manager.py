@@ -3,6 +3,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import threading
 
 import pytest
@@ -27,13 +28,16 @@ from nanochat.checkpoint_manager import (
     CheckpointManager,
     build_model,
     checkpoint_dir,
+    complete_metas,
     complete_steps,
     find_model_tag,
+    hand_out_tokenizer,
     load_model,
     lock_folder,
     prune,
     read_checkpoint,
     steps_of_run,
+    steps_to_delete,
 )
 from nanochat.common import warn_once
 from nanochat.parallel import Layout
@@ -111,9 +115,8 @@ def test_building_a_model_draws_random_numbers_for_its_weights_alone(meta):
 
 
 def test_the_newest_tag_is_taken_where_none_is_named(meta, tokenizer):
-    for seconds, tag in ((200, "d2"), (300, "d1"), (100, "d9")):
+    for tag in ("d9", "d2", "d1"):
         save(checkpoint_dir("base", tag), 1, meta)
-        os.utime(checkpoint_dir("base", tag) / "meta_000001.json", (seconds, seconds))
     assert find_model_tag("base") == "d1"
     assert find_model_tag("sft", missing_ok=True) is None
     assert "scripts.chat_sft" in error_of(find_model_tag, "sft")
@@ -185,6 +188,56 @@ def test_a_step_with_a_cut_meta_file_or_without_a_ranks_shard_is_passed_over(fol
     assert "optim_000002_rank1.pt is missing" in out and "meta_000003.json is damaged" in out
 
 
+def test_a_model_is_loaded_with_the_tokenizer_beside_it_whatever_was_trained_since(
+    folder, meta, tokenizer, base_dir
+):
+    run = CheckpointManager(folder, 0)
+    run.save_tokenizer(tokenizer)
+    run.save(5, make(meta, 0)[0], None, meta)
+    run.finish()
+    run.lock.close()
+    other = Tokenizer.train_from_iterator(["completely different words were here before " * 9], 280)
+    other.save(base_dir / "tokenizer")
+    assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint
+    shutil.rmtree(base_dir / "tokenizer")
+    assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_that_is_about_to_be_replaced_is_kept_beside_the_models_that_need_it(
+    folder, meta, tokenizer, base_dir
+):
+    save(folder, 5, meta)  # by an earlier version
+    save(checkpoint_dir("sft", "d9"), 5, {**meta, "tokenizer": "of another"})
+    hand_out_tokenizer(base_dir / "tokenizer")
+    shutil.rmtree(base_dir / "tokenizer")
+    assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint
+    assert not (checkpoint_dir("sft", "d9") / "tokenizer").exists()
+    hand_out_tokenizer(base_dir / "tokenizer")  # there is none
+
+
+def test_a_tokenizer_beside_a_model_that_is_not_its_own_is_not_believed(
+    folder, meta, tokenizer, base_dir, capsys
+):
+    save(folder, 5, meta)
+    other = Tokenizer.train_from_iterator(["completely different words were here before " * 9], 280)
+    other.save(folder / "tokenizer")
+    assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint, "the base directory's"
+    ranks = folder / "tokenizer" / "ranks.tiktoken"
+    flip_a_byte(ranks)
+    assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint
+    assert "ranks.tiktoken is damaged" in capsys.readouterr().out
+    run = CheckpointManager(folder, 0)
+    (folder / "tokenizer" / "ranks.tiktoken.x.tmp").write_bytes(b"of a run that was killed")
+    run.lock.close()
+    run = CheckpointManager(folder, 0)
+    run.save_tokenizer(tokenizer)
+    run.lock.close()
+    assert {path.name for path in (folder / "tokenizer").iterdir()} == {
+        "ranks.tiktoken", "tokenizer.json", "meta.json"}
+    shutil.rmtree(base_dir / "tokenizer")
+    assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint
+
+
 # --------------------------------------------------------------------------------------------------
 # keep
 
@@ -203,8 +256,27 @@ def test_the_newest_the_best_and_the_last_before_lr_decay_stay(folder, meta):
     run.lock.close()
 
 
+def test_training_deletes_no_step_of_another_run_and_the_owner_no_finished_model(folder, meta):
+    # docs/traps.md: shared-folders
+    of_another = {**meta, "val_bpb": 1.0}
+    save(folder, 1, of_another)                          # of an earlier version, which names no run
+    save(folder, 2, {**of_another, "finished": True})
+    save(folder, 3, {**of_another, "run": "17-5"})
+    run = CheckpointManager(folder, 0, keep=2, run="17-4")
+    model = make(meta, 0)[0]
+    for step, bpb in ((11, 2.0), (12, 2.5), (13, 2.4), (14, 2.3), (15, None)):
+        run.save(step, model, None, {**meta, "val_bpb": bpb, "run": "17-4"})
+        run.finish()
+    assert complete_steps(folder) == [1, 2, 3, 11, 14, 15], "11 is the best of its own run"
+    run.lock.close()
+    assert prune(folder, 2) == [3, 11] and complete_steps(folder) == [1, 2, 14, 15]
+    metas = complete_metas(folder)
+    deleted = steps_to_delete(metas, 2, finished=True)
+    assert [meta["step"] for meta in deleted] == [2], "1 is the best of all"
+
+
 def test_a_step_that_cannot_be_deleted_is_one_line(folder, meta, monkeypatch, capsys):
-    def fail(dir, keep):
+    def fail(dir, keep, run):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoint_manager, "prune", fail)

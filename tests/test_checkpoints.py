@@ -15,7 +15,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
 )
 from conftest import ROOT
 from nanochat.checkpoint import read_meta, write_meta
-from nanochat.checkpoint_manager import lock_folder
+from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, lock_folder
 from nanochat.common import UserError
 from scripts import checkpoints
 
@@ -39,8 +39,8 @@ def test_the_command_lists_verifies_and_prunes(folder, meta, command):
     lines = command(folder).splitlines()[:-1]
     assert len(lines) == 4 and "meta_000004.json is damaged" in lines[0]
     assert all("2.2500  complete" in line for line in lines[1:])
-    assert command().splitlines() == [*lines, "0"], "that of the checkpoint saved last"
     listed = command(folder, "--verify", status=1)
+    assert command("--verify", status=1) == listed, "that of the checkpoint saved last"
     assert listed.count("verified") == 3, "an incomplete step is no success"
     (folder / "meta_000004.json").unlink()
     assert command(folder, "--verify").count("verified") == 3
@@ -50,13 +50,41 @@ def test_the_command_lists_verifies_and_prunes(folder, meta, command):
     held = lock_folder(folder, 0)
     assert "is training into" in command(folder, "--prune", status=2)
     held.close()
-    assert "deleted steps: none" in command(folder, "--prune")
+    assert "deleting steps: none" in command(folder, "--prune")
     for step in (5, 6, 7, 8):
         save(folder, step, {**meta, "val_bpb": 3.0})
-    assert "deleted steps: 2, 3, 5" in command(folder, "--prune"), "step 1 is the best"
+    assert "deleting steps: 2, 3, 5" in command(folder, "--prune"), "step 1 is the best"
     assert "not a folder" in command(folder / "none", status=2)
     refusal = command(folder.parent, "--rescue", status=2)
     assert "name the folder of another run" in refusal
+
+
+def test_without_a_folder_every_model_is_listed(folder, meta, command, base_dir):
+    assert command() == f"no model in {base_dir}\n0"
+    save(folder, 7, {**meta, "finished": True})
+    of_notes = {**meta, "val_bpb": None, "settings": {"data": "/my/notes"}}
+    save(checkpoint_dir("base", "notes-1a2b3c4d"), 8, of_notes)
+    save(checkpoint_dir("sft", "d1"), 9, {**meta, "origin": [str(folder), 7]})
+    _, first, second, third, hint = command().removesuffix("\n0").split("\n")
+    assert first.split()[:4] == ["base", "d1", "7", "finished"]
+    assert "2.2500" in first and first.endswith("MB  nanochat's own text")
+    assert second.split()[:4] == ["base", "notes-1a2b3c4d", "8", "unfinished"]
+    assert second.endswith("MB  /my/notes")
+    assert third.split()[:2] == ["sft", "d1"] and third.endswith("from base_checkpoints/d1")
+    assert f"python -m scripts.checkpoints {checkpoint_dir('sft', 'd1')}" in hint
+
+
+def test_a_finished_model_is_pruned_by_name_alone(folder, meta, command):
+    save(folder, 1, {**meta, "val_bpb": None, "finished": True})
+    for step in (2, 3, 4, 5):
+        save(folder, step, {**meta, "val_bpb": None})
+    assert "--prune needs the folder" in command("--prune", status=2)
+    assert "--finished is for --prune" in command(folder, "--finished", status=2)
+    assert complete_steps(folder) == [1, 2, 3, 4, 5]
+    assert "deleting steps: 2\n" in command(folder, "--prune")
+    assert complete_steps(folder) == [1, 3, 4, 5]
+    assert "deleting steps: 1\n" in command(folder, "--prune", "--finished")
+    assert complete_steps(folder) == [3, 4, 5]
 
 
 def test_the_documented_name_of_the_command_still_works(folder, meta, run_module, base_dir):
@@ -116,7 +144,7 @@ def test_pruning_by_command_touches_nothing_that_a_forged_meta_file_names(
     found = read_meta(folder, 1)
     write_meta(folder, {**found, "files": {**found["files"], "../../victim": "0" * 64}})
     printed = command(folder, "--prune")
-    assert "deleted steps: 2" in printed and "names '../../victim'" in printed
+    assert "deleting steps: 2" in printed and "names '../../victim'" in printed
     assert victim.exists()
 
 

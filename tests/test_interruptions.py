@@ -251,9 +251,13 @@ def test_resume_from_a_named_checkpoint(stages, base):
         "named", "--num_iterations=9", "--eval_every=0", "--save_every=2", "--keep=9")
     stages.fork_record(*command)
     whole = weights_of(folder, 9)
-    for name in ("2", folder / "model_000006.pt"):
-        stages.fork(*command, f"--resume_from_checkpoint={name}")
-        assert same_weights(weights_of(folder, 9), whole)
+    for name, tag in (("2", "named-2"), (folder / "model_000006.pt", "named-3")):
+        row = stages.fork_record(*command, f"--resume_from_checkpoint={name}")
+        beside = stages.folder("base", tag)
+        assert row["checkpoint"] == str(beside), "the finished model stays as it is"
+        assert same_weights(weights_of(beside, 9), whole)
+        assert list(losses_of(beside)) == list(range(1, 10))
+    assert same_weights(weights_of(folder, 9), whole)
     assert "choose from" in stages.refusal(*command, "--resume_from_checkpoint=77")
     assert "is no checkpoint" in stages.refusal(*command, "--resume_from_checkpoint=/none")
 
@@ -267,13 +271,14 @@ def test_a_chat_stage_resumes_from_a_named_checkpoint_whichever_base_model_is_ne
     folder = stages.folder("mid", "origin")
     whole = weights_of(folder, 6)
     stages.fork_record(*mid, "--resume_from_checkpoint=2")
-    assert same_weights(weights_of(folder, 6), whole)
+    assert same_weights(weights_of(stages.folder("mid", "origin-2"), 6), whole)
 
     # all that a resumed run needs is in its checkpoint
     deeper, _ = base("newer", "--depth=2", "--num_iterations=1", "--eval_every=0")
     stages.fork_record(*deeper)
     path = folder / "meta_000004.json"
     stages.fork_record("scripts.mid_train", *rest, f"--resume_from_checkpoint={path}")
+    assert same_weights(weights_of(stages.folder("mid", "origin-3"), 6), whole)
     assert same_weights(weights_of(folder, 6), whole)
 
     # a checkpoint of another stage
@@ -314,12 +319,18 @@ def test_extend_resumes_from_before_the_decay_without_a_jump_of_the_learning_rat
     assert "after the LR decay began" in refusal
 
     # an extended run that is stopped resumes, and is not extended once more
+    whole = weights_of(folder, 10)
     out, _ = stages.fork(*command, "--extend=2.0", status=130, faults={"4": "interrupt"})
-    assert "--resume in place of --extend" in out
-    stages.fork(*command, "--resume", status=130, faults={"2": "interrupt"})
-    assert stages.fork_record(*command, "--extend=2.0")["steps"] == 20
+    assert "--resume --model_tag=longer-2 in place of --extend" in out
+    assert "has finished at step 10" in stages.refusal(*command, "--resume")
+    longer, folder_of_longer = base("longer-2", "--eval_every=0")
+    stages.fork(*longer, "--resume", status=130, faults={"2": "interrupt"})
+    row = stages.fork_record(*command, "--extend=2.0")
+    assert row["steps"] == 20 and row["checkpoint"] == str(folder_of_longer)
+    assert same_weights(weights_of(folder, 10), whole), "the shorter run stays as it was"
+    assert len(losses_of(folder)) == 10
 
     # its own learning rate, which the command need not repeat
-    rates = [row["lr"] for row in rows_of(folder, "loss")]
+    rates = [row["lr"] for row in rows_of(folder_of_longer, "loss")]
     assert len(rates) == 20 and rates[1:8] == [0.005] * 7
     assert all(a >= b for a, b in zip(rates[1:], rates[2:]))

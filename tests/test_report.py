@@ -165,6 +165,27 @@ def test_last_record_of_each_stage_since_the_start_counts():
     assert list(stages) == ["chat_sft", "base_train"] and stages["base_train"]["seconds"] == 2
 
 
+def test_two_speedruns_that_took_turns_have_a_report_each():
+    def of(run, stage, seconds=1):
+        return {**record(stage, seconds=seconds), "run": run}
+
+    rows = [
+        {"stage": "start", "run": "17-4"},
+        of("17-4", "base_train", 1),
+        {"stage": "start", "run": "17-5"},
+        of("17-5", "base_train", 2),
+        of("17-4", "mid_train", 3),
+        record("chat_eval"),  # by hand
+        of("17-5", "mid_train", 4),
+    ]
+    for run, times in (("17-4", [1, 3]), ("17-5", [2, 4])):
+        stages = report.last_run(rows, run)
+        assert [stages[name]["seconds"] for name in ("base_train", "mid_train")] == times
+        assert len(stages) == 2
+    assert list(report.last_run(rows)) == ["base_train", "chat_eval", "mid_train"]
+    assert report.last_run(rows)["mid_train"]["seconds"] == 4, "the one that began last"
+
+
 def test_log_of_a_resumed_run_counts_every_step_once(tmp_path):
     steps = [
         1,

@@ -1,4 +1,5 @@
 """speedrun.sh: which commands it runs on which hardware, and how a second call resumes a run."""
+import json
 import os
 import pwd
 import re
@@ -247,6 +248,10 @@ class Sandbox:
             **others,
         }
 
+    def states(self):
+        """The state files of the runs that have not finished."""
+        return sorted(self.base.glob("speedrun.*.state"))
+
     def run(self, status=0, cwd=None, **variables):
         """(what was asked of python, the finished process)."""
         self.calls.write_text("", encoding="utf-8")
@@ -291,7 +296,7 @@ def test_a_whole_run_ends_with_its_record_and_forgets_its_state(sandbox):
     assert modules(calls) == ON_A_CPU and not any(map(is_resumed, calls))
     assert last_json(done.stdout) == {"stage": "speedrun"}
     assert "chat_cli" in done.stdout and re.fullmatch(r"--seconds=\d+", calls[-1][-1])
-    assert not (sandbox.base / "speedrun.state").exists()
+    assert not list(sandbox.base.glob("speedrun.*")), "neither its state nor its process"
     assert modules(sandbox.run()[0]) == ON_A_CPU, "the next run is a new one"
 
 
@@ -359,7 +364,7 @@ def test_a_signal_to_the_script_alone_is_forwarded_to_the_stage_and_ends_both(sa
 def test_a_stage_whose_script_was_killed_is_stopped_by_the_next_call(sandbox):
     with sandbox.waiting_in("scripts.base_train", output=subprocess.DEVNULL) as process:
         process.kill()
-    state = (sandbox.base / "speedrun.state").read_text(encoding="utf-8")
+    state = sandbox.states()[0].read_text(encoding="utf-8")
     stage = int(re.findall(r"^pid (\d+)$", state, re.M)[-1])
     os.kill(stage, 0)  # it is still running
     calls, done = sandbox.run()
@@ -394,7 +399,15 @@ def test_other_stages_simply_run_again_whatever_the_data_is_called(sandbox, tmp_
     assert calls[0][1] == f"scripts.{stage}" and not any(map(is_resumed, calls))
 
 
-def test_another_budget_name_or_other_data_begin_a_new_run(sandbox, tmp_path):
+def runs_of(sandbox):
+    """The names of the runs whose stages left records, in the order of their first ones."""
+    lines = (sandbox.base / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(json.loads(line)["run"] for line in lines))
+
+
+def test_another_budget_or_other_data_begin_a_run_and_the_first_waits_for_its_own_command(
+    sandbox, tmp_path
+):
     (tmp_path / "notes").mkdir()
     (tmp_path / "qa.jsonl").touch()
     plans = [
@@ -403,11 +416,54 @@ def test_another_budget_name_or_other_data_begin_a_new_run(sandbox, tmp_path):
         {"MINUTES": "7", "CUSTOM": "qa.jsonl"},
         {"MINUTES": "7", "CUSTOM": "qa.jsonl", "NAME": "Bob"},
     ]
+    sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130")
     for variables in plans:
-        sandbox.run(status=130, STOP_IN="scripts.mid_train", STATUS="130")
         calls, done = sandbox.run(**variables)
         assert modules(calls) == ON_A_CPU["DATA" in variables:]
         assert not any(map(is_resumed, calls)) and "resuming" not in done.stdout
+    assert len(sandbox.states()) == 1 and len(runs_of(sandbox)) == 5
+
+    calls, done = sandbox.run()
+    assert modules(calls) == ON_A_CPU[ON_A_CPU.index("scripts.mid_train"):]
+    assert is_resumed(calls[0]) and "resuming" in done.stdout
+    assert not sandbox.states() and len(runs_of(sandbox)) == 5
+
+
+def test_two_runs_that_were_stopped_are_resumed_in_any_order(sandbox):
+    stops = {"3": "scripts.base_train", "7": "scripts.chat_sft"}
+    for minutes, module in stops.items():
+        sandbox.run(status=130, STOP_IN=module, STATUS="130", MINUTES=minutes)
+    for minutes, module in stops.items():
+        calls, _ = sandbox.run(MINUTES=minutes)
+        assert calls[0][1] == module and is_resumed(calls[0])
+
+
+def test_a_second_run_is_refused_while_the_first_one_runs(sandbox):
+    with sandbox.waiting_in("scripts.mid_train", MINUTES="3") as process:
+        for minutes in ("3", "7"):
+            calls, done = sandbox.run(status=2, MINUTES=minutes)
+            assert not calls and done.stderr.count("\n") == 1
+            assert f"(process {process.pid})" in done.stderr and "speedrun.sh" in done.stderr
+            assert "NANOCHAT_BASE_DIR" in done.stderr
+        assert process.poll() is None, "the first one is left alone"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert modules(sandbox.run(MINUTES="7")[0]) == ON_A_CPU
+
+
+@pytest.mark.parametrize("left", ["", "999999999 speedrun.sh", "{pid} speedrun.sh", "1"])
+def test_a_process_that_has_ended_or_is_another_program_refuses_no_run(sandbox, left):
+    sandbox.base.mkdir()
+    text = left.format(pid=os.getpid())  # pytest
+    (sandbox.base / "speedrun.pid").write_text(text + "\n", encoding="utf-8")
+    if left == "1":
+        (sandbox.base / "speedrun.pid").write_text("1 no-such-script\n", encoding="utf-8")
+    assert modules(sandbox.run()[0]) == ON_A_CPU
+
+
+def test_bad_input_of_a_stage_must_be_mended_before_the_same_command_resumes(sandbox):
+    _, done = sandbox.run(status=2, STOP_IN="scripts.base_train", STATUS="2")
+    assert "Once that is mended, the same command resumes it." in done.stderr
 
 
 def test_each_new_run_is_marked_in_the_metrics_and_a_resumed_one_is_not(sandbox):
@@ -539,10 +595,10 @@ def test_shell_and_python_share_the_callers_base_folder(sandbox, tmp_path, given
     module = "scripts.tok_eval"
     _, done = sandbox.run(status=1, cwd=here, STOP_IN=module, **folders)
     base = tmp_path / meant
-    assert (base / "speedrun.state").exists(), "the shell's"
+    [state] = base.glob("speedrun.*.state")  # the shell's
     assert '"tok_train"' in (base / "metrics.jsonl").read_text(encoding="utf-8"), "Python's"
     calls, done = sandbox.run(cwd=here, **folders)
-    assert modules(calls)[0] == module and str(base / "speedrun.state") in done.stdout
+    assert modules(calls)[0] == module and str(state) in done.stdout
 
 
 NO_HOME = ["env", "-u", "HOME", "-u", "NANOCHAT_BASE_DIR", "DRY_RUN=1"]

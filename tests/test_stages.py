@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,7 +58,7 @@ def test_base_train_leaves_its_record_and_a_checkpoint(stages, trained):
 
     folder = stages.folder("base", "d1")
     assert trained["checkpoint"] == str(folder)
-    files = {"log.jsonl", ".lock"}
+    files = {"log.jsonl", ".lock", "tokenizer"}
     for step in ("04", "05", "08", "10"):  # the newest three, and the last before LR decay
         files |= {f"model_0000{step}.pt", f"optim_0000{step}_rank0.pt", f"meta_0000{step}.json"}
     assert {path.name for path in folder.iterdir()} == files
@@ -181,18 +182,30 @@ def test_a_model_of_another_class_is_trained_resumed_and_talked_to(stages, text,
 
 
 def test_the_four_budgets_and_the_loggers(stages, trained, text):
-    command = (
-        "scripts.base_train", f"--data={text}", *TINY, "--model_tag=budget", "--eval_every=0")
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--eval_every=0")
     weights = 12 * 64 * 64 + 430 * 64  # of one layer and of the head
     flops = 6 * weights + 6 * 64 * 128
     row = stages.fork_record(*command, f"--target_flops={3 * 512 * flops}", "--logger=wandb")
     assert row["steps"] == 3 and row["settings"]["num_iterations"] is None
     out, _ = stages.fork(*command, "--target_param_data_ratio=0.02", "--logger=tensorboard")
     assert last_json(out)["steps"] == round(0.02 * weights / 512)
-    files = list(stages.folder("base", "budget").glob("tensorboard/*"))
+    files = list(Path(last_json(out)["checkpoint"]).glob("tensorboard/*"))
     assert files or "tensorboard is not installed" in out
     row = stages.fork_record(*command, "--minutes=0.02")
     assert row["steps"] > 0 and row["train_seconds"] < 30
+    tag = Path(row["checkpoint"]).name
+    assert re.fullmatch(r"my-[0-9a-f]{8}-3", tag), "three runs on my.txt, three folders"
+
+
+def test_a_folder_that_holds_a_run_is_no_place_for_another(stages, trained, text):
+    # docs/traps.md: shared-folders
+    command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=2")
+    refusal = stages.refusal(*command, "--model_tag=d1")
+    assert "d1 holds a finished run: extend it with --extend=2, or name another" in refusal
+    refusal = stages.refusal(*command, "--model_tag=d1", "--resume")
+    assert "the run has finished at step 10: use --extend" in refusal
+    stages.fork(*command, "--model_tag=half", status=130, faults={"1": "interrupt"})
+    assert "half holds an unfinished run: resume it" in stages.refusal(*command, "--model_tag=half")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,7 +239,8 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_resume_from_two(sta
         "model_000010.pt", "optim_000010_rank0.pt", "optim_000010_rank1.pt"}
 
     # one rank has no use for the optimizer states of two
-    refusal = stages.refusal("scripts.base_train", *command, "--model_tag=two", "--resume")
+    named = ("--model_tag=two", "--resume_from_checkpoint=10")
+    refusal = stages.refusal("scripts.base_train", *command, *named)
     assert "2 ranks" in refusal and "has 1" in refusal
 
     # every rank holds all of the optimizer state, in place of a share
@@ -314,6 +328,13 @@ def test_missing_and_damaged_tokenizers_and_checkpoints(stages, trained, text, t
         shutil.copytree(stages.base / name, copy.base / name)
     base_loss = ("scripts.base_loss", "--model_tag=d1", f"--data={text}")
     copy.fork("scripts.tok_train", f"--data={text}", "--vocab_size=420")
+    [other] = (copy.base / "tokenizers").iterdir()
+    bpb = copy.fork_record(*base_loss)["val_bpb"]
+
+    # a checkpoint of an earlier version has no tokenizer beside it
+    shutil.rmtree(copy.folder("base", "d1") / "tokenizer")
+    assert copy.fork_record(*base_loss)["val_bpb"] == bpb, "with that of the base directory"
+    shutil.copytree(other, copy.base / "tokenizer", dirs_exist_ok=True)
     assert "another tokenizer" in copy.refusal(*base_loss)
     ranks = copy.base / "tokenizer" / "ranks.tiktoken"
     ranks.write_bytes(ranks.read_bytes()[:-9])

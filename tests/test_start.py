@@ -1,23 +1,27 @@
 """Where a run starts: every combination of settings and checkpoints, without a process."""
 import itertools
+from pathlib import Path
 
 import pytest
 
 from nanochat.common import UserError
+from nanochat.folders import Model
 from nanochat.plan import BUDGETS
 from nanochat.start import (
     EXTENDED,
     FRESH,
     RESUMED,
     Choice,
-    check_named,
+    Start,
+    check_before_decay,
     choose_base_checkpoint,
-    reason_for_fresh_chat,
-    reason_to_start_fresh,
+    choose_base_folder,
+    choose_chat_run,
+    place_of,
     resume_hint,
+    unfinished_extension,
 )
 
-FINGERPRINT, OTHER = "abc", "xyz"
 NAMES = "resume", "resume_from_checkpoint", "extend", "model_tag", "depth", "data", *BUDGETS
 
 
@@ -33,7 +37,6 @@ def meta_of(step, before_decay=True, finished=False, **more):
         "step": step,
         "before_decay": before_decay,
         "finished": finished,
-        "tokenizer": FINGERPRINT,
         "settings": settings_with(),
         **more,
     }
@@ -51,9 +54,27 @@ def test_without_a_word_about_checkpoints_a_run_is_fresh(metas):
     assert choose_base_checkpoint(settings_with(depth=4, minutes=3.0), metas) == Choice(FRESH, None)
 
 
-@pytest.mark.parametrize("metas", [STEPS, FINISHED], ids=["some", "finished"])
-def test_resume_takes_the_newest_undamaged_step(metas):
-    assert choose_base_checkpoint(settings_with(resume=True), metas) == Choice(RESUMED, None)
+def test_resume_takes_the_newest_undamaged_step():
+    assert choose_base_checkpoint(settings_with(resume=True), STEPS) == Choice(RESUMED, None)
+
+
+def test_a_finished_run_is_never_started_over():
+    with pytest.raises(UserError) as refused:
+        choose_base_checkpoint(settings_with(resume=True), FINISHED)
+    assert str(refused.value) == (
+        "the run has finished at step 40: use --extend, or leave --resume out and name another "
+        "--model_tag")
+
+
+def test_a_speedruns_own_finished_run_is_resumed_because_its_record_may_be_missing():
+    own = [*STEPS, meta_of(40, before_decay=False, finished=True, run="17-4")]
+    resume = settings_with(resume=True)
+    assert choose_base_checkpoint(resume, own, run="17-4") == Choice(RESUMED, None)
+    for run in ("17-5", None):
+        with pytest.raises(UserError, match="has finished at step 40"):
+            choose_base_checkpoint(resume, own, run=run)
+    with pytest.raises(UserError, match="has finished at step 40"):
+        choose_base_checkpoint(resume, FINISHED, run="17-4")
 
 
 def test_resume_without_any_checkpoint_starts_fresh_and_says_so():
@@ -115,8 +136,10 @@ def test_every_combination_gives_a_choice_or_one_refusal():
         given = settings_with(resume=resume, extend=extend)
         try:
             choice = choose_base_checkpoint(given, metas, named_step)
-        except UserError:
-            assert extend and not metas and named_step is None
+        except UserError as refusal:
+            nothing_to_extend = extend and not metas
+            finished = resume and not extend and metas and metas[-1]["finished"]
+            assert named_step is None and (nothing_to_extend or finished), refusal
             continue
         kinds.add(choice.kind)
         assert (choice.step is None) == (choice.kind != EXTENDED and named_step is None)
@@ -126,81 +149,140 @@ def test_every_combination_gives_a_choice_or_one_refusal():
     assert kinds == {FRESH, RESUMED, EXTENDED}
 
 
-# -------------------------------------------------------------------------------- whether it fits
-
-@pytest.mark.parametrize("given", [{}, {"depth": 4}, {"model_tag": "d4"}])
-@pytest.mark.parametrize("tokenizer", [FINGERPRINT, OTHER])
-def test_a_finished_run_is_not_resumed(given, tokenizer):
-    meta = meta_of(40, finished=True, tokenizer=tokenizer)
-    reason = reason_to_start_fresh(settings_with(resume=True, **given), "d4", meta, FINGERPRINT)
-    assert reason == "the newest checkpoint of d4 is a finished run: starting from step 0"
-
-
-def test_an_unfinished_run_is_resumed_where_settings_and_tokenizer_are_its_own():
-    for name in ("data", *BUDGETS):
-        given = settings_with(resume=True, **{name: 7})
-        meta = meta_of(30, settings=settings_with(**{name: 7}))
-        assert reason_to_start_fresh(given, "d4", meta, FINGERPRINT) == ""
-
-
-@pytest.mark.parametrize("name", ["data", *BUDGETS])
-def test_a_run_that_was_found_and_not_named_must_be_the_same_run(name):
-    of_another_run = "the newest checkpoint, of d4, is of another run: starting from step 0"
-    given = settings_with(resume=True, **{name: 7})
-    for theirs in (settings_with(), settings_with(**{name: 8}), {}):
-        meta = meta_of(30, settings=theirs)
-        assert reason_to_start_fresh(given, "d4", meta, FINGERPRINT) == of_another_run
-        # named, it may be resumed toward another budget or with other data
-        for named in ({"depth": 4}, {"model_tag": "d4"}):
-            assert reason_to_start_fresh({**given, **named}, "d4", meta, FINGERPRINT) == ""
-
-
-def test_another_tokenizer_is_another_run_and_refused_where_the_run_was_named():
-    meta = meta_of(30, tokenizer=OTHER)
-    found = reason_to_start_fresh(settings_with(resume=True), "d4", meta, FINGERPRINT)
-    assert found == "the newest checkpoint, of d4, is of another run: starting from step 0"
-    for named in ({"depth": 4}, {"model_tag": "d4"}):
-        with pytest.raises(UserError) as refused:
-            reason_to_start_fresh(settings_with(resume=True, **named), "d4", meta, FINGERPRINT)
-        assert str(refused.value) == (
-            "d4 was trained with another tokenizer: train again without --resume")
-
-
-@pytest.mark.parametrize("kind", [RESUMED, EXTENDED])
-def test_a_named_checkpoint_must_have_this_tokenizer(kind):
-    check_named(kind, "folder", meta_of(20), FINGERPRINT)
-    with pytest.raises(UserError) as refused:
-        check_named(kind, "folder", meta_of(20, tokenizer=OTHER), FINGERPRINT)
-    assert str(refused.value) == (
-        "folder was trained with another tokenizer: bring that one back")
-
-
 def test_only_a_checkpoint_from_before_the_decay_is_extended():
+    check_before_decay("folder", meta_of(20))
     after = meta_of(30, before_decay=False)
-    check_named(RESUMED, "folder", after, FINGERPRINT)
     with pytest.raises(UserError, match="step 30 of folder is from after the LR decay began"):
-        check_named(EXTENDED, "folder", after, FINGERPRINT)
+        check_before_decay("folder", after)
+
+
+# -------------------------------------------------------------------------------- which folder
+
+def model_of(tag, saved, source="base", depth=4, finished=False, **more):
+    """A Model whose newest step was saved at `saved`."""
+    meta = meta_of(saved, finished=finished, saved=float(saved), config={"depth": depth}, **more)
+    return Model(source, Path("base_checkpoints", tag), meta, 1)
+
+
+def chosen(models, run=None, **given):
+    found = choose_base_folder(settings_with(**given), models, run)
+    return found and found.tag
+
+
+def test_resume_without_a_tag_means_the_newest_unfinished_run_of_the_same_settings():
+    notes = settings_with(data="notes/", minutes=3.0)
+    models = [
+        model_of("d4", 1),
+        model_of("notes-1", 2, settings=notes),
+        model_of("d4-2", 3, finished=True),
+        model_of("d6", 4, depth=6, settings=settings_with(num_iterations=9)),
+    ]
+    assert chosen(models, resume=True) == "d6", "no budget given: toward any"
+    assert chosen(models[:3], resume=True) == "d4", "a finished run is newer"
+    assert chosen(models, resume=True, depth=4) == "d4"
+    assert chosen(models, resume=True, depth=4, num_iterations=50) == "d4", "toward another budget"
+    assert chosen(models, resume=True, num_iterations=9) == "d6"
+    assert chosen(models, resume=True, num_iterations=8) is None
+    assert chosen(models, resume=True, data="notes") == "notes-1"
+    assert chosen(models, resume=True, data="notes", minutes=3.0) == "notes-1"
+    assert chosen(models, resume=True, data="notes", minutes=4.0) is None
+    assert chosen(models, resume=True, data="letters") is None
+    assert chosen([], resume=True) is None
+
+
+def test_where_all_runs_of_these_settings_have_finished_resume_means_the_newest_of_them():
+    models = [model_of("d4", 1, finished=True), model_of("d4-2", 2, finished=True)]
+    assert chosen(models, resume=True) == "d4-2"
+
+
+def test_within_a_speedrun_resume_means_its_own_run_alone():
+    models = [model_of("d4", 1, run="17-4"), model_of("d4-2", 2, run="17-5"), model_of("d4-3", 3)]
+    assert chosen(models, "17-4", resume=True) == "d4"
+    assert chosen(models, "17-6", resume=True) is None
+    assert chosen(models, "17-4", resume=True, minutes=7.0) == "d4", "whatever its settings"
+
+
+def test_extend_and_a_step_without_a_tag_mean_the_run_that_was_saved_last():
+    models = [model_of("d4", 1), model_of("d6", 3, depth=6), model_of("d4-2", 2, finished=True)]
+    for given in ({"extend": 2.0}, {"resume_from_checkpoint": "20"}):
+        assert chosen(models, **given) == "d6"
+        assert chosen(models, depth=4, **given) == "d4-2"
+
+
+def test_an_extension_that_was_stopped_is_found_by_the_run_that_it_extends():
+    folder = Path("base_checkpoints/d4")
+    continues = ["/elsewhere/base_checkpoints/d4", 20]
+    models = [
+        model_of("d4", 1, finished=True),
+        model_of("d4-2", 2, finished=True, extend=2.0, continues=continues),
+        model_of("d4-3", 3, extend=2.0, continues=continues),
+        model_of("d4-4", 4, extend=3.0, continues=continues),
+        model_of("d6-2", 5, extend=2.0, continues=["base_checkpoints/d6", 20]),
+    ]
+    assert unfinished_extension(models, folder, 2.0).name == "d4-3"
+    assert unfinished_extension(models[:2], folder, 2.0) == folder
+    assert unfinished_extension(models, folder, 4.0) == folder
+
+
+def test_a_run_that_continues_beside_a_finished_model_is_another_run_and_says_where_it_began(
+    base_dir, monkeypatch
+):
+    monkeypatch.delenv("NANOCHAT_RUN", raising=False)
+    folder = base_dir / "base_checkpoints" / "d4"
+
+    def place(kind, finished=False, **more):
+        metas = [{"finished": finished}]
+        monkeypatch.setattr("nanochat.folders.complete_metas", lambda dir: metas * (dir == folder))
+        return place_of(Start(kind, folder, None, None, {"step": 20, **more}))
+
+    old = {"run": "17-4", "finished": False}
+    assert place(RESUMED, **old) == (folder, {"step": 20, "run": "17-4"})
+    assert place(RESUMED)[1]["run"], "an earlier version named no run"
+    for kind, finished in ((RESUMED, True), (EXTENDED, False), (EXTENDED, True)):
+        there, meta = place(kind, **{**old, "finished": finished})
+        assert there.name == "d4-2" and meta["continues"] == [str(folder), 20]
+        assert meta["run"] not in ("17-4", "")
+
+    # a speedrun's own finished run lacks nothing but its record
+    monkeypatch.setenv("NANOCHAT_RUN", "17-4")
+    assert place(RESUMED, **{**old, "finished": True})[0] == folder
 
 
 # -------------------------------------------------------------------------------- the chat stages
 
-def test_a_chat_stage_resumes_an_unfinished_run_that_started_from_the_same_model():
-    def reason(finished, origin):
-        return reason_for_fresh_chat({"finished": finished, "origin": origin}, ["base/d4", 30])
+def test_a_chat_stage_resumes_the_newest_unfinished_run_that_started_from_the_same_model():
+    def started(tag, saved, step=30, base="d4", **more):
+        origin = [f"/base/base_checkpoints/{base}", step]
+        return model_of(tag, saved, "mid", origin=origin, **more)
 
-    assert reason(False, ["base/d4", 30]) == ""
-    assert reason(False, ["base/d4", 40]) == "started from another model"
-    assert reason(False, ["base/d6", 30]) == "started from another model"
-    assert reason(True, ["base/d4", 30]) == "is of a finished run"
-    assert reason(True, ["base/d4", 40]) == "is of a finished run"
+    models = [
+        started("d4", 1),
+        started("d4-2", 2),
+        started("d4-3", 3, finished=True),
+        started("d4-4", 4, step=40),
+        started("d6", 5, base="d6", run="17-4", finished=True),
+        model_of("old", 6, "mid"),
+    ]
+    origin = ["/moved/base_checkpoints/d4", 30]
+    assert choose_chat_run(models, origin).tag == "d4-2"
+    assert choose_chat_run(models[2:], origin) is None
+    assert choose_chat_run(models, ["/base/base_checkpoints/d6", 30]) is None, "it has finished"
+    own = choose_chat_run(models, ["/base/base_checkpoints/d6", 30], "17-4")
+    assert own.tag == "d6", "only its record may be missing"
+    assert choose_chat_run(models, origin, "17-4") is None
 
 
 # -------------------------------------------------------------------------------- what is said
 
 def test_a_stopped_run_says_how_to_resume_it():
     plain = "the same command with --resume resumes it"
-    assert resume_hint(settings_with()) == resume_hint(settings_with(resume=True)) == plain
-    assert resume_hint({"resume": False, "resume_from_checkpoint": None}) == plain  # a chat stage
+    folder = Path("base_checkpoints/d4-2")
+    for given in (settings_with(), settings_with(resume=True), settings_with(model_tag="d4-2")):
+        assert resume_hint(given, folder) == plain
+    assert resume_hint({"resume": False, "resume_from_checkpoint": None}, folder) == plain
+    assert resume_hint({"model_tag": "d4"}, folder) == plain, "a chat stage names the base model"
     for name, value in (("resume_from_checkpoint", "20"), ("extend", 2.0)):
-        assert resume_hint(settings_with(**{name: value})) == (
+        assert resume_hint(settings_with(**{name: value}), folder) == (
             f"the same command with --resume in place of --{name} resumes it")
+        assert resume_hint(settings_with(**{name: value, "model_tag": "d4"}), folder) == (
+            f"the same command with --resume --model_tag=d4-2 in place of --{name} resumes it")

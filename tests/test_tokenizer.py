@@ -20,6 +20,7 @@ from nanochat.tokenizer import (
     StreamDecoder,
     Tokenizer,
     get_tokenizer,
+    tokenizer_folder,
 )
 
 VOCAB_SIZE = 1000
@@ -394,24 +395,54 @@ def test_nothing_to_complete(tokenizer):
 
 def test_tok_train_and_tok_eval(run_module, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("\n".join(stdlib_text(300_000)), encoding="utf-8")
-    base, data = tmp_path / "base", f"--data={tmp_path / 'text.txt'}"
+    base, text = tmp_path / "base", tmp_path / "text.txt"
+    data = f"--data={text}"
     train = run_module("scripts.tok_train", data, base=base)
     assert train.returncode == 0, train.stderr
     record = last_json(train.stdout)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     assert record["stage"] == "tok_train"
-    assert record["vocab_size"] == get_tokenizer().get_vocab_size()
+    assert record["vocab_size"] == get_tokenizer(text).get_vocab_size()
     assert 512 <= record["vocab_size"] <= 300_000 / 256  # little text, small vocabulary
 
     evaluation = run_module("scripts.tok_eval", data, base=base)
     assert evaluation.returncode == 0, evaluation.stderr
     assert last_json(evaluation.stdout)["bytes_per_token"] == record["bytes_per_token"]
 
-    before = get_tokenizer().fingerprint
+    before = get_tokenizer(text).fingerprint
     bad = run_module("scripts.tok_train", data, "--vocab_size=500000", base=base)
     assert bad.returncode == 2 and "--vocab_size=" in bad.stderr
     assert len(bad.stderr.strip().split("\n")) == 1
-    assert get_tokenizer().fingerprint == before
+    assert get_tokenizer(text).fingerprint == before
+
+
+def test_each_text_has_a_tokenizer_of_its_own(base_dir, tmp_path, capsys):
+    def make(*path, text):
+        tokenizer = Tokenizer.train_from_iterator([text * 99], 280)
+        tokenizer.save(base_dir.joinpath(*path))
+        return tokenizer.fingerprint
+
+    notes, letters = tmp_path / "notes.txt", tmp_path / "letters.txt"
+    for path in (notes, letters):
+        path.write_text("some text", encoding="utf-8")
+    missing = str(pytest.raises(UserError, get_tokenizer, notes).value)
+    remedy = f"run `python -m scripts.tok_train --data={notes}` first"
+    assert missing == f"no tokenizer for {notes}: {remedy}"
+
+    # the text's own, whatever else is there
+    usual = make("tokenizer", text="the cat sat on the mat ")
+    own = make("tokenizers", tokenizer_folder(notes).name, text="a dog ran to the tree ")
+    assert get_tokenizer(notes).fingerprint == own and get_tokenizer().fingerprint == usual
+    assert capsys.readouterr().out == ""
+
+    # nanochat's, where the text has none
+    assert get_tokenizer(letters).fingerprint == usual
+    assert capsys.readouterr().out.count("no tokenizer was trained on") == 1
+
+    # that of the text as it was
+    notes.write_text("some more text", encoding="utf-8")
+    assert get_tokenizer(notes).fingerprint == own
+    assert capsys.readouterr().out.count("has changed since its tokenizer was trained") == 1
 
 
 def test_superbpe_from_the_command_line(run_module, tmp_path):
@@ -452,5 +483,5 @@ def test_validation_text_never_trains_the_tokenizer(run_module, tmp_path, monkey
     run = run_module("scripts.tok_train", *options, base=tmp_path / "base")
     assert run.returncode == 0, run.stderr
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    tokenizer = get_tokenizer()
+    tokenizer = get_tokenizer(tmp_path)
     assert len(tokenizer.encode(" training")) == 1 < len(tokenizer.encode(" validation"))

@@ -1,0 +1,262 @@
+"""A folder for each run, and the list of the models that are there.
+
+    $NANOCHAT_BASE_DIR/base_checkpoints/d4/              the first run of this name
+                                        d4-2/            the second
+                                        notes-1a2b3c4d/  one on the user's own text
+                       mid_checkpoints/d4/               what midtraining made of base d4
+                       chatsft_checkpoints/d4/           and what fine-tuning made of that
+
+A folder holds one run: its steps, its log and its tokenizer. A run that begins takes the next free
+name, so that no run overwrites or deletes what another one has saved. Earlier versions put several
+runs into one folder. For their sake every meta file names its run (`run`, absent in theirs), and a
+run that resumes beside a finished model continues in a folder of its own.
+"""
+import datetime
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from nanochat.checkpoint import complete_metas
+from nanochat.common import UserError, all_reduce_max, get_base_dir, get_dist_info, print0
+
+FOLDERS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
+LISTED = 8  # models that one line names at most
+
+
+def checkpoint_dir(source, model_tag):
+    """Folder of the checkpoints of a stage (base, mid, sft or rl)."""
+    if source not in FOLDERS:
+        choices = ", ".join(FOLDERS)
+        raise UserError(f"source={source} is not a stage: choose from {choices}")
+    return get_base_dir() / FOLDERS[source] / model_tag
+
+
+def source_of(dir):
+    """The stage (base, mid, sft or rl) whose checkpoints are in `dir`; base for other folders."""
+    for source, folder in FOLDERS.items():
+        if folder == Path(dir).parent.name:
+            return source
+    return "base"
+
+
+def advice(source):
+    """How to get a checkpoint of a stage."""
+    if source in STAGES:
+        return f"run python -m {STAGES[source]} first"
+    return f"no stage makes {source} checkpoints yet"
+
+
+# --------------------------------------------------------------------------------------------------
+# runs
+
+def run_of_speedrun():
+    """The name of the speedrun to which this process belongs, or None."""
+    return os.environ.get("NANOCHAT_RUN") or None
+
+
+def new_run():
+    """The name of a run that begins: the speedrun's, else one that no other run has."""
+    return run_of_speedrun() or f"{int(time.time())}-{os.getpid()}"
+
+
+def what_holds(dir):
+    """What a run that begins would find in `dir`, in words; "" where the folder is free.
+
+    A step that was never completed is nothing, an unreadable meta file is something.
+    """
+    metas = complete_metas(dir)
+    if metas:
+        return "a finished run" if metas[-1].get("finished") else "an unfinished run"
+    if any(Path(dir).glob("meta_*.json")):
+        return "checkpoints that cannot be read"
+    return "a run that is training now" if is_locked(dir) else ""
+
+
+def is_locked(dir):
+    """Whether a process trains into `dir`. No where the file system has no locks."""
+    path = Path(dir) / ".lock"
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+REMEDIES = {
+    "a finished run": "extend it with --extend=2, or name another --model_tag",
+    "an unfinished run": "resume it with --resume, or name another --model_tag",
+}
+
+
+def refuse_taken(dir):
+    """UserError where the folder that the user has named for a run that begins holds one."""
+    holds = what_holds(dir)
+    if holds:
+        remedy = REMEDIES.get(holds, "name another --model_tag")
+        raise UserError(f"{dir.name} holds {holds}: {remedy}")
+
+
+def free_folder(dir):
+    """`dir`, or the first free one of dir-2, dir-3, ...: for a run that begins.
+
+    Every rank calls it: all take the folder that rank 0 found.
+    """
+    dir = Path(dir)
+    number = 1
+    if get_dist_info()[1] == 0:
+        while what_holds(numbered(dir, number)):
+            number += 1
+    number = int(all_reduce_max(number)[0])
+    free = numbered(dir, number)
+    if number > 1:
+        holds = what_holds(dir) or "a run"
+        hint = ", which --resume resumes" if holds == "an unfinished run" else ""
+        print0(f"{dir.name} holds {holds}{hint}: this one is {free.name}")
+    return free
+
+
+def numbered(dir, number):
+    """d4, 1 -> d4; d4, 2 -> d4-2."""
+    return dir if number == 1 else dir.with_name(f"{dir.name}-{number}")
+
+
+def folder_to_continue(dir, step):
+    """The folder in which a run that continues from a step of `dir` saves.
+
+    That is `dir`, but where it holds a finished model, which only its owner may delete or
+    overwrite, a free folder. The log up to the step comes along. Every rank calls it.
+    """
+    if any(meta.get("finished") for meta in complete_metas(dir)):
+        return folder_to_extend(dir, step)
+    return Path(dir)
+
+
+def folder_to_extend(dir, step):
+    """A free folder for a run that continues from a step of `dir`, with the log. As above."""
+    free = free_folder(dir)
+    log = Path(dir) / "log.jsonl"
+    if get_dist_info()[1] == 0 and log.exists():
+        free.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, free / log.name)
+    print0(f"{free.name} continues from step {step} of {Path(dir).name}")
+    return free
+
+
+# --------------------------------------------------------------------------------------------------
+# models
+
+class Model(NamedTuple):
+    """A folder that has a complete step."""
+    source: str      # base, mid, sft or rl
+    dir: Path
+    meta: dict       # of the newest complete step
+    steps: int       # how many complete steps there are
+
+    @property
+    def tag(self):
+        return self.dir.name
+
+    @property
+    def saved(self):
+        """When the step was saved, in seconds since 1970."""
+        return self.meta["saved"]
+
+    @property
+    def finished(self):
+        return bool(self.meta.get("finished"))
+
+
+def list_models(*sources):
+    """[Model] of these stages, or of all; the one that was saved last is the last."""
+    models = []
+    for source in sources or FOLDERS:
+        for dir in (get_base_dir() / FOLDERS[source]).glob("*"):
+            metas = complete_metas(dir)
+            if metas:
+                models.append(Model(source, dir, metas[-1], len(metas)))
+    return sorted(models, key=lambda model: model.saved)
+
+
+def newest_model(models, run=None):
+    """The Model that was saved last, of the speedrun `run` where it has one; None of no models."""
+    of_run = [model for model in models if run and model.meta.get("run") == run]
+    return max(of_run or models, key=lambda model: model.saved, default=None)
+
+
+def newest_meta(*sources):
+    """Path of the meta file written last by any of these stages, or None."""
+    paths = []
+    for source in sources:
+        paths += (get_base_dir() / FOLDERS[source]).glob("*/meta_*.json")
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_model_tag(source, missing_ok=False):
+    """The tag of a stage's checkpoint written last. If there is none: None, or UserError.
+
+    Within a speedrun, whose name is in NANOCHAT_RUN, that run's own come first.
+    """
+    models = list_models(source) if source in FOLDERS else []
+    newest = newest_model(models, run_of_speedrun())
+    if newest is not None:
+        return newest.tag
+    unreadable = newest_meta(source) if source in FOLDERS else None
+    if unreadable is not None:
+        return unreadable.parent.name  # whoever reads it says what is wrong
+    if missing_ok:
+        return None
+    where = checkpoint_dir(source, "")
+    raise UserError(f"no {source} checkpoint under {where}: {advice(source)}")
+
+
+def describe(model):
+    """A Model in words: 'd4 (finished, step 500, 2026-11-26 09:30)'."""
+    state = "finished" if model.finished else "unfinished"
+    when = datetime.datetime.fromtimestamp(model.saved).strftime("%Y-%m-%d %H:%M")
+    return f"{model.tag} ({state}, step {model.meta['step']}, {when})"
+
+
+def describe_all(models):
+    """The newest of some models in one line, the last one first."""
+    words = [describe(model) for model in models[:-LISTED - 1:-1]]
+    if len(models) > LISTED:
+        words.append(f"and {len(models) - LISTED} more (python -m scripts.checkpoints)")
+    return ", ".join(words)
+
+
+def remedy_for_missing(dir):
+    """What to do where `dir` has no complete checkpoint."""
+    source = source_of(dir)
+    models = list_models(source)
+    if not models:
+        return f"{advice(source)}, or name another --model_tag"
+    return f"choose --model_tag from {describe_all(models)}"
+
+
+def chosen_line(source, meta):
+    """Which model was taken, and the newest of the others.
+
+    meta: of load_model(). 'sft d4, step 500, of 3 models; --model_tag=TAG for another: d3, d3-2'
+    """
+    line = f"{source} {meta['tag']}, step {meta['step']}"
+    if not meta.get("finished"):
+        line += " (unfinished)"
+    others = [model.tag for model in list_models(source) if model.tag != meta["tag"]]
+    if not others:
+        return line
+    shown = ", ".join(others[:-LISTED - 1:-1]) + (", ..." if len(others) > LISTED else "")
+    return f"{line}, of {len(others) + 1} models; --model_tag=TAG for another: {shown}"
