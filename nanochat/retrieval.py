@@ -2,15 +2,14 @@
 
     passages = Passages(passages_of([("garden.md", text), ...]))
     answer = passages.answer("When do I sow beans?")
-    answer.quote        # "Beans: sow in May, after the last frost."
-    answer.source       # "garden.md, Vegetables > Beans"
+    answer.quotes       # (Quote("Beans: sow in May.", "garden.md, Vegetables > Beans"),)
     answer.confidence   # SURE, DOUBTFUL or NOTHING
 
 In two steps. BM25 (Robertson & Zaragoza 2009) finds the passages whose words are those of the
 question; heading and file name are words of a passage. Then every window of neighbouring sentences
 in the best passages is compared with the question: its *coverage* is the share of the question's
 words, weighed by their rarity, that the window or its heading contains. Coverage decides what is
-quoted, and how sure the answer is.
+quoted, and how sure the answer is. In doubt the two nearest passages are quoted, more briefly.
 
 A word also finds its other forms, compounds and misspellings (words.py), at a lower weight. They
 are looked up in the vocabulary of the text when a question comes, so that the index holds whole
@@ -46,7 +45,9 @@ DEFINITION_WEIGHT = 0.1
 SURE, DOUBTFUL, NOTHING = "sure", "doubtful", "nothing"
 SURE_COVERAGE = 0.8
 DOUBTFUL_COVERAGE = 0.25
-NOT_SURE = "I am not sure. The nearest is: "
+NOT_SURE = "I am not sure. The nearest I found:"
+DOUBTFUL_QUOTES = 2         # in doubt so many passages are quoted,
+DOUBTFUL_SHARE = 2 / 3      # each with this share of the characters that a quote may have
 
 
 class Term(NamedTuple):
@@ -69,12 +70,20 @@ class Window(NamedTuple):
     rank: float
 
 
-class Answer(NamedTuple):
-    """What was found: the quote, where it stands ("garden.md, Beans"), and SURE, DOUBTFUL or
-    NOTHING. coverage: the share of the question that was found, 0 to 1."""
+class Quote(NamedTuple):
+    """Words of the text, and where they stand: "garden.md, Beans"."""
 
-    quote: str
+    text: str
     source: str
+
+
+class Answer(NamedTuple):
+    """What was found: one Quote, in doubt DOUBTFUL_QUOTES of them, and SURE, DOUBTFUL or NOTHING.
+
+    coverage: the share of the question that was found in the first, 0 to 1.
+    """
+
+    quotes: tuple
     confidence: str
     coverage: float
 
@@ -153,20 +162,31 @@ class Passages:
     def answer(self, question, quote_chars=QUOTE_CHARS):
         """The Answer to a question, its quote of at most quote_chars or of one unit."""
         terms = self.terms(question)
-        best = self._rank(terms)
-        if not best:
-            return Answer("", "", NOTHING, 0.0)
+        ranked = self._rank(terms)
+        if not ranked:
+            return Answer((), NOTHING, 0.0)
 
-        # the best window of the best passages
+        best = self._best_windows(terms, ranked, quote_chars)[:1]
+        confidence = confidence_of(best[0][0])
+        coverage = best[0][0].coverage
+        if confidence == DOUBTFUL:
+            chars = int(DOUBTFUL_SHARE * quote_chars)
+            best = self._best_windows(terms, ranked, chars)[:DOUBTFUL_QUOTES]
+        quotes = [Quote(window.quote, source_of(passage)) for window, passage in best]
+        return Answer(tuple(quotes), confidence, coverage)
+
+    def _best_windows(self, terms, ranked, quote_chars):
+        """The best window of each of some passages, [(Window, Passage)], best first.
+
+        ranked: of _rank().
+        """
         found = []
-        for place, share in best:
+        for place, share in ranked:
             passage = self.passages[place]
-            for window in windows(passage, terms, quote_chars):
-                found.append((window.rank + BM25_WEIGHT * share, window, passage))
-        _, window, passage = max(found, key=lambda entry: entry[0])
-
-        source = ", ".join(filter(None, [passage.source, passage.heading]))
-        return Answer(window.quote, source, confidence_of(window), window.coverage)
+            window = max(windows(passage, terms, quote_chars), key=lambda window: window.rank)
+            found.append((window.rank + BM25_WEIGHT * share, window, passage))
+        found.sort(key=lambda entry: -entry[0])
+        return [(window, passage) for _, window, passage in found]
 
     def _rank(self, terms):
         """The best passages by BM25, best first: (index, score as a share of the best one's)."""
@@ -182,6 +202,11 @@ class Passages:
 
 # ------------------------------------------------------------------------------------------------
 # windows of a passage
+
+def source_of(passage):
+    """File and headings, as a quote shows them."""
+    return ", ".join(filter(None, [passage.source, passage.heading]))
+
 
 def title_of(passage):
     """File name, without its suffix, and headings as text."""
@@ -265,16 +290,19 @@ def answer_to(passages, questions, quote_chars=QUOTE_CHARS):
 
 
 def reply_to(answer):
-    """An Answer as the user reads it: the quote and its source, or that nothing was found.
+    """An Answer as the user reads it: quotes and their sources, or that nothing was found.
 
-    >>> print(reply_to(Answer("Sow in May.", "garden.md, Beans", DOUBTFUL, 0.5)))
-    I am not sure. The nearest is: Sow in May.
+    >>> print(reply_to(Answer((Quote("Sow in May.", "garden.md, Beans"),), DOUBTFUL, 0.5)))
+    I am not sure. The nearest I found:
+    Sow in May.
     (source: garden.md, Beans)
     """
     if answer.confidence == NOTHING:
         return NOTHING_FOUND
-    doubt = NOT_SURE if answer.confidence == DOUBTFUL else ""
-    return f"{doubt}{answer.quote}\n(source: {answer.source})"
+    lines = [f"{text}\n(source: {source})" for text, source in answer.quotes]
+    if answer.confidence == DOUBTFUL:
+        lines.insert(0, NOT_SURE)
+    return "\n".join(lines)
 
 
 def reply_within(passages, questions, fits):
@@ -283,12 +311,17 @@ def reply_within(passages, questions, fits):
     A shorter quote is of the sentences that fit best, and in the end the beginning of one.
     NOTHING_FOUND where there is no room for that; None where not even that fits.
     """
+    # whole sentences, fewer and fewer
     for quote_chars in QUOTE_STEPS:
         answer = answer_to(passages, questions, quote_chars)
         if fits(reply_to(answer)):
             return reply_to(answer)
-    while len(answer.quote) > MIN_QUOTE_CHARS:
-        answer = answer._replace(quote=answer.quote[:int(0.9 * len(answer.quote)) - 1] + "…")
-        if fits(reply_to(answer)):
-            return reply_to(answer)
+
+    # one quote, shorter and shorter
+    quote = answer.quotes[0] if answer.quotes else Quote("", "")
+    while len(quote.text) > MIN_QUOTE_CHARS:
+        reply = reply_to(answer._replace(quotes=(quote,)))
+        if fits(reply):
+            return reply
+        quote = quote._replace(text=quote.text[:int(0.9 * len(quote.text)) - 1] + "…")
     return NOTHING_FOUND if fits(NOTHING_FOUND) else None

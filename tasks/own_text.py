@@ -25,7 +25,7 @@ from collections import Counter
 
 from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
 from nanochat.prompts import QUESTIONS
-from nanochat.retrieval import NOT_SURE, SURE, Answer, reply_to
+from nanochat.retrieval import NOT_SURE, SURE, Answer, Quote, reply_to
 from nanochat.words import language_of, words_of
 from tasks.common import Task, answer_text, check_split, conversation, split_of
 from tasks.identity import TOPICS
@@ -232,7 +232,8 @@ class OwnText(Task):
             question, quote = self._question(rng, passage, language)
             source = [passage.source, passage.heading]
             place = ", ".join(filter(None, source))
-            reply = reply_to(Answer(quote[:PRACTISED_CHARS], place, SURE, 1.0))
+            found = Quote(quote[:PRACTISED_CHARS], place)
+            reply = reply_to(Answer((found,), SURE, 1.0))
         question = retyped(question, rng)
         if self.form == "recall":
             return conversation(question, quote[:PRACTISED_CHARS], source=source)

@@ -7,6 +7,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
+from nanochat.dataset import data_tag
 from nanochat.engine import Engine, user_texts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.passage_store import find_data, load_passages, prepare_passages, save_passages
@@ -272,7 +273,7 @@ def test_a_chat_stage_finds_the_text_of_its_model_and_keeps_it(tmp_path, monkeyp
 
     meta = {"origin": ["mid", 5]}
     found = prepare_passages(None, meta, tmp_path / "sft")
-    assert found.answer("what colour is the kettle").source == "kettle.md, Kettle"
+    assert found.answer("what colour is the kettle").quotes[0].source == "kettle.md, Kettle"
     assert f"of {len(NOTES)} files" in capsys.readouterr().out
 
     # the notes have moved: a resumed run and the chat have them all the same
@@ -302,10 +303,11 @@ def test_a_chat_of_notes_quotes_them_after_they_are_gone(stages, tmp_path):
     stages.fork("scripts.base_train", f"--data={notes}", *TINY, "--num_iterations=2")
     out, _ = stages.fork("scripts.mid_train", *small)
     assert f"passages of 60 files of {notes}" in out
+    tag = data_tag(notes)
     shutil.rmtree(notes)
 
     # from here on the text is that of midtraining
-    folder = stages.folder("mid", "d1")
+    folder = stages.folder("mid", tag)
     out, _ = stages.fork("scripts.chat_sft", *small, "--own_text=recall", status=0)
     row = stages.fork_record("scripts.chat_eval", "--source=mid", "--items=3", "--max_new_tokens=8")
     assert {"own_text", "own_text_practised"} <= row["accuracy"].keys()

@@ -177,8 +177,8 @@ def test_the_language_is_that_of_the_stop_words():
 ])
 def test_a_question_is_answered_with_a_quote_and_its_source(passages, question, quoted, source):
     answer = passages.answer(question)
-    assert quoted in answer.quote and answer.source == source
-    assert answer.confidence != NOTHING and len(answer.quote) <= QUOTE_CHARS
+    assert quoted in answer.quotes[0].text and answer.quotes[0].source == source
+    assert answer.confidence != NOTHING and len(answer.quotes[0].text) <= QUOTE_CHARS
     assert f"(source: {source})" in reply_to(answer)
 
 
@@ -196,9 +196,11 @@ def test_what_the_text_does_not_say_is_not_quoted(passages, question):
 
 def test_half_of_a_question_found_is_said_to_be_doubtful(passages):
     sure = passages.answer("runner beans canes")
-    doubtful = passages.answer("runner beans fertiliser zeppelin")
+    doubtful = passages.answer("runner beans boiler zeppelin")
     assert (sure.confidence, doubtful.confidence) == (SURE, DOUBTFUL)
     assert reply_to(doubtful).startswith("I am not sure.")
+    places = [quote.source for quote in doubtful.quotes]
+    assert len(set(places)) == 2 and reply_to(doubtful).count("(source: ") == 2
     assert not reply_to(sure).startswith("I am not sure.")
 
 
@@ -210,11 +212,12 @@ def test_one_common_word_is_not_enough_to_be_sure(passages):
 def test_a_follow_up_is_joined_to_the_question_before(passages):
     before = "Tell me about the runner beans"
     for follow_up in ("and how tall is it?", "when do I sow it?"):
-        assert answer_to(passages, [before, follow_up]).source == "garden.md, Garden > Beans"
+        answer = answer_to(passages, [before, follow_up])
+        assert answer.quotes[0].source == "garden.md, Garden > Beans"
 
     # a question that stands by itself does not hear of the one before
     for question in ("where is the stopcock", "pressure of the boiler when cold"):
-        assert answer_to(passages, [before, question]).source == "house/boiler.md"
+        assert answer_to(passages, [before, question]).quotes[0].source == "house/boiler.md"
 
 
 def test_a_quote_is_cut_to_the_room_and_its_source_stays_whole(passages):
