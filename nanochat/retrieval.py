@@ -25,8 +25,8 @@ import numpy as np
 from nanochat.conversation import NOTHING_FOUND
 from nanochat.words import COMPOUND_CHARS, STOP_WORDS, is_typo, language_of, likeness, words_of
 
-QUOTE_CHARS = 300       # a quote is at most this long, but whole units of the text where it can be
-QUOTE_STEPS = (300, 220, 150, 80, 1)    # what is tried where the room is less; 1: one unit
+QUOTE_CHARS = 450       # a quote is at most this long, but whole units of the text where it can be
+QUOTE_STEPS = (450, 375, 300, 220, 150, 80, 1)  # what is tried where the room is less; 1: a unit
 MIN_QUOTE_CHARS = 20    # where there is no room for more than this, nothing is quoted
 CANDIDATES = 12         # passages whose windows are compared
 K1, B = 1.2, 0.6        # of BM25: how fast repetition saturates, how much length counts
