@@ -44,6 +44,7 @@ from nanochat.common import (
     print0,
     warn_once,
 )
+from nanochat.guard import Guard
 from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
@@ -624,8 +625,14 @@ def _problem_of_state(state):
     if not all(map(_is_state_of_an_optimizer, state["optimizers"])):
         return "an optimizer without param_groups or state"
 
+    missing = [key for key in ("loader", "rng", "guard") if key not in state]
+    if missing:
+        return f"no {missing[0]}"
+    if not isinstance(state["guard"], dict) or Guard().state_dict().keys() - state["guard"].keys():
+        return "no state of the guard"
+
     own = torch.get_rng_state()
-    rng = state.get("rng", own)
+    rng = state["rng"]
     is_rng = isinstance(rng, torch.Tensor) and rng.dtype == own.dtype
     return None if is_rng and rng.shape == own.shape else "no random state of this torch"
 
