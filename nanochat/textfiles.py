@@ -639,7 +639,7 @@ def _read_json(stream, path, begin=""):
     except UserError:
         raise
     except ValueError as error:  # a number of more digits than Python reads
-        raise values.failure(f"{path}: an item cannot be read ({error})") from error
+        raise values.failure(f"{path}: a number has too many digits: quote it") from error
     if values.failure is NoText:
         raise NoText(f"{path} holds no list of texts: the form is {WANTED_LIST}")
 

@@ -146,7 +146,7 @@ def _with_choices(record, choices):
     """
     asked = _keys_with_value(record, QUESTIONS, but=LETTERS)
     answered = _keys_with_value(record, ANSWERS + LABELS, but=LETTERS)
-    if not asked or not answered:
+    if not asked or not answered or _as_text(record[asked[0]]) is None:
         return {}
     letters = LETTERS[:len(choices)].upper()
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices)]

@@ -207,6 +207,8 @@ def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
     ({"prompt": "a", "chosen": TALK[1:], "rejected": TALK[1:]}, "prompt, chosen, rejected"),
     ({"question": "a", "answers": ["b"]}, "question, answers"),
     ({"question": "x", "a": "y", "b": "z"}, "question, a, b"),
+    ({"question": ["x"], "choices": ["y", "z"], "answer": "y"}, "question, choices, answer"),
+    ({"question": "x", "choices": ["y", "z"], "answer": 2}, "question, choices, answer"),
     ({"query": "a", "response": "b", "history": ["c", "d", "e"]}, "query, response, history"),
     ({"query": "a", "response": "b", "history": [["c"]]}, "query, response, history"),
     ({"a": TALK, "b": TALK}, r"\(its keys: a, b\)"),

@@ -1274,7 +1274,7 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
     ("a.json", '{"a": 1}', "holds no list of texts: the form is"),
     ("a.json", "[]", "holds no list of texts"),
     ("a.json", '["a", 5]', "item 1"),
-    ("a.json", '["a", %s]' % ("9" * 5000), "cannot be read .*4300|item 1"),
+    ("a.json", '["a", %s]' % ("9" * 5000), "a number has too many digits|item 1"),
     ("a.jsonl", '{"text": %s}' % ("9" * 5000), "line 1: not an object"),
     ("a.jsonl", '{"content": "a", "id": 1}\n', "line 1: .*keys: content, id.*: rename the one"),
     ("a.jsonl", '{"text": ["a", "b"]}\n', "line 1: .*its text is a list, join it"),
