@@ -79,6 +79,7 @@ OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
 COPY_AGAIN = "copy or download it again"
+ADD_TEXT = "add text, or remove the empty files"
 
 # Words of a file's name, or of its folder's, that tell the split it belongs to
 SPLIT_WORDS = {
@@ -441,7 +442,7 @@ def _open_pinned(folder, pinned, remedy):
         )
     damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
     parts = [_check_parquet(folder / name, damaged) for name in names]
-    return _dataset_of(folder, parts[:-1], parts[-1:], is_ours=True)
+    return _dataset_of(folder, parts[:-1], parts[-1:], remedy, is_ours=True)
 
 
 def _open_in_place(path, chosen, others):
@@ -457,10 +458,10 @@ def _open_in_place(path, chosen, others):
     val = [with_rows[file] for file in chosen.val if file in with_rows]
 
     if val:
-        dataset = _dataset_of(path, train, val)
+        dataset = _dataset_of(path, train, val, ADD_TEXT)
         origin = f"the files of the split {chosen.val_name}, {val[0].path.name} first"
     elif len(train) > 1:
-        dataset = _dataset_of(path, train[:-1], train[-1:])
+        dataset = _dataset_of(path, train[:-1], train[-1:], ADD_TEXT)
         origin = f"the last file, {train[-1].path.name}"
     elif train and sum(train[0].rows) >= MIN_ROWS_IN_PLACE:
         dataset = _last_rows(path, train[0])
@@ -497,12 +498,13 @@ def _check_files(path, files, every_row):
     return parts
 
 
-def _dataset_of(folder, train, val, is_ours=False):
+def _dataset_of(folder, train, val, remedy, is_ours=False):
     """The Dataset of two lists of _Part; UserError where one of them has no text."""
     if not any(part.has_text for part in train) or not any(part.has_text for part in val):
         names = ", ".join(part.path.name for part in val) or "none"
         raise UserError(
-            f"{folder} has no documents to train on, or none in its validation files ({names})"
+            f"{folder} has no documents to train on, or none in its validation files ({names}): "
+            + remedy
         )
     return Dataset(
         [part.path for part in train + val],
@@ -535,7 +537,7 @@ def _last_rows(path, part):
         if not any(text.strip() for group in groups for text in read_row_group(*group)):
             raise UserError(
                 f"{part.path} has no documents to train on, or none in its last "
-                f"{total - border} rows, which are validation"
+                f"{total - border} rows, which are validation: add text, or remove empty rows"
             )
     return Dataset([part.path], train, val, _root(path), False)
 
@@ -1153,7 +1155,8 @@ def _write_draft(draft, path, chosen):
     rows = sum(group.rows for group in written), sum(group.rows for group in validation)
     if chosen.val and 0 in rows:
         raise UserError(
-            f"{path} has no documents to train on, or none in its split {chosen.val_name}"
+            f"{path} has no documents to train on, or none in its split {chosen.val_name}: "
+            + ADD_TEXT
         )
     if findings.chars < 2:
         raise UserError(f"{path} is empty: there are no documents in it to train on")

@@ -353,6 +353,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, base, monkeypatch):
     assert len(both_splits(path)) == 1000
 
 
+def test_a_conversion_that_has_white_space_for_validation_names_the_remedy(tmp_path):
+    path = text_file(tmp_path / "my.txt", "one\ntwo\n")
+    folder = parquet_paths(path)[0].parent
+    write_parquet(folder / "shard_00001.parquet", ["\n"])  # as an earlier version wrote it
+    with pytest.raises(UserError, match=f"or none in its validation.*: delete {folder} and run"):
+        open_dataset(path)
+
+
 def test_what_a_killed_conversion_has_left_is_removed_after_days(tmp_path, base):
     old, recent = base / "user_data" / "draft-old", base / "user_data" / "draft-recent"
     for draft in (old, recent):
@@ -930,7 +938,8 @@ def test_validation_without_a_text_is_refused_before_training(tmp_path, texts):
         "test": split_folder(tmp_path / "test", train=words(30), test=empty),
         "rows": split_folder(tmp_path / "rows", p0=words(95) + texts[:1] * 5),
     }.items():
-        with pytest.raises(UserError, match=f"{name}.*no documents to train on, or none in"):
+        words_ = f"{name}.*no documents to train on, or none in.*: add text"
+        with pytest.raises(UserError, match=words_):
             open_dataset(folder)
 
 
