@@ -73,7 +73,6 @@ SUFFIXES = (*READERS, ".parquet")
 SOURCE = "source"           # the column of converted text that names the user's file
 MAX_TAG_CHARS = 40          # of the name before its hash
 REPORT_SECONDS = 2.0        # between two lines that say how far the reading is
-LARGE_BYTES = 500_000_000   # a file that takes seconds to be looked through
 PRINTED_LINES = 20          # about the files of a folder
 OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 
@@ -759,15 +758,18 @@ def _splits_of_notes(names):
 def _splits(path, files):
     """The split of each of the user's files, None where nothing tells it."""
     names = [file.relative_to(_root(path)) for file in files]
-    notes = _splits_of_notes([name for name in names if text_suffix(name) in NOTES])
+    notes = [name for name in names if text_suffix(name) in NOTES]
+    splits_of_notes = _splits_of_notes(notes)
     told = []
     for file, name in zip(files, names):
-        is_note = text_suffix(name) in NOTES
-        split = notes.get(name) if is_note else _split_of(name)
-        if split in ("val", "test") and not is_note and not _has_text(file):
-            split = None  # a table of tests among notes
-        told.append(split)
-    return told
+        if text_suffix(name) in NOTES:
+            told.append(splits_of_notes.get(name))
+        else:
+            split = _split_of(name)
+            told.append(split if split in (None, "train") or _has_text(file) else None)
+
+    # a file `test.csv` among notes, and none that says `train`, is no data set
+    return [None] * len(files) if notes and "train" not in told else told
 
 
 def _choose(path, files):
@@ -881,8 +883,6 @@ def _read_user_file(file, root, findings):
             yield from _read_named(root, False, *group)
         return
 
-    if file.stat().st_size > LARGE_BYTES:
-        print0(f"finding the encoding of {file}")
     encoding = find_encoding(file)
     if encoding != "utf-8":
         findings.encodings.setdefault(encoding, []).append(file)

@@ -1075,6 +1075,10 @@ def test_a_table_of_tests_among_notes_is_no_split(tmp_path):
     text_file(tmp_path / "test.csv", "date,grade\n1,2\n")
     text_file(tmp_path / "dev.json", '{"port": 80}')
     assert {name for name, _ in sum(names_of(tmp_path).values(), [])} == {"a.md", "b.md"}
+    text_file(tmp_path / "test.csv", "grade\n12345\n")
+    pairs = names_of(tmp_path)
+    assert "test.csv" in {name for name, _ in sum(pairs.values(), [])}
+    assert sum(len(text) for _, text in pairs["val"]) > len("12345")
 
 
 def test_the_splits_of_text_files_are_recognised_too(tmp_path, capsys):
