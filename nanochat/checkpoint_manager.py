@@ -49,6 +49,7 @@ from nanochat.common import (
     warn_once,
 )
 from nanochat.folders import checkpoint_dir, find_model_tag, list_models, remedy_for_missing
+from nanochat.guard import Guard
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
@@ -672,8 +673,14 @@ def _problem_of_state(state):
     if not all(map(_is_state_of_an_optimizer, state["optimizers"])):
         return "an optimizer without param_groups or state"
 
+    missing = [key for key in ("loader", "rng", "guard") if key not in state]
+    if missing:
+        return f"no {missing[0]}"
+    if not isinstance(state["guard"], dict) or Guard().state_dict().keys() - state["guard"].keys():
+        return "no state of the guard"
+
     own = torch.get_rng_state()
-    rng = state.get("rng", own)
+    rng = state["rng"]
     is_rng = isinstance(rng, torch.Tensor) and rng.dtype == own.dtype
     return None if is_rng and rng.shape == own.shape else "no random state of this torch"
 

@@ -101,7 +101,7 @@ def is_part(part, types):
 
 # How other programs name the fields of a message, and the roles
 ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text")
+CONTENT_KEYS = ("content", "value", "text", "parts")
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -112,6 +112,7 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "tool": "tool",
     "function": "tool",
@@ -120,6 +121,8 @@ ROLES = {
     "function_call": "call",
     "tool_call": "call",
 }
+# What other programs call a part that is text
+TEXT_TYPES = ("text", "input_text", "output_text")
 # Tools whose one argument is Python already
 PYTHON_TOOLS = ("python", "calculator", "code_interpreter")
 
@@ -201,9 +204,11 @@ def _read_message(message, number, changes):
             f"message {number} has the role {name!r}: the known ones are {', '.join(ROLES)}"
         )
 
-    parts = _read_content(_first(message, CONTENT_KEYS), role, number)
+    content = _first(message, CONTENT_KEYS)
     if role == "tool":
-        parts = [{"type": "python_output", "text": "".join(part["text"] for part in parts)}]
+        parts = [_read_reply(message, content, number)]
+    else:
+        parts = _read_content(content, role, number)
     calls = _read_calls(message, role, parts)
     changes["tool calls written as Python calls"] += len(calls)
     if role == "call":
@@ -220,12 +225,35 @@ def _read_message(message, number, changes):
     return role, parts
 
 
+def _read_reply(message, content, number):
+    """A tool's reply as a part, with the "id" of the call that it answers where it names one.
+
+    Data that is no text, a dict as most tools return it, is written as JSON.
+    """
+    try:
+        text = "".join(part["text"] for part in _read_content(content, "tool", number))
+    except UserError:
+        text = json.dumps(content, ensure_ascii=False)
+    return {"type": "python_output", "text": text, "id": message.get("tool_call_id")}
+
+
+def _read_part(part):
+    """A part of another program as one of ours: Gemini's has no type, OpenAI's newer another."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        return part
+    kind = part.get("type", "text")
+    return {"type": "text" if kind in TEXT_TYPES else kind, "text": part["text"]}
+
+
 def _read_content(content, role, number):
     """Content as parts: None is [], text is one part, and texts in a list are one part."""
     if content is None:
         return []
     if isinstance(content, str):
         return as_parts(content)
+    content = list(map(_read_part, content)) if isinstance(content, list) else content
     allowed = PART_TYPES if role == "assistant" else ("text",)
     well_formed = isinstance(content, list) and all(is_part(part, allowed) for part in content)
     if not well_formed:
@@ -259,7 +287,12 @@ def _read_calls(message, role, parts):
         calls = _from_json(calls)
     if not isinstance(calls, list):
         calls = [calls]
-    return [{"type": "python", "text": call_text(call)} for call in calls]
+    return [{"type": "python", "text": call_text(call), "id": _id_of(call)} for call in calls]
+
+
+def _id_of(call):
+    """The name by which a tool's reply refers to a call, or None."""
+    return call.get("id") if isinstance(call, dict) else None
 
 
 def _from_json(text):
@@ -310,13 +343,19 @@ def _join_neighbours(turns, changes):
 
 
 def _insert_reply(parts, reply):
-    """Put a tool's reply behind the first call that has none, else at the end."""
+    """Put a tool's reply behind the call that it answers.
+
+    That is the one whose id the reply names, since replies may come in any order; else the first
+    call that has none; where every call has one, the end.
+    """
     kinds = [part["type"] for part in parts] + ["end"]
-    place = len(parts)
-    for i, kind in enumerate(kinds[:-1]):
-        if kind == "python" and kinds[i + 1] != "python_output":
-            place = i + 1
-            break
+    waiting = []
+    for place, kind in enumerate(kinds[:-1]):
+        if kind == "python" and kinds[place + 1] != "python_output":
+            waiting.append(place)
+    named = [place for place in waiting if parts[place].get("id") == reply["id"]]
+    places = named if named and reply["id"] is not None else waiting
+    place = places[0] + 1 if places else len(parts)
     parts.insert(place, reply)
 
 
@@ -329,9 +368,10 @@ def _join_parts(parts, more):
 
 
 def _as_content(parts):
-    """Parts as content: the string alone where there is nothing but one text."""
-    only_text = len(parts) == 1 and parts[0]["type"] == "text"
-    return parts[0]["text"] if only_text else parts
+    """Parts as content, without ids: the string alone where there is nothing but one text."""
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        return parts[0]["text"]
+    return [{"type": part["type"], "text": part["text"]} for part in parts]
 
 
 # -------------------------------------------------------------------------------------------------

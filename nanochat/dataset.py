@@ -49,14 +49,17 @@ from nanochat.conversation import is_like_a_conversation
 from nanochat.textfiles import (
     COMPRESSED,
     CONVERSATION,
-    CONVERSIONS,
     DOCUMENT_CHARS,  # noqa: F401  (where they were before)
+    NOTES,
     READERS,
     NoText,
     check_not_a_pointer,
+    conversion_of,
     find_encoding,
+    holds_text,
     read_text_file,
     split_document,  # noqa: F401
+    text_key,
     text_suffix,
 )
 
@@ -70,12 +73,12 @@ SUFFIXES = (*READERS, ".parquet")
 SOURCE = "source"           # the column of converted text that names the user's file
 MAX_TAG_CHARS = 40          # of the name before its hash
 REPORT_SECONDS = 2.0        # between two lines that say how far the reading is
-LARGE_BYTES = 500_000_000   # a file that takes seconds to be looked through
 PRINTED_LINES = 20          # about the files of a folder
 OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
 COPY_AGAIN = "copy or download it again"
+ADD_TEXT = "add text, or remove the empty files"
 
 # Words of a file's name, or of its folder's, that tell the split it belongs to
 SPLIT_WORDS = {
@@ -88,13 +91,17 @@ SPLIT_WORDS = {
     "eval": "val",
     "test": "test",
     "testing": "test",
+    "holdout": "test",
+    "heldout": "test",
 }
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # a data set's, not a writer's
+RECORD_SUFFIXES = (  # a data set's, not a writer's
+    ".jsonl", ".ndjson", ".jsonlines", ".csv", ".tsv", ".parquet",
+)
 
-# Texts about a data set, which stand beside its files
+# Whole names, without suffixes, of texts about a data set, which stand beside its files
 ABOUT = re.compile(
-    r"(readme|data(set)?[-_ ]?card|"
-    r"licen[cs]e|copying|notice|citation|changelog|contributing|authors)([^a-z]|$)",
+    r"readme|data(set)?[-_ ]?card|licen[cs]e|copying|"
+    r"notice|citation|changelog|contributing|authors",
     re.IGNORECASE,
 )
 
@@ -235,7 +242,7 @@ def _open_user_files(path, files, others):
 
     # 2) parquet files, where they are
     if all(file.suffix.lower() == ".parquet" for file in chosen.files):
-        dataset = _open_in_place(path, chosen)
+        dataset = _open_in_place(path, chosen, others)
         if dataset:
             return dataset
 
@@ -297,8 +304,9 @@ def _names_of_rows(path, root, first, count):
 
 def _texts_of(parquet, path, index):
     """The documents of row group `index` of an open parquet file; see read_row_group."""
+    name = text_key(parquet.schema_arrow.names)
     try:
-        column = parquet.read_row_group(index, columns=["text"])["text"]
+        column = parquet.read_row_group(index, columns=[name])[name]
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -337,8 +345,8 @@ class _Part(NamedTuple):
 
     path: Path
     rows: list      # of each row group
-    missing: int    # rows whose text is null, as far as the file counts them
-    has_text: bool  # whether any row has a text that is not empty
+    missing: int    # rows whose text is null; where every row was read, also those of empty ones
+    has_text: bool  # whether any row has a text that is not white space
 
     def groups(self):
         return [(self.path, index) for index in range(len(self.rows))]
@@ -363,19 +371,25 @@ def _check_parquet(path, remedy, every_row=False):
         _check_column(path, parquet.schema_arrow)
         groups = range(parquet.num_row_groups)
         paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-        place = paths.index("text")
+        place = paths.index(text_key(parquet.schema_arrow.names))
         chunks = [parquet.metadata.row_group(index).column(place) for index in groups]
         rows = [parquet.metadata.row_group(index).num_rows for index in groups]
         missing = sum(chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics)
         if every_row:
-            # a list, so that all groups are read
-            has_text = any([any(_texts_of(parquet, path, index)) for index in groups])
+            lengths = [_count_texts(_texts_of(parquet, path, index)) for index in groups]
+            missing = sum(rows) - sum(count for count, _ in lengths)
+            has_text = any(has_text for _, has_text in lengths)
         else:
             has_text = any(
-                _is_large(chunk) or any(_texts_of(parquet, path, index))
+                _is_large(chunk) or _count_texts(_texts_of(parquet, path, index))[1]
                 for index, chunk in enumerate(chunks)
             )
         return _Part(path, rows, missing, has_text)
+
+
+def _count_texts(texts):
+    """(how many of the texts are not empty, whether any is more than white space)."""
+    return sum(map(bool, texts)), any(map(str.strip, texts))
 
 
 def _check_column(path, schema):
@@ -383,7 +397,8 @@ def _check_column(path, schema):
 
     NoText where its columns are those of conversations.
     """
-    count = schema.names.count("text")
+    name = text_key(schema.names)
+    count = schema.names.count(name)
     if count == 0 and is_like_a_conversation(dict.fromkeys(schema.names)):
         raise NoText(f"{path} holds {CONVERSATION}")
     if count == 0:
@@ -394,7 +409,7 @@ def _check_column(path, schema):
     if count > 1:
         raise UserError(f"{path} has {count} columns named 'text': keep one of them")
 
-    kind = schema.types[schema.names.index("text")]
+    kind = schema.types[schema.names.index(name)]
     value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not _is_text_type(value_kind):
         raise UserError(
@@ -426,13 +441,13 @@ def _open_pinned(folder, pinned, remedy):
         )
     damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
     parts = [_check_parquet(folder / name, damaged) for name in names]
-    return _dataset_of(folder, parts[:-1], parts[-1:], is_ours=True)
+    return _dataset_of(folder, parts[:-1], parts[-1:], remedy, is_ours=True)
 
 
-def _open_in_place(path, chosen):
+def _open_in_place(path, chosen, others):
     """The Dataset of the user's parquet files, or None for a text so small that a row must be cut.
 
-    Files without a row are passed over.
+    Files without a row are passed over. others: files that cannot be read.
     """
     size = sum(file.stat().st_size for file in chosen.files)
     parts = _check_files(path, chosen.files, every_row=size <= CHECKED_BYTES)
@@ -442,10 +457,10 @@ def _open_in_place(path, chosen):
     val = [with_rows[file] for file in chosen.val if file in with_rows]
 
     if val:
-        dataset = _dataset_of(path, train, val)
-        origin = f"the files of the split {chosen.val_name}"
+        dataset = _dataset_of(path, train, val, ADD_TEXT)
+        origin = f"the files of the split {chosen.val_name}, {val[0].path.name} first"
     elif len(train) > 1:
-        dataset = _dataset_of(path, train[:-1], train[-1:])
+        dataset = _dataset_of(path, train[:-1], train[-1:], ADD_TEXT)
         origin = f"the last file, {train[-1].path.name}"
     elif train and sum(train[0].rows) >= MIN_ROWS_IN_PLACE:
         dataset = _last_rows(path, train[0])
@@ -460,7 +475,8 @@ def _open_in_place(path, chosen):
         f"read in place; validation is {origin}"
     )
     if missing:
-        print0(f"{path}: {missing:,} texts are null and skipped")
+        print0(f"{path}: {missing:,} texts are null or empty and skipped")
+    _say_others(path, others)
     _say_left_aside(path, chosen)
     return dataset
 
@@ -481,12 +497,13 @@ def _check_files(path, files, every_row):
     return parts
 
 
-def _dataset_of(folder, train, val, is_ours=False):
+def _dataset_of(folder, train, val, remedy, is_ours=False):
     """The Dataset of two lists of _Part; UserError where one of them has no text."""
     if not any(part.has_text for part in train) or not any(part.has_text for part in val):
         names = ", ".join(part.path.name for part in val) or "none"
         raise UserError(
-            f"{folder} has no documents to train on, or none in its validation files ({names})"
+            f"{folder} has no documents to train on, or none in its validation files ({names}): "
+            + remedy
         )
     return Dataset(
         [part.path for part in train + val],
@@ -516,10 +533,10 @@ def _last_rows(path, part):
         first += count
 
     for groups in (train, val):
-        if not any(text for group in groups for text in read_row_group(*group)):
+        if not any(text.strip() for group in groups for text in read_row_group(*group)):
             raise UserError(
                 f"{part.path} has no documents to train on, or none in its last "
-                f"{total - border} rows, which are validation"
+                f"{total - border} rows, which are validation: add text, or remove empty rows"
             )
     return Dataset([part.path], train, val, _root(path), False)
 
@@ -655,7 +672,7 @@ def _user_files(path):
     """
     if path.is_file():
         if not _is_readable(path):
-            example = CONVERSIONS.get(text_suffix(path))
+            example = conversion_of(path)
             advice = f"convert it, as in {example}" if example else "convert or rename it"
             raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: {advice}")
         return [path], []
@@ -664,9 +681,9 @@ def _user_files(path):
     files = [file for file in every if _is_readable(file)]
     others = [file for file in every if not _is_readable(file)]
     if not files:
-        known = sorted({text_suffix(file) for file in others} & CONVERSIONS.keys())
+        known = list(filter(None, map(conversion_of, others)))
         rename = f": rename those of text, such as {others[0].name}, to .txt" if others else ""
-        advice = f": convert them, as in {CONVERSIONS[known[0]]}" if known else rename
+        advice = f": convert them, as in {known[0]}" if known else rename
         raise UserError(f"{path} holds no {', '.join(SUFFIXES)} files{advice}")
     return files, others
 
@@ -703,60 +720,128 @@ def _say_skipped(error):
 
 
 def _split_of(name):
-    """The split that the relative path of a file tells, or None.
+    """The split that the relative path of a file of records tells, or None.
 
-    >>> _split_of(Path("data/test-00000-of-00001.parquet"))
+    >>> _split_of(Path("data/testSet-00000-of-00001.parquet"))
     'test'
     """
     for part in reversed(name.parts):
-        for word in re.split(r"[\W\d_]+", part.lower()):
-            if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word]
+        part = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", part).lower()  # camelCase
+        part = re.sub(r"(held|hold)[-_ ]out", r"\1out", part)
+        for word in re.split(r"[\W\d_]+", part):
+            split = SPLIT_WORDS.get(word.removesuffix("set"))
+            if split:
+                return split
     return None
+
+
+def _splits_of_notes(names):
+    """{relative path: split} of files that a person writes, where their layout is a data set's.
+
+    A word in a note's name says nothing: "train to Paris.md". Splits are there where folders are
+    called `train` and another split, or where every file is, as in wiki.train.txt.
+    """
+    inner = [name for name in names if len(name.parts) > 1]
+    folders = {name: SPLIT_WORDS.get(name.parts[0].lower()) for name in inner}
+    splits = set(folders.values())
+    if "train" in splits and splits & {"val", "test"}:
+        return folders
+
+    stems = [name.name.lower().split(".txt")[0] for name in names]
+    stems = {name: SPLIT_WORDS.get(stem.split(".")[-1]) for name, stem in zip(names, stems)}
+    splits = set(stems.values())
+    has_two = "train" in splits and len(splits) > 1
+    is_text = all(text_suffix(name) == ".txt" for name in names)
+    return stems if has_two and is_text and None not in splits else {}
+
+
+def _splits(path, files):
+    """The split of each of the user's files, None where nothing tells it."""
+    names = [file.relative_to(_root(path)) for file in files]
+    notes = [name for name in names if text_suffix(name) in NOTES]
+    splits_of_notes = _splits_of_notes(notes)
+    told = []
+    for file, name in zip(files, names):
+        if text_suffix(name) in NOTES:
+            told.append(splits_of_notes.get(name))
+        else:
+            split = _split_of(name)
+            told.append(split if split in (None, "train") or _has_text(file) else None)
+
+    # a file `test.csv` among notes, and none that says `train`, is no data set
+    return [None] * len(files) if notes and "train" not in told else told
 
 
 def _choose(path, files):
     """Divide the user's files; returns _Chosen.
 
-    Names tell splits where one of them tells `train` and another one something else. A test split
-    is never trained on; it is used for validation where there is no validation split.
+    Names tell splits where one of them tells another split than `train`, and not all do. A test
+    split is never trained on; it is used for validation where there is no validation split.
     """
     # 1) what is about a data set is no part of it
     about = _files_about(files)
     files = [file for file in files if file not in about]
 
     # 2) splits
-    named = {"train": [], "val": [], "test": []}
-    told = [_split_of(file.relative_to(path)) for file in files]
+    named = {"train": [], "val": [], "test": [], None: []}
+    told = _splits(path, files)
     for file, split in zip(files, told):
-        named[split or "train"].append(file)
+        named[split].append(file)
+    train = named["train"] + named[None]  # of several files, the last is validation
     val, test = named["val"], named["test"]
-    if "train" not in told or not (val or test):
-        return _Chosen(files, [], "", [], about)
+    if not train or not (val or test):
+        return _Chosen(train or files, [], "", [], about)
+    train = [file for file, split in zip(files, told) if split in ("train", None)]
     if val:
-        return _Chosen(named["train"], val, "validation", test, about)
-    return _Chosen(named["train"], test, "test", [], about)
+        return _Chosen(train, val, "validation", test, about)
+    return _Chosen(train, test, "test", [], about)
+
+
+def _has_text(file):
+    """Whether a file of records begins like one that holds text."""
+    if text_suffix(file) != ".parquet":
+        return holds_text(file)
+    try:
+        return text_key(pq.read_schema(file).names) is not None
+    except (pa.ArrowException, OSError):
+        return True  # it is said later what is wrong with it
 
 
 def _files_about(files):
     """Those of the files that describe the data set which the others are."""
-    if not any(text_suffix(file) in RECORD_SUFFIXES for file in files):
-        return []
     parquet = [file.stat().st_size for file in files if text_suffix(file) == ".parquet"]
-    return [file for file in files if _is_about(file, sum(parquet))]
+    about = [file for file in files if _may_be_about(file, sum(parquet))]
+    records = (file for file in files if text_suffix(file) in RECORD_SUFFIXES)
+    return about if about and any(map(_has_text, records)) else []
 
 
-def _is_about(file, parquet_bytes):
-    """Whether a file describes the data set that it stands beside.
+def _may_be_about(file, parquet_bytes):
+    """Whether a file describes the data set that it stands beside, if it does so.
 
-    Beside much parquet every .txt and .md file does: the alternative is to convert all of it.
+    Beside much parquet every file that a person writes does, and every list: the alternative is to
+    convert all of it.
     """
     suffix = text_suffix(file)
-    if suffix == ".json":
-        return parquet_bytes > 0
-    if suffix not in (".txt", ".md"):
+    if suffix not in (".json", *NOTES):
         return False
-    return parquet_bytes > CHECKED_BYTES or ABOUT.match(file.name) is not None
+    if parquet_bytes > CHECKED_BYTES:
+        return True
+    if suffix == ".json":
+        return parquet_bytes > 0 and not _has_text(file)
+    return ABOUT.fullmatch(file.name.split(".")[0]) is not None
+
+
+def _say_others(path, others):
+    """Print which files at a data path cannot be read, and how one of them can be converted."""
+    if not others:
+        return
+    first = next(filter(conversion_of, others), others[0])
+    example = conversion_of(first)
+    advice = f": convert those, as in {example}" if example else ""
+    print0(
+        f"{path}: skipped {len(others)} files that are none of {', '.join(SUFFIXES)}, "
+        f"{_name_of(first, path)} first{advice}"
+    )
 
 
 def _say_left_aside(path, chosen):
@@ -798,8 +883,6 @@ def _read_user_file(file, root, findings):
             yield from _read_named(root, False, *group)
         return
 
-    if file.stat().st_size > LARGE_BYTES:
-        print0(f"finding the encoding of {file}")
     encoding = find_encoding(file)
     if encoding != "utf-8":
         findings.encodings.setdefault(encoding, []).append(file)
@@ -824,7 +907,7 @@ def _read_user_files(path, files, findings):
                 if not text or not text.strip():
                     findings.dropped += 1
                     continue
-                findings.chars += len(text)
+                findings.chars += len(text.strip())
                 yield name, text
         except NoText as error:
             findings.skipped.append(error)
@@ -947,8 +1030,8 @@ def _divide_group(documents, chars, is_first, has_many):
         return documents[:border], documents[border:]
 
     cut = text.find("\n", chars) + 1
-    if not 0 < cut < len(text):
-        cut = max(1, chars)
+    if cut == 0 or not text[cut:].strip():
+        cut = max(1, min(chars, len(text.rstrip()) - 1))  # neither part is white space alone
     first = [*documents[:border], (name, text[:cut])]
     return first, [(name, text[cut:]), *documents[border + 1:]]
 
@@ -1013,11 +1096,7 @@ def _convert(path, chosen, others):
     folder = get_base_dir() / "user_data" / _key(path, files, bool(chosen.val))
     if folder.exists():
         return folder
-    if others:
-        print0(
-            f"{path}: skipped {len(others)} files that are none of {', '.join(SUFFIXES)}, "
-            f"{_name_of(others[0], path)} first"
-        )
+    _say_others(path, others)
     _say_left_aside(path, chosen)
 
     # write to a draft, which becomes the folder when it is whole
@@ -1030,7 +1109,8 @@ def _convert(path, chosen, others):
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
-    origin = f" (split {chosen.val_name})" if chosen.val else ""
+    first = _name_of(chosen.val[0], path) if chosen.val else ""
+    origin = f" (split {chosen.val_name}, {first} first)" if chosen.val else ""
     size = sum(file.stat().st_size for file in files)
     print0(
         f"{path}: {len(files)} files of {size:,} bytes, {train_rows:,} documents to train on, "
@@ -1075,7 +1155,8 @@ def _write_draft(draft, path, chosen):
     rows = sum(group.rows for group in written), sum(group.rows for group in validation)
     if chosen.val and 0 in rows:
         raise UserError(
-            f"{path} has no documents to train on, or none in its split {chosen.val_name}"
+            f"{path} has no documents to train on, or none in its split {chosen.val_name}: "
+            + ADD_TEXT
         )
     if findings.chars < 2:
         raise UserError(f"{path} is empty: there are no documents in it to train on")

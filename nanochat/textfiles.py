@@ -23,13 +23,14 @@ import itertools
 import json
 import lzma
 import re
+import time
 import zlib
 from collections import Counter
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.conversation import is_like_a_conversation
 
 DOCUMENT_CHARS = 6_000      # longer files are split into documents of at most this
@@ -50,17 +51,25 @@ CONVERSATION = (
 # How to convert what is not read
 CONVERSIONS = {
     ".pdf": "pdftotext FILE.pdf",
+    ".doc": "libreoffice --convert-to txt FILE.doc",
     ".docx": "pandoc FILE.docx -o FILE.md",
+    ".rtf": "pandoc FILE.rtf -o FILE.md",
     ".odt": "pandoc FILE.odt -o FILE.md",
     ".epub": "pandoc FILE.epub -o FILE.md",
     ".html": "pandoc FILE.html -o FILE.md",
+    ".htm": "pandoc FILE.htm -o FILE.md",
+    ".xls": "libreoffice --convert-to csv FILE.xls",
+    ".xlsx": "libreoffice --convert-to csv FILE.xlsx",
+    ".ods": "libreoffice --convert-to csv FILE.ods",
+    ".lz4": "lz4 -d FILE.lz4",
     ".zip": "unzip FILE.zip",
     ".tar": "tar xf FILE.tar",
     ".tgz": "tar xf FILE.tgz",
     ".7z": "7z x FILE.7z",
     ".arrow": "datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet')",
-    ".parquet": "gunzip FILE.parquet.gz",  # only a compressed one comes here
 }
+# Parquet is compressed inside: what was compressed again is not read in place
+DECOMPRESSORS = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
 
 # What is no text though its name says so, by what it begins with
 BINARY = {
@@ -72,8 +81,12 @@ BINARY = {
     b"SQLite format 3\x00": "an SQLite database: save the text of its tables as csv",
 }
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes of which text has hardly any
+WEB_PAGE = (b"<!doctype html", b"<html")
 MAX_CONTROL = 0.05          # the share of these; compressed data has 11 %, UTF-16 often more
 DELIMITERS = ",;\t|"        # of the columns of a table
+MAX_NAMES = 10              # of the keys that an error lists
+MAX_HEADER_LINES = 100      # of the names of its columns, in quotes
+REPORT_SECONDS = 2.0        # between two lines that say how far the reading of a file is
 
 
 class NoText(UserError):
@@ -115,9 +128,21 @@ def _best_cut(text, limit):
     return limit
 
 
+def text_key(names):
+    """The name of the column or key that holds the text: "text", or the only other one like "Text".
+
+    None where there is none, or several of which none is "text".
+    """
+    if "text" in names:
+        return "text"
+    found = [name for name in names if isinstance(name, str) and name.strip().lower() == "text"]
+    return found[0] if len(found) == 1 else None
+
+
 def _has_text_form(record):
     """Whether it is {"text": ...} or a bare "..."."""
-    return isinstance(record, str) or (isinstance(record, dict) and "text" in record)
+    is_object = isinstance(record, dict) and text_key(record) is not None
+    return is_object or isinstance(record, str)
 
 
 def _text_of(record, place):
@@ -125,15 +150,30 @@ def _text_of(record, place):
 
     place: the file and the line or item, for the UserError that anything else raises.
     """
-    text = record["text"] if isinstance(record, dict) and "text" in record else record
+    text = record
+    if isinstance(record, dict) and text_key(record) is not None:
+        text = record[text_key(record)]
     if text is None:
         return None
     try:
         text.encode("utf-8")  # an escaped lone surrogate is a str that no tokenizer can take
     except (AttributeError, ValueError) as error:
-        found = CONVERSATION if is_like_a_conversation(record) else f"not {WANTED_LINE}"
-        raise UserError(f"{place}: {found}") from error
+        raise UserError(f"{place}: {_what_else(record, text)}") from error
     return text
+
+
+def _what_else(record, text):
+    """What a record is that holds no text, and the remedy."""
+    if is_like_a_conversation(record):
+        return CONVERSATION
+    if not isinstance(record, dict):
+        return f"not {WANTED_LINE}"
+    if text is record:
+        names = ", ".join(map(str, [*record][:MAX_NAMES])) or "none"
+        return f"not {WANTED_LINE} (its keys: {names}): rename the one that holds the text"
+    if isinstance(text, list):
+        return f"not {WANTED_LINE}: its text is a list, join it or write a line for each"
+    return f"not {WANTED_LINE}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -150,7 +190,7 @@ OPENERS = {
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _open_zstd,
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = tuple(DECOMPRESSORS)
 
 
 def check_not_a_pointer(path):
@@ -225,7 +265,7 @@ def find_encoding(path):
         _check_text(path, head)
         encoding = "utf-8"
     with _open_bytes(path) as stream:
-        wrong = _first_wrong(stream, encoding)
+        wrong = _first_wrong(stream, encoding, path)
     if wrong is None:
         return encoding
 
@@ -250,6 +290,8 @@ def _check_text(path, head):
             raise NoText(f"{path} is no text but {kind}")
     if len(CONTROL.findall(head)) > MAX_CONTROL * len(head):
         raise NoText(f"{path} is no text but binary data: export the text that it holds")
+    if text_suffix(path) not in NOTES and head.lstrip().lower().startswith(WEB_PAGE):
+        raise UserError(f"{path} is a web page, not the file itself: download that")
 
 
 def _wide_encoding(head):
@@ -290,12 +332,16 @@ def _ascii_chars(head, encoding):
     return sum(map(str.isascii, text)) if odd <= 0.01 * len(text) else 0
 
 
-def _first_wrong(stream, encoding):
+def _first_wrong(stream, encoding, path):
     """The _Wrong of a stream of bytes, or None where all of it is in the encoding."""
     decoder = codecs.getincrementaldecoder(encoding)()
+    next_report = time.monotonic() + REPORT_SECONDS
     offset = 0
     line = 1
     while True:
+        if time.monotonic() >= next_report:
+            next_report = time.monotonic() + REPORT_SECONDS
+            print0(f"checking the encoding of {path}: {offset:,} bytes so far")
         block = stream.read(BLOCK_BYTES)
         data = decoder.getstate()[0] + block  # with what is left of the block before
         try:
@@ -324,18 +370,68 @@ def _advice(data):
     """What to do about bytes that are not UTF-8, by what their neighbours look like."""
     if _is_mostly_utf8(data):
         return "the text around it is UTF-8: correct or remove this line"
-
-    high = [byte for byte in data if byte > 0x7f]
-    letters = sum(map(str.isalpha, data.decode("ascii", errors="ignore")))
-    if len(high) <= letters:
-        guess = "cp1252" if min(high) < 0xa0 else "latin1"
-    elif sum(byte >= 0xc0 for byte in high) > 0.85 * len(high):
-        guess = "cp1251"
-    elif sum(byte in (0x82, 0x83) for byte in high) > 0.2 * len(high):
-        guess = "shift_jis"
-    else:
-        guess = "gb18030"
+    guess = _guess(data)
+    if guess is None:
+        return "its encoding is unknown: convert it, as in iconv -f ENCODING -t utf-8"
     return f"it looks like {guess}: convert it, as in iconv -f {guess} -t utf-8"
+
+
+LETTER = r"[^\W\d_]"
+
+# What text of an encoding holds in words without ASCII letters, and the least share of it in all
+# that is not ASCII: frequent letters (small ones, as case is swapped between KOI8-R and others),
+# Japanese syllables, frequent characters
+RUSSIAN = "[оеаинтсрв]"
+KANA = "[ぁ-ゖァ-ヺ]"
+TRIALS = {
+    "cp1251": (RUSSIAN, 0.45),
+    "koi8-r": (RUSSIAN, 0.45),
+    "cp866": (RUSSIAN, 0.45),
+    "iso8859-5": (RUSSIAN, 0.45),
+    "cp1253": ("[αοιετσςνηυ]", 0.45),
+    "shift_jis": (KANA, 0.3),
+    "euc-jp": (KANA, 0.3),
+    "gb18030": ("[的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子]", 0.12),
+    "euc-kr": ("[가-힣]", 0.85),
+}
+CLEARLY = 1.25  # by how much the best must be better than the second
+
+
+def _guess(data):
+    """The encoding that bytes clearly are in, or None."""
+    is_western = _CharacterCounts()
+    is_western.add(data)
+    if is_western.is_cp1252():
+        high = [byte for byte in data if byte > 0x7f]
+        return "cp1252" if min(high) < 0xa0 else "latin1"
+
+    scores = sorted((_score(data, name), name) for name in TRIALS)
+    (second, _), (best, name) = scores[-2:]
+    return name if best >= max(1, CLEARLY * second) else None
+
+
+def _score(data, encoding):
+    """How well bytes can be read in one of TRIALS; from 1 on they look like it.
+
+    They may begin, and end, within a character.
+    """
+    best = 0.0
+    for start in range(4):
+        decoder = codecs.getincrementaldecoder(encoding)()
+        try:
+            text = decoder.decode(data[start:])
+            best = max(best, _share(text, *TRIALS[encoding]))
+        except UnicodeDecodeError:
+            continue
+    return best
+
+
+def _share(text, pattern, least):
+    """The share of a pattern in the characters of a text beyond ASCII, as a multiple of `least`."""
+    words = re.findall(f"{LETTER}+", text)
+    foreign = "".join(word for word in words if not re.search("[A-Za-z]", word))
+    high = sum(character > "\x7f" for character in text)
+    return len(re.findall(pattern, foreign)) / max(1, high) / least
 
 
 # Letters beyond ASCII of the languages that are read as cp1252. Icelandic and Estonian are missing:
@@ -351,7 +447,6 @@ ALPHABETS = (
     "åäöàáèéü",             # Swedish, Finnish
     "àçèéíïñòóúü",          # Catalan
 )
-LETTER = r"[^\W\d_]"
 ODD_PLACES = re.compile(
     # in a word stands no sign, and after a word no sign that opens something
     f"(?<={LETTER})[¡-¬®-³µ¶¸-¿×÷‚ƒ„†-‹•˜›](?={LETTER})"
@@ -364,27 +459,42 @@ ODD_PLACES = re.compile(
 )
 
 
-def _is_cp1252(path):
-    """Whether the file is Western European text in cp1252 (or in Latin-1, which is part of it)."""
-    high = Counter()
-    odd_places = 0
-    ascii_letters = 0
-    with _open_bytes(path) as stream:
-        while block := stream.read(BLOCK_BYTES):
-            try:
-                text = block.decode("cp1252")
-            except UnicodeDecodeError:  # five bytes have no meaning in it
-                return False
-            high.update(character.lower() for character in text if character > "\x7f")
-            odd_places += len(ODD_PLACES.findall(text))
-            ascii_letters += sum(map(str.isalpha, block.decode("ascii", errors="ignore")))
+class _CharacterCounts:
+    """Counts of what tells cp1252 from other encodings, in blocks of bytes."""
 
-    signs = "ªºµ"  # which Unicode counts among the letters
-    letters = {char: n for char, n in high.items() if char.isalpha() and char not in signs}
-    known = max(sum(letters.get(letter, 0) for letter in each) for each in ALPHABETS)
-    is_one_language = known >= 0.98 * sum(letters.values())
-    is_latin = high.total() <= ascii_letters
-    return is_latin and is_one_language and odd_places <= 0.01 * high.total()
+    def __init__(self):
+        self.high = Counter()
+        self.odd_places = 0
+        self.ascii_letters = 0
+        self.is_decodable = True  # five bytes have no meaning in it
+
+    def add(self, block):
+        try:
+            text = block.decode("cp1252")
+        except UnicodeDecodeError:
+            self.is_decodable = False
+            return
+        self.high.update(character.lower() for character in text if character > "\x7f")
+        self.odd_places += len(ODD_PLACES.findall(text))
+        self.ascii_letters += sum(map(str.isalpha, block.decode("ascii", errors="ignore")))
+
+    def is_cp1252(self):
+        """Whether it is Western European text in cp1252 (or in Latin-1, which is part of it)."""
+        signs = "ªºµ"  # which Unicode counts among the letters
+        letters = {char: n for char, n in self.high.items() if char.isalpha() and char not in signs}
+        known = max(sum(letters.get(letter, 0) for letter in each) for each in ALPHABETS)
+        is_one_language = known >= 0.98 * sum(letters.values())
+        is_latin = self.is_decodable and self.high.total() <= self.ascii_letters
+        return is_latin and is_one_language and self.odd_places <= 0.01 * self.high.total()
+
+
+def _is_cp1252(path):
+    """Whether the file is Western European text in cp1252."""
+    counts = _CharacterCounts()
+    with _open_bytes(path) as stream:
+        while counts.is_decodable and (block := stream.read(BLOCK_BYTES)):
+            counts.add(block)
+    return counts.is_cp1252()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -526,6 +636,10 @@ def _read_json(stream, path, begin=""):
         raise values.failure(f"{path}, line {line}: not JSON ({error.msg})") from error
     except RecursionError as error:
         raise values.failure(f"{path}: not {WANTED_LIST}") from error
+    except UserError:
+        raise
+    except ValueError as error:  # a number of more digits than Python reads
+        raise values.failure(f"{path}: a number has too many digits: quote it") from error
     if values.failure is NoText:
         raise NoText(f"{path} holds no list of texts: the form is {WANTED_LIST}")
 
@@ -541,7 +655,7 @@ def _records_of(values):
 
     first = values.take()
     is_alone = values.next_char() == ""
-    columns = first.get("text") if isinstance(first, dict) else None
+    columns = first.get(text_key(first)) if isinstance(first, dict) else None
     if is_alone and isinstance(columns, list):
         yield from columns
         return
@@ -578,51 +692,115 @@ def _read_table(stream, path):
     Columns are divided by the one of DELIMITERS that shows the column "text".
     """
     csv.field_size_limit(MAX_CSV_FIELD)
-    passed, header = read_header(stream)
-    delimiter = next((mark for mark in DELIMITERS if "text" in _columns(header, mark)), ",")
-    names = _columns(header, delimiter)
+    header = read_header(stream, path)
+    delimiter, names = find_delimiter(header, _has_text_column, _is_recognised)
     column = _text_column(names, path)
     rows = csv.reader(stream, delimiter=delimiter, strict=True)  # no quote may stay open
     try:
         for row in filter(None, rows):
-            if len(row) > len(names):
-                raise UserError(
-                    f"{path}, line {rows.line_num + passed}: {len(row)} columns, the first line "
-                    f'has {len(names)}: put a text that holds {delimiter!r} between "quotes"'
-                )
+            if any(map(str.strip, row[len(names):])):
+                line = rows.line_num + header.lines
+                raise UserError(too_many_columns(path, line, len(row), len(names), delimiter))
             yield row[column] if column < len(row) else None
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {rows.line_num + passed}: {error}: write \" in quotes as \"\""
+            f"{path}, line {rows.line_num + header.lines}: {error}: write \" in quotes as \"\""
         ) from error
 
 
-def read_header(stream):
-    """(number of lines read, the last of them) of a table: the first line with column names.
+class Header(NamedTuple):
+    """The names of a table's columns, before they are divided."""
 
-    Excel writes "sep=;" before them in some countries.
+    text: str       # on one line
+    lines: int      # that were read, with those before it
+    delimiter: str  # that the file names, or ""
+
+
+def read_header(stream, path):
+    """The Header of a table: the first line with column names, which may hold lines in quotes.
+
+    Excel writes "sep=;" before them in some countries, and lines of nothing but delimiters.
+    UserError where a quote stays open.
     """
-    passed = 1
-    line = stream.readline().removeprefix("\ufeff")
-    while line.isspace() or line.startswith("sep="):
-        passed += 1
-        line = stream.readline()
-    return passed, line
+    lines = 1
+    delimiter = ""
+    text = stream.readline().removeprefix("\ufeff")
+    while text.startswith("sep=") or (text and not text.strip(DELIMITERS + "\n ")):
+        if text.startswith("sep="):
+            delimiter = text[4:5].strip("\n")
+        lines += 1
+        text = stream.readline()
+
+    first = lines
+    while _is_open(text):
+        more = stream.readline()
+        if not more or lines - first == MAX_HEADER_LINES:
+            raise UserError(f"{path}, line {first}: a quote among the columns' names is not closed")
+        lines += 1
+        text += more
+    text = text.rstrip("\n").replace("\n", " ").replace("\0", " ")
+    return Header(text, lines, delimiter)
+
+
+def _is_open(header):
+    """Whether a quote is open at the end of the names of columns, whatever divides them."""
+    for delimiter in DELIMITERS:
+        try:
+            next(csv.reader([header], delimiter=delimiter, strict=True), None)
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                return True
+    return False
+
+
+def find_delimiter(header, *are_wanted):
+    """(delimiter, names of the columns) of a Header.
+
+    are_wanted: functions of the names in lower case, the most important first. The delimiter is the
+    one that the file names, else one that shows columns that are wanted, else the one that makes
+    most columns.
+    """
+    candidates = [header.delimiter] if header.delimiter else DELIMITERS
+    names = {mark: _columns(header.text, mark) for mark in candidates}
+    for is_wanted in are_wanted:
+        for mark, found in names.items():
+            if is_wanted([name.lower() for name in found]):
+                return mark, found
+    best = max(names, key=lambda mark: len(names[mark]))
+    return best, names[best]
+
+
+def too_many_columns(path, line, count, expected, delimiter):
+    """The message about a row in which the delimiter stands in a text, as it seems."""
+    return (
+        f"{path}, line {line}: {count} columns, the first line has {expected}: "
+        f'put a text that holds {delimiter!r} between "quotes"'
+    )
 
 
 def _columns(header, delimiter):
-    """The names of the columns, in lower case."""
-    names = next(csv.reader([header.strip("\n")], delimiter=delimiter), [])
-    return [name.strip().lower() for name in names]
+    """The names of the columns, with single spaces between their words."""
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    return [" ".join(name.split()) for name in names]
+
+
+def _has_text_column(names):
+    return "text" in names
+
+
+def _is_recognised(names):
+    """Whether columns of these names hold conversations."""
+    return is_like_a_conversation(dict.fromkeys(names, ""))
 
 
 def _text_column(names, path):
     """The index of the column that holds the text. NoText, or UserError, where none is it."""
+    names = [name.lower() for name in names]
     if names.count("text") > 1:
         raise UserError(f"{path} has {names.count('text')} columns 'text': keep one")
     if "text" in names:
         return names.index("text")
-    if is_like_a_conversation(dict.fromkeys(names, "")):
+    if _is_recognised(names):
         raise NoText(f"{path} holds {CONVERSATION}")
     if len(names) > 1:
         raise NoText(
@@ -634,13 +812,18 @@ def _text_column(names, path):
 READERS = {
     ".txt": _read_plain,
     ".md": _read_plain,
+    ".markdown": _read_plain,
+    ".rst": _read_plain,
+    ".org": _read_plain,
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
+    ".jsonlines": _read_lines,
     ".json": _read_json,
     ".csv": _read_table,
     ".tsv": _read_table,
 }
-PLAIN = (".txt", ".md", ".csv", ".tsv")  # may be in an encoding that is older than Unicode
+NOTES = tuple(suffix for suffix, reader in READERS.items() if reader is _read_plain)
+PLAIN = (*NOTES, ".csv", ".tsv")  # may be in an encoding that is older than Unicode
 
 
 # ----------------------------------------------------------------------------------------------
@@ -656,6 +839,36 @@ def text_suffix(path):
     if suffixes[-1:] and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def conversion_of(path):
+    """The command that makes something that can be read of a file that cannot, or None.
+
+    >>> conversion_of(Path("book.PDF"))
+    'pdftotext FILE.pdf'
+    """
+    last = path.suffix.lower()
+    if text_suffix(path) == ".parquet" and last in DECOMPRESSORS:
+        return f"{DECOMPRESSORS[last]} FILE.parquet{last}"
+    return CONVERSIONS.get(text_suffix(path))
+
+
+def holds_text(path):
+    """Whether a file that is read by its records begins like one that holds text.
+
+    One that cannot be read might: whoever reads it says why not.
+    """
+    try:
+        with _open_bytes(path) as stream:
+            head = stream.read(HEAD_BYTES)
+        encoding = _wide_encoding(head) or "utf-8"
+        with _open_bytes(path) as stream, io.TextIOWrapper(stream, encoding, "replace") as text:
+            next(READERS[text_suffix(path)](text, path), None)
+    except NoText:
+        return False
+    except (UserError, OSError):
+        return True
+    return True
 
 
 def read_text_file(path, encoding):

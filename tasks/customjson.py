@@ -12,6 +12,8 @@ The common forms of other programs are converted, and one line says how many the
     {"instruction": "Add.", "input": "1, 2", "output": "3"}         Alpaca
     {"prompt": "Hello", "completion": "Hello, Ada."}                pairs, as in QUESTIONS
     {"question": "1+2?", "answer": 3, "system": "Be brief."}        and ANSWERS
+    {"query": "And 3+4?", "response": "7", "history": [["1+2?", "3"]]}     with earlier turns
+    {"question": "Which is even?", "A": "3", "B": "4", "answer": "B"}      with choices
 
 A .json file holds a list of these. The columns of a .csv file are the keys; a column may hold a
 list of messages as text. nanochat/conversation.py says what becomes of roles, tool calls, greetings
@@ -21,7 +23,9 @@ import ast
 import csv
 import io
 import json
+import re
 from collections import Counter
+from itertools import chain, takewhile
 from pathlib import Path
 
 from nanochat.common import UserError, expand_home, print0
@@ -31,17 +35,33 @@ from nanochat.conversation import (
     MESSAGES,
     QUESTIONS,
     ROLE_KEYS,
+    is_like_a_conversation,
     is_message,
     normalise_messages,
 )
-from nanochat.textfiles import DELIMITERS, find_encoding, open_text, read_header, text_suffix
+from nanochat.textfiles import (
+    check_not_a_pointer,
+    find_delimiter,
+    find_encoding,
+    open_text,
+    read_header,
+    text_suffix,
+    too_many_columns,
+)
 from tasks.common import Task, conversation
 
 DETAILS = ("input", "context")      # what an instruction or a question is about
 SYSTEM = ("system", "system_prompt")
+CHOICES = ("choices", "options")    # a list of what to choose from, or each under its letter
+LETTERS = "abcdefghij"
+LABELS = ("label", "correct", "target", "answerkey", "gold")  # which choice is right
+HUMANS = ("user", "human")          # keys of the pairs that are turns of one conversation
 
 MAX_DEPTH = 3       # of a list of messages inside of other keys
 MAX_CELL = 10**8    # characters in a cell of a .csv file
+PARQUET_ROWS = 1000  # that are converted from Arrow at a time
+SPACE = re.compile(r"\s*")
+NO_ANSWER = "questions without an answer left out"
 WANTED = ('a conversation is a list of messages, [{"role": "user", "content": "Hello"}, '
           '{"role": "assistant", "content": "Hello, Ada."}], alone or under the key "messages"')
 
@@ -58,18 +78,22 @@ def _is_messages(value):
     return _is_list_of(value, dict) and is_message(value[0])
 
 
-def _parsed(value):
-    """A list of messages that is written as text, by json or by repr(); else the value itself."""
+def _parsed_list(value):
+    """A list that is written as text, by json or by repr(); else the value itself."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     for parse in (json.loads, ast.literal_eval):
         try:
-            parsed = parse(value.strip())
+            return parse(value.strip())
         except (ValueError, SyntaxError, RecursionError):
             continue
-        if _is_messages(parsed):
-            return parsed
     return value
+
+
+def _parsed(value):
+    """A list of messages that is written as text; else the value itself."""
+    parsed = _parsed_list(value)
+    return parsed if _is_messages(parsed) else value
 
 
 def _lower_keys(record):
@@ -89,23 +113,73 @@ def _find_messages(value, depth=MAX_DEPTH):
 
 
 def _as_text(value):
-    """A text or a number as text without white space around it; None for any other value."""
+    """A text, a number or a truth as text without white space around it; None for other values."""
     if isinstance(value, str):
         return value.strip()
+    if isinstance(value, bool):
+        return str(value).lower()
     is_number = type(value) in (int, float) and value == value  # pandas writes NaN for nothing
     return str(value) if is_number else None
 
 
+def _choices(record):
+    """The choices of a record, in a list; [] where it has none.
+
+    They are in a list, in ARC's {"text": [...], "label": [...]}, or each under its letter.
+    """
+    for key in CHOICES:
+        choices = _parsed_list(record.get(key))
+        if isinstance(choices, dict):
+            choices = choices.get("text")
+        if _is_list_of(choices, object):
+            return [_as_text(choice) or "" for choice in choices]
+    texts = [_as_text(record.get(letter)) for letter in LETTERS]
+    texts = list(takewhile(bool, texts))
+    return texts if len(texts) > 1 else []
+
+
+def _with_choices(record, choices):
+    """A record whose choices stand in its question: "Which is even?\\n\\nA. 3\\nB. 4".
+
+    An answer that is an integer counts the choices of a list from 0, as in MMLU; its letter is the
+    answer then.
+    """
+    asked = _keys_with_value(record, QUESTIONS, but=LETTERS)
+    answered = _keys_with_value(record, ANSWERS + LABELS, but=LETTERS)
+    if not asked or not answered or _as_text(record[asked[0]]) is None:
+        return {}
+    letters = LETTERS[:len(choices)].upper()
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices)]
+    question = "\n".join([f"{_as_text(record[asked[0]])}\n", *lines])
+
+    answer = record[answered[0]]
+    if type(answer) is int and not record.keys() >= {"a", "b"}:
+        answer = letters[answer] if 0 <= answer < len(letters) else None
+    fields = {key: record[key] for key in (*DETAILS, "history") if key in record}
+    name = answered[0] if answered[0] in ANSWERS else "answer"
+    return {**fields, asked[0]: question, name: answer}
+
+
+def _keys_with_value(record, keys, but=()):
+    """Those of the keys under which a record has anything, first those of no empty text."""
+    found = [key for key in keys if record.get(key) is not None and key not in but]
+    return sorted(found, key=lambda key: record[key] == "")
+
+
 def _pair(record):
     """(messages, name of the form) of a record with a question and an answer, or None."""
-    asked = [key for key in QUESTIONS if record.get(key) is not None]
-    answered = [key for key in ANSWERS if record.get(key) is not None]
-    if not asked or not answered:
+    choices = _choices(record)
+    if choices:
+        record = _with_choices(record, choices)
+    asked = _keys_with_value(record, QUESTIONS)
+    answered = _keys_with_value(record, ANSWERS)
+    earlier = _earlier_turns(record.get("history"))
+    if not asked or not answered or earlier is None:
         return None
-    form = f"{asked[0]}/{answered[0]}"
+    form = f"{asked[0]}/{answered[0]}" + (" with choices" if choices else "")
     question, answer = record[asked[0]], record[answered[0]]
     if _is_messages(question) and _is_messages(answer):
-        return question + answer, form
+        return earlier + question + answer, form
 
     question, answer = _as_text(question), _as_text(answer)
     if question is None or answer is None:
@@ -113,7 +187,45 @@ def _pair(record):
     for key in DETAILS:
         detail = _as_text(record.get(key)) if key != asked[0] else None
         question += f"\n\n{detail}" if detail else ""
-    return conversation(question, answer)["messages"], form
+    return earlier + conversation(question, answer)["messages"], form
+
+
+def _earlier_turns(history):
+    """The messages of a field `history`: pairs of texts, or messages. None for another form."""
+    history = _parsed_list(history)
+    if history is None or history == "" or history == []:
+        return []
+    if _is_messages(history):
+        return history
+    if not _is_list_of(history, (list, tuple)):
+        return None
+    messages = []
+    for pair in history:
+        texts = list(map(_as_text, pair)) if isinstance(pair, (list, tuple)) else []
+        if len(texts) != 2 or not all(texts):
+            return None
+        messages += conversation(*texts)["messages"]
+    return messages
+
+
+def _talk_of_pairs(record):
+    """(messages, name of the form) of [{"human": ..., "assistant": ...}, ...], or None.
+
+    Such pairs are the turns of one conversation, where the key says so: it is `conversation`, or
+    the pairs are of a person and the assistant. Under other keys each pair is a conversation.
+    """
+    for key in MESSAGES:
+        turns = _parsed_list(record.get(key))
+        if not _is_list_of(turns, dict):
+            continue
+        pairs = [_pair(_lower_keys(turn)) if isinstance(turn, dict) else None for turn in turns]
+        if not all(pairs):
+            continue
+        form = pairs[0][1]
+        if key == "conversation" or form.startswith(HUMANS):
+            messages = [message for messages, _ in pairs for message in messages]
+            return messages, f"{key} of {form}"
+    return None
 
 
 def _recognise(record):
@@ -122,7 +234,7 @@ def _recognise(record):
     if isinstance(record, dict):
         named = [record[key] for key in MESSAGES if _is_messages(record.get(key))]
         messages = named[0] if named else None
-        pair = None if named else _pair(record)
+        pair = None if named else _talk_of_pairs(record) or _pair(record)
         if pair:
             return pair
         messages = messages or _find_messages(record)
@@ -130,6 +242,21 @@ def _recognise(record):
         return None
     keys = [key for key in messages[0] if key in ROLE_KEYS + CONTENT_KEYS]
     return messages, "/".join(keys)
+
+
+def _is_nothing(value):
+    """Whether a value is null, pandas' NaN or a text of white space."""
+    return value is None or value != value or _as_text(value) == ""
+
+
+def lacks_an_answer(record):
+    """Whether a record is a question whose answers are all null or empty, as in Alpaca's file."""
+    fields = _lower_keys(record) if isinstance(record, dict) else {}
+    answers = [fields[key] for key in (*ANSWERS, *LABELS, "answers") if key in fields]
+    if not answers or not all(map(_is_nothing, answers)):
+        return False
+    is_question = not fields.keys().isdisjoint(QUESTIONS)
+    return is_question and fields.keys().isdisjoint(MESSAGES) and not _find_messages(fields)
 
 
 def read_record(record):
@@ -176,13 +303,24 @@ def _read_text(path):
 
 
 def _from_json(text, path, first_line):
+    """The JSON values that a text holds one after the other, as [(line, value)]."""
+    values = []
+    line = first_line
+    place = SPACE.match(text).end()
+    line += text.count("\n", 0, place)
     try:
-        return json.loads(text)
+        while place < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, place)
+            values.append((line, value))
+            end = SPACE.match(text, end).end()
+            line += text.count("\n", place, end)
+            place = end
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}, line {line} is not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:   # a number of too many digits; brackets
         raise UserError(f"{path}, line {first_line} cannot be read: {error}") from error
+    return values
 
 
 def _records_in(place, value):
@@ -192,7 +330,8 @@ def _records_in(place, value):
     """
     records = value
     if isinstance(value, dict) and _recognise(_lower_keys(value)) is None:
-        lists = [inner for inner in value.values() if _is_list_of(inner, (dict, list))]
+        others = {key: inner for key, inner in value.items() if str(key).lower() != "history"}
+        lists = [inner for inner in others.values() if _is_list_of(inner, (dict, list))]
         records = lists[0] if len(lists) == 1 else None
     if not _is_list_of(records, object) or _is_messages(records):
         yield place or "entry 1", value
@@ -203,46 +342,94 @@ def _records_in(place, value):
 
 
 def _read_json(path):
-    """One JSON value per line, or one in the whole file."""
-    text = _read_text(path)
+    """One JSON value per line, or values over several lines; most often one in the whole file."""
+    # where files were joined, a mark of Windows begins later lines
+    text = _read_text(path).replace("\n\ufeff", "\n")
     # not splitlines(): it also breaks at U+2028 inside a string
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     try:
         for _, line in lines[:1]:
             json.loads(line)
     except (ValueError, RecursionError):
-        # the first line is no value: the file is one, over many lines
-        yield from _records_in("", _from_json(text, path, 1))
+        # the first line is no value
+        values = _from_json(text, path, 1)
+        for line, value in values:
+            yield from _records_in(f"line {line}" if len(values) > 1 else "", value)
         return
     for number, line in lines:
-        yield from _records_in(f"line {number}", _from_json(line, path, number))
+        for _, value in _from_json(line, path, number):
+            yield from _records_in(f"line {number}", value)
 
 
 def _read_csv(path):
-    """Rows under a line of column names, divided by commas, semicolons or tabs."""
+    """Rows under a line of column names, divided by one of textfiles.DELIMITERS."""
     stream = io.StringIO(_read_text(path), newline="")
-    passed, head = read_header(stream)
-    delimiter = max(DELIMITERS, key=head.count)
+    header = read_header(stream, path)
+    delimiter, names = find_delimiter(header, _is_recognised)
     csv.field_size_limit(MAX_CELL)
-    names = next(csv.reader([head], delimiter=delimiter), [])
     reader = csv.DictReader(stream, names, delimiter=delimiter, strict=True)
     try:
         for record in reader:
-            yield f"line {reader.line_num + passed}", record
+            line = reader.line_num + header.lines
+            extra = record.pop(None, [])
+            if any(map(str.strip, extra)):
+                count = len(names) + len(extra)
+                raise UserError(too_many_columns(path, line, count, len(names), delimiter))
+            yield f"line {line}", record
     except csv.Error as error:
-        line = reader.reader.line_num + passed  # reader's own is that of the row before
+        line = reader.reader.line_num + header.lines  # reader's own is that of the row before
         raise UserError(f"{path}, line {line} is not csv: {error}") from error
+
+
+def _is_recognised(names):
+    """Whether columns of these names hold conversations."""
+    return is_like_a_conversation(dict.fromkeys(names, ""))
 
 
 def _read_parquet(path):
     import pyarrow as pa
     import pyarrow.parquet as pq
+    check_not_a_pointer(path)
     try:
-        records = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} is damaged, or no parquet: {error}") from error
-    for number, record in enumerate(records, start=1):
-        yield f"row {number}", record
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            doubled = [name for name in names if names.count(name) > 1]
+            if doubled:
+                count = names.count(doubled[0])
+                raise UserError(f"{path} has {count} columns {doubled[0]!r}: keep one")
+            rows = chain.from_iterable(map(_rows_of, file.iter_batches(PARQUET_ROWS)))
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", _record_of(row, f"{path}, row {number}")
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged, or no parquet: {reason}") from error
+
+
+def _rows_of(batch):
+    """Yield the rows of a batch of parquet as batches of one row."""
+    for row in range(batch.num_rows):
+        yield batch.slice(row, 1)
+
+
+def _record_of(row, place):
+    """The record of a batch of one row. UserError where a text in it is not UTF-8."""
+    try:
+        return _decoded(row.to_pylist()[0])
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: not UTF-8 ({error.reason}): correct or remove this row"
+        ) from error
+
+
+def _decoded(value):
+    """A value of parquet in which bytes are text. UnicodeDecodeError where they are not UTF-8."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list):
+        return list(map(_decoded, value))
+    if isinstance(value, dict):
+        return {key: _decoded(inner) for key, inner in value.items()}
+    return value
 
 
 READERS = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
@@ -262,12 +449,16 @@ class CustomJSON(Task):
         read = READERS.get(text_suffix(self.path), _read_json)
         try:
             for place, record in read(self.path):
-                self._add(place, record, forms, changes)
+                if lacks_an_answer(record):
+                    changes[NO_ANSWER] += 1
+                else:
+                    self._add(place, record, forms, changes)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot read conversations from {path}: {reason}") from error
         if not self.conversations:
-            raise UserError(f"{path} holds no conversations: {WANTED}")
+            without = f" ({changes[NO_ANSWER]:,} {NO_ANSWER})" if changes[NO_ANSWER] else ""
+            raise UserError(f"{path} holds no conversations{without}: {WANTED}")
 
         said = [f"{count:,} {what}" for what, count in [*forms.items(), *changes.items()] if count]
         print0(f"{path}: {len(self.conversations):,} conversations ({', '.join(said)})")

@@ -7,6 +7,7 @@ import torch
 from nanochat.checkpoint import list_steps, read_meta
 from nanochat.checkpoint_manager import AsyncSave, build_model, checkpoint_dir, complete_steps
 from nanochat.common import UserError, sha256
+from nanochat.guard import Guard
 from nanochat.tokenizer import Tokenizer
 
 CONFIG = {
@@ -73,6 +74,7 @@ def state_of(optimizers):
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "loader": (1, 2, 3, 4),
         "rng": torch.get_rng_state(),
+        "guard": Guard().state_dict(),
     }
 
 

@@ -654,6 +654,7 @@ def test_weights_of_another_shape_are_refused_before_a_model_is_built(
 
 
 RNG = torch.get_rng_state()
+STATE = state_of([])
 
 
 @pytest.mark.parametrize("state", [
@@ -665,9 +666,12 @@ RNG = torch.get_rng_state()
     {"optimizers": [{"state": {}}]},
     {"optimizers": [{"state": {0: 1}, "param_groups": []}]},
     {"optimizers": [{"state": {}, "param_groups": [{"lr": 1}]}]},
-    {"optimizers": [], "rng": None},
-    {"optimizers": [], "rng": RNG[:-1]},
-    {"optimizers": [], "rng": RNG.float()},
+    {**STATE, "rng": None},
+    {**STATE, "rng": RNG[:-1]},
+    {**STATE, "rng": RNG.float()},
+    {**STATE, "guard": None},
+    {**STATE, "guard": {"losses": []}},
+    *({key: STATE[key] for key in STATE if key != missing} for missing in STATE),
 ])
 def test_an_optimizer_file_without_a_state_is_refused_in_one_line(folder, meta, state):
     save(folder, 5, meta)

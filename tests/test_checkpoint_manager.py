@@ -18,6 +18,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
     must_be_whole,
     problems,
     save,
+    state_of,
     tokenizer,
     train_step,
 )
@@ -336,7 +337,7 @@ def test_an_async_save_is_a_snapshot_and_is_complete_when_finished(folder, meta,
     whole = {key: value.clone() for key, value in model.state_dict().items()}
     gate, real = threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda *arguments: gate.wait(60) and real(*arguments))
-    state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    state = state_of(optimizers)
     pending = AsyncSave(folder, 7, model, state, meta, 0)
     train_step(model, optimizers)
     assert not pending.done() and complete_steps(folder) == []
@@ -450,7 +451,7 @@ def test_the_steps_of_one_run():
 def test_a_roll_back_loads_weights_and_optimizers_in_place(folder, meta):
     model, optimizers = make(meta)
     run = CheckpointManager(folder, 0)
-    run.save(2, model, {"optimizers": [o.state_dict() for o in optimizers]}, meta)
+    run.save(2, model, state_of(optimizers), meta)
     run.finish()
     losses = []
     for _ in range(2):

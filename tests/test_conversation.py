@@ -65,10 +65,10 @@ def message(role, content, **fields):
     return {"role": role, "content": content, **fields}
 
 
-def call(name, **arguments):
+def call(name, id="call_1", **arguments):
     """A tool call in OpenAI's shape."""
     function = {"name": name, "arguments": json.dumps(arguments)}
-    return {"id": "call_1", "type": "function", "function": function}
+    return {"id": id, "type": "function", "function": function}
 
 
 HI, HELLO = message("user", "Hi"), message("assistant", "Hello")
@@ -79,6 +79,10 @@ HI, HELLO = message("user", "Hi"), message("assistant", "Hello")
     ([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], [HI, HELLO]),
     ([message("User", "Hi", name="Ada", weight=1), message("MODEL", "Hello")], [HI, HELLO]),
     ([message("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])], [HI]),
+    ([message("user", [{"type": "input_text", "text": "Hi"}]),
+      message("ai", [{"type": "output_text", "text": "Hello"}])], [HI, HELLO]),
+    ([{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": ["Hel", "lo"]}],
+     [HI, HELLO]),
     # greeting first
     ([message("assistant", "Welcome!"), HI, HELLO], [HI, HELLO]),
     ([message("system", "s"), message("assistant", "Welcome!"), HI], [message("system", "s"), HI]),
@@ -127,6 +131,32 @@ def test_tool_calls_and_replies_become_those_of_the_python_tool(tokenizer):
     assert tokenizer.encode_special("<|python_start|>") in ids and 0 < sum(mask) < len(mask)
 
 
+@pytest.mark.parametrize("ids, replies", [
+    ("ab", [("b", "of b"), ("a", "of a")]),
+    ("ab", [("a", "of a"), ("b", "of b")]),
+    ("ab", [(None, "of a"), (None, "of b")]),
+    ("ab", [("x", "of a"), ("y", "of b")]),             # ids of another program
+    ("abc", [("c", "of c"), ("b", "of b"), ("a", "of a")]),
+    ("aa", [("a", "of a"), ("a", "of b")]),             # ids that are not unique
+])
+def test_a_reply_stands_behind_the_call_that_it_answers_in_whatever_order(ids, replies):
+    # docs/traps.md: replies-out-of-order
+    asked = message("assistant", None, tool_calls=[call(f"f{i}", id) for i, id in enumerate(ids)])
+    answered = [message("tool", text, tool_call_id=id) for id, text in replies]
+    parts = normalise_messages([HI, asked, *answered, HELLO])[1]["content"]
+    assert all(part.keys() == {"type", "text"} for part in parts)
+    calls = [(call["text"], reply["text"]) for call, reply in zip(parts[:-1:2], parts[1::2])]
+    assert calls == [(f"f{i}()", f"of {'abc'[i]}") for i in range(len(ids))]
+
+
+def test_a_reply_that_is_data_is_written_as_json():
+    asked = message("assistant", None, tool_calls=[call("weather")])
+    replies = [{"rain": "é"}, [{"day": 1}], 7]
+    for reply, text in zip(replies, ('{"rain": "é"}', '[{"day": 1}]', "7")):
+        parts = normalise_messages([HI, asked, message("tool", reply), HELLO])[1]["content"]
+        assert parts[1] == {"type": "python_output", "text": text}
+
+
 @pytest.mark.parametrize("turn", [
     {"from": "function_call", "value": '{"name": "python", "arguments": {"code": "6*7"}}'},
     {"from": "function_call", "value": "6*7"},
@@ -154,6 +184,7 @@ def test_a_call_of_a_python_tool_is_its_expression(turn):
     ([message("user", 7)], r"message 1 \(user\): its content must be text"),
     ([message("user", [{"type": "python", "text": "1"}])], "must be text or a list"),
     ([message("user", [{"type": "text", "text": None}])], "must be text or a list"),
+    ([message("user", {"text": "x"})], r"message 1 \(user\): its content must be text"),
     ([HI, message("assistant", "a\udc80")], r"message 2 has a lone surrogate \(U\+DC80\)"),
 ])
 def test_messages_that_cannot_be_made_well_formed_are_named(messages, words):

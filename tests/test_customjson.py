@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,9 @@ from nanochat.common import UserError
 from nanochat.conversation import check_conversation
 from tasks.customjson import (
     ANSWERS,
+    CHOICES,
     DETAILS,
+    LABELS,
     MESSAGES,
     QUESTIONS,
     READERS,
@@ -105,6 +108,80 @@ def test_an_instruction_has_its_input_and_a_record_its_system_prompt(read):
     ]
 
 
+EARLIER = [("user", "1+2?"), ("assistant", "3")]
+
+
+@pytest.mark.parametrize("history", [
+    [["1+2?", "3"]],
+    '[["1+2?", "3"]]',
+    "[('1+2?', 3)]",
+    [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}],
+])
+def test_a_history_becomes_the_earlier_turns(read, history):
+    records = [
+        {"query": "And 3+4?", "response": "7", "history": history},
+        {"instruction": "And", "input": "3+4?", "output": "7", "history": history, "system": "Hi"},
+    ]
+    first, second = map(texts, read(records))
+    assert first == [*EARLIER, ("user", "And 3+4?"), ("assistant", "7")]
+    assert second == [("system", "Hi"), *EARLIER, ("user", "And\n\n3+4?"), ("assistant", "7")]
+
+
+@pytest.mark.parametrize("record", [
+    {"question": "Which is even?", "A": "3", "B": "4", "answer": "B"},
+    {"question": "Which is even?", "a": 3, "b": 4, "c": None, "correct": "B"},
+    {"question": "Which is even?", "choices": ["3", "4"], "answer": 1},
+    {"question": "Which is even?", "options": "['3', '4']", "label": "B"},
+    {"question": "Which is even?", "choices": {"text": ["3", "4"], "label": ["A", "B"]},
+     "answerKey": "B"},
+])
+def test_choices_stand_in_the_question(read, record):
+    question = ("user", "Which is even?\n\nA. 3\nB. 4")
+    assert texts(read([record])[0]) == [question, ("assistant", "B")]
+
+
+def test_the_choices_of_a_table_stand_in_the_question(read):
+    table = "question,A,B,C,D,answer\nWhich is even?,3,4,5,7,B\nIn context?,x,y,,,x\n"
+    assert [texts(messages) for messages in read(table, "quiz.csv")] == [
+        [("user", "Which is even?\n\nA. 3\nB. 4\nC. 5\nD. 7"), ("assistant", "B")],
+        [("user", "In context?\n\nA. x\nB. y"), ("assistant", "x")],
+    ]
+
+
+@pytest.mark.parametrize("record", [
+    {"conversation": [{"human": "Hi", "assistant": "Hello"}, {"human": "1+2?", "assistant": "3"}]},
+    {"conversation": [{"input": "Hi", "output": "Hello"}, {"input": "1+2?", "output": "3"}]},
+    {"Conversations": [{"user": "Hi", "bot": "Hello"}, {"user": "1+2?", "bot": 3}]},
+])
+@pytest.mark.parametrize("name, count", [("mine.jsonl", 3), ("mine.json", 1)])
+def test_pairs_that_are_turns_of_one_talk_are_one_conversation(read, record, name, count):
+    talk = [("user", "Hi"), ("assistant", "Hello"), *EARLIER]
+    assert list(map(texts, read([record] * count, name))) == [talk] * count
+
+
+def test_pairs_in_a_list_or_under_another_key_are_conversations_of_their_own(read):
+    pairs = [{"human": "Hi", "assistant": "Hello"}] * 3
+    for content in (pairs, {"data": pairs}, {"conversations": [{"input": "a", "output": "b"}] * 3}):
+        assert len(read(json.dumps(content), "mine.json")) == 3
+
+
+def test_an_answer_may_be_a_truth(read):
+    records = [{"question": "Even?", "answer": True}, {"question": "Odd?", "answer": False}]
+    assert [messages[1]["content"] for messages in read(records)] == ["true", "false"]
+
+
+@pytest.mark.parametrize("content, name", [
+    ("question,answer\nHello,\nHello,\"Hello, Ada.\"\nWho?,  \n", "mine.csv"),
+    ([{"instruction": "x", "input": "", "output": ""}, {"q": "Hello", "a": "Hello, Ada."},
+      {"prompt": "y", "completion": None}], "mine.jsonl"),
+])
+def test_questions_without_an_answer_are_left_out_and_counted(read, capsys, content, name):
+    assert read(content, name) == [TALK]
+    assert "2 questions without an answer left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no conversations \(1 questions without an answer"):
+        read([{"prompt": "x", "completion": " "}])
+
+
 def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
     record = sharegpt(
         ("gpt", "Welcome!"), ("human", "Hi"), ("human", "there"), ("gpt", "Hello"), ("gpt", None),
@@ -129,6 +206,11 @@ def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
     ({"text": "Hello"}, r"no conversation was recognised \(its keys: text\).*goes to --data"),
     ({"prompt": "a", "chosen": TALK[1:], "rejected": TALK[1:]}, "prompt, chosen, rejected"),
     ({"question": "a", "answers": ["b"]}, "question, answers"),
+    ({"question": "x", "a": "y", "b": "z"}, "question, a, b"),
+    ({"question": ["x"], "choices": ["y", "z"], "answer": "y"}, "question, choices, answer"),
+    ({"question": "x", "choices": ["y", "z"], "answer": 2}, "question, choices, answer"),
+    ({"query": "a", "response": "b", "history": ["c", "d", "e"]}, "query, response, history"),
+    ({"query": "a", "response": "b", "history": [["c"]]}, "query, response, history"),
     ({"a": TALK, "b": TALK}, r"\(its keys: a, b\)"),
     ({"messages": []}, "no conversation"),
     ({"messages": None}, "no conversation"),
@@ -186,6 +268,10 @@ RECORDS = [{"prompt": "Hello", "completion": "Hello, Ada."}] * 3
     "\ufeff" + json.dumps(RECORDS, indent="\t").replace("\n", "\r\n"),
     "[\n" + ",\n".join(json.dumps(record) for record in RECORDS) + "\n]\n",
     "\n\n".join(json.dumps(record) for record in RECORDS),
+    "\n\ufeff".join(json.dumps(record) for record in RECORDS),
+    "\r".join(json.dumps(record) for record in RECORDS) + "\r",
+    "\n".join(json.dumps(record, indent=2) for record in RECORDS),
+    "  " + "".join(json.dumps(record, indent=2) for record in RECORDS) + "\n \n",
 ])
 @pytest.mark.parametrize("name", ["mine.json", "mine.jsonl", "mine.txt"])
 def test_a_list_of_records_is_read_whatever_its_layout_and_name(read, content, name):
@@ -202,6 +288,11 @@ def test_one_conversation_over_many_lines_is_read(read):
     ("Question;Answer\r\nHello;Hello, Ada.\r\n", "MINE.CSV"),
     ("sep=;\nquestion;answer\nHello;Hello, Ada.\n", "mine.csv"),
     ("\nquestion|answer\nHello|Hello, Ada.\n", "mine.csv"),
+    ("question,answer\rHello,\"Hello, Ada.\"\r", "mine.csv"),
+    ("question;answer;a note, or two, or three\nHello;Hello, Ada.;\n", "mine.csv"),
+    (",,\n \nquestion,answer,\"a\nnote\"\nHello,\"Hello, Ada.\",,,\n", "mine.csv"),
+    ("sep=|\nquestion|answer\nHello|Hello, Ada.\n", "mine.csv"),
+    ('question,answer,5" nails\nHello,"Hello, Ada.",\n', "mine.csv"),
     ("id\tinstruction\tinput\toutput\n1\tHello\t\tHello, Ada.\n", "mine.tsv"),
     ('id,messages\n7,"%s"\n' % json.dumps(TALK).replace('"', '""'), "mine.csv"),
     ('id,messages\n7,"%s"\n' % repr(TALK), "mine.csv"),
@@ -238,7 +329,8 @@ def test_parquet_is_read(tmp_path):
     path = tmp_path / "mine.parquet"
     pq.write_table(pa.table({"id": [1, 2], "conversations": [TALK, TALK]}), path)
     assert [task["messages"] for task in CustomJSON(path)] == [TALK, TALK]
-    pq.write_table(pa.table({"question": ["Hello", "7?"], "answer": ["Hello, Ada.", None]}), path)
+    columns = {"question": ["Hello", None], "answer": ["Hello, Ada.", "7"]}
+    pq.write_table(pa.table(columns), path)
     with pytest.raises(UserError, match="mine.parquet, row 2"):
         CustomJSON(path)
     path.write_bytes(path.read_bytes()[:-9])
@@ -246,10 +338,39 @@ def test_parquet_is_read(tmp_path):
         CustomJSON(path)
 
 
+def test_parquet_of_bytes_is_text_and_what_is_wrong_in_it_is_named(tmp_path):
+    path = tmp_path / "mine.parquet"
+    question = pa.array([b"Hello", "é?".encode()], pa.binary())
+    answer = pa.array([b"Hello, Ada.", b"caf\xe9"], pa.binary())
+    for first, row in ((0, 2), (1, 1)):
+        columns = [question[first:], answer[first:]]
+        pq.write_table(pa.table(columns, names=["question", "answer"]), path)
+        with pytest.raises(UserError, match=f"row {row}: not UTF-8 .*correct or remove this row"):
+            CustomJSON(path)
+        text = pa.Array.from_buffers(pa.string(), len(answer), answer.buffers())[first:]
+        pq.write_table(pa.table([question[first:], text], names=["question", "answer"]), path)
+        with pytest.raises(UserError, match=f"row {row}: not UTF-8"):
+            CustomJSON(path)
+    pq.write_table(pa.table([question[:1], answer[:1]], names=["question", "answer"]), path)
+    assert CustomJSON(path)[0]["messages"] == TALK
+    pq.write_table(pa.table([question, answer, answer], names=["q", "a", "a"]), path)
+    with pytest.raises(UserError, match="has 2 columns 'a': keep one"):
+        CustomJSON(path)
+
+
+# docs/traps.md: shifted-columns
 @pytest.mark.parametrize("content, name, words", [
+    ("version https://git-lfs.github.com/spec/v1\n", "mine.json", "git lfs pull"),
+    ("version https://git-lfs.github.com/spec/v1\n", "mine.parquet", "git lfs pull"),
+    ("<!DOCTYPE html>\n<html>", "mine.json", "is a web page, not the file itself"),
+    ('question,"answer\n' + "a,b\n" * 300, "mine.csv", "line 1: a quote among the columns' names"),
+    ('{"a":\n1}\n\n{"prompt": "a"', "mine.json", "line 4 is not JSON"),
+    ('{"prompt":\n"a", "completion": "b"}\n\n{"prompt":\n"x"}', "mine.json", "line 4: no conv"),
     (json.dumps(RECORDS + [{"prompt": "x"}]), "mine.json", "line 1, entry 4"),
     (json.dumps(RECORDS + [{"prompt": "x"}], indent=1), "mine.json", "mine.json, entry 4"),
-    ("prompt,completion\na,b\nc,\n", "mine.csv", "line 3"),
+    ("prompt,completion\na,b\n,c\n", "mine.csv", "line 3"),
+    ("prompt,completion\na,b\nHello,Hello, Ada.\n", "mine.csv", "line 3: 3 columns.*between"),
+    ('"pro\nmpt";completion\na;b\n', "mine.csv", "line 3: .*its keys: pro mpt, completion"),
     ("a,b\n1,2\n", "mine.csv", r"line 2.*its keys: a, b"),
     ("sep=,\nprompt,completion\na,\"open\n", "mine.csv", "line 3 is not csv: unexpected end"),
     ('[\n{"prompt": "a", "completion": "b"},\n{"prompt"}\n]', "mine.json", "line 3 is not JSON"),
@@ -288,7 +409,8 @@ def test_the_examples_of_the_page_are_read(read, name, body):
 
 
 def test_the_page_names_every_key_and_suffix():
-    assert len(EXAMPLES) == 7
-    names = {*QUESTIONS, *ANSWERS, *DETAILS, *SYSTEM, *MESSAGES, *READERS} - {"conversation"}
+    assert len(EXAMPLES) == 9
+    keys = (QUESTIONS, ANSWERS, DETAILS, SYSTEM, MESSAGES, CHOICES, LABELS)
+    names = {*chain.from_iterable(keys), *READERS} - {"conversation"}
     quoted = {name: rf"[`\"]\w*{re.escape(name)}[`\"]" for name in sorted(names)}
     assert [name for name, pattern in quoted.items() if not re.search(pattern, PAGE)] == []

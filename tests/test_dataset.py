@@ -152,6 +152,7 @@ def text_file(path, content):
     (lambda d: d, "holds no"),
     (lambda d: text_file(d / "a.pdf", "x"), "is none of"),
     (lambda d: text_file(d / "a.txt", " \n").parent, "is empty"),
+    (lambda d: text_file(d / "a.txt", "a\n").parent, "is empty"),
     (lambda d: text_file(d / "a.jsonl", b'{"text": "caf\xe9"}'), "not UTF-8 .byte 13"),
     (lambda d: text_file(d / "a.jsonl", '{"text": "a"}\n{"txt": "b"}'), "line 2"),
     (lambda d: text_file(d / "a.jsonl", '{"text": "\\ud800"}'), "line 1"),
@@ -189,7 +190,8 @@ def test_a_text_file_gives_its_last_twentieth_for_validation(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "ab",
-    "a\n",
+    "ab\n",
+    "ab\n \n\n",
     "one line only",
     "two\nlines",
     "\n".join(map(str, range(50))),
@@ -198,7 +200,8 @@ def test_even_a_tiny_file_is_split(tmp_path, text):
     path = tmp_path / "my.txt"
     path.write_text(text, encoding="utf-8")
     train, val = list(iter_documents("train", path)), list(iter_documents("val", path))
-    assert "".join(train + val) == text and train and val
+    assert "".join(train + val) == text
+    assert "".join(train).strip() and "".join(val).strip()
 
 
 def test_a_folder_is_converted_once_and_again_when_a_file_changes(tmp_path, capsys):
@@ -256,8 +259,8 @@ def divided(documents, share=0.05):
     if border > 0 and keep_whole:
         return documents[:border], documents[border:]
     cut = text.find("\n", train_chars) + 1
-    if not 0 < cut < len(text):
-        cut = max(1, train_chars)
+    if cut == 0 or not text[cut:].strip():
+        cut = max(1, min(train_chars, len(text.rstrip()) - 1))
     return [*documents[:border], text[:cut]], [text[cut:], *documents[border + 1:]]
 
 
@@ -348,6 +351,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, base, monkeypatch):
         open_dataset(path)
     assert list((base / "user_data").iterdir()) == []
     assert len(both_splits(path)) == 1000
+
+
+def test_a_conversion_that_has_white_space_for_validation_names_the_remedy(tmp_path):
+    path = text_file(tmp_path / "my.txt", "one\ntwo\n")
+    folder = parquet_paths(path)[0].parent
+    write_parquet(folder / "shard_00001.parquet", ["\n"])  # as an earlier version wrote it
+    with pytest.raises(UserError, match=f"or none in its validation.*: delete {folder} and run"):
+        open_dataset(path)
 
 
 def test_what_a_killed_conversion_has_left_is_removed_after_days(tmp_path, base):
@@ -919,15 +930,16 @@ def test_files_without_a_row_are_passed_over(tmp_path):
     assert len(list(iter_documents("val", alone))) == 5
 
 
-@pytest.mark.parametrize("texts", [[""] * 5, [None] * 5, ["", None]])
+@pytest.mark.parametrize("texts", [[""] * 5, [None] * 5, ["", None], [" \n"] * 5])
 def test_validation_without_a_text_is_refused_before_training(tmp_path, texts):
     empty = pa.array(texts, pa.string())
     for name, folder in {
         "last": split_folder(tmp_path / "last", p0=words(30), p1=empty),
         "test": split_folder(tmp_path / "test", train=words(30), test=empty),
-        "rows": split_folder(tmp_path / "rows", p0=words(95) + [""] * 5),
+        "rows": split_folder(tmp_path / "rows", p0=words(95) + texts[:1] * 5),
     }.items():
-        with pytest.raises(UserError, match=f"{name}.*no documents to train on, or none in"):
+        words_ = f"{name}.*no documents to train on, or none in.*: add text"
+        with pytest.raises(UserError, match=words_):
             open_dataset(folder)
 
 
@@ -935,7 +947,7 @@ def test_missing_texts_are_counted_and_are_no_documents(tmp_path, capsys):
     folder = split_folder(tmp_path / "a", p0=["a", None, "b", ""], p1=["v", None])
     assert both_splits(folder) == ["a", "b", "v"]
     said = capsys.readouterr().out
-    assert "2 texts are null" in said and " 4 documents" in said
+    assert "3 texts are null or empty and skipped" in said and " 3 documents" in said
 
 
 # ----------------------------------------------------------------------------------------------
@@ -977,15 +989,26 @@ def test_notes_beside_much_parquet_are_about_it(tmp_path, base, monkeypatch, cap
     (("en__train", "en__eval", "en__test"), "eval"),
     (("TRAIN_1", "z_train_2", "a_val"), "val"),
     (("train", "unsupervised", "test"), "test"),
+    (("train", "holdout"), "holdout"),
+    (("trainSet", "testSet"), "testSet"),
+    (("a_train", "heldout", "valid_set"), "valid_set"),
+    (("train", "held-out"), "held-out"),
+    (("devset", "trainset"), "devset"),
+    # no name says train: what tells no split trains
+    (("dev", "part-0", "part-1"), "dev"),
+    (("part-0", "test", "z"), "test"),
+    (("a", "testset", "val"), "val"),
 ])
 def test_names_tell_the_splits(tmp_path, capsys, names, validation):
     folder = split_folder(tmp_path / "mine", **{name: words(3, name) for name in names})
     train = {text.split()[0] for text in iter_documents("train", folder)}
     val = {text.split()[0] for text in iter_documents("val", folder)}
     assert val == {name for name in names if validation in name}
-    assert not train & val and not any("test" in name for name in train)
-    has_both = validation != "test" and any("test" in name for name in names)
-    assert ("left aside 1 files of the split test" in capsys.readouterr().out) == has_both
+    tests = {name for name in names if "test" in name or "held" in name}
+    assert not train & val and not train & tests
+    said = capsys.readouterr().out
+    assert ("left aside 1 files of the split test" in said) == bool(tests - val)
+    assert re.search(f"validation is the files of the split .*{validation}.*.parquet first", said)
 
 
 @pytest.mark.parametrize("names", [
@@ -998,6 +1021,64 @@ def test_other_names_leave_the_last_file_for_validation(tmp_path, names):
     folder = split_folder(tmp_path / "mine", **{name: words(3, name) for name in names})
     assert list(iter_documents("val", folder)) == words(3, names[-1])
     assert len(list(iter_documents("train", folder))) == 3 * (len(names) - 1)
+
+
+@pytest.mark.parametrize("names", [("others", "train"), ("a", "train", "train_more", "z")])
+def test_the_only_file_called_train_is_not_validation(tmp_path, names):
+    # docs/traps.md: split-by-a-word
+    folder = split_folder(tmp_path / "mine", **{name: words(3, name) for name in names})
+    validation = [name for name in names if "train" not in name][-1]
+    assert list(iter_documents("val", folder)) == words(3, validation)
+    assert len(list(iter_documents("train", folder))) == 3 * (len(names) - 1)
+
+
+NOTE = "A line of a note that somebody has written.\n" * 30
+
+
+@pytest.mark.parametrize("names", [
+    ("train to Paris.md", "garden.md", *(f"dev/{i}.md" for i in range(10))),
+    ("Train.md", "Test.md", "Eval.md", "a.md"),
+    ("Train.md", "Test.md"),
+    ("train.txt", "test drive.txt"),
+    ("Training/plan.md", "garden.md", "test.md"),
+    ("trips/train/a.md", "trips/test/b.md"),
+    ("dev/a.rst", "other/b.org", "test.markdown"),
+])
+def test_a_word_in_the_name_of_a_note_tells_no_split(tmp_path, names):
+    # docs/traps.md: split-by-a-word
+    for name in names:
+        (tmp_path / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
+        text_file(tmp_path / "notes" / name, NOTE * 20)
+    pairs = names_of(tmp_path / "notes")
+    assert {name for name, _ in sum(pairs.values(), [])} == set(names), "nothing is left aside"
+    assert sum(len(text) for _, text in pairs["val"]) < 0.2 * len(NOTE * 20) * len(names)
+    assert len({name for name, _ in pairs["val"]}) == 1
+
+
+@pytest.mark.parametrize("names, validation", [
+    (("train/pos/a.txt", "train/neg/b.txt", "test/pos/a.txt", "words.txt"), "test/"),
+    (("train.txt", "valid.txt", "test.txt"), "valid"),
+    (("wiki.train.txt", "wiki.test.txt.gz"), "wiki.test"),
+    (("Train/a.md", "Validation/a.md", "Test/b.md"), "Validation"),
+])
+def test_texts_in_the_layout_of_a_data_set_have_its_splits(tmp_path, names, validation):
+    for name in names:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        text_file(tmp_path / "mine" / name, NOTE)
+    found = {name for name, _ in names_of(tmp_path / "mine")["val"]}
+    assert found == {name for name in names if name.startswith(validation)}
+
+
+def test_a_table_of_tests_among_notes_is_no_split(tmp_path):
+    for name in ("a.md", "b.md"):
+        text_file(tmp_path / name, NOTE)
+    text_file(tmp_path / "test.csv", "date,grade\n1,2\n")
+    text_file(tmp_path / "dev.json", '{"port": 80}')
+    assert {name for name, _ in sum(names_of(tmp_path).values(), [])} == {"a.md", "b.md"}
+    text_file(tmp_path / "test.csv", "grade\n12345\n")
+    pairs = names_of(tmp_path)
+    assert "test.csv" in {name for name, _ in sum(pairs.values(), [])}
+    assert sum(len(text) for _, text in pairs["val"]) > len("12345")
 
 
 def test_the_splits_of_text_files_are_recognised_too(tmp_path, capsys):
@@ -1018,6 +1099,46 @@ def test_a_readme_among_notes_is_a_note(tmp_path):
     text_file(folder / "README.md", "what this is\n")
     text_file(folder / "other.md", "another note\n")
     assert "what this is" in "".join(both_splits(folder))
+
+
+OWN = ("Authors I like.md", "Notice board.md", "README.md", "diary.md", "Citations.txt")
+
+
+@pytest.mark.parametrize("records, about", [
+    ({"expenses.csv": "date,amount\n1,2\n"}, set()),
+    ({"talk.jsonl": '{"messages": []}\n'}, set()),
+    ({"some.jsonl": '{"text": "some text"}\n'}, {"README.md"}),
+    ({"some.csv": "id;Text\n1;some text\n"}, {"README.md"}),
+])
+def test_notes_are_about_the_data_only_where_there_are_data_and_by_their_whole_names(
+        tmp_path, records, about):
+    for name in OWN:
+        text_file(tmp_path / name, NOTE)
+    for name, content in records.items():
+        text_file(tmp_path / name, content)
+    found = {name for name, _ in sum(names_of(tmp_path).values(), [])}
+    assert found - records.keys() == {*OWN} - about
+
+
+def test_a_list_of_texts_beside_parquet_is_read_unless_there_is_much(
+        tmp_path, monkeypatch, capsys):
+    folder = split_folder(tmp_path / "mine", a=words(30))
+    text_file(folder / "texts.json", json.dumps(["one more text"]))
+    text_file(folder / "dataset_infos.json", '{"default": {}}')
+    assert sorted(both_splits(folder)) == sorted([*words(30), "one more text"])
+    monkeypatch.setattr(dataset, "CHECKED_BYTES", 100)
+    assert both_splits(folder) == words(30)
+    assert "left aside 2 files about the data" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_beside_parquet_is_said(tmp_path, capsys):
+    folder = split_folder(tmp_path / "mine", a=words(30), b=words(2))
+    for name in ("a.bin", "p2.parquet.gz", "p3.arrow"):
+        text_file(folder / name, "x")
+    assert len(both_splits(folder)) == 32
+    said = capsys.readouterr().out
+    assert "skipped 3 files" in said and "p2.parquet.gz first" in said
+    assert "gunzip FILE.parquet.gz" in said
 
 
 @pytest.mark.parametrize("content", [
@@ -1106,6 +1227,14 @@ def test_a_name_that_says_compressed_of_a_file_that_is_not(tmp_path):
     ("a.csv", "\n\nid|text\n" + "".join(f"1|{text}\n" for text in words(40))),
     ("a.csv", "text\r" + "\r".join(words(40))),
     ("a.ndjson", LINES),
+    ("a.JsonLines", LINES),
+    ("a.jsonl", LINES.replace('"text"', '"Text"')),
+    ("a.json", json.dumps([{"TEXT": text} for text in words(40)])),
+    ("a.json", json.dumps({"Text": words(40)})),
+    ("a.jsonl", LINES.replace('"text"', '"Text": 1, "text"')),
+    ("a.csv", '"id\nof a row";"text"\n' + "".join(f"1;{text}\n" for text in words(40))),
+    ("a.csv", ",,\n;;\nid,text,\n" + "".join(f"1,{text},,\n" for text in words(40))),
+    ("a.csv", 'id,"text"\r' + "\r".join(f'1,"{text}"' for text in words(40))),
     ("a.jsonl", LINES.replace("\n", "\r\n")),
     ("a.jsonl", LINES.replace("\n", "\n\ufeff", 20)),
     ("a.csv", "id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(words(40)))),
@@ -1117,6 +1246,21 @@ def test_other_forms_of_a_list_of_documents(tmp_path, name, content):
     assert both_splits(text_file(tmp_path / name, content)) == words(40)
 
 
+@pytest.mark.parametrize("suffix", [".markdown", ".rst", ".org"])
+def test_other_markup_is_plain_text(tmp_path, suffix):
+    assert "".join(both_splits(text_file(tmp_path / f"a{suffix}", NOTE))) == NOTE
+
+
+def test_a_column_of_parquet_may_be_called_text_in_upper_case(tmp_path):
+    path = table_file(tmp_path / "a.parquet", ("id", pa.array(range(40))), ("Text", WORDS))
+    assert both_splits(path) == WORDS.to_pylist()
+    both = table_file(tmp_path / "b.parquet", ("Text", pa.array(["x"] * 40)), ("text", WORDS))
+    assert both_splits(both) == WORDS.to_pylist()
+    several = table_file(tmp_path / "c.parquet", ("Text", WORDS), ("TEXT", WORDS))
+    with pytest.raises(UserError, match="no column 'text'"):
+        open_dataset(several)
+
+
 def test_a_long_and_quoted_text_in_a_table(tmp_path):
     text = 'He said "no",\nand left. ' * 20_000
     quoted = text.replace('"', '""')
@@ -1125,6 +1269,12 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
+    # docs/traps.md: shifted-columns
+    ("a.csv", "id,text\n1,Hello, Ada.\n", "line 2: 3 columns, the first line has 2.*between"),
+    ("a.csv", "id;body\n1;x\n", "no column 'text', only .*id.*body"),
+    ("a.csv", "Frage|a|kurz, b\n1|x|y\n", "no column 'text', only .'frage', 'a', 'kurz, b'"),
+    ("a.csv", '\n"open\n' + "x\n" * 300, "line 2: a quote among the columns' names is not closed"),
+    ("a.csv", 'id;"text', "line 1: a quote among the columns' names is not closed"),
     ("a.csv", "id,body\n1,x\n", "no column 'text', only .*id.*body"),
     ("a.csv", "text,text\nx,y\n", "2 columns 'text'"),
     ("a.csv", "id,text\n1,x\n2,one, two\n", "line 3: 3 columns"),
@@ -1137,6 +1287,13 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
     ("a.json", '{"a": 1}', "holds no list of texts: the form is"),
     ("a.json", "[]", "holds no list of texts"),
     ("a.json", '["a", 5]', "item 1"),
+    ("a.json", '["a", %s]' % ("9" * 5000), "a number has too many digits|item 1"),
+    ("a.jsonl", '{"text": %s}' % ("9" * 5000), "line 1: not an object"),
+    ("a.jsonl", '{"content": "a", "id": 1}\n', "line 1: .*keys: content, id.*: rename the one"),
+    ("a.jsonl", '{"text": ["a", "b"]}\n', "line 1: .*its text is a list, join it"),
+    ("a.jsonl", '{"text": [{"role": "user", "content": "a"}]}\n', "--custom of"),
+    ("a.jsonl", "<!DOCTYPE html>\n<html>", "is a web page, not the file itself: download"),
+    ("a.csv", "\n <html><body>", "is a web page"),
     ("a.json", '[\n"a"\n"b"]', "line 3: not JSON"),
     ("a.json", "[" * 100_000, "a.json"),
     ("a.jsonl", LINES + '{"text": 5}\n', "line 41"),
@@ -1154,7 +1311,13 @@ def test_a_long_and_quoted_text_in_a_table(tmp_path):
     ("a.csv", b"PAR1 and so on", "name that ends with .parquet"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ("a.pdf", "%PDF", "pdftotext"),
-    ("a.parquet.gz", "x", "gunzip"),
+    ("a.parquet.gz", "x", "gunzip FILE.parquet.gz"),
+    ("a.parquet.zst", "x", "unzstd FILE.parquet.zst"),
+    ("a.doc", "x", "libreoffice --convert-to txt FILE.doc"),
+    ("a.rtf", "x", "pandoc FILE.rtf"),
+    ("a.htm", "x", "pandoc FILE.htm -o"),
+    ("a.xlsx", "x", "libreoffice --convert-to csv"),
+    ("a.txt.lz4", "x", "lz4 -d"),
 ])
 def test_what_cannot_be_read_is_one_line_with_the_place(tmp_path, name, content, message):
     path = text_file(tmp_path / name, content)
@@ -1250,6 +1413,37 @@ def test_text_that_would_be_read_wrongly_is_refused(tmp_path, encoding, sentence
         open_dataset(path)
 
 
+RUSSIAN = "Однажды весною, в час небывало жаркого заката, в Москве появились два гражданина. "
+JAPANESE = "私は毎日学校へ行きます。今日は天気がとてもいいです。"
+GUESSED = {
+    "cp1251": RUSSIAN,
+    "koi8-r": RUSSIAN,
+    "cp866": RUSSIAN,
+    "iso8859-5": RUSSIAN,
+    "cp1253": "η πόλη είναι μεγάλη, όμως δεν ξέρω τι να κάνω σήμερα. ",
+    "shift_jis": JAPANESE,
+    "euc-jp": JAPANESE,
+    "gb18030": "我们在这里学习中文，今天的天气很好，他说要来看你。这是一个大问题。",
+    "euc-kr": "나는 매일 학교에 갑니다. 오늘은 날씨가 아주 좋습니다. ",
+}
+UNKNOWN = {
+    **{name: " ".join(OTHERS[name]) for name in ("cp1250", "cp1254", "mac-roman", "cp850")},
+    "big5": "我們在這裡學習中文，今天的天氣很好，他說要來看你。",
+    "cp1255": "שלום עולם, זה טקסט בעברית שנכתב היום ",
+}
+
+
+@pytest.mark.parametrize("encoding", [*GUESSED, *UNKNOWN])
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_an_encoding_is_named_only_where_the_text_is_clearly_in_it(tmp_path, encoding, start):
+    # docs/traps.md: guessed-encoding
+    sentence = GUESSED.get(encoding) or UNKNOWN[encoding]
+    data = (sentence * 20).encode(encoding)[start:]
+    name = encoding if encoding in GUESSED else "ENCODING"
+    with pytest.raises(UserError, match=f"not UTF-8 .*iconv -f {name} -t utf-8"):
+        open_dataset(text_file(tmp_path / "a.txt", data))
+
+
 @pytest.mark.parametrize("encoding", [
     "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("text", [
@@ -1268,6 +1462,14 @@ def test_utf16_and_utf32_are_read_with_and_without_a_mark(tmp_path, capsys, enco
     data = json.dumps(documents).encode(encoding)
     packed = text_file(tmp_path / "c.json.gz", gzip.compress(data))
     assert both_splits(packed) == documents
+
+
+def test_a_long_search_for_the_encoding_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(textfiles, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 1000)
+    open_dataset(text_file(tmp_path / "a.txt", NOTE * 10))
+    said = capsys.readouterr().out
+    assert f"checking the encoding of {tmp_path / 'a.txt'}: 5,000 bytes so far" in said
 
 
 def test_a_wrong_byte_is_found_wherever_it_stands(tmp_path, monkeypatch):
@@ -1299,7 +1501,7 @@ def test_all_bad_files_of_a_folder_are_named_at_once(tmp_path, base, capsys):
     notes = tmp_path / "notes"
     notes.mkdir()
     text_file(notes / "good.txt", "some\ntext\n")
-    text_file(notes / "russian.txt", "\u0421\u044a\u0435\u0448\u044c\n".encode("cp1251"))
+    text_file(notes / "russian.txt", "Однажды весною\n".encode("cp1251"))
     text_file(notes / "lines.jsonl", '{"text": "a"}\n{"txt": "b"}\n')
     text_file(notes / "pointer.md", "version https://git-lfs.github.com/spec/v1\n")
     text_file(notes / "cut.txt.gz", gzip.compress(b"x" * 1000)[:-12])
