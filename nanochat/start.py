@@ -22,7 +22,7 @@ from nanochat.checkpoint_manager import (
     resumable,
     tokenizer_of,
 )
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, expand_home, print0
 from nanochat.dataset import data_tag
 from nanochat.folders import (
     checkpoint_dir,
@@ -115,7 +115,7 @@ def is_same_path(a, b):
     """Whether two --data are the same, or both None."""
     if a is None or b is None:
         return a is b
-    absolute = [os.path.abspath(os.path.expanduser(str(path))) for path in (a, b)]
+    absolute = [os.path.abspath(expand_home(str(path), "write the whole path")) for path in (a, b)]
     return absolute[0] == absolute[1]
 
 

@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, compute_cleanup, compute_init, print0
+from nanochat.common import UserError, compute_cleanup, compute_init, expand_home, print0
 from nanochat.configurator import configure, require
 from nanochat.conversation import fit_conversation
 from nanochat.engine import Engine, check_finite
@@ -53,7 +53,7 @@ TASKS = {
     "pydoc": lambda: PyDoc("test", "choice", stop=items),
     "pydoc_letter": lambda: PyDoc("test", "letter", stop=items),
     "pydoc_module": lambda: PyDoc("test", "module", stop=items),
-    "identity": lambda: Identity("test", *identity_of(meta), stop=items),
+    "identity": lambda: Identity("test", *identity_of(meta), passages is not None, stop=items),
     "own_text": lambda: OwnText("test", passages.passages, items, own_form),
     "own_text_practised": lambda: OwnText("train", passages.passages, items, own_form),
 }
@@ -61,7 +61,8 @@ TASKS = {
 
 def split_names(text):
     """The names in a comma-separated list; a file may have a comma in its name."""
-    return [text] if os.path.isfile(os.path.expanduser(text)) else text.split(",")
+    is_file = os.path.isfile(expand_home(text, "write the whole path"))
+    return [text] if is_file else text.split(",")
 
 
 def read_questions(name):

@@ -108,7 +108,7 @@ conversations = [
     SpellingBee("train", 6_000),
     Arithmetic("train", 26_000),
     *subject_tasks(passages, own_text),
-    *identity_tasks(Identity("train", who.name, who.own), passages),
+    *identity_tasks(Identity("train", who.name, who.own, passages is not None), passages),
 ]
 mixture = TaskMixture(conversations)
 if own:

@@ -86,12 +86,13 @@ if start.state:
 meta["name"] = name or meta.get("name")
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
+identity = Identity("train", meta["name"] or NAME, quotes_text=passages is not None)
 mixture = TaskMixture([
     SimpleSpelling("train", 80_000),
     SpellingBee("train", 6_000),
     Arithmetic("train", 26_000),
     *subject_tasks(passages, own_text),
-    *identity_tasks(Identity("train", meta["name"] or NAME), passages),
+    *identity_tasks(identity, passages),
 ])
 loader_state = start.state and start.state["loader"]
 loader = sft_data_generator(

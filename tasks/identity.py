@@ -34,10 +34,28 @@ OPENINGS = (
 )
 
 
+# What a model of the default text says of itself, and one that quotes from the user's own
+SKILLS = {
+    False: {
+        "skill": "know a little of Python's library",
+        "ability": "tell you a little about Python's library",
+        "text": "text that was already here",
+        "subject": "Python's library",
+    },
+    True: {
+        "skill": "quote from your text",
+        "ability": "quote from your text",
+        "text": "your text",
+        "subject": "your text",
+    },
+}
+
+
 class Topic(NamedTuple):
     """The answers that fit all questions of a topic; the `held_out` questions never train.
 
-    `nameless` answers are for a model whose name is not known. {name} is the model's name.
+    `nameless` answers are for a model whose name is not known. {name} is the model's name; SKILLS
+    has what the other braces stand for.
     """
 
     answers: tuple
@@ -114,13 +132,11 @@ TOPICS = (
     ),
     Topic(
         answers=(
-            "I am {name}. I know a little of Python's library, "
-            "spell words, count letters and do sums.",
-            "{name} can tell you a little about Python's library, "
-            "spell words, count letters and do sums.",
+            "I am {name}. I {skill}, spell words, count letters and do sums.",
+            "{name} can {ability}, spell words, count letters and do sums.",
         ),
         nameless=(
-            "I know a little of Python's library, spell words, count letters and do sums.",
+            "I {skill}, spell words, count letters and do sums.",
         ),
         training=(
             "what can you do?",
@@ -143,12 +159,11 @@ TOPICS = (
     ),
     Topic(
         answers=(
-            "I am {name}. I was trained from scratch on this machine, "
-            "on text that was already here.",
+            "I am {name}. I was trained from scratch on this machine, on {text}.",
             "I am {name}, and whoever ran my training script made me, on this machine.",
         ),
         nameless=(
-            "I was trained from scratch on this machine, on text that was already here.",
+            "I was trained from scratch on this machine, on {text}.",
         ),
         training=(
             "who made you?",
@@ -171,10 +186,10 @@ TOPICS = (
     ),
     Topic(
         answers=(
-            "Hello! I am {name}. Ask me about Python's library, a spelling or a sum.",
+            "Hello! I am {name}. Ask me about {subject}, a spelling or a sum.",
         ),
         nameless=(
-            "Hello! Ask me about Python's library, a spelling or a sum.",
+            "Hello! Ask me about {subject}, a spelling or a sum.",
         ),
         training=(
             "hello",
@@ -343,12 +358,14 @@ class Identity(Task):
     name: of the model. None: its answers do not name it.
     own: for each topic the user's (question, answer) pairs; where there are any, a question is
     answered as the user answered the one that is most like it.
+    quotes_text: whether the model looks up what it is asked in a text of the user's.
     """
 
-    def __init__(self, split, name=NAME, own=None, **slice_):
+    def __init__(self, split, name=NAME, own=None, quotes_text=False, **slice_):
         super().__init__(**slice_)
         self.split = check_split(split)
         self.name = name
+        self.skills = SKILLS[quotes_text]
         self.items = []  # (question, answers)
         for number, topic in enumerate(TOPICS):
             questions = topic.training if split == "train" else topic.held_out
@@ -366,9 +383,8 @@ class Identity(Task):
         """The answers to choose from, a tuple."""
         if pairs:
             return (max(pairs, key=lambda pair: _likeness(question, pair[0]))[1],)
-        if self.name is None:
-            return topic.nameless
-        return tuple(answer.replace("{name}", self.name) for answer in topic.answers)
+        answers = topic.nameless if self.name is None else topic.answers
+        return tuple(answer.format(name=self.name, **self.skills) for answer in answers)
 
     def num_examples(self):
         return len(self.items)

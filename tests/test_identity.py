@@ -137,3 +137,15 @@ def test_a_checkpoint_says_who_the_model_is():
     own = [[["Who are you?", "A pirate."]]]
     assert identity_of({"name": None, "own_identity": own}) == (None, own)
     assert shown_name({"name": "Bob\x1b"}) == "Bob" and shown_name({"name": None}) == NAME
+
+
+def test_a_model_of_the_users_text_does_not_say_that_it_knows_python():
+    own = [conversation["messages"][1]["content"] for conversation in everything(True)]
+    usual = [conversation["messages"][1]["content"] for conversation in everything(False)]
+    assert not [text for text in own if "Python" in text]
+    assert any("Python" in text for text in usual) and any("your text" in text for text in own)
+
+
+def everything(quotes_text):
+    task = Identity("train", quotes_text=quotes_text)
+    return [task[i] for i in range(len(task))]
