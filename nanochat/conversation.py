@@ -239,8 +239,6 @@ def _read_reply(message, content, number):
 
 def _read_part(part):
     """A part of another program as one of ours: Gemini's has no type, OpenAI's newer another."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
         return part
     kind = part.get("type", "text")

@@ -81,8 +81,8 @@ HI, HELLO = message("user", "Hi"), message("assistant", "Hello")
     ([message("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])], [HI]),
     ([message("user", [{"type": "input_text", "text": "Hi"}]),
       message("ai", [{"type": "output_text", "text": "Hello"}])], [HI, HELLO]),
-    ([{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": ["Hel", "lo"]}],
-     [HI, HELLO]),
+    ([{"role": "user", "parts": [{"text": "Hi"}]},
+      {"role": "model", "parts": [{"text": "Hel"}, {"text": "lo"}]}], [HI, HELLO]),
     # greeting first
     ([message("assistant", "Welcome!"), HI, HELLO], [HI, HELLO]),
     ([message("system", "s"), message("assistant", "Welcome!"), HI], [message("system", "s"), HI]),
@@ -184,6 +184,7 @@ def test_a_call_of_a_python_tool_is_its_expression(turn):
     ([message("user", 7)], r"message 1 \(user\): its content must be text"),
     ([message("user", [{"type": "python", "text": "1"}])], "must be text or a list"),
     ([message("user", [{"type": "text", "text": None}])], "must be text or a list"),
+    ([message("user", ["x"])], "must be text or a list"),
     ([message("user", {"text": "x"})], r"message 1 \(user\): its content must be text"),
     ([HI, message("assistant", "a\udc80")], r"message 2 has a lone surrogate \(U\+DC80\)"),
 ])
