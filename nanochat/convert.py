@@ -14,23 +14,23 @@ from pathlib import Path
 from nanochat.common import UserError, atomic_write, fraction, get_base_dir, print0
 from nanochat.shards import (
     COPY_AGAIN,
-    _check_parquet,
-    _name_of,
-    _read_named,
-    _row_groups,
-    _write_documents,
-    _write_groups,
+    check_parquet,
+    divide_into_groups,
+    name_of,
+    read_named_row_group,
+    write_named_documents,
+    write_groups,
 )
 from nanochat.textfiles import NoText, find_encoding, read_text_file
 from nanochat.userfiles import (
     ADD_TEXT,
     MIN_ROWS_IN_PLACE,
     VALIDATION_SHARE,
-    _key,
-    _raise_all,
-    _root,
-    _say_left_aside,
-    _say_others,
+    key_of_files,
+    raise_errors,
+    root_of,
+    say_left_aside,
+    say_unreadable,
 )
 
 REPORT_SECONDS = 2.0        # between two lines that say how far the reading is
@@ -40,17 +40,19 @@ OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 # ----------------------------------------------------------------------------------------------
 # the folder of shards
 
-def _convert(path, chosen, others):
-    """Convert the user's files to shards and return their folder.
+def convert_user_files(path, chosen, others):
+    """Convert the user's files to shards, with their index.json, and return their folder.
 
     This is done once for the same paths, sizes and modification times.
+    path, chosen, others: the data path, its ChosenFiles, and files there that cannot be read.
+    UserError where any of the chosen files cannot be read, or a split would have no documents.
     """
     files = chosen.files
-    folder = get_base_dir() / "user_data" / _key(path, files, bool(chosen.val))
+    folder = get_base_dir() / "user_data" / key_of_files(path, files, bool(chosen.val))
     if folder.exists():
         return folder
-    _say_others(path, others)
-    _say_left_aside(path, chosen)
+    say_unreadable(path, others)
+    say_left_aside(path, chosen)
 
     # write to a draft, which becomes the folder when it is whole
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def _convert(path, chosen, others):
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
-    first = _name_of(chosen.val[0], path) if chosen.val else ""
+    first = name_of(chosen.val[0], path) if chosen.val else ""
     origin = f" (split {chosen.val_name}, {first} first)" if chosen.val else ""
     size = sum(file.stat().st_size for file in files)
     print0(
@@ -95,13 +97,13 @@ def _write_draft(draft, path, chosen):
     """
     # 1) all documents, in the order in which they are read
     findings = _Findings()
-    written = _write_documents(draft, _read_user_files(path, chosen.train, findings))
+    written = write_named_documents(draft, _read_user_files(path, chosen.train, findings))
     validation = []
     if chosen.val:
         val_documents = _read_user_files(path, chosen.val, findings)
         shards = len({group.path for group in written})
         val_path = draft / f"shard_{shards:05d}.parquet"
-        validation = _write_groups(val_path, _row_groups(val_documents))
+        validation = write_groups(val_path, divide_into_groups(val_documents))
     _say_findings(path, findings, len(chosen.files))
 
     # 2) validation
@@ -147,14 +149,14 @@ class _Findings:
 def _read_user_file(file, root, findings):
     """Yield the (name, text) of one of the user's files; a text may be None."""
     if file.suffix.lower() == ".parquet":
-        for group in _check_parquet(file, COPY_AGAIN).groups():
-            yield from _read_named(root, False, *group)
+        for group in check_parquet(file, COPY_AGAIN).groups():
+            yield from read_named_row_group(root, False, *group)
         return
 
     encoding = find_encoding(file)
     if encoding != "utf-8":
         findings.encodings.setdefault(encoding, []).append(file)
-    name = _name_of(file, root)
+    name = name_of(file, root)
     for text in read_text_file(file, encoding):
         yield name, text
 
@@ -166,8 +168,8 @@ def _read_user_files(path, files, findings):
     the last in the alphabet. One that cannot be read is noted, and the others are read all the
     same: whoever mends a folder wants to know all that is wrong with it.
     """
-    root = _root(path)
-    ordered = sorted(files, key=lambda file: fraction(_name_of(file, root)))
+    root = root_of(path)
+    ordered = sorted(files, key=lambda file: fraction(name_of(file, root)))
     for number, file in enumerate(ordered, start=1):
         try:
             for name, text in _read_user_file(file, root, findings):
@@ -188,12 +190,12 @@ def _read_user_files(path, files, findings):
 
 def _say_findings(path, findings, count):
     """Print what was found in `count` files; UserError where any of them cannot be read."""
-    root = _root(path)
+    root = root_of(path)
     for encoding, files in findings.encodings.items():
-        first = _name_of(files[0], root)
+        first = name_of(files[0], root)
         print0(f"{path}: {len(files)} files read as {encoding} (first: {first})")
 
-    _raise_all(path, findings.skipped, findings.errors, count)
+    raise_errors(path, findings.skipped, findings.errors, count)
     if findings.dropped:
         print0(f"{path}: skipped {findings.dropped:,} texts that are null or empty")
 
@@ -204,9 +206,9 @@ def _say_findings(path, findings, count):
 def _take_validation(folder, written):
     """Move the last VALIDATION_SHARE of the characters of all shards to one shard more.
 
-    written: the _Written of all row groups, in order. Neither part becomes empty. Whole documents
-    are moved where there are enough of them; of fewer than MIN_ROWS_IN_PLACE, the one at the border
-    is cut. Returns (documents to train on, documents for validation).
+    written: the WrittenGroup of all row groups, in order. Neither part becomes empty. Whole
+    documents are moved where there are enough of them; of fewer than MIN_ROWS_IN_PLACE, the one at
+    the border is cut. Returns (documents to train on, documents for validation).
     """
     # 1) the row group at the border, and how many of its characters belong to training
     total = sum(group.chars for group in written)
@@ -218,7 +220,7 @@ def _take_validation(folder, written):
 
     # 2) its documents
     def read(groups):
-        return (_read_named(folder, True, group.path, group.index) for group in groups)
+        return (read_named_row_group(folder, True, group.path, group.index) for group in groups)
 
     documents = next(read([border]))
     has_many = sum(group.rows for group in written) >= MIN_ROWS_IN_PLACE
@@ -229,8 +231,8 @@ def _take_validation(folder, written):
     before = [group for group in written[:place] if group.path == border.path]
     train_groups = chain(read(before), [head] if head else [])
     val_groups = chain([tail], read(written[place + 1:]))
-    validation = _write_groups(folder / "validation", val_groups)
-    shortened = _write_groups(folder / "shortened", train_groups)
+    validation = write_groups(folder / "validation", val_groups)
+    shortened = write_groups(folder / "shortened", train_groups)
     for path in {group.path for group in written[place:]}:
         path.unlink()
 

@@ -14,7 +14,9 @@ Whatever the text's origin, the stages see one thing: row groups of parquet file
 - The user's other files (`--data=notes/`, `--data=my.txt`) are converted to pinned parquet files
   on first use, in `$NANOCHAT_BASE_DIR/user_data`.
 
-The command that makes text is in nanochat/sources.py:
+Parquet files are the subject of nanochat/shards.py, the choice among the user's files that of
+nanochat/userfiles.py, and their conversion that of nanochat/convert.py. The command that makes text
+is in nanochat/sources.py:
 
     python -m nanochat.dataset                  # text that is on this machine already
     python -m nanochat.dataset -n 240           # 240 training shards of FineWeb-Edu
@@ -27,39 +29,39 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import UserError, get_base_dir, print0
-from nanochat.convert import _convert
+from nanochat.convert import convert_user_files
 from nanochat.shards import (
     COPY_AGAIN,
-    _check_parquet,
-    _is_json,
-    _pinned,
-    _read_named,
-    iter_row_groups,  # noqa: F401  (these were here before)
+    check_parquet,
+    is_json_file,
+    iter_row_groups,  # noqa: F401  (where it was before)
+    read_index,
+    read_named_row_group,
     read_row_group,
-    write_shards,  # noqa: F401
+    write_shards,  # noqa: F401  (where it was before)
 )
 from nanochat.textfiles import (
     COMPRESSED,
-    DOCUMENT_CHARS,  # noqa: F401
+    DOCUMENT_CHARS,  # noqa: F401  (where it was before)
     NoText,
-    split_document,  # noqa: F401
+    split_document,  # noqa: F401  (where it was before)
 )
 from nanochat.userfiles import (
     ADD_TEXT,
-    CHECKED_BYTES,
     MIN_ROWS_IN_PLACE,
     SUFFIXES,
     VALIDATION_SHARE,
-    _choose,
-    _existing,
-    _key,
-    _raise_all,
-    _root,
-    _say_left_aside,
-    _say_others,
-    _user_files,
+    choose_files,
+    existing_path,
+    find_user_files,
+    key_of_files,
+    raise_errors,
+    root_of,
+    say_left_aside,
+    say_unreadable,
 )
 
+CHECKED_BYTES = 100_000_000  # up to this size, the user's parquet files are checked row by row
 MAX_TAG_CHARS = 40          # of the name before its hash
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
@@ -115,7 +117,7 @@ class Dataset(NamedTuple):
         of a shard, is named by its place: "part-0.parquet, row 17", counted from 0.
         """
         for group in self.groups(split):
-            for name, text in _read_named(self.root, self.is_ours, *group):
+            for name, text in read_named_row_group(self.root, self.is_ours, *group):
                 if text:
                     yield name, text
 
@@ -133,13 +135,13 @@ def open_dataset(data=None):
         return _open_base_data()
 
     # 1) a folder that nanochat has made
-    path = _existing(data)
-    pinned = _pinned(path / "index.json")
+    path = existing_path(data)
+    pinned = read_index(path / "index.json")
     if pinned:
         return _open_pinned(path, pinned, MAKE_AGAIN)
 
     # 2) the user's files
-    files, others = _user_files(path)
+    files, others = find_user_files(path)
     return _open_user_files(path, files, others)
 
 
@@ -153,18 +155,18 @@ def data_tag(data):
     """
     if data is None:
         return None
-    path = _existing(data)
+    path = existing_path(data)
     if os.path.realpath(path) == os.path.realpath(get_base_dir() / "base_data"):
         return None
 
     # the key
-    pinned = _pinned(path / "index.json")
+    pinned = read_index(path / "index.json")
     if pinned:
         files = [path / name for name in (*pinned["files"], pinned["validation"])]
-        key = _key(path, [file for file in files if file.exists()])
+        key = key_of_files(path, [file for file in files if file.exists()])
     else:
-        chosen = _choose(path, _user_files(path)[0])
-        key = _key(path, chosen.files, bool(chosen.val))
+        chosen = choose_files(path, find_user_files(path)[0])
+        key = key_of_files(path, chosen.files, bool(chosen.val))
 
     # the name, without the suffixes of a file
     name = path.name
@@ -192,10 +194,10 @@ def _open_base_data():
     """The Dataset of `$NANOCHAT_BASE_DIR/base_data`."""
     folder = get_base_dir() / "base_data"
     index = folder / "index.json"
-    pinned = _pinned(index)
+    pinned = read_index(index)
     if pinned:
         return _open_pinned(folder, pinned, MAKE_AGAIN)
-    if index.exists() and not _is_json(index):
+    if index.exists() and not is_json_file(index):
         raise UserError(f"{index} is damaged: {MAKE_AGAIN}, which writes it")
 
     # parquet files that the user has put there
@@ -210,7 +212,7 @@ def _open_base_data():
 def _open_user_files(path, files, others):
     """The Dataset of the user's files at `path`; others: those that cannot be read."""
     # 1) which are for training and which for validation
-    chosen = _choose(path, files)
+    chosen = choose_files(path, files)
 
     # 2) parquet files, where they are
     if all(file.suffix.lower() == ".parquet" for file in chosen.files):
@@ -219,16 +221,16 @@ def _open_user_files(path, files, others):
             return dataset
 
     # 3) files that must be converted
-    folder = _convert(path, chosen, others)
+    folder = convert_user_files(path, chosen, others)
     remedy = f"delete {folder} and run this command again"
-    pinned = _pinned(folder / "index.json")
+    pinned = read_index(folder / "index.json")
     if not pinned:
         raise UserError(f"{folder}, which holds the converted text, is damaged: {remedy}")
     return _open_pinned(folder, pinned, remedy)
 
 
 def _open_pinned(folder, pinned, remedy):
-    """The Dataset of a folder that nanochat has made; pinned: its index, see _pinned."""
+    """The Dataset of a folder that nanochat has made; pinned: its index, of read_index()."""
     names = [*pinned["files"], pinned["validation"]]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
@@ -239,7 +241,7 @@ def _open_pinned(folder, pinned, remedy):
             + advice
         )
     damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
-    parts = [_check_parquet(folder / name, damaged) for name in names]
+    parts = [check_parquet(folder / name, damaged) for name in names]
     return _dataset_of(folder, parts[:-1], parts[-1:], remedy, is_ours=True)
 
 
@@ -275,29 +277,29 @@ def _open_in_place(path, chosen, others):
     )
     if missing:
         print0(f"{path}: {missing:,} texts are null or empty and skipped")
-    _say_others(path, others)
-    _say_left_aside(path, chosen)
+    say_unreadable(path, others)
+    say_left_aside(path, chosen)
     return dataset
 
 
 def _check_files(path, files, every_row):
-    """{file: _Part} of the user's parquet files; UserError for all that cannot be read, at once."""
+    """{file: Part} of the user's parquet files; UserError for all that cannot be read, at once."""
     parts = {}
     skipped = []
     errors = []
     for file in files:
         try:
-            parts[file] = _check_parquet(file, COPY_AGAIN, every_row)
+            parts[file] = check_parquet(file, COPY_AGAIN, every_row)
         except NoText as error:
             skipped.append(error)
         except UserError as error:
             errors.append(error)
-    _raise_all(path, skipped, errors, len(files))
+    raise_errors(path, skipped, errors, len(files))
     return parts
 
 
 def _dataset_of(folder, train, val, remedy, is_ours=False):
-    """The Dataset of two lists of _Part; UserError where one of them has no text."""
+    """The Dataset of two lists of Part; UserError where one of them has no text."""
     if not any(part.has_text for part in train) or not any(part.has_text for part in val):
         names = ", ".join(part.path.name for part in val) or "none"
         raise UserError(
@@ -337,7 +339,7 @@ def _last_rows(path, part):
                 f"{part.path} has no documents to train on, or none in its last "
                 f"{total - border} rows, which are validation: add text, or remove empty rows"
             )
-    return Dataset([part.path], train, val, _root(path), False)
+    return Dataset([part.path], train, val, root_of(path), False)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,15 @@ def read_row_group(path, index, start=0, stop=None):
         return _texts_of(parquet, path, index)[start:stop]
 
 
-def _read_named(root, is_ours, path, index, start=0, stop=None):
-    """The [(name, text)] of a row group; see Dataset.named_documents."""
+def read_named_row_group(root, is_ours, path, index, start=0, stop=None):
+    """The [(name, text)] of one row group; a missing text (null) becomes "".
+
+    root: the folder that names are relative to.
+    is_ours: whether nanochat has written the file. Then a column `source` has the names; else
+    documents are named by their place, "part-0.parquet, row 17", counted from 0.
+    start, stop: the rows of the group to return, as in a slice.
+    UserError as from read_row_group.
+    """
     with pq.ParquetFile(path) as parquet:
         texts = _texts_of(parquet, path, index)
         if is_ours and SOURCE in parquet.schema_arrow.names:
@@ -65,11 +72,11 @@ def _read_named(root, is_ours, path, index, start=0, stop=None):
 
 def _names_of_rows(path, root, first, count):
     """The names of `count` rows of a parquet file, from row `first` on."""
-    file = _name_of(path, root)
+    file = name_of(path, root)
     return [f"{file}, row {row}" for row in range(first, first + count)]
 
 
-def _name_of(file, root):
+def name_of(file, root):
     """A file's path relative to a folder, with U+FFFD where the system's name is not UTF-8."""
     name = file.relative_to(root).as_posix()
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -113,8 +120,8 @@ def _first_undecodable(column):
 # ----------------------------------------------------------------------------------------------
 # checking
 
-class _Part(NamedTuple):
-    """What is known of a parquet file before it is read."""
+class Part(NamedTuple):
+    """One parquet file of a split: what is known of it before training reads it."""
 
     path: Path
     rows: list      # of each row group
@@ -122,15 +129,16 @@ class _Part(NamedTuple):
     has_text: bool  # whether any row has a text that is not white space
 
     def groups(self):
+        """The arguments of read_row_group, (path, row group index), for all of the file."""
         return [(self.path, index) for index in range(len(self.rows))]
 
 
-def _check_parquet(path, remedy, every_row=False):
-    """The _Part of a parquet file with one column `text` of strings.
+def check_parquet(path, remedy, every_row=False):
+    """The Part of a parquet file with one column `text` of strings.
 
     remedy: what to do about a damaged file.
     every_row: read the whole file, so that damage is found before training and not during it.
-    UserError where the file is damaged or has no such column.
+    UserError where the file is damaged or has no such column, NoText where it holds conversations.
     """
     check_not_a_pointer(path)
     try:
@@ -157,7 +165,7 @@ def _check_parquet(path, remedy, every_row=False):
                 _is_large(chunk) or _count_texts(_texts_of(parquet, path, index))[1]
                 for index, chunk in enumerate(chunks)
             )
-        return _Part(path, rows, missing, has_text)
+        return Part(path, rows, missing, has_text)
 
 
 def _count_texts(texts):
@@ -204,7 +212,8 @@ def _is_large(chunk):
 # ----------------------------------------------------------------------------------------------
 # index.json
 
-def _is_json(path):
+def is_json_file(path):
+    """Whether a file that exists is whole JSON in UTF-8, whatever it says."""
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -212,13 +221,14 @@ def _is_json(path):
     return True
 
 
-def _pinned(index):
+def read_index(path):
     """The content of an index.json that nanochat has written, a dict, or None.
 
+    It has "files", the names of the shards to train on, and "validation", the name of one more.
     Other programs have files of this name. Ours lists parquet files beside it.
     """
     try:
-        pinned = json.loads(index.read_text(encoding="utf-8"))
+        pinned = json.loads(path.read_text(encoding="utf-8"))
         names = [*pinned["files"], pinned["validation"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -242,7 +252,7 @@ def write_shards(folder, prefix, train, validation, **fields):
     The index is written first, without hashes, and completed last: the shards of an interrupted
     build are reported as missing and never taken for whole.
     """
-    shards = [*_divide(train), validation]
+    shards = [*_divide_into_shards(train), validation]
     files = [f"{prefix}_{i:05d}.parquet" for i in range(len(shards))]
     index = {**fields, "files": files[:-1], "validation": files[-1]}
 
@@ -258,7 +268,7 @@ def write_shards(folder, prefix, train, validation, **fields):
     atomic_write(folder / "index.json", json.dumps(index, indent=1))
 
 
-def _divide(documents):
+def _divide_into_shards(documents):
     """Lists of documents, one per shard; a shard is closed once it exceeds SHARD_CHARS."""
     shards = [[]]
     chars = 0
@@ -281,17 +291,20 @@ def _write_parquet(path, documents):
 # ----------------------------------------------------------------------------------------------
 # writing named documents as they come
 
-class _Written(NamedTuple):
+class WrittenGroup(NamedTuple):
     """A row group that was written."""
 
     path: Path
-    index: int
+    index: int  # in its file
     rows: int
     chars: int
 
 
-def _row_groups(documents):
-    """Divide an iterator of (name, text) into lists, one per row group."""
+def divide_into_groups(documents):
+    """Divide an iterator of (name, text) into lists, one per row group.
+
+    A list is closed at ROWS_PER_GROUP documents, or once it exceeds GROUP_CHARS.
+    """
     group = []
     chars = 0
     for name, text in documents:
@@ -305,11 +318,11 @@ def _row_groups(documents):
         yield group
 
 
-def _write_groups(path, groups, max_chars=None):
+def write_groups(path, groups, max_chars=None):
     """Write row groups, lists of (name, text), to one parquet file, whole or not at all.
 
     groups: an iterator, of which nothing more is taken once the file exceeds `max_chars`.
-    Returns the _Written of each group.
+    Returns the WrittenGroup of each group.
     """
     schema = pa.schema({"text": pa.string(), SOURCE: pa.string()})
     written = []
@@ -320,18 +333,22 @@ def _write_groups(path, groups, max_chars=None):
             table = pa.table([pa.array(texts), pa.array(names)], schema=schema)
             writer.write_table(table, row_group_size=len(texts))
             group_chars = sum(map(len, texts))
-            written.append(_Written(path, len(written), len(texts), group_chars))
+            written.append(WrittenGroup(path, len(written), len(texts), group_chars))
             chars += group_chars
             if max_chars is not None and chars > max_chars:
                 break
     return written
 
 
-def _write_documents(folder, documents):
-    """Write an iterator of (name, text) as shards; returns the _Written of all row groups."""
-    groups = _row_groups(documents)
+def write_named_documents(folder, documents):
+    """Write an iterator of (name, text) as shard_00000.parquet and so on, without an index.
+
+    Nothing but one row group is held in memory. A shard is closed once it exceeds SHARD_CHARS.
+    Returns the WrittenGroup of all row groups, in order.
+    """
+    groups = divide_into_groups(documents)
     written = []
     for number, first in enumerate(groups):
         path = folder / f"shard_{number:05d}.parquet"
-        written += _write_groups(path, chain([first], groups), SHARD_CHARS)
+        written += write_groups(path, chain([first], groups), SHARD_CHARS)
     return written

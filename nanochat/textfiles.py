@@ -11,7 +11,7 @@ Text is UTF-8, UTF-16 or UTF-32, which can be told with certainty. Older encodin
 that is a letter in one is another letter in the next, and a wrong guess would be trained on. So
 plain text is read as cp1252, the one of Western Europe, only where it makes the letters of one of
 its languages. All else is refused with the line, and with the encoding that it seems to have.
-Parquet files are read by nanochat/dataset.py, in place.
+Parquet files are the subject of nanochat/shards.py.
 """
 import bz2
 import codecs

@@ -1,8 +1,8 @@
 """Which of the user's files are read, and what for: training, validation, or neither.
 
-    path = _existing("notes/")
-    files, others = _user_files(path)
-    chosen = _choose(path, files)   # chosen.train, chosen.val, ...
+    path = existing_path("notes/")
+    files, others = find_user_files(path)
+    chosen = choose_files(path, files)   # chosen.train, chosen.val, ...
 
 Only names, sizes and the beginnings of files are looked at. docs/data.md says what counts as a
 split and what as a text about a data set.
@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, expand_home, get_base_dir, print0
-from nanochat.shards import _name_of
+from nanochat.shards import name_of
 from nanochat.textfiles import NOTES, READERS, conversion_of, holds_text, text_key, text_suffix
 
 VALIDATION_SHARE = 0.05     # of the rows or characters, where no file is for validation
 MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may have to be cut
-CHECKED_BYTES = 100_000_000  # up to this size, the user's parquet files are checked row by row
+MUCH_PARQUET = 100_000_000  # bytes; what a person writes beside more than this is about it
 SUFFIXES = (*READERS, ".parquet")
 PRINTED_LINES = 20          # about the files of a folder
 
@@ -58,8 +58,11 @@ ABOUT = re.compile(
 # ----------------------------------------------------------------------------------------------
 # a data path and the files behind it
 
-def _existing(data):
-    """The absolute path of a file or folder that a user has named."""
+def existing_path(data):
+    """The absolute path of a file or folder that a user has named; "~" is expanded.
+
+    UserError where there is none, or something that is neither.
+    """
     if not str(data).strip():
         raise UserError("the data path is empty: name a file or a folder")
     path = Path(expand_home(data, "write the whole path")).absolute()
@@ -73,7 +76,7 @@ def _existing(data):
     return path
 
 
-def _root(path):
+def root_of(path):
     """The folder that the names of the documents behind a data path are relative to."""
     return path.parent if path.is_file() else path
 
@@ -82,10 +85,11 @@ def _is_readable(path):
     return path.suffix.lower() == ".parquet" or text_suffix(path) in READERS
 
 
-def _user_files(path):
+def find_user_files(path):
     """(files that we can read, files that we cannot) at a file or below a folder.
 
     Hidden files, and files in hidden folders, do not count.
+    UserError where there are none that we can read.
     """
     if path.is_file():
         if not _is_readable(path):
@@ -136,8 +140,12 @@ def _say_skipped(error):
     print0(f"skipped {error.filename}: {error.strerror}")
 
 
-def _key(path, files, has_splits=False):
-    """16 hexadecimal digits that change when one of the files behind a data path changes."""
+def key_of_files(path, files, has_splits=False):
+    """16 hexadecimal digits that change when one of the files behind a data path changes.
+
+    They are a hash of paths, sizes and modification times; contents are not read.
+    has_splits: whether some of the files are for validation.
+    """
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     version = 2 if has_splits else 1
     return hashlib.sha256(json.dumps([version, str(path), stats]).encode()).hexdigest()[:16]
@@ -146,7 +154,7 @@ def _key(path, files, has_splits=False):
 # ----------------------------------------------------------------------------------------------
 # what they are for
 
-class _Chosen(NamedTuple):
+class ChosenFiles(NamedTuple):
     """The user's files, divided by what they are for."""
 
     train: list
@@ -157,11 +165,12 @@ class _Chosen(NamedTuple):
 
     @property
     def files(self):
+        """All that are read."""
         return self.train + self.val
 
 
-def _choose(path, files):
-    """Divide the user's files; returns _Chosen.
+def choose_files(path, files):
+    """Divide the user's files at or below `path` by what they are for; returns ChosenFiles.
 
     Names tell splits where one of them tells another split than `train`, and not all do. A test
     split is never trained on; it is used for validation where there is no validation split.
@@ -178,16 +187,16 @@ def _choose(path, files):
     train = named["train"] + named[None]  # of several files, the last is validation
     val, test = named["val"], named["test"]
     if not train or not (val or test):
-        return _Chosen(train or files, [], "", [], about)
+        return ChosenFiles(train or files, [], "", [], about)
     train = [file for file, split in zip(files, told) if split in ("train", None)]
     if val:
-        return _Chosen(train, val, "validation", test, about)
-    return _Chosen(train, test, "test", [], about)
+        return ChosenFiles(train, val, "validation", test, about)
+    return ChosenFiles(train, test, "test", [], about)
 
 
 def _splits(path, files):
     """The split of each of the user's files, None where nothing tells it."""
-    names = [file.relative_to(_root(path)) for file in files]
+    names = [file.relative_to(root_of(path)) for file in files]
     notes = [name for name in names if text_suffix(name) in NOTES]
     splits_of_notes = _splits_of_notes(notes)
     told = []
@@ -265,7 +274,7 @@ def _may_be_about(file, parquet_bytes):
     suffix = text_suffix(file)
     if suffix not in (".json", *NOTES):
         return False
-    if parquet_bytes > CHECKED_BYTES:
+    if parquet_bytes > MUCH_PARQUET:
         return True
     if suffix == ".json":
         return parquet_bytes > 0 and not _has_text(file)
@@ -275,7 +284,7 @@ def _may_be_about(file, parquet_bytes):
 # ----------------------------------------------------------------------------------------------
 # what is said about them
 
-def _say_others(path, others):
+def say_unreadable(path, others):
     """Print which files at a data path cannot be read, and how one of them can be converted."""
     if not others:
         return
@@ -284,22 +293,23 @@ def _say_others(path, others):
     advice = f": convert those, as in {example}" if example else ""
     print0(
         f"{path}: skipped {len(others)} files that are none of {', '.join(SUFFIXES)}, "
-        f"{_name_of(first, path)} first{advice}"
+        f"{name_of(first, path)} first{advice}"
     )
 
 
-def _say_left_aside(path, chosen):
+def say_left_aside(path, chosen):
     """Print which files beside those of a data set are not read."""
     for files, what in ((chosen.test, "of the split test"), (chosen.about, "about the data")):
         if files:
-            first = _name_of(files[0], path)
+            first = name_of(files[0], path)
             print0(f"{path}: left aside {len(files)} files {what}, {first} first")
 
 
-def _raise_all(path, skipped, errors, count):
-    """Say which of `count` files at a data path are skipped, and raise the UserErrors of others.
+def raise_errors(path, skipped, errors, count):
+    """Print which of `count` files at a data path are skipped, and raise one UserError for others.
 
     skipped: NoText of files without documents. Where no other is left, these are errors as well.
+    errors: UserErrors of files that cannot be read. Several are printed, then raised as one.
     """
     if len(skipped) == count:
         errors = errors + skipped

@@ -977,7 +977,7 @@ def test_notes_beside_much_parquet_are_about_it(tmp_path, base, monkeypatch, cap
     folder = split_folder(tmp_path / "mine", p0=words(9), p1=words(2, "last"))
     text_file(folder / "how_it_was_made.md", "With care.\n")
     assert "With care." in "".join(both_splits(folder))
-    monkeypatch.setattr(userfiles, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(userfiles, "MUCH_PARQUET", 100)
     assert both_splits(folder) == words(9) + words(2, "last")
     assert "how_it_was_made.md first" in capsys.readouterr().out
 
@@ -1126,7 +1126,7 @@ def test_a_list_of_texts_beside_parquet_is_read_unless_there_is_much(
     text_file(folder / "texts.json", json.dumps(["one more text"]))
     text_file(folder / "dataset_infos.json", '{"default": {}}')
     assert sorted(both_splits(folder)) == sorted([*words(30), "one more text"])
-    monkeypatch.setattr(userfiles, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(userfiles, "MUCH_PARQUET", 100)
     assert both_splits(folder) == words(30)
     assert "left aside 2 files about the data" in capsys.readouterr().out
 
