@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_write, fraction, get_base_dir, print0
+from nanochat.encoding import NoText, find_encoding
 from nanochat.shards import (
     COPY_AGAIN,
     check_parquet,
@@ -21,7 +22,7 @@ from nanochat.shards import (
     write_named_documents,
     write_groups,
 )
-from nanochat.textfiles import NoText, find_encoding, read_text_file
+from nanochat.textfiles import read_text_file
 from nanochat.userfiles import (
     ADD_TEXT,
     MIN_ROWS_IN_PLACE,

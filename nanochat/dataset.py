@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from nanochat.common import UserError, get_base_dir, print0
 from nanochat.convert import convert_user_files
+from nanochat.encoding import COMPRESSED, NoText
 from nanochat.shards import (
     COPY_AGAIN,
     check_parquet,
@@ -41,9 +42,7 @@ from nanochat.shards import (
     write_shards,  # noqa: F401  (where it was before)
 )
 from nanochat.textfiles import (
-    COMPRESSED,
     DOCUMENT_CHARS,  # noqa: F401  (where it was before)
-    NoText,
     split_document,  # noqa: F401  (where it was before)
 )
 from nanochat.userfiles import (

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError, atomic_file, atomic_write, sha256
 from nanochat.conversation import is_like_a_conversation
-from nanochat.textfiles import CONVERSATION, NoText, check_not_a_pointer, text_key
+from nanochat.encoding import NoText, check_not_a_pointer
+from nanochat.textfiles import CONVERSATION, text_key
 
 SHARD_CHARS = 12_000_000    # a shard that we write is closed once it exceeds this
 ROWS_PER_GROUP = 64         # small, so that every shard has several row groups

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, expand_home, get_base_dir, print0
+from nanochat.encoding import NOTES, text_suffix
 from nanochat.shards import name_of
-from nanochat.textfiles import NOTES, READERS, conversion_of, holds_text, text_key, text_suffix
+from nanochat.textfiles import READERS, conversion_of, holds_text, text_key
 
 VALIDATION_SHARE = 0.05     # of the rows or characters, where no file is for validation
 MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may have to be cut

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import ROOT, last_json
-from nanochat import convert, dataset, shards, sources, textfiles, userfiles
+from nanochat import convert, dataset, shards, sources, userfiles
 from nanochat.common import UserError
 from nanochat.dataset import (
     data_tag,
@@ -32,9 +32,10 @@ from nanochat.dataset import (
     split_document,
     write_shards,
 )
+from nanochat.encoding import COMPRESSED
 from nanochat.shards import SHARD_CHARS
 from nanochat.sources import Seen, build_local, collect_local, download_fineweb, python_files
-from nanochat.textfiles import COMPRESSED, READERS
+from nanochat.textfiles import READERS
 from stage_runs import TINY
 from tasks.customjson import CustomJSON
 
@@ -1465,15 +1466,15 @@ def test_utf16_and_utf32_are_read_with_and_without_a_mark(tmp_path, capsys, enco
 
 
 def test_a_long_search_for_the_encoding_says_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(textfiles, "REPORT_SECONDS", 0)
-    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr("nanochat.encoding.REPORT_SECONDS", 0)
+    monkeypatch.setattr("nanochat.encoding.BLOCK_BYTES", 1000)
     open_dataset(text_file(tmp_path / "a.txt", NOTE * 10))
     said = capsys.readouterr().out
     assert f"checking the encoding of {tmp_path / 'a.txt'}: 5,000 bytes so far" in said
 
 
 def test_a_wrong_byte_is_found_wherever_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 10)
+    monkeypatch.setattr("nanochat.encoding.BLOCK_BYTES", 10)
     for before in ("", "a\n", "\u00e9" * 7, "\u4e16\u754c\n" * 9, "x" * 29):
         start = before.encode()
         path = text_file(tmp_path / "a.jsonl", start + b"\xff" + b"more\n")
