@@ -109,8 +109,11 @@ def _open(path):
 
 
 @contextlib.contextmanager
-def _open_bytes(path):
-    """_open() as a context, in which damage to a compressed file becomes a UserError."""
+def open_bytes(path):
+    """A context with the bytes of a file, decompressed: a stream.
+
+    Damage to a compressed file becomes a UserError, wherever in the context it is met.
+    """
     try:
         with _open(path) as stream:
             yield stream
@@ -132,7 +135,7 @@ def open_text(path, encoding):
 
     encoding: what find_encoding() says.
     """
-    with _open_bytes(path) as stream, io.TextIOWrapper(stream, encoding) as text:
+    with open_bytes(path) as stream, io.TextIOWrapper(stream, encoding) as text:
         yield text
 
 
@@ -154,13 +157,13 @@ def find_encoding(path):
     NoText where it is no text. UserError with the line where the encoding cannot be told.
     """
     check_not_a_pointer(path)
-    with _open_bytes(path) as stream:
+    with open_bytes(path) as stream:
         head = stream.read(HEAD_BYTES)
-    encoding = _wide_encoding(head)
+    encoding = wide_encoding(head)
     if not encoding:
         _check_text(path, head)
         encoding = "utf-8"
-    with _open_bytes(path) as stream:
+    with open_bytes(path) as stream:
         wrong = _first_wrong(stream, encoding, path)
     if wrong is None:
         return encoding
@@ -190,8 +193,8 @@ def _check_text(path, head):
         raise UserError(f"{path} is a web page, not the file itself: download that")
 
 
-def _wide_encoding(head):
-    """UTF-16 or UTF-32, where a file begins like that, or None.
+def wide_encoding(head):
+    """UTF-16 or UTF-32, where a file begins like that, or None; head: its first HEAD_BYTES.
 
     Without a mark, zeros tell it: every other byte of Latin text is zero, and in other scripts
     those of line ends and spaces are. Of the two orders of bytes, one gives ASCII for them, the
@@ -389,7 +392,7 @@ class _CharacterCounts:
 def _is_cp1252(path):
     """Whether the file is Western European text in cp1252."""
     counts = _CharacterCounts()
-    with _open_bytes(path) as stream:
+    with open_bytes(path) as stream:
         while counts.is_decodable and (block := stream.read(BLOCK_BYTES)):
             counts.add(block)
     return counts.is_cp1252()

@@ -20,10 +20,10 @@ from nanochat.encoding import (
     HEAD_BYTES,
     NOTES,
     NoText,
-    _open_bytes,
-    _wide_encoding,
+    open_bytes,
     open_text,
     text_suffix,
+    wide_encoding,
 )
 from nanochat.tables import find_delimiter, read_header, too_many_columns
 
@@ -408,10 +408,10 @@ def holds_text(path):
     One that cannot be read might: whoever reads it says why not.
     """
     try:
-        with _open_bytes(path) as stream:
+        with open_bytes(path) as stream:
             head = stream.read(HEAD_BYTES)
-        encoding = _wide_encoding(head) or "utf-8"
-        with _open_bytes(path) as stream, io.TextIOWrapper(stream, encoding, "replace") as text:
+        encoding = wide_encoding(head) or "utf-8"
+        with open_bytes(path) as stream, io.TextIOWrapper(stream, encoding, "replace") as text:
             next(READERS[text_suffix(path)](text, path), None)
     except NoText:
         return False
