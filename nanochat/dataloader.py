@@ -23,7 +23,8 @@ import torch
 
 from nanochat.common import print0
 from nanochat.conversation import as_parts
-from nanochat.dataset import open_dataset, read_row_group
+from nanochat.dataset import open_dataset
+from nanochat.shards import read_row_group
 
 IGNORED = -1                # target of a position that gives no loss
 WAITING_CONVERSATIONS = 32  # from which the packing chooses

@@ -27,8 +27,10 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError, atomic_write, fraction, get_base_dir, print0, sha256
 from nanochat.configurator import configure
-from nanochat.dataset import DOCUMENT_CHARS, parquet_paths, split_document, write_shards
+from nanochat.dataset import parquet_paths
 from nanochat.metrics import finish_stage
+from nanochat.shards import write_shards
+from nanochat.textfiles import DOCUMENT_CHARS, split_document
 
 source: str = None  # local, installed or fineweb; None: fineweb where -n is given, else local
 shards: int = None  # -n, training shards of FineWeb-Edu, 100 MB each, 1 to 1822; fineweb alone: 240

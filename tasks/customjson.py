@@ -39,15 +39,8 @@ from nanochat.conversation import (
     is_message,
     normalise_messages,
 )
-from nanochat.textfiles import (
-    check_not_a_pointer,
-    find_delimiter,
-    find_encoding,
-    open_text,
-    read_header,
-    text_suffix,
-    too_many_columns,
-)
+from nanochat.encoding import check_not_a_pointer, find_encoding, open_text, text_suffix
+from nanochat.tables import find_delimiter, read_header, too_many_columns
 from tasks.common import Task, conversation
 
 DETAILS = ("input", "context")      # what an instruction or a question is about
@@ -362,7 +355,7 @@ def _read_json(path):
 
 
 def _read_csv(path):
-    """Rows under a line of column names, divided by one of textfiles.DELIMITERS."""
+    """Rows under a line of column names, divided by one of tables.DELIMITERS."""
     stream = io.StringIO(_read_text(path), newline="")
     header = read_header(stream, path)
     delimiter, names = find_delimiter(header, _is_recognised)

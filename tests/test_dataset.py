@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import ROOT, last_json
-from nanochat import dataset, sources, textfiles
+from nanochat import convert, dataset, shards, sources, userfiles
 from nanochat.common import UserError
 from nanochat.dataset import (
-    SHARD_CHARS,
     data_tag,
     iter_documents,
     iter_row_groups,
@@ -33,8 +32,10 @@ from nanochat.dataset import (
     split_document,
     write_shards,
 )
+from nanochat.encoding import COMPRESSED
+from nanochat.shards import SHARD_CHARS
 from nanochat.sources import Seen, build_local, collect_local, download_fineweb, python_files
-from nanochat.textfiles import COMPRESSED, READERS
+from nanochat.textfiles import READERS
 from stage_runs import TINY
 from tasks.customjson import CustomJSON
 
@@ -272,8 +273,8 @@ def jsonl_file(path, texts):
 def test_the_last_twentieth_of_the_characters_is_validation(tmp_path, monkeypatch, seed):
     """Wherever the border falls: in a document, a row group, a shard, or between two of them."""
     rng = random.Random(seed)
-    monkeypatch.setattr(dataset, "SHARD_CHARS", rng.choice([1, 50, 400, 12_000_000]))
-    monkeypatch.setattr(dataset, "ROWS_PER_GROUP", rng.choice([1, 2, 7, 64]))
+    monkeypatch.setattr(shards, "SHARD_CHARS", rng.choice([1, 50, 400, 12_000_000]))
+    monkeypatch.setattr(shards, "ROWS_PER_GROUP", rng.choice([1, 2, 7, 64]))
     most = rng.choice([1, 5, 60, 400])
     texts = [
         "".join(rng.choices("abc\n", (5, 5, 5, 1), k=rng.randint(1, most))) + "."
@@ -372,7 +373,7 @@ def test_what_a_killed_conversion_has_left_is_removed_after_days(tmp_path, base)
 
 
 def test_a_long_conversion_says_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dataset, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(convert, "REPORT_SECONDS", 0)
     open_dataset(jsonl_file(tmp_path / "a.jsonl", words(9)))
     said = capsys.readouterr().out
     assert f"reading {tmp_path / 'a.jsonl'}, 1 of 1: " in said and "characters so far" in said
@@ -530,7 +531,7 @@ def test_a_build_that_broke_off_is_not_taken_for_whole(made_sources, monkeypatch
     def full(path, documents):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(dataset, "_write_parquet", full)
+        patch.setattr(shards, "_write_parquet", full)
         build_local()
     with pytest.raises(UserError, match="missing"):
         parquet_paths()
@@ -977,7 +978,7 @@ def test_notes_beside_much_parquet_are_about_it(tmp_path, base, monkeypatch, cap
     folder = split_folder(tmp_path / "mine", p0=words(9), p1=words(2, "last"))
     text_file(folder / "how_it_was_made.md", "With care.\n")
     assert "With care." in "".join(both_splits(folder))
-    monkeypatch.setattr(dataset, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(userfiles, "MUCH_PARQUET", 100)
     assert both_splits(folder) == words(9) + words(2, "last")
     assert "how_it_was_made.md first" in capsys.readouterr().out
 
@@ -1126,7 +1127,7 @@ def test_a_list_of_texts_beside_parquet_is_read_unless_there_is_much(
     text_file(folder / "texts.json", json.dumps(["one more text"]))
     text_file(folder / "dataset_infos.json", '{"default": {}}')
     assert sorted(both_splits(folder)) == sorted([*words(30), "one more text"])
-    monkeypatch.setattr(dataset, "CHECKED_BYTES", 100)
+    monkeypatch.setattr(userfiles, "MUCH_PARQUET", 100)
     assert both_splits(folder) == words(30)
     assert "left aside 2 files about the data" in capsys.readouterr().out
 
@@ -1465,15 +1466,15 @@ def test_utf16_and_utf32_are_read_with_and_without_a_mark(tmp_path, capsys, enco
 
 
 def test_a_long_search_for_the_encoding_says_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(textfiles, "REPORT_SECONDS", 0)
-    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr("nanochat.encoding.REPORT_SECONDS", 0)
+    monkeypatch.setattr("nanochat.encoding.BLOCK_BYTES", 1000)
     open_dataset(text_file(tmp_path / "a.txt", NOTE * 10))
     said = capsys.readouterr().out
     assert f"checking the encoding of {tmp_path / 'a.txt'}: 5,000 bytes so far" in said
 
 
 def test_a_wrong_byte_is_found_wherever_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 10)
+    monkeypatch.setattr("nanochat.encoding.BLOCK_BYTES", 10)
     for before in ("", "a\n", "\u00e9" * 7, "\u4e16\u754c\n" * 9, "x" * 29):
         start = before.encode()
         path = text_file(tmp_path / "a.jsonl", start + b"\xff" + b"more\n")
