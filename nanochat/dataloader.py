@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from nanochat.common import print0
+from nanochat.common import UserError, print0
 from nanochat.conversation import as_parts
 from nanochat.dataset import open_dataset
 from nanochat.shards import read_row_group
@@ -39,6 +39,13 @@ class TextSize(NamedTuple):
     bytes: int
     tokens: int
     exact: bool  # whether all of it was read
+
+    def check_context(self, max_seq_len):
+        """UserError where the text is known not to fill a sequence of max_seq_len tokens."""
+        if self.exact and max_seq_len and self.tokens <= max_seq_len:
+            raise UserError(
+                f"the context of {max_seq_len} tokens is longer than the training text of "
+                f"{self.tokens}: lower --max_seq_len")
 
 
 def measure_text(dataset, tokenizer, most_bytes=MEASURED_BYTES):

@@ -422,7 +422,8 @@ class Stream:
 def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
     """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
 
-    A model that has diverged is said in place of its text: the guard decides what becomes of a run.
+    What went wrong is said in place of a text, a model that has diverged or a prompt that is longer
+    than the context: the guard decides what becomes of a run.
     ids_of(prompt): the ids that stand for a prompt; None: its text. passages: of the Engine.
     """
     was_training = model.training
@@ -433,7 +434,7 @@ def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passage
         start = ids_of(prompt) if ids_of else prompt
         try:
             text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
-        except NonFiniteError as error:
+        except UserError as error:
             text = f"({error})"
         samples.append({"prompt": prompt, "text": text})
         print(f"  {prompt}|{text!r}", flush=True)

@@ -119,6 +119,7 @@ vocab_size = tokenizer.get_vocab_size()
 planning_began = time.perf_counter()  # measuring and counting are training time
 dataset = open_dataset(data)
 text_size = measure_text(dataset, tokenizer)
+text_size.check_context(max_seq_len)
 machine = this_machine(compute, matmul_flops)
 speed = speed_of(model_class, vocab_size, compute)
 plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed, text_size)
@@ -127,6 +128,7 @@ for line in plan.describe(model_name, world_size) + reading.warnings():
     print0(line)
 max_seq_len, total_batch_size = plan.shape.max_seq_len, plan.batch.total_batch_size
 micro_batch_size, grad_accum_steps = plan.batch.micro_batch_size, plan.batch.grad_accum_steps
+text_size.check_context(max_seq_len)
 
 # ---- a fresh run counts n-grams, and describes its model
 counted = None
@@ -195,9 +197,6 @@ if start.state:
     torch.set_rng_state(start.state["rng"].cpu())
 
 # ---- data
-if text_size.exact and text_size.tokens <= max_seq_len:
-    raise UserError(f"the context of {max_seq_len} tokens is longer than the training text of "
-                    f"{text_size.tokens}: lower --max_seq_len")
 loader_state = start.state and start.state["loader"]
 loader = tokenizing_distributed_data_loader_with_state(
     tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,

@@ -156,8 +156,10 @@ def test_the_model_keeps_the_name_that_midtraining_was_given_until_it_gets_anoth
     stages.fork("scripts.mid_train", *small, "--name=Ada Lovelace")
     assert stages.fork_record("scripts.chat_sft", *small)["name"] == "Ada Lovelace"
     assert stages.fork_record("scripts.chat_sft", *small, "--name=Bob")["name"] == "Bob"
-    for stage, name in (("mid", "Ada Lovelace"), ("chatsft", "Bob")):
-        assert meta_of(stages.folder(stage, "ada"), 2)["name"] == name
+    named = [("mid", "ada", "Ada Lovelace"), ("chatsft", "ada", "Ada Lovelace"),
+             ("chatsft", "ada-2", "Bob")]
+    for stage, tag, name in named:
+        assert meta_of(stages.folder(stage, tag), 2)["name"] == name
 
 
 @pytest.mark.parametrize("model", ["gpt", "portable"])
@@ -277,7 +279,7 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     ((*DATA, "--model=transformer"), "choose from gpt, lookup, portable"),
     (("scripts.chat_sft", "--source=base", "--compile=0", "--num_iterations=0"),
      "num_iterations=0"),
-    (("scripts.base_train", "--data={latin}", "--compile=0"), "not UTF-8"),
+    (("scripts.base_train", "--data={cyrillic}", "--compile=0"), "not UTF-8"),
     (("scripts.tok_train", "--data={empty}"), "empty"),
     (("scripts.tok_train", "--data={text}", "--vocab_size=30000"), "30000"),
     (("scripts.base_loss", "--model_tag=none"), "no complete checkpoint"),
@@ -305,14 +307,13 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     (("scripts.chat_eval", "-a", "{text}"), "line 1 is not JSON"),
     (("nanochat.dataset", "--source=local", "-n", "5"), "always taken whole"),
     (("scripts.mid_train", "--device_batch_size=0"), "device_batch_size=0"),
-    ((*ASK, "word " * 200), "the context holds 128"),
     (("scripts.mid_train", "--dtype=float16"), "float16"),
 ])
 def test_bad_input_is_one_line_and_status_2(stages, trained, text, tmp_path, words, needle):
-    latin, empty = tmp_path / "latin.txt", tmp_path / "empty.txt"
-    latin.write_bytes("caf\xe9 au lait".encode("latin-1") * 10)
+    cyrillic, empty = tmp_path / "cyrillic.txt", tmp_path / "empty.txt"
+    cyrillic.write_bytes("\u043a\u043e\u0442 \u0438 \u043f\u0451\u0441 ".encode("koi8-r") * 10)
     empty.write_text("", encoding="utf-8")
-    words = [word.format(text=text, latin=latin, empty=empty) for word in words]
+    words = [word.format(text=text, cyrillic=cyrillic, empty=empty) for word in words]
     assert needle in stages.refusal(*words)
 
 
