@@ -18,12 +18,19 @@ from collections import Counter
 
 from nanochat.common import UserError
 from tasks.common import answer_text
-from tasks.customjson import ANSWERS, CustomJSON
+from tasks.customjson import (
+    ANSWERS,
+    CHOICES,
+    LABELS,
+    LETTERS,
+    CustomJSON,
+    answer_keys,
+    check_choices,
+    choices_of,
+    place_of,
+)
 
-LETTERS = "abcdefgh"                # keys of choices
-CHOICES = ("choices", "options")    # or the key of a list of them
 ACCEPTED = ("answers", *ANSWERS)    # keys that may hold several accepted answers
-LABELS = ("answer", "answerkey", "label", "target", "correct", "gold")  # keys of the right one
 
 # A number is one token, and so is each character of a script without spaces.
 NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
@@ -91,35 +98,10 @@ def token_f1(given, accepted):
 # ------------------------------------------------------------------------------------------------
 # reading
 
-def _choices_of(fields):
-    """The choices of a record, in a list; [] where it has none."""
-    listed = [fields[key] for key in CHOICES if isinstance(fields.get(key), (list, dict))]
-    if listed:
-        choices = listed[0]
-        if isinstance(choices, dict):   # ARC's {"text": [...], "label": [...]}
-            choices = choices.get("text") or []
-        return [str(choice).strip() for choice in choices]
-    texts = []
-    for letter in LETTERS:
-        if fields.get(letter) in (None, ""):
-            break
-        texts.append(str(fields[letter]).strip())
-    return texts if len(texts) > 1 else []
-
-
 def _gold_of(fields, choices):
     """The index of the right choice; None where no key names one."""
-    keys = [key for key in LABELS if fields.get(key) is not None]
-    if not keys:
-        return None
-    label = str(fields[keys[0]]).strip()
-    if label in choices:
-        return choices.index(label)
-    if label.isdecimal():
-        place = int(label)
-    else:
-        place = LETTERS.find(label.strip("().").lower() or "?")
-    return place if 0 <= place < len(choices) else None
+    places = [place_of(fields[key], choices) for key in answer_keys(fields)]
+    return next((place for place in places if place is not None), None)
 
 
 def _accepted_of(fields):
@@ -144,7 +126,7 @@ class Questions(CustomJSON):
         fields = {}
         if isinstance(record, dict):
             fields = {str(key).strip().lower(): value for key, value in record.items()}
-        choices = _choices_of(fields)
+        choices = choices_of(fields)
         key, accepted = _accepted_of(fields)
         if choices:
             record, gold = self._one_choice(place, fields, choices)
@@ -154,7 +136,7 @@ class Questions(CustomJSON):
         super()._add(place, record, forms, changes)
         item = self.conversations[-1]
         if choices:
-            item.update(choices=choices, gold=gold, neutral="Which one?")
+            item.update(choices=choices.texts, gold=gold, neutral="Which one?")
             return
         answer = answer_text(item["messages"][-1]["content"]).strip()
         if not answer:
@@ -163,14 +145,18 @@ class Questions(CustomJSON):
 
     def _one_choice(self, place, fields, choices):
         """(record, index) of a question with choices: the right choice is its answer."""
+        try:
+            check_choices(choices)
+        except UserError as error:
+            raise UserError(f"{self.path}, {place}: {error}") from error
         gold = _gold_of(fields, choices)
         if gold is None:
             raise UserError(
-                f"{self.path}, {place}: which of the {len(choices)} choices is right? Write its "
-                "letter, its text or its number from 0 under \"answer\"")
-        dropped = (*LETTERS, *CHOICES, *LABELS)
+                f"{self.path}, {place}: which of the {len(choices.texts)} choices is right? Write "
+                "its letter, its text or its number from 0 under \"answer\"")
+        dropped = (*LETTERS, *CHOICES, *ANSWERS, *LABELS)
         record = {key: value for key, value in fields.items() if key not in dropped}
-        return {**record, "answer": choices[gold]}, gold
+        return {**record, "answer": choices.texts[gold]}, gold
 
     @property
     def chance(self):

@@ -141,6 +141,35 @@ def test_questions_with_choices_are_recognised(read, content, name):
     assert task.similarity(task[0], "pear") == 1.0 and task.similarity(task[0], "iron") == 0.0
 
 
+LONG = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kite"]
+
+
+@pytest.mark.parametrize("fields, gold", [
+    (dict(zip("ABCDEFGHIJ", LONG)) | {"answer": "J"}, 9),
+    ({"choices": LONG, "answer": "k"}, 10),
+    ({"choices": {"text": LONG[:3], "label": ["1", "2", "3"]}, "answerKey": "2"}, 1),
+    ({"choices": {"text": LONG[:3], "label": ["1", "2", "3"]}, "answerKey": 3}, 2),
+    ({"choices": ["2", "3", "1"], "answer": "1"}, 2),
+    ({"choices": ["2", "3", "1"], "answer": 1}, 1),
+    ({"choices": ["ox", "ab"], "answer": "ab"}, 1),
+    ({"A": 7, "B": 8, "answer": 8}, 1),
+    ({"choices": ["x", "y"], "answer": "since y is right", "label": 1}, 1),
+    ({"choices": ["x", "y"], "output": "y", "completion": ""}, 1),
+])
+def test_which_choice_is_right(read, fields, gold):
+    task = read([{"question": "Which?", **fields}])
+    assert task[0]["gold"] == gold
+    assert verdicts(task, task[0]["choices"][gold]) == [True]
+    count = sum(key in "ABCDEFGHIJ" for key in fields) or len(task[0]["choices"])
+    assert len(task[0]["choices"]) == count and task.chance == 1 / count
+
+
+def test_a_table_may_have_the_choices_as_a_list_of_json(read):
+    table = 'question,choices,answer\nWhich?,"[""x"", ""y"", ""z""]",C\n'
+    task = read(table, "qa.csv")
+    assert task[0]["choices"] == ["x", "y", "z"] and task[0]["gold"] == 2
+
+
 def test_a_file_may_mix_questions_with_and_without_choices(read):
     mixed = {"question": "Which?", "A": "x", "B": "y", "answer": "A"}
     task = read([PAIR, mixed])
@@ -151,6 +180,10 @@ def test_a_file_may_mix_questions_with_and_without_choices(read):
     ({"question": "Which?", "A": "x", "B": "y", "answer": "E"}, "line 2: which of the 2 choices"),
     ({"question": "Which?", "choices": ["x", "y"]}, "which of the 2 choices"),
     ({"question": "Which?", "choices": ["x", "y"], "answer": 2}, "which of the 2 choices"),
+    ({"question": "Which?", "choices": ["x", "y"], "answer": "xy"}, "which of the 2 choices"),
+    ({"question": "Which?", "choices": ["xy", "z"], "answer": "ab"}, "which of the 2 choices"),
+    ({"question": "Which?", "choices": ["x", ""], "answer": 0}, "line 2: choice 2 of 2 is empty"),
+    ({"question": "Which?", "A": "x", "B": "", "C": "y", "answer": "A"}, "choice 2 of 3 is empty"),
     ({"question": "Which?"}, "line 2: no conversation"),
     ([{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": [
         {"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]}],
