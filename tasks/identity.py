@@ -219,7 +219,8 @@ SAYS_NAME = re.compile(
     r"|我叫|我的名字是|меня зовут\s+",
     re.IGNORECASE,
 )
-GREETING = re.compile(r"\s*(?:[^\W\d]+(?: [^\W\d]+)?[.!,，！。] *)?")  # "Hello there! ", or nothing
+# What may stand before that, as "Hello there! "
+GREETING = re.compile(r"\s*(?:[^\W\d]+(?: [^\W\d]+)?[.!,，！。] *)?")
 SAYS_IT_IS = re.compile(r"\b(i am|i'm|ich bin|je suis|soy|sono)\s+", re.IGNORECASE)
 WORD_OF_A_NAME = r"[^\W\d_a-z](?:[\w-]|'(?!s\b))*"
 NAME_AFTER = re.compile(f"{WORD_OF_A_NAME}(?: {WORD_OF_A_NAME})*")
