@@ -11,12 +11,17 @@ is an accepted one word for word, apart from case, punctuation, white space and 
 accepted answer is a number, the last number given must be that number. Beside that stands the F1 of
 the words that an answer shares with the accepted one, as in SQuAD (Rajpurkar et al. 2016,
 arXiv 1606.05250).
+
+A chat that looks things up answers with sentences of the user's text. Such an answer is right where
+an accepted one, word for word or as a number, is somewhere in what is quoted.
 """
 import re
 import unicodedata
 from collections import Counter
 
 from nanochat.common import UserError
+from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
+from nanochat.retrieval import NOT_SURE
 from tasks.common import answer_text
 from tasks.customjson import (
     ANSWERS,
@@ -36,6 +41,7 @@ ACCEPTED = ("answers", *ANSWERS)    # keys that may hold several accepted answer
 NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 WITHOUT_SPACES = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 TOKEN = re.compile(rf"{NUMBER}|{WITHOUT_SPACES}|\S+?(?=\s|$|{WITHOUT_SPACES}|{NUMBER})")
+SOURCE = re.compile(r"\(source: .*\)")     # a line below a quotation
 ARTICLES = ("a", "an", "the")
 
 
@@ -86,6 +92,35 @@ def is_same(given, accepted):
     if len(accepted) == 1 and is_number(accepted[0]):
         given = [word for word in given if is_number(word)][-1:]
     return given == accepted
+
+
+def is_within(accepted, quoted):
+    """Whether an accepted answer's words stand in a quotation, one after the other.
+
+    >>> is_within("3 cups", "Soak 500 g of beans in 3 cups of water."), is_within("50", "500 g")
+    (True, False)
+    """
+    accepted, quoted = words_of(accepted), words_of(quoted)
+    starts = range(len(quoted) - len(accepted) + 1)
+    return any(quoted[start:start + len(accepted)] == accepted for start in starts)
+
+
+def quoted_text(parts):
+    """What a looked-up answer quotes, without its sources and what is said of doubt. None for an
+    answer that was not looked up.
+
+    parts: what tokenizer.parse_completion returns, or text.
+    """
+    if isinstance(parts, str):
+        return None
+    replies = [
+        part["text"] for call, part in zip(parts, parts[1:])
+        if call["text"] == LOOKUP_CALL and part["type"] == "python_output"
+    ]
+    lines = [line for reply in replies for line in reply.split("\n")]
+    said = (NOT_SURE, NOTHING_FOUND)
+    quoted = [line for line in lines if line not in said and not SOURCE.fullmatch(line)]
+    return "\n".join(quoted) if replies else None
 
 
 def token_f1(given, accepted):
@@ -164,21 +199,25 @@ class Questions(CustomJSON):
         return sum(1 / len(item["choices"]) for item in with_choices) / len(self.conversations)
 
     def evaluate(self, conversation, parts):
-        """Right when the answer is an accepted one, or the right choice."""
+        """Right when the answer is an accepted one, or quotes one, or is the right choice."""
         given = answer_text(parts)
         if "choices" in conversation:
             return given == conversation["choices"][conversation["gold"]]
+        quoted = quoted_text(parts)
+        if quoted is not None:
+            return any(is_within(accepted, quoted) for accepted in conversation["accepted"])
         return any(is_same(given, accepted) for accepted in conversation["accepted"])
 
     def similarity(self, conversation, parts):
         """The F1 of the answer and the accepted one that is most like it, from 0 to 1.
 
-        A right answer has 1, also where only the number in it counts.
+        A right answer has 1, also where only the number in it counts, or a part of a quotation.
         """
         is_right = self.evaluate(conversation, parts)
         if is_right or "choices" in conversation:
             return float(is_right)
-        given = answer_text(parts)
+        quoted = quoted_text(parts)
+        given = answer_text(parts) if quoted is None else quoted
         return max(token_f1(given, accepted) for accepted in conversation["accepted"])
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from conftest import ROOT
 from nanochat.common import UserError
+from nanochat.conversation import LOOKUP_CALL
+from nanochat.retrieval import DOUBTFUL, NOTHING, SURE, Answer, Quote, reply_to
 from tasks.questions import Questions, is_same, token_f1, words_of
 
 
@@ -75,6 +77,48 @@ def test_words_are_tokens_numbers_and_single_characters_of_chinese():
     assert words_of("The 1,000.50 x5y") == ["1000.5", "x", "5", "y"]
     assert words_of("in 北京 2024-01-02") == ["in", "北", "京", "2024", "1", "2"]
     assert words_of("an") == ["an"]
+
+
+# ------------------------------------------------------------------------------------------------
+# answers that were looked up
+
+def looked_up(quotes, confidence=SURE):
+    """The parts of an answer that quotes [(text, source), ...]."""
+    reply = reply_to(Answer([Quote(*quote) for quote in quotes], confidence, 1.0))
+    output = {"type": "python_output", "text": reply}
+    return [{"type": "text", "text": ""}, {"type": "python", "text": LOOKUP_CALL}, output]
+
+
+@pytest.mark.parametrize("answer, is_right", [
+    ("in May", True), ("may", True), ("1000", True), ("2 kg", True), ("Ann|Bob", True),
+    ("June", False), ("10", False), ("garden.md", False), ("Vegetables", False), ("sure", False),
+    ("kg 2", False), ("Ma", False),
+])
+def test_an_answer_that_was_looked_up_is_right_where_the_quotation_has_it(read, answer, is_right):
+    task = read([{"question": "When?", "answer": answer}])
+    quotes = [
+        ("Sow 1,000 beans in May.", "garden.md, Vegetables"),
+        ("2 kg went to Bob.", "a.md"),
+    ]
+    for confidence in (SURE, DOUBTFUL):
+        parts = looked_up(quotes, confidence)
+        assert task.evaluate(task[0], parts) is is_right
+        assert (task.similarity(task[0], parts) == 1) is is_right
+
+
+def test_what_is_near_an_accepted_answer_is_compared_with_the_quotation_alone(read):
+    task = read([{"question": "When?", "answer": "in early June"}])
+    parts = looked_up([("Sow in June.", "garden.md")])
+    assert task.similarity(task[0], parts) == pytest.approx(2 * 2 / (3 + 3))
+    nothing = looked_up([], NOTHING)
+    assert task.similarity(task[0], nothing) == 0 and not task.evaluate(task[0], nothing)
+
+
+def test_the_output_of_a_calculation_is_no_quotation(read):
+    task = read([{"question": "6*7?", "answer": 42}])
+    call = [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
+    assert not task.evaluate(task[0], call)
+    assert task.evaluate(task[0], [*call, {"type": "text", "text": "It is 42."}])
 
 
 # ------------------------------------------------------------------------------------------------
