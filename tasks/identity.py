@@ -307,8 +307,8 @@ def own_identity(conversations):
     """For each topic the (question, answer) pairs of the user's conversations, as lists.
 
     A question counts that is one of ours, apart from case, punctuation and openings; so does an
-    answer that begins with "My name is Bob". A system message may give the model another part to play, so that
-    conversations with one are not looked at.
+    answer that begins with "My name is Bob". A system message may give the model another part to
+    play, so that conversations with one are not looked at.
     """
     own = [[] for _ in TOPICS]
     for messages in (conversation["messages"] for conversation in conversations):
