@@ -37,12 +37,11 @@ from nanochat.conversation import (
     MESSAGES,
     QUESTIONS,
     ROLE_KEYS,
-    is_like_a_conversation,
     is_message,
     normalise_messages,
 )
 from nanochat.encoding import check_not_a_pointer, find_encoding, open_text, text_suffix
-from nanochat.tables import find_delimiter, read_header, too_many_columns
+from nanochat.tables import find_delimiter, hold_conversations, read_header, too_many_columns
 from tasks.common import Task, conversation
 
 DETAILS = ("input", "context")      # what an instruction or a question is about
@@ -423,7 +422,7 @@ def _read_csv(path):
     """Rows under a line of column names, divided by one of tables.DELIMITERS."""
     stream = io.StringIO(_read_text(path), newline="")
     header = read_header(stream, path)
-    delimiter, names = find_delimiter(header, _is_recognised)
+    delimiter, names = find_delimiter(header, hold_conversations)
     csv.field_size_limit(MAX_CELL)
     reader = csv.DictReader(stream, names, delimiter=delimiter, strict=True)
     try:
@@ -437,11 +436,6 @@ def _read_csv(path):
     except csv.Error as error:
         line = reader.reader.line_num + header.lines  # reader's own is that of the row before
         raise UserError(f"{path}, line {line} is not csv: {error}") from error
-
-
-def _is_recognised(names):
-    """Whether columns of these names hold conversations."""
-    return is_like_a_conversation(dict.fromkeys(names, ""))
 
 
 def _read_parquet(path):

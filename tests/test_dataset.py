@@ -1567,6 +1567,20 @@ def test_conversations_given_as_text_are_said_to_belong_elsewhere(tmp_path, caps
     assert re.search(f"skipped .*{name}.*--custom of scripts.chat_sft", said)
 
 
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"text": "some", "conversation": 7}\n{"conversation": 8, "text": "text"}\n'),
+    ("b.json", '[{"text": "some", "conversation": 7}, {"conversation": 8, "text": "text"}]'),
+    ("c.jsonl", '[{"text": "some", "conversation": 7}, {"conversation": 8, "text": "text"}]'),
+    ("d.jsonl", '\ufeff[\n  {\n    "text": "some"\n  },\n  {\n    "text": "text"\n  }\n]\n'),
+    ("e.jsonl", '\ufeff{\n  "text": "some"\n}\n{\n  "text": "text"\n}\n'),
+    ("f.jsonl", '\ufeff{"text": "some"}\n{"text": "text"}\n'),
+])
+def test_records_with_a_text_are_read_whatever_other_keys_and_mark_they_have(
+        tmp_path, name, content):
+    path = text_file(tmp_path / name, content)
+    assert "".join(both_splits(path)) == "sometext"
+
+
 def test_a_conversation_among_texts_is_refused_with_its_line(tmp_path):
     path = text_file(tmp_path / "a.jsonl", LINES + CONVERSATIONS["a.jsonl"])
     with pytest.raises(UserError, match="line 41: a conversation, not text"):
