@@ -27,7 +27,7 @@ from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
 from nanochat.prompts import QUESTIONS
 from nanochat.retrieval import NOT_SURE, SURE, Answer, Quote, reply_to
 from nanochat.words import language_of, words_of
-from tasks.common import Task, answer_text, check_split, conversation, split_of
+from tasks.common import Task, answer_text, check_split, conversation, f1, split_of
 from tasks.identity import TOPICS
 from tasks.pydoc import PyDoc
 
@@ -322,7 +322,5 @@ def retyped(question, rng):
 
 
 def overlap(expected, given):
-    """The F1 score of the words that two texts have in common, 0 to 1 (SQuAD, arXiv 1606.05250)."""
-    expected, given = words_of(expected), words_of(given)
-    common = sum(min(expected.count(word), given.count(word)) for word in set(expected))
-    return 2 * common / max(1, len(expected) + len(given))
+    """The F1 of the words of two texts, from 0 to 1."""
+    return f1(words_of(expected), words_of(given))

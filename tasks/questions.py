@@ -17,12 +17,12 @@ an accepted one, word for word or as a number, is somewhere in what is quoted.
 """
 import re
 import unicodedata
-from collections import Counter
 
 from nanochat.common import UserError
 from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
 from nanochat.retrieval import NOT_SURE
-from tasks.common import answer_text
+from nanochat.words import UNSPACED
+from tasks.common import answer_text, f1
 from tasks.customjson import (
     ANSWERS,
     CHOICES,
@@ -39,8 +39,7 @@ ACCEPTED = ("answers", *ANSWERS)    # keys that may hold several accepted answer
 
 # A number is one token, and so is each character of a script without spaces.
 NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-WITHOUT_SPACES = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-TOKEN = re.compile(rf"{NUMBER}|{WITHOUT_SPACES}|\S+?(?=\s|$|{WITHOUT_SPACES}|{NUMBER})")
+TOKEN = re.compile(rf"{NUMBER}|{UNSPACED}|\S+?(?=\s|$|{UNSPACED}|{NUMBER})")
 SOURCE = re.compile(r"\(source: .*\)")     # a line below a quotation
 ARTICLES = ("a", "an", "the")
 
@@ -60,10 +59,10 @@ def _canonical_number(text):
     return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
 
 
-def words_of(text):
+def answer_words(text):
     """The words of an answer, for comparing: a list.
 
-    >>> words_of("The answer is 1,000.0 apples!")
+    >>> answer_words("The answer is 1,000.0 apples!")
     ['answer', 'is', '1000', 'apples']
     """
     text = unicodedata.normalize("NFKC", text).casefold()
@@ -88,7 +87,7 @@ def is_same(given, accepted):
     Where the accepted one is a number, the last number of the given one counts, as "The answer is
     84." is right where 84 is accepted.
     """
-    given, accepted = words_of(given), words_of(accepted)
+    given, accepted = answer_words(given), answer_words(accepted)
     if len(accepted) == 1 and is_number(accepted[0]):
         given = [word for word in given if is_number(word)][-1:]
     return given == accepted
@@ -100,7 +99,7 @@ def is_within(accepted, quoted):
     >>> is_within("3 cups", "Soak 500 g of beans in 3 cups of water."), is_within("50", "500 g")
     (True, False)
     """
-    accepted, quoted = words_of(accepted), words_of(quoted)
+    accepted, quoted = answer_words(accepted), answer_words(quoted)
     starts = range(len(quoted) - len(accepted) + 1)
     return any(quoted[start:start + len(accepted)] == accepted for start in starts)
 
@@ -124,10 +123,8 @@ def quoted_text(parts):
 
 
 def token_f1(given, accepted):
-    """2PR / (P + R) of the words that two answers share, from 0 to 1 (SQuAD's F1)."""
-    given, accepted = words_of(given), words_of(accepted)
-    shared = sum((Counter(given) & Counter(accepted)).values())
-    return 2 * shared / max(1, len(given) + len(accepted))
+    """The F1 of the words of two answers, from 0 to 1."""
+    return f1(answer_words(accepted), answer_words(given))
 
 
 # ------------------------------------------------------------------------------------------------

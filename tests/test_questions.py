@@ -8,7 +8,7 @@ from conftest import ROOT
 from nanochat.common import UserError
 from nanochat.conversation import LOOKUP_CALL
 from nanochat.retrieval import DOUBTFUL, NOTHING, SURE, Answer, Quote, reply_to
-from tasks.questions import Questions, is_same, token_f1, words_of
+from tasks.questions import Questions, answer_words, is_same, token_f1
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def test_f1_is_that_of_squad():
 
 
 def test_words_are_tokens_numbers_and_single_characters_of_chinese():
-    assert words_of("The 1,000.50 x5y") == ["1000.5", "x", "5", "y"]
-    assert words_of("in 北京 2024-01-02") == ["in", "北", "京", "2024", "1", "2"]
-    assert words_of("an") == ["an"]
+    assert answer_words("The 1,000.50 x5y") == ["1000.5", "x", "5", "y"]
+    assert answer_words("in 北京 2024-01-02") == ["in", "北", "京", "2024", "1", "2"]
+    assert answer_words("an") == ["an"]
 
 
 # ------------------------------------------------------------------------------------------------
