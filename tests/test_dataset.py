@@ -1679,6 +1679,15 @@ DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^\*\*`([^`]+)`\*\*(.*?)^```(\w+)\n(.*?)^```", DATA_PAGE, re.M | re.S)
 
 
+def test_the_page_names_the_stages_of_the_speedrun_that_get_the_text():
+    [row] = [row for row in DATA_PAGE.split("\n") if "| `DATA=` |" in row]
+    handed, _, found = row.rpartition("|")[0].partition(";")
+    script = (ROOT / "speedrun.sh").read_text(encoding="utf-8")
+    stages = set(re.findall(r"stage (\w+) [^\n]*--data=\$DATA", script))
+    assert set(re.findall(r"`(\w+)`", handed)) == stages and stages
+    assert "chat stages find it through the base model" in found
+
+
 def make_example(name, language, body):
     """Make one example of docs/data.md in the current folder."""
     if language == "python":
