@@ -384,6 +384,7 @@ class Identity(Task):
         self.split = check_split(split)
         self.name = name
         self.skills = SKILLS[quotes_text]
+        self.answers_as_user = bool(own) and any(own)
         self.items = []  # (question, answers)
         for number, topic in enumerate(TOPICS):
             questions = topic.training if split == "train" else topic.held_out

@@ -153,10 +153,12 @@ def identity_tasks(identity, passages):
     """An Identity as often as it must be practised to be told from what is looked up.
 
     Beside a text of the user's everything short looks like a heading, and a greeting most of all.
+    The model has heard the built-in answers in midtraining, the user's own in one stage only.
     """
     if passages is None:
         return [identity] * 4
-    return [identity] * 12 + [Greetings(identity)] * 75
+    copies = 25 if identity.answers_as_user else 12
+    return [identity] * copies + [Greetings(identity)] * 75
 
 
 class Greetings(Task):
