@@ -8,6 +8,7 @@ import csv
 from typing import NamedTuple
 
 from nanochat.common import UserError
+from nanochat.conversation import is_like_a_conversation
 
 DELIMITERS = ",;\t|"        # of the columns of a table
 MAX_HEADER_LINES = 100      # of the names of its columns, in quotes
@@ -73,6 +74,11 @@ def find_delimiter(header, *are_wanted):
                 return mark, found
     best = max(names, key=lambda mark: len(names[mark]))
     return best, names[best]
+
+
+def hold_conversations(names):
+    """Whether columns of these names hold conversations, as find_delimiter() asks."""
+    return is_like_a_conversation(dict.fromkeys(names, ""))
 
 
 def too_many_columns(path, line, count, expected, delimiter):

@@ -14,7 +14,7 @@ import itertools
 import json
 
 from nanochat.common import UserError
-from nanochat.conversation import is_like_a_conversation
+from nanochat.conversation import is_like_a_conversation, is_message
 from nanochat.encoding import (
     DECOMPRESSORS,
     HEAD_BYTES,
@@ -25,7 +25,7 @@ from nanochat.encoding import (
     text_suffix,
     wide_encoding,
 )
-from nanochat.tables import find_delimiter, read_header, too_many_columns
+from nanochat.tables import find_delimiter, hold_conversations, read_header, too_many_columns
 
 DOCUMENT_CHARS = 6_000      # longer files are split into documents of at most this
 MAX_CSV_FIELD = 2**31 - 1   # the csv module's own limit is 131,072 characters
@@ -109,6 +109,13 @@ def _has_text_form(record):
     return is_object or isinstance(record, str)
 
 
+def _is_conversation(record):
+    """Whether a record, or the first one of a list, is a conversation and not {"text": ...}."""
+    is_list = isinstance(record, list) and bool(record) and not is_message(record[0])
+    first = record[0] if is_list else record
+    return is_like_a_conversation(first) and not _has_text_form(first)
+
+
 def _text_of(record, place):
     """The text of {"text": "..."} or of a bare "...", None for a null.
 
@@ -163,8 +170,8 @@ def _read_lines(stream, path):
     Some .jsonl files are one list, or have their objects over several lines.
     """
     is_first = True
-    begin = stream.readline()
-    is_list = begin.startswith("[") and not is_like_a_conversation(_parsed_or_none(begin))
+    begin = stream.readline().lstrip("\ufeff")
+    is_list = begin.startswith("[") and not _is_conversation(_parsed_or_none(begin))
     if is_list or begin.strip() == "{":
         yield from _read_json(stream, path, begin)
         return
@@ -174,7 +181,7 @@ def _read_lines(stream, path):
             continue
         place = f"{path}, line {number}"
         record = _parse_line(line, place)
-        if is_first and is_like_a_conversation(record):
+        if is_first and _is_conversation(record):
             raise NoText(f"{place}: {CONVERSATION}")
         is_first = False
         yield _text_of(record, place)
@@ -336,7 +343,7 @@ def _read_table(stream, path):
     """
     csv.field_size_limit(MAX_CSV_FIELD)
     header = read_header(stream, path)
-    delimiter, names = find_delimiter(header, _has_text_column, _is_recognised)
+    delimiter, names = find_delimiter(header, _has_text_column, hold_conversations)
     column = _text_column(names, path)
     rows = csv.reader(stream, delimiter=delimiter, strict=True)  # no quote may stay open
     try:
@@ -355,11 +362,6 @@ def _has_text_column(names):
     return "text" in names
 
 
-def _is_recognised(names):
-    """Whether columns of these names hold conversations."""
-    return is_like_a_conversation(dict.fromkeys(names, ""))
-
-
 def _text_column(names, path):
     """The index of the column that holds the text. NoText, or UserError, where none is it."""
     names = [name.lower() for name in names]
@@ -367,7 +369,7 @@ def _text_column(names, path):
         raise UserError(f"{path} has {names.count('text')} columns 'text': keep one")
     if "text" in names:
         return names.index("text")
-    if _is_recognised(names):
+    if hold_conversations(names):
         raise NoText(f"{path} holds {CONVERSATION}")
     if len(names) > 1:
         raise NoText(

@@ -9,6 +9,7 @@ The content of an assistant message is text, or a list of parts
 """
 import random
 import re
+from collections import Counter
 
 from nanochat.common import UserError, fraction
 from nanochat.conversation import LOOKUP_CALL
@@ -75,6 +76,17 @@ def last_number(text):
     if len(whole) >= MAX_DIGITS or decimals.strip("0"):
         return None
     return int(whole)
+
+
+def f1(expected, given):
+    """2PR / (P + R) of the words that two lists have in common, from 0 to 1, as in SQuAD (Rajpurkar
+    et al. 2016, arXiv 1606.05250).
+
+    >>> f1(["in", "May"], ["sow", "in", "May", "May"])
+    0.6666666666666666
+    """
+    shared = sum((Counter(expected) & Counter(given)).values())
+    return 2 * shared / max(1, len(expected) + len(given))
 
 
 class Task:

@@ -25,8 +25,10 @@ import io
 import json
 import re
 from collections import Counter
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
+from string import ascii_uppercase
+from typing import NamedTuple
 
 from nanochat.common import UserError, expand_home, print0
 from nanochat.conversation import (
@@ -35,19 +37,19 @@ from nanochat.conversation import (
     MESSAGES,
     QUESTIONS,
     ROLE_KEYS,
-    is_like_a_conversation,
     is_message,
     normalise_messages,
 )
 from nanochat.encoding import check_not_a_pointer, find_encoding, open_text, text_suffix
-from nanochat.tables import find_delimiter, read_header, too_many_columns
+from nanochat.tables import find_delimiter, hold_conversations, read_header, too_many_columns
 from tasks.common import Task, conversation
 
 DETAILS = ("input", "context")      # what an instruction or a question is about
 SYSTEM = ("system", "system_prompt")
-CHOICES = ("choices", "options")    # a list of what to choose from, or each under its letter
-LETTERS = "abcdefghij"
+CHOICES = ("choices", "options")    # a list of what to choose from,
+LETTERS = "abcdefghij"              # or the key of each choice
 LABELS = ("label", "correct", "target", "answerkey", "gold")  # which choice is right
+WITH_CHOICES = " with choices"      # in the name of a form
 HUMANS = ("user", "human")          # keys of the pairs that are turns of one conversation
 
 MAX_DEPTH = 3       # of a list of messages inside of other keys
@@ -115,39 +117,99 @@ def _as_text(value):
     return str(value) if is_number else None
 
 
-def _choices(record):
-    """The choices of a record, in a list; [] where it has none.
+class Choices(NamedTuple):
+    """What a question gives to choose from.
+
+    labels: what a list calls its choices, as in ARC ("1", "2" or "A", "B"), or []. is_list: whether
+    they are in a list, where an integer counts them from 0, as in MMLU.
+    """
+
+    texts: list
+    labels: list
+    is_list: bool
+
+
+def choices_of(record):
+    """The Choices of a record with keys in small letters; None where it has none.
 
     They are in a list, in ARC's {"text": [...], "label": [...]}, or each under its letter.
     """
     for key in CHOICES:
-        choices = _parsed_list(record.get(key))
-        if isinstance(choices, dict):
-            choices = choices.get("text")
-        if _is_list_of(choices, object):
-            return [_as_text(choice) or "" for choice in choices]
-    texts = [_as_text(record.get(letter)) for letter in LETTERS]
-    texts = list(takewhile(bool, texts))
-    return texts if len(texts) > 1 else []
+        listed = _parsed_list(record.get(key))
+        labels = []
+        if isinstance(listed, dict):
+            labels = [_as_text(label) for label in listed.get("label") or []]
+            listed = listed.get("text")
+        if _is_list_of(listed, object):
+            return Choices([_as_text(choice) or "" for choice in listed], labels, True)
+
+    texts = [_as_text(record.get(letter)) or "" for letter in LETTERS]
+    while texts and not texts[-1]:      # a question may have fewer choices than its table
+        texts.pop()
+    is_question = record.keys() >= {"a", "b"} and len(texts) > 1
+    return Choices(texts, [], False) if is_question else None
+
+
+def check_choices(choices):
+    """UserError where one of the Choices is empty, or where there are more than letters."""
+    if "" in choices.texts:
+        number = choices.texts.index("") + 1
+        raise UserError(f"choice {number} of {len(choices.texts)} is empty or no text: "
+                        "write it, or leave it out")
+    if len(choices.texts) > len(ascii_uppercase):
+        raise UserError(f"{len(choices.texts)} choices are more than {len(ascii_uppercase)}, as "
+                        "many as there are letters: leave some out")
+
+
+def place_of(answer, choices):
+    """The index of the choice that an answer means, or None.
+
+    An answer is a choice's label, its number from 0, its text, or its letter: B, b or (B).
+
+    >>> [place_of(answer, Choices(["stone", "pear"], [], True)) for answer in ("pear", "b", 1, "?")]
+    [1, 1, 1, None]
+    """
+    text = _as_text(answer) or ""
+    number = int(text) if text.isdecimal() and len(text) < 3 else -1
+    letter = text.strip("().").upper()
+    if text in choices.labels:
+        place = choices.labels.index(text)
+    elif choices.is_list and type(answer) is int:
+        place = number
+    elif text in choices.texts:
+        place = choices.texts.index(text)
+    else:
+        place = ascii_uppercase.index(letter) if is_letter(letter) else number
+    return place if 0 <= place < len(choices.texts) else None
+
+
+def is_letter(text):
+    """Whether a text is one letter that names a choice."""
+    return len(text) == 1 and text in ascii_uppercase
+
+
+def answer_keys(record):
+    """Those of the keys of an answer under which a record with choices has anything."""
+    return _keys_with_value(record, ANSWERS + LABELS, but=LETTERS)
 
 
 def _with_choices(record, choices):
     """A record whose choices stand in its question: "Which is even?\\n\\nA. 3\\nB. 4".
 
-    An answer that is an integer counts the choices of a list from 0, as in MMLU; its letter is the
-    answer then.
+    Where the answer is a number of a list, or a label that the file gives, it becomes the letter.
     """
     asked = _keys_with_value(record, QUESTIONS, but=LETTERS)
-    answered = _keys_with_value(record, ANSWERS + LABELS, but=LETTERS)
+    answered = answer_keys(record)
     if not asked or not answered or _as_text(record[asked[0]]) is None:
         return {}
-    letters = LETTERS[:len(choices)].upper()
-    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices)]
+    lines = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices.texts)]
     question = "\n".join([f"{_as_text(record[asked[0]])}\n", *lines])
 
     answer = record[answered[0]]
-    if type(answer) is int and not record.keys() >= {"a", "b"}:
-        answer = letters[answer] if 0 <= answer < len(letters) else None
+    is_number = choices.is_list and type(answer) is int
+    if is_number or _as_text(answer) in choices.labels:
+        place = place_of(answer, choices)
+        answer = None if place is None else ascii_uppercase[place]
     fields = {key: record[key] for key in (*DETAILS, "history") if key in record}
     name = answered[0] if answered[0] in ANSWERS else "answer"
     return {**fields, asked[0]: question, name: answer}
@@ -161,7 +223,7 @@ def _keys_with_value(record, keys, but=()):
 
 def _pair(record):
     """(messages, name of the form) of a record with a question and an answer, or None."""
-    choices = _choices(record)
+    choices = choices_of(record)
     if choices:
         record = _with_choices(record, choices)
     asked = _keys_with_value(record, QUESTIONS)
@@ -169,7 +231,7 @@ def _pair(record):
     earlier = _earlier_turns(record.get("history"))
     if not asked or not answered or earlier is None:
         return None
-    form = f"{asked[0]}/{answered[0]}" + (" with choices" if choices else "")
+    form = f"{asked[0]}/{answered[0]}" + (WITH_CHOICES if choices else "")
     question, answer = record[asked[0]], record[answered[0]]
     if _is_messages(question) and _is_messages(answer):
         return earlier + question + answer, form
@@ -268,6 +330,8 @@ def read_record(record):
         raise UserError(f"no conversation was recognised{keys}: {WANTED}")
 
     messages, form = recognised
+    if form.endswith(WITH_CHOICES):
+        check_choices(choices_of(fields))
     system = [text for text in map(_as_text, map(fields.get, SYSTEM)) if text]
     return [{"role": "system", "content": text} for text in system] + messages, form
 
@@ -358,7 +422,7 @@ def _read_csv(path):
     """Rows under a line of column names, divided by one of tables.DELIMITERS."""
     stream = io.StringIO(_read_text(path), newline="")
     header = read_header(stream, path)
-    delimiter, names = find_delimiter(header, _is_recognised)
+    delimiter, names = find_delimiter(header, hold_conversations)
     csv.field_size_limit(MAX_CELL)
     reader = csv.DictReader(stream, names, delimiter=delimiter, strict=True)
     try:
@@ -372,11 +436,6 @@ def _read_csv(path):
     except csv.Error as error:
         line = reader.reader.line_num + header.lines  # reader's own is that of the row before
         raise UserError(f"{path}, line {line} is not csv: {error}") from error
-
-
-def _is_recognised(names):
-    """Whether columns of these names hold conversations."""
-    return is_like_a_conversation(dict.fromkeys(names, ""))
 
 
 def _read_parquet(path):

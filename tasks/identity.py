@@ -219,6 +219,8 @@ SAYS_NAME = re.compile(
     r"|我叫|我的名字是|меня зовут\s+",
     re.IGNORECASE,
 )
+# What may stand before that, as "Hello there! "
+GREETING = re.compile(r"\s*(?:[^\W\d]+(?: [^\W\d]+)?[.!,，！。] *)?")
 SAYS_IT_IS = re.compile(r"\b(i am|i'm|ich bin|je suis|soy|sono)\s+", re.IGNORECASE)
 WORD_OF_A_NAME = r"[^\W\d_a-z](?:[\w-]|'(?!s\b))*"
 NAME_AFTER = re.compile(f"{WORD_OF_A_NAME}(?: {WORD_OF_A_NAME})*")
@@ -275,7 +277,23 @@ def _topic_of(question, answer):
         rest = asked.removeprefix(start).strip() if start else asked
         if rest in TOPIC_OF:
             return TOPIC_OF[rest]
-    return 0 if SAYS_NAME.search(answer) else None
+    return 0 if introduces_itself(answer) else None
+
+
+def introduces_itself(answer):
+    """Whether an answer begins with "My name is", or the like, and a name follows.
+
+    "Hello!" and other words of greeting may come before. Further in, it may be a quotation, and
+    what follows "call me" may be a telephone number.
+    """
+    said = SAYS_NAME.match(answer, GREETING.match(answer).end())
+    return bool(said) and _name_after(answer, said) is not None
+
+
+def _name_after(answer, said):
+    """The name behind a match of SAYS_NAME or SAYS_IT_IS in an answer, or None."""
+    name = NAME_AFTER.match(answer, said.end())
+    return name[0] if name and not name[0][0].islower() else None
 
 
 TOPIC_OF = {
@@ -289,8 +307,8 @@ def own_identity(conversations):
     """For each topic the (question, answer) pairs of the user's conversations, as lists.
 
     A question counts that is one of ours, apart from case, punctuation and openings; so does an
-    answer that says "My name is". A system message may give the model another part to play, so that
-    conversations with one are not looked at.
+    answer that begins with "My name is Bob". A system message may give the model another part to
+    play, so that conversations with one are not looked at.
     """
     own = [[] for _ in TOPICS]
     for messages in (conversation["messages"] for conversation in conversations):
@@ -313,9 +331,9 @@ def _name_in(pairs):
     found = set()
     for _, answer in pairs:
         said = SAYS_NAME.search(answer) or SAYS_IT_IS.search(answer)
-        name = NAME_AFTER.match(answer, said.end()) if said else None
-        if name and not name[0][0].islower():
-            found.add(name[0])
+        name = _name_after(answer, said) if said else None
+        if name:
+            found.add(name)
     return found.pop() if len(found) == 1 else None
 
 
@@ -366,6 +384,7 @@ class Identity(Task):
         self.split = check_split(split)
         self.name = name
         self.skills = SKILLS[quotes_text]
+        self.answers_as_user = bool(own) and any(own)
         self.items = []  # (question, answers)
         for number, topic in enumerate(TOPICS):
             questions = topic.training if split == "train" else topic.held_out

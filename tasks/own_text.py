@@ -27,7 +27,7 @@ from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
 from nanochat.prompts import QUESTIONS
 from nanochat.retrieval import NOT_SURE, SURE, Answer, Quote, reply_to
 from nanochat.words import language_of, words_of
-from tasks.common import Task, answer_text, check_split, conversation, split_of
+from tasks.common import Task, answer_text, check_split, conversation, f1, split_of
 from tasks.identity import TOPICS
 from tasks.pydoc import PyDoc
 
@@ -153,10 +153,12 @@ def identity_tasks(identity, passages):
     """An Identity as often as it must be practised to be told from what is looked up.
 
     Beside a text of the user's everything short looks like a heading, and a greeting most of all.
+    The model has heard the built-in answers in midtraining, the user's own in one stage only.
     """
     if passages is None:
         return [identity] * 4
-    return [identity] * 12 + [Greetings(identity)] * 75
+    copies = 25 if identity.answers_as_user else 12
+    return [identity] * copies + [Greetings(identity)] * 75
 
 
 class Greetings(Task):
@@ -322,7 +324,5 @@ def retyped(question, rng):
 
 
 def overlap(expected, given):
-    """The F1 score of the words that two texts have in common, 0 to 1 (SQuAD, arXiv 1606.05250)."""
-    expected, given = words_of(expected), words_of(given)
-    common = sum(min(expected.count(word), given.count(word)) for word in set(expected))
-    return 2 * common / max(1, len(expected) + len(given))
+    """The F1 of the words of two texts, from 0 to 1."""
+    return f1(words_of(expected), words_of(given))

@@ -11,24 +11,36 @@ is an accepted one word for word, apart from case, punctuation, white space and 
 accepted answer is a number, the last number given must be that number. Beside that stands the F1 of
 the words that an answer shares with the accepted one, as in SQuAD (Rajpurkar et al. 2016,
 arXiv 1606.05250).
+
+A chat that looks things up answers with sentences of the user's text. Such an answer is right where
+an accepted one, word for word or as a number, is somewhere in what is quoted.
 """
 import re
 import unicodedata
-from collections import Counter
 
 from nanochat.common import UserError
-from tasks.common import answer_text
-from tasks.customjson import ANSWERS, CustomJSON
+from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
+from nanochat.retrieval import NOT_SURE
+from nanochat.words import UNSPACED
+from tasks.common import answer_text, f1
+from tasks.customjson import (
+    ANSWERS,
+    CHOICES,
+    LABELS,
+    LETTERS,
+    CustomJSON,
+    answer_keys,
+    check_choices,
+    choices_of,
+    place_of,
+)
 
-LETTERS = "abcdefgh"                # keys of choices
-CHOICES = ("choices", "options")    # or the key of a list of them
 ACCEPTED = ("answers", *ANSWERS)    # keys that may hold several accepted answers
-LABELS = ("answer", "answerkey", "label", "target", "correct", "gold")  # keys of the right one
 
 # A number is one token, and so is each character of a script without spaces.
 NUMBER = r"(?:(?<!\w)[-\u2212])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-WITHOUT_SPACES = r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-TOKEN = re.compile(rf"{NUMBER}|{WITHOUT_SPACES}|\S+?(?=\s|$|{WITHOUT_SPACES}|{NUMBER})")
+TOKEN = re.compile(rf"{NUMBER}|{UNSPACED}|\S+?(?=\s|$|{UNSPACED}|{NUMBER})")
+SOURCE = re.compile(r"\(source: .*\)")     # a line below a quotation
 ARTICLES = ("a", "an", "the")
 
 
@@ -47,10 +59,10 @@ def _canonical_number(text):
     return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
 
 
-def words_of(text):
+def answer_words(text):
     """The words of an answer, for comparing: a list.
 
-    >>> words_of("The answer is 1,000.0 apples!")
+    >>> answer_words("The answer is 1,000.0 apples!")
     ['answer', 'is', '1000', 'apples']
     """
     text = unicodedata.normalize("NFKC", text).casefold()
@@ -75,51 +87,53 @@ def is_same(given, accepted):
     Where the accepted one is a number, the last number of the given one counts, as "The answer is
     84." is right where 84 is accepted.
     """
-    given, accepted = words_of(given), words_of(accepted)
+    given, accepted = answer_words(given), answer_words(accepted)
     if len(accepted) == 1 and is_number(accepted[0]):
         given = [word for word in given if is_number(word)][-1:]
     return given == accepted
 
 
+def is_within(accepted, quoted):
+    """Whether an accepted answer's words stand in a quotation, one after the other.
+
+    >>> is_within("3 cups", "Soak 500 g of beans in 3 cups of water."), is_within("50", "500 g")
+    (True, False)
+    """
+    accepted, quoted = answer_words(accepted), answer_words(quoted)
+    starts = range(len(quoted) - len(accepted) + 1)
+    return any(quoted[start:start + len(accepted)] == accepted for start in starts)
+
+
+def quoted_text(parts):
+    """What a looked-up answer quotes, without its sources and what is said of doubt. None for an
+    answer that was not looked up.
+
+    parts: what tokenizer.parse_completion returns, or text.
+    """
+    if isinstance(parts, str):
+        return None
+    replies = [
+        part["text"] for call, part in zip(parts, parts[1:])
+        if call["text"] == LOOKUP_CALL and part["type"] == "python_output"
+    ]
+    lines = [line for reply in replies for line in reply.split("\n")]
+    said = (NOT_SURE, NOTHING_FOUND)
+    quoted = [line for line in lines if line not in said and not SOURCE.fullmatch(line)]
+    return "\n".join(quoted) if replies else None
+
+
 def token_f1(given, accepted):
-    """2PR / (P + R) of the words that two answers share, from 0 to 1 (SQuAD's F1)."""
-    given, accepted = words_of(given), words_of(accepted)
-    shared = sum((Counter(given) & Counter(accepted)).values())
-    return 2 * shared / max(1, len(given) + len(accepted))
+    """The F1 of the words of two answers, from 0 to 1."""
+    return f1(answer_words(accepted), answer_words(given))
 
 
 # ------------------------------------------------------------------------------------------------
 # reading
 
-def _choices_of(fields):
-    """The choices of a record, in a list; [] where it has none."""
-    listed = [fields[key] for key in CHOICES if isinstance(fields.get(key), (list, dict))]
-    if listed:
-        choices = listed[0]
-        if isinstance(choices, dict):   # ARC's {"text": [...], "label": [...]}
-            choices = choices.get("text") or []
-        return [str(choice).strip() for choice in choices]
-    texts = []
-    for letter in LETTERS:
-        if fields.get(letter) in (None, ""):
-            break
-        texts.append(str(fields[letter]).strip())
-    return texts if len(texts) > 1 else []
-
-
 def _gold_of(fields, choices):
     """The index of the right choice; None where no key names one."""
-    keys = [key for key in LABELS if fields.get(key) is not None]
-    if not keys:
-        return None
-    label = str(fields[keys[0]]).strip()
-    if label in choices:
-        return choices.index(label)
-    if label.isdecimal():
-        place = int(label)
-    else:
-        place = LETTERS.find(label.strip("().").lower() or "?")
-    return place if 0 <= place < len(choices) else None
+    places = [place_of(fields[key], choices) for key in answer_keys(fields)]
+    return next((place for place in places if place is not None), None)
 
 
 def _accepted_of(fields):
@@ -144,7 +158,7 @@ class Questions(CustomJSON):
         fields = {}
         if isinstance(record, dict):
             fields = {str(key).strip().lower(): value for key, value in record.items()}
-        choices = _choices_of(fields)
+        choices = choices_of(fields)
         key, accepted = _accepted_of(fields)
         if choices:
             record, gold = self._one_choice(place, fields, choices)
@@ -154,7 +168,7 @@ class Questions(CustomJSON):
         super()._add(place, record, forms, changes)
         item = self.conversations[-1]
         if choices:
-            item.update(choices=choices, gold=gold, neutral="Which one?")
+            item.update(choices=choices.texts, gold=gold, neutral="Which one?")
             return
         answer = answer_text(item["messages"][-1]["content"]).strip()
         if not answer:
@@ -163,14 +177,18 @@ class Questions(CustomJSON):
 
     def _one_choice(self, place, fields, choices):
         """(record, index) of a question with choices: the right choice is its answer."""
+        try:
+            check_choices(choices)
+        except UserError as error:
+            raise UserError(f"{self.path}, {place}: {error}") from error
         gold = _gold_of(fields, choices)
         if gold is None:
             raise UserError(
-                f"{self.path}, {place}: which of the {len(choices)} choices is right? Write its "
-                "letter, its text or its number from 0 under \"answer\"")
-        dropped = (*LETTERS, *CHOICES, *LABELS)
+                f"{self.path}, {place}: which of the {len(choices.texts)} choices is right? Write "
+                "its letter, its text or its number from 0 under \"answer\"")
+        dropped = (*LETTERS, *CHOICES, *ANSWERS, *LABELS)
         record = {key: value for key, value in fields.items() if key not in dropped}
-        return {**record, "answer": choices[gold]}, gold
+        return {**record, "answer": choices.texts[gold]}, gold
 
     @property
     def chance(self):
@@ -178,21 +196,25 @@ class Questions(CustomJSON):
         return sum(1 / len(item["choices"]) for item in with_choices) / len(self.conversations)
 
     def evaluate(self, conversation, parts):
-        """Right when the answer is an accepted one, or the right choice."""
+        """Right when the answer is an accepted one, or quotes one, or is the right choice."""
         given = answer_text(parts)
         if "choices" in conversation:
             return given == conversation["choices"][conversation["gold"]]
+        quoted = quoted_text(parts)
+        if quoted is not None:
+            return any(is_within(accepted, quoted) for accepted in conversation["accepted"])
         return any(is_same(given, accepted) for accepted in conversation["accepted"])
 
     def similarity(self, conversation, parts):
         """The F1 of the answer and the accepted one that is most like it, from 0 to 1.
 
-        A right answer has 1, also where only the number in it counts.
+        A right answer has 1, also where only the number in it counts, or a part of a quotation.
         """
         is_right = self.evaluate(conversation, parts)
         if is_right or "choices" in conversation:
             return float(is_right)
-        given = answer_text(parts)
+        quoted = quoted_text(parts)
+        given = answer_text(parts) if quoted is None else quoted
         return max(token_f1(given, accepted) for accepted in conversation["accepted"])
 
 

@@ -134,6 +134,8 @@ def test_a_history_becomes_the_earlier_turns(read, history):
     {"question": "Which is even?", "options": "['3', '4']", "label": "B"},
     {"question": "Which is even?", "choices": {"text": ["3", "4"], "label": ["A", "B"]},
      "answerKey": "B"},
+    {"question": "Which is even?", "choices": {"text": ["3", "4"], "label": ["1", "2"]},
+     "answerKey": "2"},
 ])
 def test_choices_stand_in_the_question(read, record):
     question = ("user", "Which is even?\n\nA. 3\nB. 4")
@@ -200,6 +202,20 @@ def test_what_is_changed_is_counted_in_the_same_line(read, capsys):
         "1 last messages without an answer left out",
     ):
         assert said in out
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"question": "x", "choices": ["y", " "], "answer": 0}, "choice 2 of 2 is empty"),
+    ({"question": "x", "A": "y", "B": None, "C": "z", "answer": "A"}, "choice 2 of 3 is empty"),
+    ({"question": "x", "choices": list(range(27)), "answer": 0}, "27 choices are more than 26"),
+])
+def test_choices_that_cannot_be_shown_are_one_line(read, record, words):
+    with pytest.raises(UserError, match=f"mine.jsonl, line 2: {words}"):
+        read([TALK, record])
+
+
+def test_choices_beside_a_conversation_are_not_looked_at(read):
+    assert read([{"messages": TALK, "choices": [{"index": 0}]}]) == read([TALK])
 
 
 @pytest.mark.parametrize("record, words", [

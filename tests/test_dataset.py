@@ -1567,6 +1567,20 @@ def test_conversations_given_as_text_are_said_to_belong_elsewhere(tmp_path, caps
     assert re.search(f"skipped .*{name}.*--custom of scripts.chat_sft", said)
 
 
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"text": "some", "conversation": 7}\n{"conversation": 8, "text": "text"}\n'),
+    ("b.json", '[{"text": "some", "conversation": 7}, {"conversation": 8, "text": "text"}]'),
+    ("c.jsonl", '[{"text": "some", "conversation": 7}, {"conversation": 8, "text": "text"}]'),
+    ("d.jsonl", '\ufeff[\n  {\n    "text": "some"\n  },\n  {\n    "text": "text"\n  }\n]\n'),
+    ("e.jsonl", '\ufeff{\n  "text": "some"\n}\n{\n  "text": "text"\n}\n'),
+    ("f.jsonl", '\ufeff{"text": "some"}\n{"text": "text"}\n'),
+])
+def test_records_with_a_text_are_read_whatever_other_keys_and_mark_they_have(
+        tmp_path, name, content):
+    path = text_file(tmp_path / name, content)
+    assert "".join(both_splits(path)) == "sometext"
+
+
 def test_a_conversation_among_texts_is_refused_with_its_line(tmp_path):
     path = text_file(tmp_path / "a.jsonl", LINES + CONVERSATIONS["a.jsonl"])
     with pytest.raises(UserError, match="line 41: a conversation, not text"):
@@ -1663,6 +1677,15 @@ def test_a_text_that_repeats_itself_gives_the_vocabulary_that_it_yields(tmp_path
 
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^\*\*`([^`]+)`\*\*(.*?)^```(\w+)\n(.*?)^```", DATA_PAGE, re.M | re.S)
+
+
+def test_the_page_names_the_stages_of_the_speedrun_that_get_the_text():
+    [row] = [row for row in DATA_PAGE.split("\n") if "| `DATA=` |" in row]
+    handed, _, found = row.rpartition("|")[0].partition(";")
+    script = (ROOT / "speedrun.sh").read_text(encoding="utf-8")
+    stages = set(re.findall(r"stage (\w+) [^\n]*--data=\$DATA", script))
+    assert set(re.findall(r"`(\w+)`", handed)) == stages and stages
+    assert "chat stages find it through the base model" in found
 
 
 def make_example(name, language, body):

@@ -79,6 +79,32 @@ def test_own_answers_are_found_by_question_or_by_answer():
     assert own[1] == own[2] == []
 
 
+@pytest.mark.parametrize("question, answer", [
+    ("How do I reach you?", "You can call me at 555-1234."),
+    ("How does Moby Dick begin?", "It begins: Call me Ishmael."),
+    ("What does he say?", "He says that my name is Ann."),
+    ("What do you want?", "Call me when it is time."),
+    ("Wie geht's?", "Mein Name ist nicht wichtig."),
+])
+def test_what_only_sounds_like_a_name_is_not_who_the_model_is(question, answer):
+    assert choose_identity(None, talks([(question, answer)])).name == NAME
+    assert not any(own_identity(talks([(question, answer)])))
+
+
+@pytest.mark.parametrize("answer", [
+    "My name is Bob.", "Hello there! You can call me Bob.", "Sure, my name is Bob.",
+    "Hallo! Ich heiße Bob.", "  I'm called Bob.",
+])
+def test_an_answer_that_begins_with_the_name_says_it_whatever_was_asked(answer):
+    assert choose_identity(None, talks([("And?", answer)])).name == "Bob"
+
+
+def test_a_name_in_other_scripts_is_found():
+    assert choose_identity(None, talks([("你叫什么?", "你好！我叫小明。")])).name == "小明"
+    assert choose_identity(None, talks([("?!", "Меня зовут Анна.")])).name == "Анна"
+    assert choose_identity(None, talks([("?!", "Меня зовут не так.")])).name == NAME
+
+
 def test_a_part_that_a_system_message_gives_is_not_who_the_model_is():
     messages = [{"role": "system", "content": "You are Ada."}]
     messages += conversation(*BOB[0])["messages"]

@@ -16,7 +16,7 @@ from nanochat.retrieval import Passages
 from nanochat.tokenizer import Tokenizer
 from stage_runs import TINY, TINY_CHAT
 from tasks.common import answer_text
-from tasks.identity import Identity
+from tasks.identity import Identity, own_identity
 from tasks.own_text import OwnText, identity_tasks, language_of_text, overlap, retyped
 
 NOTES = [
@@ -118,6 +118,18 @@ def test_beside_own_text_the_model_practises_to_be_greeted(passages):
         return asked.count("hello") / len(asked)
 
     assert greetings(often) > 5 * greetings(plain) > 0
+
+
+def test_the_users_own_answers_on_who_the_model_is_are_practised_more(passages):
+    own = own_identity([{"messages": [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "My name is Bob."},
+    ]}])
+    usual = identity_tasks(Identity("train", "Bob", [[] for _ in own]), passages)
+    named = identity_tasks(Identity("train", "Bob", own), passages)
+    whole = [sum(isinstance(task, Identity) for task in tasks) for tasks in (usual, named)]
+    assert whole[1] > 1.5 * whole[0] and len(named) - whole[1] == len(usual) - whole[0]
+    assert len(identity_tasks(Identity("train", "Bob", own), None)) == 4
 
 
 def test_a_quote_is_part_of_the_answer_and_the_output_of_a_sum_is_not():

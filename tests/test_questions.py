@@ -6,7 +6,9 @@ import pytest
 
 from conftest import ROOT
 from nanochat.common import UserError
-from tasks.questions import Questions, is_same, token_f1, words_of
+from nanochat.conversation import LOOKUP_CALL
+from nanochat.retrieval import DOUBTFUL, NOTHING, SURE, Answer, Quote, reply_to
+from tasks.questions import Questions, answer_words, is_same, token_f1
 
 
 @pytest.fixture
@@ -72,9 +74,51 @@ def test_f1_is_that_of_squad():
 
 
 def test_words_are_tokens_numbers_and_single_characters_of_chinese():
-    assert words_of("The 1,000.50 x5y") == ["1000.5", "x", "5", "y"]
-    assert words_of("in 北京 2024-01-02") == ["in", "北", "京", "2024", "1", "2"]
-    assert words_of("an") == ["an"]
+    assert answer_words("The 1,000.50 x5y") == ["1000.5", "x", "5", "y"]
+    assert answer_words("in 北京 2024-01-02") == ["in", "北", "京", "2024", "1", "2"]
+    assert answer_words("an") == ["an"]
+
+
+# ------------------------------------------------------------------------------------------------
+# answers that were looked up
+
+def looked_up(quotes, confidence=SURE):
+    """The parts of an answer that quotes [(text, source), ...]."""
+    reply = reply_to(Answer([Quote(*quote) for quote in quotes], confidence, 1.0))
+    output = {"type": "python_output", "text": reply}
+    return [{"type": "text", "text": ""}, {"type": "python", "text": LOOKUP_CALL}, output]
+
+
+@pytest.mark.parametrize("answer, is_right", [
+    ("in May", True), ("may", True), ("1000", True), ("2 kg", True), ("Ann|Bob", True),
+    ("June", False), ("10", False), ("garden.md", False), ("Vegetables", False), ("sure", False),
+    ("kg 2", False), ("Ma", False),
+])
+def test_an_answer_that_was_looked_up_is_right_where_the_quotation_has_it(read, answer, is_right):
+    task = read([{"question": "When?", "answer": answer}])
+    quotes = [
+        ("Sow 1,000 beans in May.", "garden.md, Vegetables"),
+        ("2 kg went to Bob.", "a.md"),
+    ]
+    for confidence in (SURE, DOUBTFUL):
+        parts = looked_up(quotes, confidence)
+        assert task.evaluate(task[0], parts) is is_right
+        assert (task.similarity(task[0], parts) == 1) is is_right
+
+
+def test_what_is_near_an_accepted_answer_is_compared_with_the_quotation_alone(read):
+    task = read([{"question": "When?", "answer": "in early June"}])
+    parts = looked_up([("Sow in June.", "garden.md")])
+    assert task.similarity(task[0], parts) == pytest.approx(2 * 2 / (3 + 3))
+    nothing = looked_up([], NOTHING)
+    assert task.similarity(task[0], nothing) == 0 and not task.evaluate(task[0], nothing)
+
+
+def test_the_output_of_a_calculation_is_no_quotation(read):
+    task = read([{"question": "6*7?", "answer": 42}])
+    call = [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
+    assert not task.evaluate(task[0], call)
+    assert task.evaluate(task[0], [*call, {"type": "text", "text": "It is 42."}])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,6 +185,35 @@ def test_questions_with_choices_are_recognised(read, content, name):
     assert task.similarity(task[0], "pear") == 1.0 and task.similarity(task[0], "iron") == 0.0
 
 
+LONG = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kite"]
+
+
+@pytest.mark.parametrize("fields, gold", [
+    (dict(zip("ABCDEFGHIJ", LONG)) | {"answer": "J"}, 9),
+    ({"choices": LONG, "answer": "k"}, 10),
+    ({"choices": {"text": LONG[:3], "label": ["1", "2", "3"]}, "answerKey": "2"}, 1),
+    ({"choices": {"text": LONG[:3], "label": ["1", "2", "3"]}, "answerKey": 3}, 2),
+    ({"choices": ["2", "3", "1"], "answer": "1"}, 2),
+    ({"choices": ["2", "3", "1"], "answer": 1}, 1),
+    ({"choices": ["ox", "ab"], "answer": "ab"}, 1),
+    ({"A": 7, "B": 8, "answer": 8}, 1),
+    ({"choices": ["x", "y"], "answer": "since y is right", "label": 1}, 1),
+    ({"choices": ["x", "y"], "output": "y", "completion": ""}, 1),
+])
+def test_which_choice_is_right(read, fields, gold):
+    task = read([{"question": "Which?", **fields}])
+    assert task[0]["gold"] == gold
+    assert verdicts(task, task[0]["choices"][gold]) == [True]
+    count = sum(key in "ABCDEFGHIJ" for key in fields) or len(task[0]["choices"])
+    assert len(task[0]["choices"]) == count and task.chance == 1 / count
+
+
+def test_a_table_may_have_the_choices_as_a_list_of_json(read):
+    table = 'question,choices,answer\nWhich?,"[""x"", ""y"", ""z""]",C\n'
+    task = read(table, "qa.csv")
+    assert task[0]["choices"] == ["x", "y", "z"] and task[0]["gold"] == 2
+
+
 def test_a_file_may_mix_questions_with_and_without_choices(read):
     mixed = {"question": "Which?", "A": "x", "B": "y", "answer": "A"}
     task = read([PAIR, mixed])
@@ -151,6 +224,10 @@ def test_a_file_may_mix_questions_with_and_without_choices(read):
     ({"question": "Which?", "A": "x", "B": "y", "answer": "E"}, "line 2: which of the 2 choices"),
     ({"question": "Which?", "choices": ["x", "y"]}, "which of the 2 choices"),
     ({"question": "Which?", "choices": ["x", "y"], "answer": 2}, "which of the 2 choices"),
+    ({"question": "Which?", "choices": ["x", "y"], "answer": "xy"}, "which of the 2 choices"),
+    ({"question": "Which?", "choices": ["xy", "z"], "answer": "ab"}, "which of the 2 choices"),
+    ({"question": "Which?", "choices": ["x", ""], "answer": 0}, "line 2: choice 2 of 2 is empty"),
+    ({"question": "Which?", "A": "x", "B": "", "C": "y", "answer": "A"}, "choice 2 of 3 is empty"),
     ({"question": "Which?"}, "line 2: no conversation"),
     ([{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": [
         {"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]}],
