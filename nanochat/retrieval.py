@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochat.conversation import NOTHING_FOUND
+from nanochat.passages import file_of
 from nanochat.words import COMPOUND_CHARS, STOP_WORDS, is_typo, language_of, likeness, words_of
 
 QUOTE_CHARS = 450       # a quote is at most this long, but whole units of the text where it can be
@@ -119,7 +120,7 @@ class Passages:
         self.posting_counts = counts
         bounds = np.arange(len(self.vocabulary) + 1) * len(passages)
         self.first_posting = np.searchsorted(pairs, bounds)
-        self.document_count = len({passage.source for passage in passages})
+        self.document_count = len({file_of(passage.source) for passage in passages})
         self.words_by_start = defaultdict(list)
         for word in self.vocabulary:
             self.words_by_start[word[:3]].append(word)

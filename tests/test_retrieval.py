@@ -138,6 +138,12 @@ def test_text_beyond_the_limit_is_left_out():
     assert joined == "x" * 50 + "y" * 10
 
 
+def test_a_note_that_was_cut_keeps_its_heading():
+    pieces = [("a.md", "# Garden\n\n"), ("a.md", "Peas grow."), ("b.md", "Beans grow.")]
+    assert [(p.source, p.heading, p.units) for p in passages_of(pieces)] == [
+        ("a.md", "Garden", ("Peas grow.",)), ("b.md", "", ("Beans grow.",))]
+
+
 # ------------------------------------------------------------------------------------------------
 # words
 
