@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.conversation import NOTHING_FOUND
+from nanochat.conversation import NO_ROOM, NOTHING_FOUND
 from nanochat.passages import file_of
 from nanochat.words import COMPOUND_CHARS, STOP_WORDS, is_typo, language_of, likeness, words_of
 
@@ -309,8 +309,8 @@ def reply_to(answer):
 def reply_within(passages, questions, fits):
     """What the user reads in answer to the last message, with as long a quote as fits(text) allows.
 
-    A shorter quote is of the sentences that fit best, and in the end the beginning of one.
-    NOTHING_FOUND where there is no room for that; None where not even that fits.
+    A shorter quote is of the sentences that fit best, and in the end the beginning of one. Where
+    there is no room for that, NO_ROOM says where it stands; None where not even that fits.
     """
     # whole sentences, fewer and fewer
     for quote_chars in QUOTE_STEPS:
@@ -325,4 +325,11 @@ def reply_within(passages, questions, fits):
         if fits(reply):
             return reply
         quote = quote._replace(text=quote.text[:int(0.9 * len(quote.text)) - 1] + "…")
-    return NOTHING_FOUND if fits(NOTHING_FOUND) else None
+    if answer.confidence == NOTHING:
+        return None
+
+    # where it stands
+    for place in (quote.source, "your text"):
+        if fits(f"{NO_ROOM}{place}."):
+            return f"{NO_ROOM}{place}."
+    return None

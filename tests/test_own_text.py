@@ -1,6 +1,7 @@
 """The user's own text in the chat: what is practised, what the engine quotes, what is kept."""
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -224,17 +225,36 @@ def test_a_look_up_without_passages_is_refused_and_other_calls_are_shown(tokeniz
     assert ask(scripted_engine(tokenizer, passages, "12*7"), "12*7?") == "`12*7` → 84\n"
 
 
-def test_a_quote_fits_the_room_that_is_left(tokenizer, passages):
-    for room in (60, 40, 25):
-        engine = scripted_engine(tokenizer, passages, T=300)
-        messages = [{"role": "user", "content": "drum bought?"}]
-        ids = engine.tokenizer.render_for_completion({"messages": messages})
-        (tokens,) = engine.generate_batch([ids], max_new_tokens=room, temperature=0)
-        assert len(tokens) <= room
-        reply = engine.tokenizer.parse_completion(tokens)
-        outputs = [part["text"] for part in reply if part["type"] == "python_output"]
-        for output in outputs:
-            assert output.endswith("(source: notes/drum.md, Drum)") or output == NOTHING_FOUND
+@pytest.mark.parametrize("limit, context, said", [
+    (8, 400, "Drum was bought on 12 May.\nColour: tan\nWhere is the drum?\nIn room 12.\n(source: "),
+    (80, 105, "Drum was bought on 12 May.\n(source: "),
+    (40, 75, "No room here to quote your text."),
+])
+def test_a_quote_takes_what_the_context_leaves_whatever_the_model_may_write(
+        tokenizer, passages, limit, context, said):
+    message = {"role": "user", "content": "drum bought?"}
+    ids = tokenizer.render_for_completion({"messages": [message]})
+    call = len(tokenizer.encode(LOOKUP_CALL)) + 2
+    engine = scripted_engine(tokenizer, passages, T=context)
+    (tokens,) = engine.generate_batch([ids], max_new_tokens=max(limit, call + 1), temperature=0)
+    reply = tokenizer.parse_completion(tokens)
+    (output,) = [part["text"] for part in reply if part["type"] == "python_output"]
+    assert output.startswith(said) and len(ids) + len(tokens) <= context
+    assert tokens[-1] == tokenizer.encode_special("<|assistant_end|>")
+
+
+def test_a_follow_up_is_understood_where_the_question_before_is_out_of_the_context(
+        tokenizer, passages):
+    texts = ["Tell me about the drum", "and what colour?"]
+    engine = scripted_engine(tokenizer, passages, T=256)
+    alone = ask(engine, texts[1])
+    engine = scripted_engine(tokenizer, passages, T=256)
+    assert "drum.md" not in alone and "drum.md" in ask(engine, texts[1], questions=texts)
+
+
+def test_a_call_with_blanks_is_shown_as_a_look_up_too(tokenizer, passages):
+    engine = scripted_engine(tokenizer, passages, " lookup() ", T=400)
+    assert ask(engine, "drum, when bought?").startswith("Drum was bought on 12 May.")
 
 
 def test_a_user_who_writes_the_call_gets_no_quote_and_no_marker(tokenizer, passages):
@@ -369,7 +389,8 @@ def test_a_chat_of_notes_quotes_them_after_they_are_gone(stages, tmp_path):
     relative = f"--data={os.path.relpath(notes)}"
     stages.fork("scripts.base_train", relative, *TINY, "--num_iterations=2")
     out, _ = stages.fork("scripts.mid_train", *small)
-    assert f"passages of 60 files of {notes}" in out
+    named = re.search("passages of 60 files of (/.*)", out)[1]
+    assert os.path.samefile(named, notes)
     tag = data_tag(notes)
     shutil.rmtree(notes)
 
