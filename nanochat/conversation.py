@@ -38,8 +38,9 @@ SHOWN_CALL = re.compile(r"`([^`]+)` → ([^\n]*)\n")
 # cannot copy a long question. It is not shown; its reply is, and ends with the source of a quote.
 LOOKUP_CALL = "lookup()"
 NOTHING_FOUND = "I found nothing about that in your text."
+NO_ROOM = "No room here to quote "      # and where it stands
 SHOWN_LOOKUP = re.compile(
-    r"(.+\n\(source: [^\n]+\)|" + re.escape(NOTHING_FOUND) + r")\n?", re.DOTALL
+    rf"(.+\n\(source: [^\n]+\)|{re.escape(NOTHING_FOUND)}|{NO_ROOM}[^\n]+)\n?", re.DOTALL
 )
 
 
@@ -399,6 +400,11 @@ def restore_tool_calls(message):
         if piece:
             parts.append({"type": PART_TYPES[i % 3], "text": piece})
     return {**message, "content": parts}
+
+
+def questions_of(messages):
+    """The texts of the user's messages, a list of str. messages: of normalise_messages()."""
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
 def fit_conversation(tokenizer, messages, max_tokens):

@@ -91,6 +91,9 @@ def check_sampling(temperature, top_k, max_new_tokens):
 # ------------------------------------------------------------------------------------------------
 # sequences
 
+QUOTE_TOKENS = 512      # that a look-up may add to max_new_tokens: about two quotes, in any language
+
+
 class Sequence:
     """One prompt and what the model makes of it. Engine.new_sequence creates it.
 
@@ -103,9 +106,14 @@ class Sequence:
     slot              its slot in the KV cache while it runs
     call              ids of the Python expression that is being written, None outside of one
     forced            ids of a tool's reply that are still to be fed in
+    questions         the texts of the user's messages, of which the prompt may hold the last only;
+                      None: those of the prompt
+    spare             tokens that a quote may take besides: max_new_tokens is for what the model
+                      writes
     """
 
-    def __init__(self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
+    def __init__(
+            self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42, questions=None):
         check_sampling(temperature, top_k, max_new_tokens)
         self.prompt = prompt
         self.tokens = []
@@ -118,11 +126,18 @@ class Sequence:
         self.slot = None
         self.call = None
         self.forced = []
+        self.questions = questions
+        self.spare = 0
 
     @property
     def max_length(self):
         """Tokens that its slot must be able to hold."""
-        return len(self.prompt) + self.max_new_tokens
+        return len(self.prompt) + self.max_new_tokens + self.spare
+
+
+def is_lookup(call):
+    """Whether the text of a Python call asks for the user's own text."""
+    return call.strip() == LOOKUP_CALL
 
 
 def user_texts(tokenizer, ids):
@@ -184,6 +199,8 @@ class Engine:
             )
         sequence = Sequence(ids, **options)
         sequence.max_new_tokens = min(sequence.max_new_tokens, room)
+        if self.passages is not None:
+            sequence.spare = min(QUOTE_TOKENS, room - sequence.max_new_tokens)
         return sequence
 
     def admit(self, sequence):
@@ -293,8 +310,8 @@ class Engine:
     def _tool_reply(self, sequence):
         """Ids of the tool's reply to the call, with their markers; [] where it refuses."""
         call = self.tokenizer.decode(sequence.call)
-        is_lookup = call.strip() == LOOKUP_CALL and self.passages is not None
-        reply = self._look_up(sequence) if is_lookup else use_tool(call)
+        looks_up = is_lookup(call) and self.passages is not None
+        reply = self._look_up(sequence) if looks_up else use_tool(call)
         if reply is None:
             return []
         start = self.tokenizer.encode_special("<|output_start|>")
@@ -302,15 +319,23 @@ class Engine:
         return [start, *self.tokenizer.encode(reply), end]
 
     def _look_up(self, sequence):
-        """What the user's text says about the last question of the prompt, cut to the room left."""
-        questions = user_texts(self.tokenizer, sequence.prompt)
+        """What the user's text says about the last question, cut to the room left."""
+        questions = sequence.questions or user_texts(self.tokenizer, sequence.prompt)
         # two markers and the closing token come besides
-        room = sequence.max_new_tokens - len(sequence.tokens) - 3
+        written = len(sequence.tokens) + 3
+        room = sequence.max_new_tokens + sequence.spare - written
 
-        def fits(text):
-            return len(self.tokenizer.encode(text)) <= room
+        def tokens_of(text):
+            return len(self.tokenizer.encode(text))
 
-        return reply_within(self.passages, questions, fits)
+        reply = reply_within(self.passages, questions, lambda text: tokens_of(text) <= room)
+
+        # what the model may write stays as much as it was, but for what the quote takes of it
+        if reply is not None:
+            more = max(0, written + tokens_of(reply) - sequence.max_new_tokens)
+            sequence.max_new_tokens += more
+            sequence.spare -= more
+        return reply
 
     # --------------------------------------------------------------------------------------------
     # callers of step()
@@ -409,7 +434,7 @@ class Stream:
             return text
         if token == special("<|python_end|>") and self._call is not None:
             call, self._call = self._call + text, None
-            self._quoting = call.strip(text) == LOOKUP_CALL
+            self._quoting = is_lookup(call.partition(text)[2].removesuffix(text))
             return "" if self._quoting else call
         if token == special("<|output_start|>") and self._quoting:
             return ""

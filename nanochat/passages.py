@@ -9,6 +9,7 @@ line of a dialogue. Headings are those of Markdown, lines in bold face or in cap
 the form "Chapter 3". Nothing here depends on a language; sentences also end with the full stops of
 scripts without spaces.
 """
+import itertools
 import re
 from typing import NamedTuple
 
@@ -67,15 +68,25 @@ class Section(NamedTuple):
 
 def passages_of(documents, max_chars=MAX_CHARS):
     """Cut documents, pairs (name, text), into a list of Passage; the text beyond max_chars is
-    left out."""
+    left out. Documents of one name that follow each other are one text, which had been cut."""
     passages = []
-    for name, text in documents:
+    for name, pieces in itertools.groupby(documents, key=lambda document: document[0]):
+        text = "".join(piece for _, piece in pieces)
         if max_chars <= 0:
             break
         for section in sections(text[:max_chars]):
             passages += _cut_section(name, section)
         max_chars -= len(text)
     return passages
+
+
+def file_of(source):
+    """The file of a source, without the row of a table that it may name.
+
+    >>> file_of("part-0.parquet, row 17")
+    'part-0.parquet'
+    """
+    return re.sub(r", row \d+$", "", source)
 
 
 def _cut_section(name, section):

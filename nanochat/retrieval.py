@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.conversation import NOTHING_FOUND
+from nanochat.conversation import NO_ROOM, NOTHING_FOUND
+from nanochat.passages import file_of
 from nanochat.words import COMPOUND_CHARS, STOP_WORDS, is_typo, language_of, likeness, words_of
 
 QUOTE_CHARS = 450       # a quote is at most this long, but whole units of the text where it can be
@@ -119,7 +120,7 @@ class Passages:
         self.posting_counts = counts
         bounds = np.arange(len(self.vocabulary) + 1) * len(passages)
         self.first_posting = np.searchsorted(pairs, bounds)
-        self.document_count = len({passage.source for passage in passages})
+        self.document_count = len({file_of(passage.source) for passage in passages})
         self.words_by_start = defaultdict(list)
         for word in self.vocabulary:
             self.words_by_start[word[:3]].append(word)
@@ -308,8 +309,8 @@ def reply_to(answer):
 def reply_within(passages, questions, fits):
     """What the user reads in answer to the last message, with as long a quote as fits(text) allows.
 
-    A shorter quote is of the sentences that fit best, and in the end the beginning of one.
-    NOTHING_FOUND where there is no room for that; None where not even that fits.
+    A shorter quote is of the sentences that fit best, and in the end the beginning of one. Where
+    there is no room for that, NO_ROOM says where it stands; None where not even that fits.
     """
     # whole sentences, fewer and fewer
     for quote_chars in QUOTE_STEPS:
@@ -324,4 +325,11 @@ def reply_within(passages, questions, fits):
         if fits(reply):
             return reply
         quote = quote._replace(text=quote.text[:int(0.9 * len(quote.text)) - 1] + "…")
-    return NOTHING_FOUND if fits(NOTHING_FOUND) else None
+    if answer.confidence == NOTHING:
+        return None
+
+    # where it stands
+    for place in (quote.source, "your text"):
+        if fits(f"{NO_ROOM}{place}."):
+            return f"{NO_ROOM}{place}."
+    return None

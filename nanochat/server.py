@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 
 from nanochat.common import UserError
 from nanochat.completion import UntilStop, fit_text
-from nanochat.conversation import fit_conversation, normalise_messages
+from nanochat.conversation import fit_conversation, normalise_messages, questions_of
 from nanochat.prompts import SUGGESTIONS
 
 MAX_BODY_BYTES = 1_000_000
@@ -429,15 +429,17 @@ def create_app(
         }
 
     def read_prompt(fields, room):
-        """The conversation as ids, the oldest turns dropped to leave `room` for an answer."""
-        messages = fit_conversation(tokenizer, read_messages(fields), context - room)
+        """(ids, questions): the conversation, the oldest turns dropped to leave `room` for an
+        answer, and all that the user has asked."""
+        asked = read_messages(fields)
+        messages = fit_conversation(tokenizer, asked, context - room)
         ids = tokenizer.render_for_completion({"messages": messages})
         if len(ids) >= context:
             problem = (
                 f"the question takes {len(ids)} tokens, the model reads {context - 1}: shorten it"
             )
             raise ApiError(400, problem, "messages", "context_length_exceeded")
-        return ids
+        return ids, questions_of(asked)
 
     @app.post(CHATS)
     async def chat_completions(request: Request):
@@ -450,7 +452,7 @@ def create_app(
         streaming = read_typed(fields, "stream", False)
         stream_options = read_typed(fields, "stream_options", {})
         room = min(options["max_new_tokens"], context // 2)
-        ids = await asyncio.to_thread(read_prompt, fields, room)
+        ids, options["questions"] = await asyncio.to_thread(read_prompt, fields, room)
         options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
 
         # 2. generate on the model's thread, one request after the other

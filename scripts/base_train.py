@@ -39,6 +39,7 @@ from nanochat.prompts import text_prompts
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
 from nanochat.start import EXTENDED, FRESH, new_base_folder, place_of, start_base
+from nanochat.userfiles import existing_path
 from nanochat.variants import MODEL_CLASSES, TRAINABLE, WITH_COUNTS, default_model
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 
@@ -77,6 +78,8 @@ extend: float = None         # or from before the LR decay, to a horizon so many
 seed = 42                    # of the initial weights
 settings = configure(globals(), aliases={"no_wandb": "logger="},
                      defaults_here=pretraining_defaults)
+if data is not None:
+    data = settings["data"] = str(existing_path(data))
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 0, "ngram_tokens")
 

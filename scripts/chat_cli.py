@@ -16,7 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.completion import print_continuation, print_stream
 from nanochat.configurator import configure
-from nanochat.conversation import fit_conversation, normalise_messages
+from nanochat.conversation import fit_conversation, normalise_messages, questions_of
 from nanochat.engine import Engine
 from nanochat.folders import chosen_line
 from nanochat.passage_store import load_passages
@@ -42,6 +42,7 @@ def answer(engine, tokenizer, messages):
     # 1. the conversation as ids, its oldest turns dropped where there is no room for an answer
     room = min(max_tokens, engine.max_seq_len // 2)
     messages = normalise_messages(messages)
+    questions = questions_of(messages)
     messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
     ids = tokenizer.render_for_completion({"messages": messages})
 
@@ -52,6 +53,7 @@ def answer(engine, tokenizer, messages):
         temperature=temperature,
         top_k=top_k,
         seed=seed + len(messages),  # with one seed, every turn would sample alike
+        questions=questions,
     )
     text = print_stream(stream)
     cut = stream.finish_reason == "length"

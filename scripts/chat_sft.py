@@ -19,6 +19,7 @@ from nanochat.plan import chat_batch, chat_horizon
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.start import start_chat
+from nanochat.userfiles import existing_path
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
@@ -64,6 +65,8 @@ resume = False               # resume the newest unfinished run that started fro
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 seed = 43                    # of the order of the conversations
 settings = configure(globals(), aliases={"no_wandb": "logger="})
+if data is not None:
+    data = settings["data"] = str(existing_path(data))
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 if own_text not in FORMS:
     raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")

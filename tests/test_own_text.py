@@ -1,5 +1,7 @@
 """The user's own text in the chat: what is practised, what the engine quotes, what is kept."""
+import os
 import random
+import re
 import shutil
 
 import pytest
@@ -55,7 +57,8 @@ def sources(split, passages):
 
 def test_headings_are_held_out_whole_and_both_splits_have_some():
     names = [f"{first} {second}" for first in "abcde" for second in "fghij"]
-    many = passages_of([("a.md", f"# {name}\n\n" + "Long sentences. " * 90) for name in names])
+    text = "Long sentences. " * 90 + "\n\n"
+    many = passages_of([("a.md", f"# {name}\n\n{text}") for name in names])
     train, test = sources("train", many), sources("test", many)
     assert train and test and not train & test
     assert len(train) + len(test) == len(names)
@@ -234,17 +237,36 @@ def test_a_look_up_without_passages_is_refused_and_other_calls_are_shown(tokeniz
     assert ask(scripted_engine(tokenizer, passages, "12*7"), "12*7?") == "`12*7` → 84\n"
 
 
-def test_a_quote_fits_the_room_that_is_left(tokenizer, passages):
-    for room in (60, 40, 25):
-        engine = scripted_engine(tokenizer, passages, T=300)
-        messages = [{"role": "user", "content": "drum bought?"}]
-        ids = engine.tokenizer.render_for_completion({"messages": messages})
-        (tokens,) = engine.generate_batch([ids], max_new_tokens=room, temperature=0)
-        assert len(tokens) <= room
-        reply = engine.tokenizer.parse_completion(tokens)
-        outputs = [part["text"] for part in reply if part["type"] == "python_output"]
-        for output in outputs:
-            assert output.endswith("(source: notes/drum.md, Drum)") or output == NOTHING_FOUND
+@pytest.mark.parametrize("limit, context, said", [
+    (8, 400, "Drum was bought on 12 May.\nColour: tan\nWhere is the drum?\nIn room 12.\n(source: "),
+    (80, 105, "Drum was bought on 12 May.\n(source: "),
+    (40, 75, "No room here to quote your text."),
+])
+def test_a_quote_takes_what_the_context_leaves_whatever_the_model_may_write(
+        tokenizer, passages, limit, context, said):
+    message = {"role": "user", "content": "drum bought?"}
+    ids = tokenizer.render_for_completion({"messages": [message]})
+    call = len(tokenizer.encode(LOOKUP_CALL)) + 2
+    engine = scripted_engine(tokenizer, passages, T=context)
+    (tokens,) = engine.generate_batch([ids], max_new_tokens=max(limit, call + 1), temperature=0)
+    reply = tokenizer.parse_completion(tokens)
+    (output,) = [part["text"] for part in reply if part["type"] == "python_output"]
+    assert output.startswith(said) and len(ids) + len(tokens) <= context
+    assert tokens[-1] == tokenizer.encode_special("<|assistant_end|>")
+
+
+def test_a_follow_up_is_understood_where_the_question_before_is_out_of_the_context(
+        tokenizer, passages):
+    texts = ["Tell me about the drum", "and what colour?"]
+    engine = scripted_engine(tokenizer, passages, T=256)
+    alone = ask(engine, texts[1])
+    engine = scripted_engine(tokenizer, passages, T=256)
+    assert "drum.md" not in alone and "drum.md" in ask(engine, texts[1], questions=texts)
+
+
+def test_a_call_with_blanks_is_shown_as_a_look_up_too(tokenizer, passages):
+    engine = scripted_engine(tokenizer, passages, " lookup() ", T=400)
+    assert ask(engine, "drum, when bought?").startswith("Drum was bought on 12 May.")
 
 
 def test_a_user_who_writes_the_call_gets_no_quote_and_no_marker(tokenizer, passages):
@@ -270,18 +292,33 @@ def test_passages_are_kept_beside_the_model_and_damage_is_named(tmp_path, passag
             load_passages(damaged)
 
 
-def test_a_chat_stage_finds_the_text_of_its_model_and_keeps_it(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    notes = tmp_path / "notes"
-    notes.mkdir()
+    folder = tmp_path / "notes"
+    folder.mkdir()
     for name, text in NOTES:
-        (notes / name.split("/")[1]).write_text(text, encoding="utf-8")
-    origins = {
+        (folder / name.split("/")[1]).write_text(text, encoding="utf-8")
+    return folder
+
+
+def have_origins(monkeypatch, origins):
+    """Checkpoints {(folder, step): meta} in place of those that are there."""
+    def read_meta(folder, step):
+        if (str(folder), step) not in origins:
+            raise UserError("is gone")
+        return origins[str(folder), step]
+
+    monkeypatch.setattr("nanochat.passage_store.read_meta", read_meta)
+
+
+def test_a_chat_stage_finds_the_text_of_its_model_and_keeps_it(
+        notes, tmp_path, monkeypatch, capsys):
+    have_origins(monkeypatch, {
         ("mid", 5): {"origin": ["base", 9], "settings": {"data": None}},
         ("base", 9): {"settings": {"data": str(notes)}},
-    }
-    monkeypatch.setattr("nanochat.passage_store.read_meta", lambda *key: origins[key])
-    assert find_data({"origin": ["mid", 5]}) == str(notes)
+    })
+    assert find_data({"origin": ["mid", 5]}) == (str(notes), None)
 
     meta = {"origin": ["mid", 5]}
     found = prepare_passages(None, meta, tmp_path / "sft")
@@ -289,17 +326,66 @@ def test_a_chat_stage_finds_the_text_of_its_model_and_keeps_it(tmp_path, monkeyp
     assert f"of {len(NOTES)} files" in capsys.readouterr().out
 
     # the notes have moved: a resumed run and the chat have them all the same
-    for path in notes.iterdir():
-        path.unlink()
-    notes.rmdir()
+    shutil.rmtree(notes)
     again = prepare_passages(None, dict(meta), tmp_path / "sft")
     assert again.passages == found.passages
     assert prepare_passages(None, {"origin": ["mid", 5]}, tmp_path / "new") is None
     assert "is gone" in capsys.readouterr().out
 
 
+def test_a_run_that_continues_in_another_folder_takes_its_passages_along(passages, tmp_path):
+    name = save_passages(tmp_path / "sft", passages.passages)
+    meta = {"passages": name, "continues": [str(tmp_path / "sft"), 3]}
+    assert prepare_passages(None, meta, tmp_path / "sft-2").passages == passages.passages
+    shutil.rmtree(tmp_path / "sft")
+    assert prepare_passages(None, meta, tmp_path / "sft-2").passages == passages.passages
+    assert [path.name for path in (tmp_path / "sft-2").iterdir()] == [name]
+
+
+def test_text_and_base_model_may_be_gone_where_midtraining_has_kept_the_text(
+        passages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    mid = tmp_path / "mid_checkpoints" / "notes"
+    name = save_passages(mid, passages.passages)
+    kept = {"origin": ["base", 9], "settings": {}, "passages": name, "data": "/gone/notes"}
+    have_origins(monkeypatch, {(str(mid), 5): kept})
+
+    # the base directory was elsewhere when the chat stage began
+    meta = {"origin": ["/elsewhere/mid_checkpoints/notes", 5]}
+    found = prepare_passages(None, meta, tmp_path / "sft")
+    assert found.passages == passages.passages and meta["data"] == "/gone/notes"
+    assert "as it was kept beside" in capsys.readouterr().out
+
+    # nothing is left that tells of a text
+    have_origins(monkeypatch, {(str(mid), 5): {"origin": ["base", 9], "settings": {}}})
+    assert prepare_passages(None, {"origin": [str(mid), 5]}, tmp_path / "new") is None
+    assert capsys.readouterr().out.count("--data=PATH") == 1
+
+
+def test_a_text_beyond_the_cap_is_a_corpus_unless_it_was_asked_for(
+        notes, tmp_path, monkeypatch, capsys):
+    have_origins(monkeypatch, {("base", 9): {"settings": {"data": str(notes)}}})
+    monkeypatch.setattr("nanochat.passage_store.MAX_CHARS", 300)
+    meta = {"origin": ["base", 9]}
+    assert prepare_passages(None, meta, tmp_path / "sft") is None and "passages" not in meta
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "300 characters" in line]
+    assert f"--data={notes}" in line
+    assert prepare_passages(str(notes), {"origin": ["base", 9]}, tmp_path / "sft").passages
+    assert prepare_passages(str(notes), dict(meta), tmp_path / "sft") is None   # resumed
+
+
+def test_a_path_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError, match="/nope does not exist"):
+        prepare_passages("/nope", {}, tmp_path)
+
+
+def test_the_rows_of_a_table_are_of_one_file():
+    rows = [(f"a.parquet, row {i}", f"Row number {i} is here.") for i in range(5)]
+    assert Passages(passages_of([*rows, ("b, row 7.md", "Other.")])).document_count == 2
+
+
 def test_a_model_of_other_text_has_nothing_to_look_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat.passage_store.read_meta", lambda *_: {"settings": {"data": None}})
+    have_origins(monkeypatch, {("base", 9): {"settings": {"data": None}}})
     meta = {"origin": ["base", 9]}
     assert prepare_passages(None, meta, tmp_path) is None and "passages" not in meta
 
@@ -312,9 +398,11 @@ def test_a_chat_of_notes_quotes_them_after_they_are_gone(stages, tmp_path):
         text = f"# Harbour {i}\n\n" + f"Boat {i} lies at berth {i * 7}. " * 5
         (notes / f"boat {i}.md").write_text(text, encoding="utf-8")
     small = (*TINY_CHAT, "--num_iterations=2", "--device_type=cpu")
-    stages.fork("scripts.base_train", f"--data={notes}", *TINY, "--num_iterations=2")
+    relative = f"--data={os.path.relpath(notes)}"
+    stages.fork("scripts.base_train", relative, *TINY, "--num_iterations=2")
     out, _ = stages.fork("scripts.mid_train", *small)
-    assert f"passages of 60 files of {notes}" in out
+    named = re.search("passages of 60 files of (/.*)", out)[1]
+    assert os.path.samefile(named, notes)
     tag = data_tag(notes)
     shutil.rmtree(notes)
 
@@ -326,3 +414,4 @@ def test_a_chat_of_notes_quotes_them_after_they_are_gone(stages, tmp_path):
     assert "pydoc" not in row["accuracy"] and row["own_files"] == 60
     assert list(folder.glob("passages_*.parquet"))
     stages.refusal("scripts.mid_train", *small, "--own_text=both")
+    stages.refusal("scripts.mid_train", *small, "--data=/nope")

@@ -1,7 +1,7 @@
 """Looking up: what a passage is, that the right one is found, and that doubt is said."""
 import pytest
 
-from nanochat.conversation import NOTHING_FOUND, restore_tool_calls
+from nanochat.conversation import NO_ROOM, NOTHING_FOUND, restore_tool_calls
 from nanochat.passages import passages_of, sections, sentences
 from nanochat.retrieval import (
     DOUBTFUL,
@@ -138,6 +138,12 @@ def test_text_beyond_the_limit_is_left_out():
     assert joined == "x" * 50 + "y" * 10
 
 
+def test_a_note_that_was_cut_keeps_its_heading():
+    pieces = [("a.md", "# Garden\n\n"), ("a.md", "Peas grow."), ("b.md", "Beans grow.")]
+    assert [(p.source, p.heading, p.units) for p in passages_of(pieces)] == [
+        ("a.md", "Garden", ("Peas grow.",)), ("b.md", "", ("Beans grow.",))]
+
+
 # ------------------------------------------------------------------------------------------------
 # words
 
@@ -230,12 +236,15 @@ def test_a_quote_is_cut_to_the_room_and_its_source_stays_whole(passages):
     assert reply(200).count("\n") == 2                     # both sentences
     assert reply(80) == "Sow the runner beans in the middle of May.\n" + source
     assert len(reply(65)) <= 65 and reply(65).endswith("…\n" + source)
-    assert reply(45) == NOTHING_FOUND and reply(10) is None
+    assert reply(50) == "No room here to quote garden.md, Garden > Beans."
+    assert reply(45) == "No room here to quote your text." and reply(10) is None
+    nothing = reply_within(passages, ["quaternion?"], lambda text: len(text) <= 45)
+    assert nothing == NOTHING_FOUND
 
 
 def test_a_reply_that_comes_back_as_history_is_a_look_up_again(passages):
     reply = reply_to(passages.answer("when do i sow runner beans"))
-    for text in (reply + "\n", reply, NOTHING_FOUND):
+    for text in (reply + "\n", reply, NOTHING_FOUND, NO_ROOM + "garden.md."):
         parts = restore_tool_calls({"role": "assistant", "content": text})["content"]
         assert [part["type"] for part in parts] == ["python", "python_output"]
         assert parts == [
