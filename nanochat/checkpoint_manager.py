@@ -11,7 +11,6 @@ tokenizer is beside them, so that a model can be loaded whatever was trained sin
     python -m nanochat.checkpoint_manager DIR    # runs python -m scripts.checkpoints DIR
 """
 import dataclasses
-import fcntl
 import math
 import os
 import runpy
@@ -40,21 +39,20 @@ from nanochat.checkpoint import (
     write_meta,
     write_states,
 )
-from nanochat.common import (
-    NOT_OFFERED,
-    UserError,
-    all_reduce_max,
-    get_dist_info,
-    print0,
-    warn_once,
+from nanochat.common import UserError, all_reduce_max, get_dist_info, print0
+from nanochat.folders import (
+    TOKENIZER_FOLDER,
+    checkpoint_dir,
+    find_model_tag,
+    list_models,
+    lock_folder,
+    remedy_for_missing,
 )
-from nanochat.folders import checkpoint_dir, find_model_tag, list_models, remedy_for_missing
 from nanochat.guard import Guard
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
 KEEP = 3  # newest complete steps that stay
-TOKENIZER_FOLDER = "tokenizer"  # in the folder of a run
 LONGEST_CONTEXT = 2**20  # tokens; no model has a longer one, and its table of rotary angles fits
 DTYPES = ("float32", "bfloat16")
 
@@ -224,43 +222,6 @@ def steps_of_run(steps, last):
             break
         run.insert(0, step)
     return run
-
-
-def lock_folder(dir, rank):
-    """Lock `dir` for this process until it ends. UserError if another process holds the lock.
-
-    Returns the open lock file, which the caller keeps; None on ranks other than 0. The kernel
-    releases the lock (flock) when the process ends, however it ends, so no stale lock is left.
-    Temporary files of killed runs are deleted. Where the file system has no locks, a warning says
-    so, and no file is deleted: it may belong to another run.
-    """
-    if rank != 0:
-        return None
-    dir = Path(dir)
-    dir.mkdir(parents=True, exist_ok=True)
-    file = open(dir / ".lock", "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "?"
-        raise UserError(
-            f"process {holder} is training into {dir}: stop it, or name another --model_tag"
-        ) from None
-    except OSError as error:
-        if error.errno not in NOT_OFFERED:
-            raise
-        warn_once(
-            f"the file system of {dir} has no locks ({error.strerror}): make sure that no other "
-            "run trains into it"
-        )
-        return file
-    for path in (*dir.glob("*.tmp"), *dir.glob(f"{TOKENIZER_FOLDER}/*.tmp")):
-        path.unlink(missing_ok=True)  # a process that reads may have just renamed it
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 # --------------------------------------------------------------------------------------------------

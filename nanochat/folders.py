@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.checkpoint import complete_metas
-from nanochat.common import UserError, all_reduce_max, get_base_dir, get_dist_info, print0
+from nanochat.common import (
+    NOT_OFFERED,
+    UserError,
+    all_reduce_max,
+    get_base_dir,
+    get_dist_info,
+    print0,
+    warn_once,
+)
 
 FOLDERS = {
     "base": "base_checkpoints",
@@ -29,6 +37,7 @@ FOLDERS = {
     "rl": "chatrl_checkpoints",
 }
 STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
+TOKENIZER_FOLDER = "tokenizer"  # in the folder of a run
 LISTED = 8  # models that one line names at most
 
 
@@ -96,6 +105,68 @@ def is_locked(dir):
     return False
 
 
+def lock_folder(dir, rank):
+    """Lock `dir` for this process until it ends. UserError if another process holds the lock.
+
+    A folder that this process has claimed is locked already: that lock is handed over.
+    Returns the open lock file, which the caller keeps; None on ranks other than 0. The kernel
+    releases the lock (flock) when the process ends, however it ends, so no stale lock is left.
+    Temporary files of killed runs are deleted. Where the file system has no locks, a warning says
+    so, and no file is deleted: it may belong to another run.
+    """
+    if rank != 0:
+        return None
+    dir = Path(dir)
+    if dir.absolute() in CLAIMED:
+        return CLAIMED.pop(dir.absolute())
+    dir.mkdir(parents=True, exist_ok=True)
+    file = open(dir / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "?"
+        file.close()
+        raise UserError(
+            f"process {holder} is training into {dir}: stop it, or name another --model_tag"
+        ) from None
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        warn_once(
+            f"the file system of {dir} has no locks ({error.strerror}): make sure that no other "
+            "run trains into it"
+        )
+        return file
+    for path in (*dir.glob("*.tmp"), *dir.glob(f"{TOKENIZER_FOLDER}/*.tmp")):
+        path.unlink(missing_ok=True)  # a process that reads may have just renamed it
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+CLAIMED = {}  # the open lock files of chosen folders, until lock_folder() hands them to the run
+
+
+def claim_folder(dir):
+    """Lock a free folder for the run that begins in this process. Whether that succeeded."""
+    # docs/traps.md: chosen-before-locked
+    if what_holds(dir):
+        return False
+    try:
+        file = lock_folder(dir, 0)
+    except UserError:
+        return False  # two processes looked at the same time
+
+    # a short run may have come and gone since the first look
+    if complete_metas(dir):
+        file.close()
+        return False
+    CLAIMED[Path(dir).absolute()] = file
+    return True
+
+
 REMEDIES = {
     "a finished run": "extend it with --extend=2, or name another --model_tag",
     "an unfinished run": "resume it with --resume, or name another --model_tag",
@@ -103,22 +174,27 @@ REMEDIES = {
 
 
 def refuse_taken(dir):
-    """UserError where the folder that the user has named for a run that begins holds one."""
-    holds = what_holds(dir)
-    if holds:
+    """UserError where the folder that the user has named for a run that begins holds one.
+
+    Otherwise rank 0 claims it. Every rank calls it.
+    """
+    holds = ""
+    if get_dist_info()[1] == 0 and not claim_folder(dir):
+        holds = what_holds(dir) or "a run"
+    if all_reduce_max(bool(holds))[0]:
         remedy = REMEDIES.get(holds, "name another --model_tag")
-        raise UserError(f"{dir.name} holds {holds}: {remedy}")
+        raise UserError(f"{dir.name} holds {holds or 'a run'}: {remedy}")
 
 
 def free_folder(dir):
     """`dir`, or the first free one of dir-2, dir-3, ...: for a run that begins.
 
-    Every rank calls it: all take the folder that rank 0 found.
+    Every rank calls it: all take the folder that rank 0 has claimed.
     """
     dir = Path(dir)
     number = 1
     if get_dist_info()[1] == 0:
-        while what_holds(numbered(dir, number)):
+        while not claim_folder(numbered(dir, number)):
             number += 1
     number = int(all_reduce_max(number)[0])
     free = numbered(dir, number)
@@ -150,7 +226,6 @@ def folder_to_extend(dir, step):
     free = free_folder(dir)
     log = Path(dir) / "log.jsonl"
     if get_dist_info()[1] == 0 and log.exists():
-        free.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(log, free / log.name)
     print0(f"{free.name} continues from step {step} of {Path(dir).name}")
     return free

@@ -1,4 +1,7 @@
 """A folder for each run: which one a run gets, and which models are found again."""
+import subprocess
+import sys
+
 import pytest
 
 from checkpoint_cases import (  # noqa: F401 - fixtures among them
@@ -8,11 +11,13 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
     save,
     tokenizer,
 )
-from nanochat.checkpoint_manager import load_model, lock_folder
+from nanochat.checkpoint_manager import CheckpointManager, load_model, lock_folder
 from nanochat.common import UserError
 from nanochat.folders import (
+    CLAIMED,
     checkpoint_dir,
     chosen_line,
+    claim_folder,
     describe_all,
     find_model_tag,
     folder_to_continue,
@@ -24,6 +29,13 @@ from nanochat.folders import (
     newest_model,
     refuse_taken,
 )
+
+
+def found(dir):
+    """The free folder that a run finds which then ends, so that its lock is released."""
+    free = free_folder(dir)
+    lock_folder(free, 0).close()
+    return free
 
 
 def refusal(dir):
@@ -38,14 +50,14 @@ def refusal(dir):
 
 def test_a_run_that_begins_takes_the_next_free_name(folder, meta, capsys):
     # docs/traps.md: shared-folders
-    assert free_folder(folder) == folder and capsys.readouterr().out == ""
+    assert found(folder) == folder and capsys.readouterr().out == ""
     save(folder, 5, {**meta, "finished": True})
-    assert free_folder(folder).name == "d1-2"
+    assert found(folder).name == "d1-2"
     assert capsys.readouterr().out == "d1 holds a finished run: this one is d1-2\n"
     save(checkpoint_dir("base", "d1-2"), 5, meta)
     save(checkpoint_dir("base", "d1-4"), 5, meta)
-    assert free_folder(folder).name == "d1-3"
-    assert free_folder(checkpoint_dir("base", "d1-2")).name == "d1-2-2"
+    assert found(folder).name == "d1-3"
+    assert found(checkpoint_dir("base", "d1-2")).name == "d1-2-2"
     hint = "d1-2 holds an unfinished run, which --resume resumes: this one is d1-2-2\n"
     assert hint in capsys.readouterr().out
 
@@ -53,9 +65,9 @@ def test_a_run_that_begins_takes_the_next_free_name(folder, meta, capsys):
 def test_a_folder_is_taken_by_a_meta_file_that_cannot_be_read_but_not_by_a_half_saved_step(folder):
     folder.mkdir(parents=True)
     (folder / "model_000009.pt").write_bytes(b"of a run that was killed")
-    assert free_folder(folder) == folder
+    assert found(folder) == folder
     (folder / "meta_000009.json").write_text("{", encoding="utf-8")
-    assert free_folder(folder).name == "d1-2", "it may be of a later version"
+    assert found(folder).name == "d1-2", "it may be of a later version"
     assert refusal(folder) == "d1 holds checkpoints that cannot be read: name another --model_tag"
 
 
@@ -64,12 +76,40 @@ def test_a_folder_is_taken_by_a_run_that_has_not_saved_yet(folder):
     assert is_locked(folder) and free_folder(folder).name == "d1-2"
     assert refusal(folder) == "d1 holds a run that is training now: name another --model_tag"
     held.close()
-    assert not is_locked(folder) and free_folder(folder) == folder
-    lock_folder(folder, 0).close()
+    assert not is_locked(folder) and found(folder) == folder
+
+
+def test_two_runs_that_begin_at_once_never_choose_the_same_folder(folder, meta):
+    # docs/traps.md: chosen-before-locked
+    program = f"from nanochat.folders import free_folder; print(free_folder({str(folder)!r}).name)"
+    assert free_folder(folder) == folder and is_locked(folder), "before the run has done anything"
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert other.stdout.splitlines()[-1] == "d1-2", other.stderr
+
+    # the run takes the lock over, and only its end releases it
+    run = CheckpointManager(folder, 0)
+    assert folder not in CLAIMED and is_locked(folder)
+    assert found(folder).name == "d1-2"
+    run.lock.close()
+    assert not is_locked(folder)
+
+
+def test_a_folder_that_another_run_filled_after_the_first_look_is_not_taken(
+    folder, meta, monkeypatch
+):
+    # docs/traps.md: chosen-before-locked
+    save(folder, 5, {**meta, "finished": True})
+    looks = iter(["", ""])  # the other run saved and ended between look and lock
+    monkeypatch.setattr("nanochat.folders.what_holds", lambda dir: next(looks))
+    assert not claim_folder(folder) and not is_locked(folder)
+    assert claim_folder(folder.with_name("d9"))
+    lock_folder(folder.with_name("d9"), 0).close()
 
 
 def test_a_named_folder_that_holds_a_run_is_refused_with_the_remedy(folder, meta):
     refuse_taken(folder)
+    assert is_locked(folder), "and none that was free is left to another run"
+    lock_folder(folder, 0).close()
     save(folder, 5, meta)
     assert refusal(folder) == (
         "d1 holds an unfinished run: resume it with --resume, or name another --model_tag")
@@ -88,6 +128,7 @@ def test_a_run_continues_in_its_folder_unless_that_holds_a_finished_model(folder
     beside = folder_to_continue(folder, 5)
     assert beside.name == "d1-2" and (beside / "log.jsonl").read_text("utf-8") == '{"step": 4}\n'
     assert "d1-2 continues from step 5 of d1\n" in capsys.readouterr().out
+    lock_folder(beside, 0).close()
     assert folder_to_extend(folder, 4).name == "d1-2", "nothing was saved there"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.folders import Model
+from nanochat.folders import Model, lock_folder
 from nanochat.plan import BUDGETS
 from nanochat.start import (
     EXTENDED,
@@ -233,7 +233,9 @@ def test_a_run_that_continues_beside_a_finished_model_is_another_run_and_says_wh
     def place(kind, finished=False, **more):
         metas = [{"finished": finished}]
         monkeypatch.setattr("nanochat.folders.complete_metas", lambda dir: metas * (dir == folder))
-        return place_of(Start(kind, folder, None, None, {"step": 20, **more}))
+        there, meta = place_of(Start(kind, folder, None, None, {"step": 20, **more}))
+        lock_folder(there, 0).close()  # as the end of the run does
+        return there, meta
 
     old = {"run": "17-4", "finished": False}
     assert place(RESUMED, **old) == (folder, {"step": 20, "run": "17-4"})
