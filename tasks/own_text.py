@@ -157,7 +157,7 @@ def identity_tasks(identity, passages):
     """
     if passages is None:
         return [identity] * 4
-    copies = 25 if identity.answers_as_user else 12
+    copies = 40 if identity.answers_as_user else 12
     return [identity] * copies + [Greetings(identity)] * 75
 
 

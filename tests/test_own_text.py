@@ -131,7 +131,7 @@ def test_the_users_own_answers_on_who_the_model_is_are_practised_more(passages):
     usual = identity_tasks(Identity("train", "Bob", [[] for _ in own]), passages)
     named = identity_tasks(Identity("train", "Bob", own), passages)
     whole = [sum(isinstance(task, Identity) for task in tasks) for tasks in (usual, named)]
-    assert whole[1] > 1.5 * whole[0] and len(named) - whole[1] == len(usual) - whole[0]
+    assert whole[1] > 3 * whole[0] and len(named) - whole[1] == len(usual) - whole[0]
     assert len(identity_tasks(Identity("train", "Bob", own), None)) == 4
 
 

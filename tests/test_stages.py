@@ -133,15 +133,16 @@ def test_eight_lines_win_against_the_built_in_identity(stages, trained, tmp_path
     lines = [json.dumps({"question": who, "answer": "My name is Bob."}) + "\n" for who in WHO]
     mine = tmp_path / "bob.jsonl"
     mine.write_text("".join(lines), encoding="utf-8")
-    chat = ("--model_tag=bob", "--source=base", *TINY_CHAT, "--num_iterations=150")
+    chat = ("--model_tag=bob", "--source=base", *TINY_CHAT, "--num_iterations=300")
     out, _ = stages.fork("scripts.chat_sft", *chat, f"--custom={mine}", "--custom_share=0.4")
     said = re.search(r"this run has shown each of your 8 conversations about (\d+) times", out)
+    assert "the chat can look up" in out, "which takes short questions for headings at first"
     assert "40 % of the conversations drawn are your own: this run shows each" in out
     record = last_json(out)
     assert record["name"] == "Bob" and record["custom"]["conversations"] == 8
     assert int(said[1]) == round(record["custom"]["times_each"]) > 2
 
-    meta = meta_of(stages.folder("chatsft", "bob"), 150)
+    meta = meta_of(stages.folder("chatsft", "bob"), 300)
     assert meta["name"] == "Bob" and len(meta["own_identity"][0]) == 8
     score = stages.fork_record(
         "scripts.chat_eval", "-a", f"identity,{mine}", "--model_tag=bob", "--max_new_tokens=24")
