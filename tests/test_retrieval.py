@@ -99,6 +99,36 @@ def test_a_heading_is_known_in_each_of_its_forms(text, heading):
     assert [(s.heading, s.units) for s in sections(text)] == [(heading, ["Peas."])]
 
 
+@pytest.mark.parametrize("line", [
+    "Part of the garden floods in May.",
+    "Part I liked best: the end",
+    "Chapter 3 of the book is the best one.",
+    "```make all``` builds it",
+    "3. Mai: Geburtstag",
+    "- 5 degrees",
+    "2) -5 degrees",
+])
+def test_a_line_that_only_looks_like_markup_is_kept_with_all_of_its_words(line):
+    after = sections(line + "\n\nPeas.")
+    assert [section.heading for section in after] == [""]
+    assert after[0].units == [line.replace("```", ""), "Peas."]
+
+
+@pytest.mark.parametrize("line, heading", [
+    ("Chapter 3", "Chapter 3"), ("Part II The House", "Part II The House"),
+    ("Part I: The House", "Part I: The House"), ("Chapter One", "Chapter One"),
+    ("Kapitel 12.", "Kapitel 12."),
+])
+def test_a_numbered_line_is_a_heading(line, heading):
+    assert [section.heading for section in sections(line + "\n\nPeas.")] == [heading]
+
+
+def test_what_is_struck_out_is_not_quoted_and_code_keeps_its_marks():
+    text = "- Peas ~~in May~~ in June\n- ~~Beans~~\n\n```\na_b_c = *d* ~~~ 2\n~~~\n```\nEnd."
+    (section,) = sections(text)
+    assert section.units == ["Peas in June", "a_b_c = *d* ~~~ 2", "~~~", "End."]
+
+
 def test_code_is_kept_line_by_line_and_a_comment_in_it_is_no_heading():
     (section,) = sections("```\n# make it\nmake all\n```\n")
     assert section.heading == "" and section.units == ["# make it", "make all"]
