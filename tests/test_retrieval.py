@@ -240,6 +240,21 @@ def test_half_of_a_question_found_is_said_to_be_doubtful(passages):
     assert not reply_to(sure).startswith("I am not sure.")
 
 
+def test_a_stop_word_that_is_a_heading_a_file_or_a_name_is_looked_up():
+    passages = Passages(passages_of([
+        ("a.md", "# Work\n\nThe desk is on floor two."),
+        ("find.md", "Three mushrooms."),
+        ("b.md", "# People\n\nMy neighbour is Will Barnes.\nHe will come."),
+        *[(f"{i}.md", f"Nothing is here on day {i}.") for i in range(9)],
+    ]))
+    for question, quoted in [
+        ("Tell me about work.", "desk"), ("what about find?", "mushrooms"),
+        ("who is Will?", "neighbour"),
+    ]:
+        assert quoted in passages.answer(question).quotes[0].text
+    assert passages.answer("what is it?").confidence == NOTHING
+
+
 def test_one_common_word_is_not_enough_to_be_sure(passages):
     assert passages.answer("tell me about canes").confidence == DOUBTFUL
     assert passages.answer("tell me about beans").confidence == SURE    # a heading
