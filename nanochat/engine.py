@@ -91,7 +91,7 @@ def check_sampling(temperature, top_k, max_new_tokens):
 # ------------------------------------------------------------------------------------------------
 # sequences
 
-QUOTE_TOKENS = 512      # that a look-up may add to max_new_tokens: about two quotes, in any language
+QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in any language
 
 
 class Sequence:
@@ -108,7 +108,7 @@ class Sequence:
     forced            ids of a tool's reply that are still to be fed in
     questions         the texts of the user's messages, of which the prompt may hold the last only;
                       None: those of the prompt
-    spare             tokens that a quote may take besides: max_new_tokens is for what the model
+    quote_room        tokens that a quote may take besides: max_new_tokens is for what the model
                       writes
     """
 
@@ -127,12 +127,12 @@ class Sequence:
         self.call = None
         self.forced = []
         self.questions = questions
-        self.spare = 0
+        self.quote_room = 0
 
     @property
     def max_length(self):
         """Tokens that its slot must be able to hold."""
-        return len(self.prompt) + self.max_new_tokens + self.spare
+        return len(self.prompt) + self.max_new_tokens + self.quote_room
 
 
 def is_lookup(call):
@@ -200,7 +200,7 @@ class Engine:
         sequence = Sequence(ids, **options)
         sequence.max_new_tokens = min(sequence.max_new_tokens, room)
         if self.passages is not None:
-            sequence.spare = min(QUOTE_TOKENS, room - sequence.max_new_tokens)
+            sequence.quote_room = min(QUOTE_TOKENS, room - sequence.max_new_tokens)
         return sequence
 
     def admit(self, sequence):
@@ -323,7 +323,7 @@ class Engine:
         questions = sequence.questions or user_texts(self.tokenizer, sequence.prompt)
         # two markers and the closing token come besides
         written = len(sequence.tokens) + 3
-        room = sequence.max_new_tokens + sequence.spare - written
+        room = sequence.max_new_tokens + sequence.quote_room - written
 
         def tokens_of(text):
             return len(self.tokenizer.encode(text))
@@ -334,7 +334,7 @@ class Engine:
         if reply is not None:
             more = max(0, written + tokens_of(reply) - sequence.max_new_tokens)
             sequence.max_new_tokens += more
-            sequence.spare -= more
+            sequence.quote_room -= more
         return reply
 
     # --------------------------------------------------------------------------------------------

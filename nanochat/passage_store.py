@@ -165,6 +165,17 @@ def save_passages(folder, passages):
     return name
 
 
+def is_undamaged(meta, folder):
+    """Whether the folder has the passages that a meta file names, with their hash; True where it
+    names none."""
+    name = meta.get("passages")
+    if not name:
+        return True
+    path = Path(folder) / str(name)
+    match = FILE_NAME.fullmatch(str(name))
+    return match is not None and path.is_file() and sha256(path)[:16] == match[1]
+
+
 def load_passages(meta):
     """The Passages of a chat model, or None where it has none. meta: what load_model returned.
 
@@ -174,8 +185,7 @@ def load_passages(meta):
     if not name:
         return None
     path = Path(meta["dir"]) / str(name)
-    match = FILE_NAME.fullmatch(str(name))
-    if not match or not path.is_file() or sha256(path)[:16] != match[1]:
+    if not is_undamaged(meta, meta["dir"]):
         raise UserError(
             f"{path}, which holds the text that this chat can quote, is missing or damaged: get it "
             "again from where the checkpoint came, or run python -m scripts.chat_sft again")

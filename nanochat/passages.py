@@ -21,16 +21,23 @@ UNIT_CHARS = 300        # a longer unit is cut, so that a quote can hold it
 HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
 UNDERLINE = re.compile(r"(=|-){3,}\s*")
 BOLD_LINE = re.compile(r"(?:\*\*|__)([^*_]{1,80}?):?(?:\*\*|__):?")
+# "Chapter 3", "Part II: The House", "Chapter One", but not "Part I liked" or "Part of the garden"
 NUMBERED = re.compile(
-    r"(?:chapter|kapitel|chapitre|cap[ií]tulo|part|teil)\s+\w+.{0,60}|第.{1,5}[章回].{0,30}",
+    r"(?:chapter|kapitel|chapitre|cap[ií]tulo|part|teil)\s+"
+    r"(?:(?:\d{1,4}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b"
+    r"|(?-i:[IVXLCDM]{2,}\b|[IVX](?!\s*\w)))(?:\.|.{0,60}(?<!\.))"
+    r"|第.{1,5}[章回].{0,30}",
     re.IGNORECASE,
 )
-ITEM = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)])\s+(?:\[([ xX])\]\s*)?")
+# A bullet is markup; a number is not ("3. Mai: ..."), and before one a dash may be a minus.
+ITEM = re.compile(r"\s*(?:[*+•]\s+|-\s+(?![\s\d])|(?=(?:-\s+)?\d{1,3}[.)]\s)|(?=-\s+\d))"
+                  r"(?:\[([ xX])\]\s*)?")
 TABLE_RULE = re.compile(r"[\s:|-]+")
-FENCE = re.compile(r"\s*(?:```|~~~)")
+FENCE = re.compile(r"\s*(```|~~~)[^`]*")
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]*)[^)]*\)")
-EMPHASIS = re.compile(r"(?<!\w)(\*\*|__|\*|_|`|~~)(?=\S)(.+?)(?<=\S)\1(?!\w)")
+STRUCK = re.compile(r"~~(?=\S)(.+?)(?<=\S)~~")
+EMPHASIS = re.compile(r"(?<!\w)(\*\*|__|\*|_|`{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
 
 # Where a sentence ends: behind a mark that is followed by a blank and no small letter, or behind a
 # full stop of a script without spaces. No sentence ends behind a number ("am 3. Mai"), one letter
@@ -113,15 +120,16 @@ def sections(text):
 
     paragraph = []
     lines = text.split("\n")
-    in_code = False
+    fence = None    # of the code that the line is in
     for line in lines:
-        # code is kept line by line
-        if FENCE.match(line):
+        # code is kept line by line, as it is
+        match = FENCE.fullmatch(line)
+        if match and fence in (None, match[1]):
             _close(paragraph, found[-1])
-            in_code = not in_code
+            fence = None if fence else match[1]
             continue
-        if in_code:
-            _add(found[-1], line)
+        if fence:
+            _add_words(found[-1], line)
             continue
 
         # a heading begins a section
@@ -139,12 +147,14 @@ def sections(text):
 
 
 def plain(text):
-    """A line of Markdown as a person reads it: without emphasis; links as text (address).
+    """A line of Markdown as a person reads it: without emphasis and what is struck out; links as
+    text (address).
 
     A very long one is data and no prose: searching its marks in pairs could take minutes.
     """
     if len(text) <= MARKUP_CHARS:
         text = LINK.sub(_link_text, text)
+        text = STRUCK.sub("", text)
         text = EMPHASIS.sub(r"\2", text)
     return " ".join(text.split())
 
@@ -162,8 +172,13 @@ def _add_front_matter(matter, section):
 
 
 def _add(section, text):
+    """Append what a person reads of a line of Markdown."""
+    _add_words(section, plain(text))
+
+
+def _add_words(section, text):
     """Append a unit that is not empty; one that is too long for a quote is cut."""
-    text = plain(text)
+    text = " ".join(text.split())
     while len(text) > UNIT_CHARS:
         cut = max(text.rfind(mark, UNIT_CHARS // 3, UNIT_CHARS) for mark in ("; ", ", ", "，", "、"))
         if cut < 0:

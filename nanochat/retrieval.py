@@ -97,6 +97,7 @@ class Passages:
     first_posting       where those of each word begin
     lengths             words of each passage
     document_count      from how many files they are
+    subjects            words that alone are a heading, such as "work" of "# Work", or a file's name
     """
 
     def __init__(self, passages):
@@ -121,6 +122,9 @@ class Passages:
         bounds = np.arange(len(self.vocabulary) + 1) * len(passages)
         self.first_posting = np.searchsorted(pairs, bounds)
         self.document_count = len({file_of(passage.source) for passage in passages})
+        self.subjects = {
+            words[0] for passage in passages for words in subjects_of(passage) if len(words) == 1
+        }
         self.words_by_start = defaultdict(list)
         for word in self.vocabulary:
             self.words_by_start[word[:3]].append(word)
@@ -145,8 +149,9 @@ class Passages:
     def terms(self, question):
         """The words of a question that may say what it is about, a list of Term."""
         words = words_of(question)
-        ignored = STOP_WORDS[language_of(words)[0]]
-        return [self._term(word) for word in dict.fromkeys(words) if word not in ignored]
+        ignored = STOP_WORDS[language_of(words)[0]] - self.subjects
+        chosen = [word for word in words if word not in ignored] or names_in(question)
+        return [self._term(word) for word in dict.fromkeys(chosen)]
 
     def _term(self, word):
         tf = np.zeros(len(self.passages))
@@ -212,6 +217,22 @@ def source_of(passage):
 def title_of(passage):
     """File name, without its suffix, and headings as text."""
     return re.sub(r"\.\w{1,7}$", "", passage.source) + " " + passage.heading
+
+
+def subjects_of(passage):
+    """The words of a file's name, and of each heading: a list of lists."""
+    name = re.sub(r"\.\w{1,7}$", "", passage.source.split("/")[-1])
+    return [words_of(text) for text in (name, *passage.heading.split(" > "))]
+
+
+def names_in(question):
+    """The words of a question that a capital marks as names: not the first, where all have one.
+
+    >>> names_in("who is Will?")
+    ['will']
+    """
+    _, *others = question.split() or [""]
+    return words_of(" ".join(word for word in others if len(word) > 1 and word[0].isupper()))
 
 
 def windows(passage, terms, quote_chars):

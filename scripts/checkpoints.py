@@ -32,6 +32,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, expand_home, get_base_dir, install_error_hook, print0
 from nanochat.folders import FOLDERS, checkpoint_dir, list_models, newest_meta
+from nanochat.passage_store import is_undamaged
 
 # the stages that can be resumed
 RESCUABLE = ("base_train", "mid_train", "chat_sft")
@@ -141,13 +142,21 @@ def print_steps(dir, verify):
             damage = True
             print(f"{number:8d}  {'':>10}  {'':>8}  not to be used: {problem}")
             continue
-        damaged = verify_files(dir, meta, list(meta["files"])) if verify else []
+        damaged = verify_step(dir, meta) if verify else []
         damage = damage or bool(damaged)
         size = sum((dir / name).stat().st_size for name in meta["files"])
         bpb = f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") else ""
         state = state_of(meta, damaged, verify)
         print(f"{number:8d}  {size / 1e6:7.1f} MB  {bpb:>8}  {state}")
     return damage and verify
+
+
+def verify_step(dir, meta):
+    """The files of a step that are damaged; the text that a chat quotes is one, too."""
+    damaged = verify_files(dir, meta, list(meta["files"]))
+    if not is_undamaged(meta, dir):
+        damaged.append(str(meta["passages"]))
+    return damaged
 
 
 def state_of(meta, damaged, verified):

@@ -68,7 +68,8 @@ class FakeEngine:
         self.gate = threading.Event()   # closed: the model "computes" until the test opens it
         self.gate.set()
 
-    def stream(self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42):
+    def stream(
+            self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42, questions=None):
         self.calls.append({
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,

@@ -17,6 +17,8 @@ from conftest import ROOT
 from nanochat.checkpoint import read_meta, write_meta
 from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, lock_folder
 from nanochat.common import UserError
+from nanochat.passage_store import save_passages
+from nanochat.passages import Passage
 from scripts import checkpoints
 
 
@@ -57,6 +59,14 @@ def test_the_command_lists_verifies_and_prunes(folder, meta, command):
     assert "not a folder" in command(folder / "none", status=2)
     refusal = command(folder.parent, "--rescue", status=2)
     assert "name the folder of another run" in refusal
+
+
+def test_the_text_that_a_chat_quotes_is_verified_with_its_steps(folder, meta, command):
+    name = save_passages(folder, [Passage("a.md", "Garden", ("Peas grow.",))])
+    save(folder, 1, {**meta, "passages": name})
+    assert "verified" in command(folder, "--verify")
+    flip_a_byte(folder / name)
+    assert f"DAMAGED: {name}" in command(folder, "--verify", status=1)
 
 
 def test_without_a_folder_every_model_is_listed(folder, meta, command, base_dir):

@@ -237,21 +237,23 @@ def test_a_look_up_without_passages_is_refused_and_other_calls_are_shown(tokeniz
     assert ask(scripted_engine(tokenizer, passages, "12*7"), "12*7?") == "`12*7` → 84\n"
 
 
-@pytest.mark.parametrize("limit, context, said", [
-    (8, 400, "Drum was bought on 12 May.\nColour: tan\nWhere is the drum?\nIn room 12.\n(source: "),
-    (80, 105, "Drum was bought on 12 May.\n(source: "),
-    (40, 75, "No room here to quote your text."),
+@pytest.mark.parametrize("limit, said", [
+    (12, "Drum was bought on 12 May.\nColour: tan\nWhere is the drum?\nIn room 12.\n(source: notes/"
+         "drum.md, Drum)"),
+    (200, "Drum was bought on 12 May.\n(source: notes/drum.md, Drum)"),
+    (200, "No room here to quote your text."),
 ])
 def test_a_quote_takes_what_the_context_leaves_whatever_the_model_may_write(
-        tokenizer, passages, limit, context, said):
+        tokenizer, passages, limit, said):
     message = {"role": "user", "content": "drum bought?"}
     ids = tokenizer.render_for_completion({"messages": [message]})
-    call = len(tokenizer.encode(LOOKUP_CALL)) + 2
+
+    # a context that ends with the answer: two markers of the call, two of the reply, the end
+    context = len(ids) + len(tokenizer.encode(LOOKUP_CALL)) + len(tokenizer.encode(said)) + 5
     engine = scripted_engine(tokenizer, passages, T=context)
-    (tokens,) = engine.generate_batch([ids], max_new_tokens=max(limit, call + 1), temperature=0)
+    (tokens,) = engine.generate_batch([ids], max_new_tokens=limit, temperature=0)
     reply = tokenizer.parse_completion(tokens)
-    (output,) = [part["text"] for part in reply if part["type"] == "python_output"]
-    assert output.startswith(said) and len(ids) + len(tokens) <= context
+    assert [part["text"] for part in reply if part["type"] == "python_output"] == [said]
     assert tokens[-1] == tokenizer.encode_special("<|assistant_end|>")
 
 

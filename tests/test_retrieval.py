@@ -99,6 +99,36 @@ def test_a_heading_is_known_in_each_of_its_forms(text, heading):
     assert [(s.heading, s.units) for s in sections(text)] == [(heading, ["Peas."])]
 
 
+@pytest.mark.parametrize("line", [
+    "Part of the garden floods in May.",
+    "Part I liked best: the end",
+    "Chapter 3 of the book is the best one.",
+    "```make all``` builds it",
+    "3. Mai: Geburtstag",
+    "- 5 degrees",
+    "2) -5 degrees",
+])
+def test_a_line_that_only_looks_like_markup_is_kept_with_all_of_its_words(line):
+    after = sections(line + "\n\nPeas.")
+    assert [section.heading for section in after] == [""]
+    assert after[0].units == [line.replace("```", ""), "Peas."]
+
+
+@pytest.mark.parametrize("line, heading", [
+    ("Chapter 3", "Chapter 3"), ("Part II The House", "Part II The House"),
+    ("Part I: The House", "Part I: The House"), ("Chapter One", "Chapter One"),
+    ("Kapitel 12.", "Kapitel 12."),
+])
+def test_a_numbered_line_is_a_heading(line, heading):
+    assert [section.heading for section in sections(line + "\n\nPeas.")] == [heading]
+
+
+def test_what_is_struck_out_is_not_quoted_and_code_keeps_its_marks():
+    text = "- Peas ~~in May~~ in June\n- ~~Beans~~\n\n```\na_b_c = *d* ~~~ 2\n~~~\n```\nEnd."
+    (section,) = sections(text)
+    assert section.units == ["Peas in June", "a_b_c = *d* ~~~ 2", "~~~", "End."]
+
+
 def test_code_is_kept_line_by_line_and_a_comment_in_it_is_no_heading():
     (section,) = sections("```\n# make it\nmake all\n```\n")
     assert section.heading == "" and section.units == ["# make it", "make all"]
@@ -208,6 +238,21 @@ def test_half_of_a_question_found_is_said_to_be_doubtful(passages):
     places = [quote.source for quote in doubtful.quotes]
     assert len(set(places)) == 2 and reply_to(doubtful).count("(source: ") == 2
     assert not reply_to(sure).startswith("I am not sure.")
+
+
+def test_a_stop_word_that_is_a_heading_a_file_or_a_name_is_looked_up():
+    passages = Passages(passages_of([
+        ("a.md", "# Work\n\nThe desk is on floor two."),
+        ("find.md", "Three mushrooms."),
+        ("b.md", "# People\n\nMy neighbour is Will Barnes.\nHe will come."),
+        *[(f"{i}.md", f"Nothing is here on day {i}.") for i in range(9)],
+    ]))
+    for question, quoted in [
+        ("Tell me about work.", "desk"), ("what about find?", "mushrooms"),
+        ("who is Will?", "neighbour"),
+    ]:
+        assert quoted in passages.answer(question).quotes[0].text
+    assert passages.answer("what is it?").confidence == NOTHING
 
 
 def test_one_common_word_is_not_enough_to_be_sure(passages):
