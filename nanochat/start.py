@@ -119,6 +119,27 @@ def is_same_path(a, b):
     return absolute[0] == absolute[1]
 
 
+def data_to_resume(given, meta):
+    """The --data of a run that is resumed or extended: its own.
+
+    given: what the command says, or None. meta: of the checkpoint. UserError for another text, of
+    which the run would be a mixture, unless its own is no longer where it was.
+    """
+    settings = meta.get("settings", {})
+    if "data" not in settings:
+        return given  # a meta file of an earlier version
+    own = settings["data"]
+    if given is None:
+        return own
+    if is_same_path(own, given):
+        return given
+    if own is not None and not os.path.exists(expand_home(str(own), "write the whole path")):
+        return given
+    raise UserError(
+        f"the run to resume was trained on {own or 'nanochat.dataset'}, not on {given}: leave "
+        "--data out, or train another model without --resume")
+
+
 def choose_base_checkpoint(settings, metas, named_step=None, run=None):
     """Which checkpoint pretraining starts from.
 

@@ -17,6 +17,7 @@ from nanochat.start import (
     choose_base_checkpoint,
     choose_base_folder,
     choose_chat_run,
+    data_to_resume,
     place_of,
     resume_hint,
     unfinished_extension,
@@ -147,6 +148,24 @@ def test_every_combination_gives_a_choice_or_one_refusal():
         if named_step is not None:
             assert choice.step == named_step
     assert kinds == {FRESH, RESUMED, EXTENDED}
+
+
+def test_a_run_is_resumed_on_its_own_text_and_no_other(tmp_path):
+    notes, letters = tmp_path / "notes", tmp_path / "letters"
+    notes.mkdir(), letters.mkdir()
+    meta = meta_of(20, settings=settings_with(data=str(notes)))
+    assert data_to_resume(None, meta) == str(notes)
+    assert data_to_resume(f"{letters}/../notes", meta) == f"{letters}/../notes"
+    with pytest.raises(UserError, match=f"was trained on {notes}, not on {letters}: leave --data"):
+        data_to_resume(str(letters), meta)
+    with pytest.raises(UserError, match="was trained on nanochat.dataset, not on"):
+        data_to_resume(str(letters), meta_of(20))
+    assert data_to_resume(None, meta_of(20)) is None
+
+    # the text was moved, or an earlier version has not said which it was
+    notes.rmdir()
+    assert data_to_resume(str(letters), meta) == str(letters)
+    assert data_to_resume(str(letters), {"step": 20}) == str(letters)
 
 
 def test_only_a_checkpoint_from_before_the_decay_is_extended():
