@@ -328,9 +328,11 @@ def chosen_line(source, meta):
     meta: of load_model(). 'sft d4, step 500, of 3 models; --model_tag=TAG for another: d3, d3-2'
     """
     line = f"{source} {meta['tag']}, step {meta['step']}"
-    if not meta.get("finished"):
+    models = list_models(source)
+    # of a finished run, the last step alone says so, and the best may be another
+    if not any(model.finished for model in models if model.tag == meta["tag"]):
         line += " (unfinished)"
-    others = [model.tag for model in list_models(source) if model.tag != meta["tag"]]
+    others = [model.tag for model in models if model.tag != meta["tag"]]
     if not others:
         return line
     shown = ", ".join(others[:-LISTED - 1:-1]) + (", ..." if len(others) > LISTED else "")

@@ -299,9 +299,9 @@ if run.last_save_is_due():
     save()
 run.exit_unless_finished()
 few_bpb = evaluate(few)
-best = run.checkpoints.better_than(few_bpb)
+best, bpb_of_best = run.checkpoints.better_than(few_bpb)
 if best is not None:
-    print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {best_bpb:.4f}: "
+    print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {bpb_of_best:.4f}: "
            "that one is the model")
     run.checkpoints.load(best, model, layout)
 val_bpb = evaluate(validation)

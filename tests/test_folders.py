@@ -183,6 +183,9 @@ def test_which_model_was_taken_is_said_with_the_others(meta, tokenizer):
     save(checkpoint_dir("base", "d2"), 9, meta)
     assert line() == (
         "base d2, step 9 (unfinished), of 2 models; --model_tag=TAG for another: d1")
+    save(checkpoint_dir("base", "d2"), 12, {**meta, "finished": True})
+    assert chosen_line("base", load_model("base", "cpu", step=9)[2]).startswith(
+        "base d2, step 9, of 2"), "an earlier step of a finished run"
     models = list_models() * 6
     assert describe_all(models).count("step") == 8
     assert describe_all(models).endswith("and 4 more (python -m scripts.checkpoints)")
