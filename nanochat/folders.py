@@ -272,6 +272,16 @@ def newest_model(models, run=None):
     return max(of_run or models, key=lambda model: model.saved, default=None)
 
 
+def tag_setting(source, run):
+    """The setting that names the model of the speedrun `run`: "--model_tag=d4". "" where a command
+    takes that model of the stage without it."""
+    models = list_models(source)
+    own = newest_model([model for model in models if model.meta.get("run") == run])
+    if own is None or own == newest_model(models):
+        return ""
+    return f"--model_tag={own.tag}"
+
+
 def newest_meta(*sources):
     """Path of the meta file written last by any of these stages, or None."""
     paths = []

@@ -28,6 +28,7 @@ from nanochat.folders import (
     new_run,
     newest_model,
     refuse_taken,
+    tag_setting,
 )
 
 
@@ -159,6 +160,8 @@ def test_within_a_speedrun_the_newest_is_that_of_its_own_run(meta, tokenizer, mo
     for run, tag in (("17-4", "d1"), ("17-5", "d2"), ("17-6", "d3")):
         monkeypatch.setenv("NANOCHAT_RUN", run)
         assert new_run() == run and find_model_tag("base") == tag
+        named = {"d1": "--model_tag=d1", "d2": "--model_tag=d2", "d3": ""}
+        assert tag_setting("base", run) == named[tag], "needed where d3 is newer"
         assert load_model("base", "cpu")[2]["tag"] == tag
 
 
