@@ -3,7 +3,7 @@
 #
 #     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs the documented depth-20 run
 #     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
-#     DATA=notes/ bash speedrun.sh       # your own .txt, .md, .jsonl or parquet
+#     DATA=notes/ bash speedrun.sh       # your own .txt, .md, .jsonl, .json, .csv or parquet
 #     CUSTOM=qa.jsonl bash speedrun.sh   # your own conversations, among those of ours
 #     NAME=Bob bash speedrun.sh          # the model's name
 #     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU
@@ -167,9 +167,21 @@ minutes_of() {
     }'
 }
 
+# tag_settings: prints two words, the setting that names this run's chat model and its base model,
+# or - where a command without it takes that model.
+tag_settings() {
+    python -c "
+import os
+from nanochat.folders import tag_setting
+print(*(tag_setting(stage, os.environ['NANOCHAT_RUN']) or '-' for stage in ('sft', 'base')))"
+}
+
 # how_to_talk: prints the commands that use the model, as they work where the caller stands.
 how_to_talk() {
-    local folder="" activate
+    local folder="" activate chat base
+    read -r chat base <<<"$(tag_settings)"
+    if [ "$chat" = - ]; then chat=""; fi
+    if [ "$base" = - ]; then base=""; fi
     activate="$(dirname "$(command -v python)")/activate"
     if [ -n "$caller_base" ]; then
         folder="$(printf 'NANOCHAT_BASE_DIR=%q ' "$NANOCHAT_BASE_DIR")"
@@ -179,9 +191,9 @@ how_to_talk() {
     if [ "$(command -v python)" != "$caller_python" ]; then
         printf '  source %q\n' "${activate#"$PWD/"}"
     fi
-    echo "  ${folder}python -m scripts.chat_cli    # in the terminal"
-    echo "  ${folder}python -m scripts.chat_web    # in the browser"
-    echo "  ${folder}python -m scripts.complete \"My name is\"    # the base model continues a text"
+    echo "  ${folder}python -m scripts.chat_cli${chat:+ $chat}    # in the terminal"
+    echo "  ${folder}python -m scripts.chat_web${chat:+ $chat}    # in the browser"
+    echo "  ${folder}python -m scripts.complete${base:+ $base} \"My name is\"    # the base model continues a text"
 }
 
 # model_stage NAME SETTING...: a stage that runs the model, in one process for each GPU.

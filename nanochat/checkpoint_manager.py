@@ -185,13 +185,15 @@ class CheckpointManager:
         return good_step if good_step >= 0 else None
 
     def better_than(self, bpb):
-        """The best step of the run where its validation is below bpb, bits per byte; else None.
+        """(step, its bits per byte) of the best step where that is below bpb; else (None, bpb).
 
         Every rank calls it; rank 0 decides.
         """
         found = better_step(complete_metas(self.dir), bpb) if self.rank == 0 else None
         step = int(all_reduce_max(-1 if found is None else found)[0])
-        return step if step >= 0 else None
+        if step < 0:
+            return None, bpb
+        return step, read_meta(self.dir, step)["val_bpb"]
 
     def load(self, step, model, layout):
         """Load weights and optimizer states of `step` into a model and a layout in use."""
@@ -294,7 +296,7 @@ def best_step(dir):
     A run on little text may have learnt it by heart by its end.
     """
     metas = complete_metas(dir)
-    if not metas or not metas[-1]["finished"] or not is_evaluated(metas[-1]):
+    if not metas or not metas[-1].get("finished") or not is_evaluated(metas[-1]):
         return None
     return better_step(metas, metas[-1]["val_bpb"])
 
@@ -412,7 +414,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None):
     dir = checkpoint_dir(source, model_tag or find_model_tag(source))
     if step is None and source == "base":
         step = best_step(dir)
-        if step is not None:
+        if step is not None and phase == "train":
             print0(f"starting from step {step} of {dir.name}, the best by validation")
     weights, _, meta = read_checkpoint(dir, step)
     tokenizer = tokenizer_of(dir, meta)
@@ -481,9 +483,11 @@ def hand_out_tokenizer(folder):
     except UserError:
         return  # there is none, or a damaged one, with which no checkpoint can be loaded
     for model in list_models():
-        place = model.dir / TOKENIZER_FOLDER
-        if model.meta.get("tokenizer") == tokenizer.fingerprint and not place.exists():
-            tokenizer.save(place)
+        if model.meta.get("tokenizer") != tokenizer.fingerprint:
+            continue
+        found = own_tokenizer(model.dir)
+        if found is None or found.fingerprint != tokenizer.fingerprint:
+            tokenizer.save(model.dir / TOKENIZER_FOLDER)
             print0(f"kept the tokenizer of {model.dir} beside its checkpoints")
 
 

@@ -272,6 +272,16 @@ def newest_model(models, run=None):
     return max(of_run or models, key=lambda model: model.saved, default=None)
 
 
+def tag_setting(source, run):
+    """The setting that names the model of the speedrun `run`: "--model_tag=d4". "" where a command
+    takes that model of the stage without it."""
+    models = list_models(source)
+    own = newest_model([model for model in models if model.meta.get("run") == run])
+    if own is None or own == newest_model(models):
+        return ""
+    return f"--model_tag={own.tag}"
+
+
 def newest_meta(*sources):
     """Path of the meta file written last by any of these stages, or None."""
     paths = []
@@ -328,9 +338,11 @@ def chosen_line(source, meta):
     meta: of load_model(). 'sft d4, step 500, of 3 models; --model_tag=TAG for another: d3, d3-2'
     """
     line = f"{source} {meta['tag']}, step {meta['step']}"
-    if not meta.get("finished"):
+    models = list_models(source)
+    # of a finished run, the last step alone says so, and the best may be another
+    if not any(model.finished for model in models if model.tag == meta["tag"]):
         line += " (unfinished)"
-    others = [model.tag for model in list_models(source) if model.tag != meta["tag"]]
+    others = [model.tag for model in models if model.tag != meta["tag"]]
     if not others:
         return line
     shown = ", ".join(others[:-LISTED - 1:-1]) + (", ..." if len(others) > LISTED else "")

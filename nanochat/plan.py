@@ -380,6 +380,25 @@ def choose_horizon(budget, total_batch_size, flops_per_token, parameters, most=m
     return Horizon(max(1, round(min(tokens, most) / total_batch_size)), None)
 
 
+def check_not_passed(budget, horizon, resumed):
+    """UserError where a run is resumed toward a budget that it has passed.
+
+    The run would count as finished, without the LR decay. resumed: the meta of the run, or None.
+    Toward its own budget it may lack nothing but its last evaluation.
+    """
+    if not resumed or resumed.get("budgets") == {budget.kind: budget.amount}:
+        return
+    step, minutes = resumed["step"], resumed["elapsed"] / 60
+    if horizon.minutes:
+        passed = minutes >= horizon.minutes
+    else:
+        passed = step >= horizon.num_iterations
+    if passed:
+        raise UserError(
+            f"{budget.kind}={budget.amount:g} is over at step {step}, after {minutes:.3g} minutes, "
+            "where the run is resumed: give it more, or leave the budget out")
+
+
 def chat_batch(settings, max_seq_len, ranks, pretraining_batch):
     """The Batch of a chat stage: by default one pass of every device over what pretraining had in
     a step, at most 16 sequences. UserError where the settings do not divide."""

@@ -351,7 +351,7 @@ class Run:
             compute_cleanup()
             raise SystemExit(1)
         if self.stopped:
-            hint = resume_hint(self.settings, self.folder)
+            hint = resume_hint(self.settings, self.folder, self.meta.get("origin"))
             self.checkpoints.finish()
             if not self.guard.bad or self.checkpoints.newest() == self.step:
                 print0(f"saved step {self.step} in {self.folder}: {hint}")

@@ -26,6 +26,7 @@ from nanochat.common import UserError, expand_home, print0
 from nanochat.dataset import data_tag
 from nanochat.folders import (
     checkpoint_dir,
+    chosen_line,
     find_model_tag,
     folder_to_continue,
     folder_to_extend,
@@ -35,6 +36,7 @@ from nanochat.folders import (
     newest_model,
     refuse_taken,
     run_of_speedrun,
+    source_of,
 )
 from nanochat.plan import BUDGETS
 from nanochat.tokenizer import get_tokenizer
@@ -63,16 +65,23 @@ class Choice(NamedTuple):
     message: str = ""  # to print
 
 
-def resume_hint(settings, folder):
-    """What a stage says after it was stopped and has saved in `folder`."""
-    tag = settings.get("model_tag")
+def resume_hint(settings, folder, origin=None):
+    """What a stage says after it was stopped and has saved in `folder`.
+
+    origin: of a chat stage, the [folder, step] of the model that it started from.
+    """
+    replaced = [name for name in ("resume_from_checkpoint", "extend") if settings.get(name)]
     words = "--resume"
-    is_pretraining = "extend" in settings  # a chat stage's tag is that of its first model
-    if is_pretraining and tag and tag != folder.name:
-        words = f"--resume --model_tag={folder.name}"
-    for name in ("resume_from_checkpoint", "extend"):
-        if settings.get(name) is not None:
-            return f"the same command with {words} in place of --{name} resumes it"
+    if origin and replaced:
+        # without the step of the run, the command must name the model where the run began
+        begun = Path(origin[0])
+        words += f" --model_tag={begun.name} --from_step={origin[1]}"
+        if "source" in settings:
+            words += f" --source={source_of(begun)}"
+    elif not origin and settings.get("model_tag") not in (None, folder.name):
+        words += f" --model_tag={folder.name}"
+    for name in replaced:
+        return f"the same command with {words} in place of --{name} resumes it"
     return f"the same command with {words} resumes it"
 
 
@@ -117,6 +126,27 @@ def is_same_path(a, b):
         return a is b
     absolute = [os.path.abspath(expand_home(str(path), "write the whole path")) for path in (a, b)]
     return absolute[0] == absolute[1]
+
+
+def data_to_resume(given, meta):
+    """The --data of a run that is resumed or extended: its own.
+
+    given: what the command says, or None. meta: of the checkpoint. UserError for another text, of
+    which the run would be a mixture, unless its own is no longer where it was.
+    """
+    settings = meta.get("settings", {})
+    if "data" not in settings:
+        return given  # a meta file of an earlier version
+    own = settings["data"]
+    if given is None:
+        return own
+    if is_same_path(own, given):
+        return given
+    if own is not None and not os.path.exists(expand_home(str(own), "write the whole path")):
+        return given
+    raise UserError(
+        f"the run to resume was trained on {own or 'nanochat.dataset'}, not on {given}: leave "
+        "--data out, or train another model without --resume")
 
 
 def choose_base_checkpoint(settings, metas, named_step=None, run=None):
@@ -253,12 +283,19 @@ def choose_chat_run(models, origin, run=None):
 
     models: of the stage. origin: [folder, step] of the model from which the run must have started.
     run: of the speedrun that gives the command, or None. Of the speedrun's own finished run
-    nothing but the record may be missing, so that it is resumed.
+    nothing but the record may be missing, so that it is resumed. UserError where all runs that
+    started from the model have finished.
     """
     started = [model for model in models if is_same_model(model.meta.get("origin"), origin)]
     if run is not None:
         return newest_model([model for model in started if is_of(model.meta, run)])
-    return newest_model([model for model in started if not model.finished])
+    unfinished = newest_model([model for model in started if not model.finished])
+    if unfinished is None and started:
+        newest = newest_model(started)
+        raise UserError(
+            f"{newest.tag}, which started from this model, has finished at step "
+            f"{newest.meta['step']}: leave --resume out to train another")
+    return unfinished
 
 
 def is_same_model(a, b, any_step=False):
@@ -309,6 +346,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     # 1. the model of the earlier stage, and the meta of a run that starts with it
     model, tokenizer, origin = load_model(
         model_source, compute.device, "train", settings["model_tag"], settings["from_step"])
+    print0(f"starting from {chosen_line(model_source, origin)}")
     model = model.for_chat()
     meta = {
         "stage": stage,

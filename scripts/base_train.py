@@ -27,6 +27,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import (
     NGRAM_TOKENS,
+    check_not_passed,
     choose_budget,
     config_for,
     is_overfitting,
@@ -38,7 +39,14 @@ from nanochat.plan import (
 from nanochat.prompts import text_prompts
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
-from nanochat.start import EXTENDED, FRESH, new_base_folder, place_of, start_base
+from nanochat.start import (
+    EXTENDED,
+    FRESH,
+    data_to_resume,
+    new_base_folder,
+    place_of,
+    start_base,
+)
 from nanochat.userfiles import existing_path
 from nanochat.variants import MODEL_CLASSES, TRAINABLE, WITH_COUNTS, default_model
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
@@ -104,12 +112,12 @@ if resumed and resumed.get("extend") and (start.kind == EXTENDED or not resume_f
     # an extended run continues as it began, whatever this command says
     learning_rate = settings["learning_rate"] = resumed["settings"]["learning_rate"]
     warmdown = settings["warmdown"] = resumed["settings"]["warmdown"]
-    data = settings["data"] = resumed["settings"]["data"]
-if resumed and dtype:
-    resumed["dtype"] = dtype
+if resumed:
+    data = settings["data"] = data_to_resume(data, resumed)
+    resumed["dtype"] = dtype or resumed["dtype"]
 
 # ---- what the budget buys: every decision, and its reason
-earlier_budget = resumed["budgets"] if resumed else None
+earlier_budget = resumed.get("budgets") if resumed else None
 factor = extend if start.kind == EXTENDED else None
 budget = choose_budget(settings, device.type, earlier_budget, factor)
 model_name = model or default_model(device.type)
@@ -126,6 +134,7 @@ text_size.check_context(max_seq_len)
 machine = this_machine(compute, matmul_flops)
 speed = speed_of(model_class, vocab_size, compute)
 plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed, text_size)
+check_not_passed(budget, plan.horizon, resumed)
 reading = plan.reading
 for line in plan.describe(model_name, world_size) + reading.warnings():
     print0(line)
@@ -293,9 +302,9 @@ if run.last_save_is_due():
     save()
 run.exit_unless_finished()
 few_bpb = evaluate(few)
-best = run.checkpoints.better_than(few_bpb)
+best, bpb_of_best = run.checkpoints.better_than(few_bpb)
 if best is not None:
-    print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {best_bpb:.4f}: "
+    print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {bpb_of_best:.4f}: "
            "that one is the model")
     run.checkpoints.load(best, model, layout)
 val_bpb = evaluate(validation)

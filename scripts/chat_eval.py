@@ -85,7 +85,7 @@ model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 print0(chosen_line(source, meta))
 model.cast_for_inference(model.compute_dtype)
 passages = load_passages(meta)
-own_form = meta["settings"].get("own_text", "lookup")
+own_form = meta.get("settings", {}).get("own_text", "lookup")
 engine = Engine(model, tokenizer, passages)
 
 # a chat is asked about the user's text where it was made of that, else about Python's library

@@ -95,14 +95,24 @@ is_running() {
 }
 
 # A script that was killed without its stage leaves the stage running. Two processes must not train
-# the same model, so the stage is asked to save and end, and has a minute for that.
+# the same model, nor two models in the time of each other, so whatever plan the stage is of, it is
+# asked to save and end, and has a minute for that.
 stop_what_was_left() {
-    local left i
-    left="$(awk '$1 == "pid" { pid = $2 } END { print pid }' "$run_state")"
+    local state
+    for state in "$run_folder"/speedrun.*.state; do
+        if [ -e "$state" ]; then stop_stage_of "$state"; fi
+    done
+}
+
+# stop_stage_of STATE: stops the stage that the state file of a run names, where it is running.
+stop_stage_of() {
+    local name left i
+    name="$(awk '$1 == "run" { print $2 }' "$1")"
+    left="$(awk '$1 == "pid" { pid = $2 } END { print pid }' "$1")"
     if [ -z "$left" ]; then return; fi
 
-    # The number may belong to another process by now: only one with this run's name is ours.
-    if ! grep -qsz "^NANOCHAT_RUN=$NANOCHAT_RUN$" "/proc/$left/environ"; then return; fi
+    # The number may belong to another process by now: only one with the run's name is ours.
+    if ! grep -qsz "^NANOCHAT_RUN=$name$" "/proc/$left/environ"; then return; fi
 
     echo "speedrun: the last one's stage is still running; stopping process $left, which saves"
     kill -s TERM -- "-$left" 2>/dev/null || true

@@ -209,6 +209,7 @@ def test_a_tokenizer_that_is_about_to_be_replaced_is_kept_beside_the_models_that
 ):
     save(folder, 5, meta)  # by an earlier version
     save(checkpoint_dir("sft", "d9"), 5, {**meta, "tokenizer": "of another"})
+    (folder / "tokenizer").mkdir()  # of a copy that was interrupted
     hand_out_tokenizer(base_dir / "tokenizer")
     shutil.rmtree(base_dir / "tokenizer")
     assert load_model("base", "cpu")[1].fingerprint == tokenizer.fingerprint
@@ -473,4 +474,13 @@ def test_a_complete_step_is_amended(folder, meta):
     run.finish()
     assert read_meta(folder, 5)["finished"], "what is saved is not saved again"
     assert problems(folder) == {5: None}
+    run.lock.close()
+
+
+def test_the_best_step_is_named_with_its_own_bits_per_byte(folder, meta):
+    run = CheckpointManager(folder, 0)
+    for step, bpb in ((4, 2.0), (8, 2.5), (12, None)):
+        run.save(step, make(meta, 0)[0], None, {**meta, "val_bpb": bpb})
+        run.finish()
+    assert run.better_than(2.25) == (4, 2.0) and run.better_than(1.5) == (None, 1.5)
     run.lock.close()

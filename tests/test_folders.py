@@ -28,6 +28,7 @@ from nanochat.folders import (
     new_run,
     newest_model,
     refuse_taken,
+    tag_setting,
 )
 
 
@@ -159,6 +160,8 @@ def test_within_a_speedrun_the_newest_is_that_of_its_own_run(meta, tokenizer, mo
     for run, tag in (("17-4", "d1"), ("17-5", "d2"), ("17-6", "d3")):
         monkeypatch.setenv("NANOCHAT_RUN", run)
         assert new_run() == run and find_model_tag("base") == tag
+        named = {"d1": "--model_tag=d1", "d2": "--model_tag=d2", "d3": ""}
+        assert tag_setting("base", run) == named[tag], "needed where d3 is newer"
         assert load_model("base", "cpu")[2]["tag"] == tag
 
 
@@ -183,6 +186,9 @@ def test_which_model_was_taken_is_said_with_the_others(meta, tokenizer):
     save(checkpoint_dir("base", "d2"), 9, meta)
     assert line() == (
         "base d2, step 9 (unfinished), of 2 models; --model_tag=TAG for another: d1")
+    save(checkpoint_dir("base", "d2"), 12, {**meta, "finished": True})
+    assert chosen_line("base", load_model("base", "cpu", step=9)[2]).startswith(
+        "base d2, step 9, of 2"), "an earlier step of a finished run"
     models = list_models() * 6
     assert describe_all(models).count("step") == 8
     assert describe_all(models).endswith("and 4 more (python -m scripts.checkpoints)")

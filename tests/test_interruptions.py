@@ -232,6 +232,12 @@ def test_ctrl_c_saves_and_the_same_command_ends_where_an_undisturbed_run_ends(st
     command, folder = base("stopped", *settings)
     out, err = stages.fork(*command, status=130, faults={"7": "interrupt"})
     assert "Traceback" not in err and "--resume" in out and complete_steps(folder) == [7]
+
+    # neither another text nor a budget that is over makes a finished model of it
+    refusal = stages.refusal(*command, f"--data={folder}")
+    assert "leave --data out" in refusal
+    refusal = stages.refusal(*command, "--num_iterations=5")
+    assert "num_iterations=5 is over at step 7" in refusal and complete_steps(folder) == [7]
     again = stages.fork_record(*command)
     assert again["steps"] == 20 and abs(again["val_bpb"] - whole["val_bpb"]) < 1e-3
     losses = losses_of(folder)

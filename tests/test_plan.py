@@ -29,6 +29,7 @@ from nanochat.plan import (
     build_on_meta,
     chat_batch,
     chat_horizon,
+    check_not_passed,
     checkpoint_bytes,
     choose_batch,
     choose_budget,
@@ -105,6 +106,25 @@ def test_two_budgets_are_refused(pair):
 def test_a_budget_that_is_not_above_zero_is_refused(kind, amount):
     with pytest.raises(UserError, match=f"{kind}={amount}: give one budget, above zero"):
         choose_budget(settings_with(**{kind: amount}), "cuda")
+
+
+def test_a_run_is_not_resumed_toward_a_budget_that_it_has_passed():
+    resumed = {"step": 50, "elapsed": 120.0, "budgets": {"num_iterations": 100}}
+    check_not_passed(Budget("num_iterations", 51), Horizon(51, None), resumed)
+    check_not_passed(Budget("minutes", 2.1), Horizon(None, 2.1), resumed)
+    for budget, horizon in (
+        (Budget("num_iterations", 50), Horizon(50, None)),
+        (Budget("num_iterations", 10), Horizon(10, None)),
+        (Budget("target_flops", 1e9), Horizon(3, None)),
+        (Budget("minutes", 2.0), Horizon(None, 2.0)),
+    ):
+        with pytest.raises(UserError, match="is over at step 50, after 2 minutes, where the run"):
+            check_not_passed(budget, horizon, resumed)
+
+    # a fresh run, and one that lacks nothing but its last evaluation
+    check_not_passed(Budget("num_iterations", 10), Horizon(10, None), None)
+    done = {**resumed, "budgets": {"num_iterations": 50}}
+    check_not_passed(Budget("num_iterations", 50), Horizon(50, None), done)
 
 
 @pytest.mark.parametrize("factor", [None, 2.0])  # None: it was extended before

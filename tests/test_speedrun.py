@@ -194,7 +194,13 @@ def test_bad_minutes_are_one_line_and_status_2(tmp_path, minutes):
 # whole runs, with a python that only writes down what it was asked to do
 
 FAKE_PYTHON = r"""#!/usr/bin/env bash
-if [ "$1" = -c ]; then echo "${TORCH_SEES:-0}"; exit; fi   # how many GPUs there are
+if [ "$1" = -c ]; then
+    case "$2" in
+        *tag_setting*) echo "${TAGS:-- -}" ;;    # this run's models are the newest
+        *) echo "${TORCH_SEES:-0}" ;;            # how many GPUs there are
+    esac
+    exit
+fi
 printf '%q ' "$@" >>"$CALLS"
 echo >>"$CALLS"
 record() {
@@ -335,6 +341,14 @@ def test_the_closing_lines_are_commands_that_work_where_the_caller_stands(sandbo
         assert shlex.split(command)[0] == f"NANOCHAT_BASE_DIR={elsewhere}/my runs"
 
 
+def test_the_closing_lines_name_models_that_are_not_the_newest(sandbox):
+    _, done = sandbox.run(TAGS="--model_tag=d4-2 -")
+    cli, web, base = [line.split("  #")[0].strip() for line in closing_lines(done)]
+    assert cli.endswith("python -m scripts.chat_cli --model_tag=d4-2")
+    assert web.endswith("python -m scripts.chat_web --model_tag=d4-2")
+    assert shlex.split(base)[-2:] == ["scripts.complete", "My name is"]
+
+
 def test_the_closing_lines_activate_an_environment_that_was_not_active(sandbox):
     fakes = sandbox.folder / ".venv" / "bin"
     fakes.mkdir(parents=True)
@@ -372,6 +386,21 @@ def test_a_stage_whose_script_was_killed_is_stopped_by_the_next_call(sandbox):
     assert calls[0][1] == "scripts.base_train" and is_resumed(calls[0])
     status = Path(f"/proc/{stage}/stat")
     assert not status.exists() or status.read_text(encoding="utf-8").split()[2] == "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
+def test_a_stage_whose_script_was_killed_is_stopped_by_a_call_with_another_plan(sandbox):
+    """It would train beside the other, each in the time of the other."""
+    with sandbox.waiting_in("scripts.base_train", output=subprocess.DEVNULL) as process:
+        process.kill()
+    state = sandbox.states()[0].read_text(encoding="utf-8")
+    stage = int(re.findall(r"^pid (\d+)$", state, re.M)[-1])
+    calls, done = sandbox.run(MINUTES="7")
+    assert f"stopping process {stage}" in done.stdout and modules(calls) == ON_A_CPU
+    status = Path(f"/proc/{stage}/stat")
+    assert not status.exists() or status.read_text(encoding="utf-8").split()[2] == "Z"
+    calls, _ = sandbox.run()
+    assert is_resumed(calls[0]), "the first waits for its own command"
 
 
 def test_a_stage_that_was_killed_after_its_record_is_not_repeated(sandbox):

@@ -17,6 +17,7 @@ from nanochat.start import (
     choose_base_checkpoint,
     choose_base_folder,
     choose_chat_run,
+    data_to_resume,
     place_of,
     resume_hint,
     unfinished_extension,
@@ -149,6 +150,24 @@ def test_every_combination_gives_a_choice_or_one_refusal():
     assert kinds == {FRESH, RESUMED, EXTENDED}
 
 
+def test_a_run_is_resumed_on_its_own_text_and_no_other(tmp_path):
+    notes, letters = tmp_path / "notes", tmp_path / "letters"
+    notes.mkdir(), letters.mkdir()
+    meta = meta_of(20, settings=settings_with(data=str(notes)))
+    assert data_to_resume(None, meta) == str(notes)
+    assert data_to_resume(f"{letters}/../notes", meta) == f"{letters}/../notes"
+    with pytest.raises(UserError, match=f"was trained on {notes}, not on {letters}: leave --data"):
+        data_to_resume(str(letters), meta)
+    with pytest.raises(UserError, match="was trained on nanochat.dataset, not on"):
+        data_to_resume(str(letters), meta_of(20))
+    assert data_to_resume(None, meta_of(20)) is None
+
+    # the text was moved, or an earlier version has not said which it was
+    notes.rmdir()
+    assert data_to_resume(str(letters), meta) == str(letters)
+    assert data_to_resume(str(letters), {"step": 20}) == str(letters)
+
+
 def test_only_a_checkpoint_from_before_the_decay_is_extended():
     check_before_decay("folder", meta_of(20))
     after = meta_of(30, before_decay=False)
@@ -267,8 +286,14 @@ def test_a_chat_stage_resumes_the_newest_unfinished_run_that_started_from_the_sa
     ]
     origin = ["/moved/base_checkpoints/d4", 30]
     assert choose_chat_run(models, origin).tag == "d4-2"
-    assert choose_chat_run(models[2:], origin) is None
-    assert choose_chat_run(models, ["/base/base_checkpoints/d6", 30]) is None, "it has finished"
+    assert choose_chat_run(models[3:], origin) is None
+    for tag, step, source in (("d4-3", 3, models[2:]), ("d6", 5, models)):
+        base = ["base_checkpoints/" + tag[:2], 30]
+        with pytest.raises(UserError) as refused:
+            choose_chat_run(source, base)
+        assert str(refused.value) == (
+            f"{tag}, which started from this model, has finished at step {step}: leave --resume "
+            "out to train another")
     own = choose_chat_run(models, ["/base/base_checkpoints/d6", 30], "17-4")
     assert own.tag == "d6", "only its record may be missing"
     assert choose_chat_run(models, origin, "17-4") is None
@@ -282,9 +307,24 @@ def test_a_stopped_run_says_how_to_resume_it():
     for given in (settings_with(), settings_with(resume=True), settings_with(model_tag="d4-2")):
         assert resume_hint(given, folder) == plain
     assert resume_hint({"resume": False, "resume_from_checkpoint": None}, folder) == plain
-    assert resume_hint({"model_tag": "d4"}, folder) == plain, "a chat stage names the base model"
+    origin = ["base_checkpoints/d4", 30]
+    chat = {"model_tag": "d4"}
+    assert resume_hint(chat, folder, origin) == plain, "a chat stage names the base model"
     for name, value in (("resume_from_checkpoint", "20"), ("extend", 2.0)):
         assert resume_hint(settings_with(**{name: value}), folder) == (
             f"the same command with --resume in place of --{name} resumes it")
         assert resume_hint(settings_with(**{name: value, "model_tag": "d4"}), folder) == (
             f"the same command with --resume --model_tag=d4-2 in place of --{name} resumes it")
+
+
+def test_a_chat_run_from_a_named_step_is_resumed_by_the_model_where_it_began():
+    folder, origin = Path("chatsft_checkpoints/d6-2"), ["/base/base_checkpoints/d4", 30]
+    rewound = {"model_tag": "d6", "from_step": None, "resume_from_checkpoint": "20"}
+    words = "--resume --model_tag=d4 --from_step=30"
+    after = " in place of --resume_from_checkpoint resumes it"
+    assert resume_hint(rewound, folder, origin) == f"the same command with {words}{after}"
+    sft = {**rewound, "source": "mid"}
+    assert resume_hint(sft, folder, origin) == (
+        f"the same command with {words} --source=base{after}")
+    began = {**sft, "resume_from_checkpoint": None}
+    assert resume_hint(began, folder, origin) == "the same command with --resume resumes it"
