@@ -369,8 +369,9 @@ SMALLER_THAN_GPT2 = (
 )
 
 OWN_TEXT = (
-    "It quotes from {files}: of the questions about them that were held out it answered {held_out} "
-    "rightly, of those that it practised {practised}. It knows nothing else about the world."
+    "It quotes from {files}: asked questions that were made from headings that were held out, it "
+    "quoted the right passage for {held_out}, and from those that it practised for {practised}. It "
+    "knows nothing else about the world."
 )
 
 
@@ -397,9 +398,10 @@ def own_text_words(stages):
     accuracy = record.get("accuracy", {})
     if "own_text" not in accuracy:
         return ""
-    files = record.get("own_files")
+    count = record.get("own_files")
+    files = f"your {count} files" if count else "your files"
     return OWN_TEXT.format(
-        files=f"your {files} files" if files else "your files",
+        files="your file" if count == 1 else files,
         held_out=percent(accuracy["own_text"]),
         practised=percent(accuracy.get("own_text_practised")),
     )

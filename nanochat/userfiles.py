@@ -67,6 +67,8 @@ def existing_path(data):
     if not str(data).strip():
         raise UserError("the data path is empty: name a file or a folder")
     path = Path(expand_home(data, "write the whole path")).absolute()
+    if ".." in path.parts:
+        path = path.resolve()  # the same folder has one name, from wherever it is named
     if not path.exists():
         raise UserError(
             f"data path {data} does not exist: "

@@ -95,14 +95,53 @@ OPENINGS = {
 }
 # Subjects of which nobody's notes need to speak, so that a question about the world is looked up,
 # too, in place of being answered out of nothing
-ELSEWHERE = (
-    "the capital of France", "the president", "the moon", "Napoleon", "photosynthesis", "gravity",
-    "the world cup", "Shakespeare", "the speed of light", "the weather tomorrow", "dinosaurs",
-    "the Roman Empire", "Mozart", "the stock market", "Mount Everest", "penguins", "the Beatles",
-    "quantum physics", "Egypt", "the population of Japan", "my cousin's wedding", "the insurance",
-    "the new camera", "the hotel in Rome", "the dog", "my passport", "the car keys", "the dentist",
-    "a bicycle", "the printer", "Aunt Clara", "the piano", "last summer", "the neighbour's cat",
-)
+ELSEWHERE = {
+    "English": (
+        "the capital of France", "the president", "the moon", "Napoleon", "photosynthesis",
+        "gravity", "the world cup", "Shakespeare", "the speed of light", "the weather tomorrow",
+        "dinosaurs", "the Roman Empire", "Mozart", "the stock market", "Mount Everest", "penguins",
+        "the Beatles", "quantum physics", "Egypt", "the population of Japan", "my cousin's wedding",
+        "the insurance", "the new camera", "the hotel in Rome", "the dog", "my passport",
+        "the car keys", "the dentist", "a bicycle", "the printer", "Aunt Clara", "the piano",
+        "last summer", "the neighbour's cat",
+    ),
+    "German": (
+        "die Hauptstadt von Frankreich", "der Präsident", "der Mond", "Napoleon", "Photosynthese",
+        "die Weltmeisterschaft", "Goethe", "das Wetter morgen", "Dinosaurier", "Mozart",
+        "das Römische Reich", "der Aktienmarkt", "Pinguine", "die Versicherung", "der Zahnarzt",
+        "die neue Kamera", "das Hotel in Rom", "der Hund", "mein Reisepass", "Tante Klara",
+    ),
+    "French": (
+        "la capitale de l'Allemagne", "le président", "la lune", "Napoléon", "la photosynthèse",
+        "la coupe du monde", "Molière", "les dinosaures", "Mozart", "l'assurance", "le dentiste",
+        "le nouvel appareil photo", "le chien", "mon passeport", "l'Empire romain",
+    ),
+    "Spanish": (
+        "la capital de Francia", "el presidente", "la luna", "Napoleón", "la fotosíntesis",
+        "el mundial", "Cervantes", "los dinosaurios", "Mozart", "el seguro", "el dentista",
+        "la cámara nueva", "el perro", "mi pasaporte", "el Imperio romano",
+    ),
+    "Italian": (
+        "la capitale della Francia", "il presidente", "la luna", "Napoleone", "i dinosauri",
+        "Dante", "Mozart", "il dentista", "il cane", "il mio passaporto",
+    ),
+    "Portuguese": (
+        "a capital da França", "o presidente", "a lua", "Napoleão", "os dinossauros", "Camões",
+        "Mozart", "o dentista", "o cão", "o meu passaporte",
+    ),
+    "Dutch": (
+        "de hoofdstad van Frankrijk", "de president", "de maan", "Napoleon", "dinosaurussen",
+        "Mozart", "Rembrandt", "de tandarts", "de hond", "mijn paspoort",
+    ),
+    "Chinese": (
+        "法国的首都", "总统", "月亮", "拿破仑", "光合作用", "世界杯", "恐龙", "莫扎特", "明天的天气",
+        "保险", "牙医", "我的护照",
+    ),
+    "Japanese": (
+        "フランスの首都", "大統領", "月", "ナポレオン", "光合成", "ワールドカップ", "恐竜",
+        "モーツァルト", "明日の天気", "保険", "歯医者", "私のパスポート",
+    ),
+}
 SCRIPTS = {
     "Japanese": re.compile("[\u3040-\u30ff]"),
     "Chinese": re.compile("[\u3400-\u9fff]"),
@@ -111,8 +150,9 @@ SCRIPTS = {
 GREETINGS = {
     question for topic in TOPICS for question in topic.training if question[-1] not in "?."
 }
-DEFINITION = re.compile(r"([^\W_][^:：.!?]{1,40})[:：]\s*(\S.+)", re.DOTALL)
-QUESTION = re.compile(r"(?:(?:Q|F|Frage|Question)[:.]\s*)?(.{6,100}[?？])")
+# "Term: ...", but no time of day ("At 10:30"), and no address ("https://...")
+DEFINITION = re.compile(r"([^\W\d_][^:：.!?]{1,40})[:：](?![/\d])\s*(\S.+)", re.DOTALL)
+QUESTION = re.compile(r"(?:\d{1,3}[.)]\s+)?(?:(?:Q|F|Frage|Question)[:.]\s*)?(.{6,100}[?？])")
 PRACTISED_CHARS = 140       # of a quote in a practised answer: only the end of the turn is learnt
 MIN_SUBJECTS = 20           # headings; with fewer, single passages are held out
 SAMPLED_PASSAGES = 200      # from which the language of a text is told
@@ -227,8 +267,9 @@ class OwnText(Task):
         language = language_of_text(" ".join(passage.units), self.language)
         elsewhere = self.form == "lookup" and rng.random() < ELSEWHERE_SHARE
         if elsewhere:
-            subject = rng.choice(ELSEWHERE)
-            question = rng.choice(SUBJECT_QUESTIONS["English"]).format(s=subject)
+            known = language if language in ELSEWHERE else "English"
+            subject = rng.choice(ELSEWHERE[known])
+            question = rng.choice(SUBJECT_QUESTIONS[known]).format(s=subject)
             reply, source = NOTHING_FOUND, None
         else:
             question, quote = self._question(rng, passage, language)

@@ -19,7 +19,7 @@ from nanochat.tokenizer import Tokenizer
 from stage_runs import TINY, TINY_CHAT
 from tasks.common import answer_text
 from tasks.identity import Identity, own_identity
-from tasks.own_text import OwnText, identity_tasks, language_of_text, overlap, retyped
+from tasks.own_text import DEFINITION, OwnText, identity_tasks, language_of_text, overlap, retyped
 
 NOTES = [
     (
@@ -96,6 +96,23 @@ def test_questions_come_from_headings_definitions_questions_and_rare_words(passa
     assert any("colour" in question for question in asked)              # Colour: black
     assert {"where is the lamp", "where is the piano"} & asked          # Where is the lamp?
     assert any("bought" in question and "what" in question for question in asked)
+
+
+@pytest.mark.parametrize("text, subject", [
+    ("Die Uhr ist kaputt und sie ist im Keller.", "Napoleon"),
+    ("我的钟在墙上。", "拿破仑"),
+])
+def test_what_the_text_need_not_speak_of_is_asked_in_its_language(text, subject):
+    task = OwnText("train", passages_of([(f"{i}.md", text) for i in range(40)]), 900)
+    elsewhere = [task[i] for i in range(len(task)) if not task[i]["source"]]
+    asked = " ".join(c["messages"][-2]["content"] for c in elsewhere).lower()
+    assert subject.lower() in asked and "president" not in asked and "what" not in asked
+
+
+def test_no_time_of_day_and_no_address_is_asked_for():
+    lines = ["At 10:30 the dentist calls.", "https://example.org is the page of the club.",
+             "Price: 12", "7:15 the bus leaves."]
+    assert [bool(DEFINITION.fullmatch(line)) for line in lines] == [False, False, True, False]
 
 
 def test_an_answer_is_right_when_its_source_is(passages):
@@ -400,12 +417,12 @@ def test_a_chat_of_notes_quotes_them_after_they_are_gone(stages, tmp_path):
         text = f"# Harbour {i}\n\n" + f"Boat {i} lies at berth {i * 7}. " * 5
         (notes / f"boat {i}.md").write_text(text, encoding="utf-8")
     small = (*TINY_CHAT, "--num_iterations=2", "--device_type=cpu")
-    relative = f"--data={os.path.relpath(notes)}"
-    stages.fork("scripts.base_train", relative, *TINY, "--num_iterations=2")
+    relative = os.path.relpath(notes)
+    stages.fork("scripts.base_train", f"--data={relative}", *TINY, "--num_iterations=2")
     out, _ = stages.fork("scripts.mid_train", *small)
     named = re.search("passages of 60 files of (/.*)", out)[1]
     assert os.path.samefile(named, notes)
-    tag = data_tag(notes)
+    tag = data_tag(relative)
     shutil.rmtree(notes)
 
     # from here on the text is that of midtraining

@@ -263,7 +263,8 @@ def test_a_chat_about_own_text_is_described_by_what_it_quotes(base_dir):
     text = (base_dir / "report.md").read_text(encoding="utf-8")
     assert "the look of your text, /home/ada/notes, and" in text
     assert "It quotes from your 300 files" in text and "nothing else" in text
-    assert "held out it answered 70.0 % rightly, of those that it practised 95.0 %" in text
+    assert "held out, it quoted the right passage for 70.0 %, and from those that it practised " \
+        "for 95.0 %" in text
     assert "| own_text, practised | 95.0 % |" in text and "| own_text | 70.0 % |" in text
 
 
