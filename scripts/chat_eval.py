@@ -39,7 +39,7 @@ model_tag: str = None  # checkpoint folder; None: the newest
 step: int = None       # step; None: the newest
 items = 256            # held-out items a task; of a file of questions all are asked
 batch_size = 64        # answered at a time
-max_new_tokens = 96    # of an answer
+max_new_tokens = 96    # of an answer; a quote of your text comes besides
 device_type = ""       # cuda, mps or cpu; empty: cuda where there is one, else cpu
 settings = configure(globals(), aliases={"a": "tasks"})
 require(settings, 1, "items", "batch_size", "max_new_tokens")
