@@ -286,7 +286,7 @@ def place_of(start):
     if place == folder:
         return place, {**meta, "run": meta.get("run") or new_run()}
     meta = {**meta, "run": new_run(), "continues": [str(folder), meta["step"]]}
-    # the best step stays behind: the validations of this run begin anew
+    # the best step stays behind: the validations of this run start again
     for name in ("bpbs", "best_bpb"):
         meta.pop(name, None)
     return place, meta
