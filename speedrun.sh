@@ -193,8 +193,8 @@ how_to_talk() {
     fi
     echo "  ${folder}python -m scripts.chat_cli${chat:+ $chat}    # in the terminal"
     echo "  ${folder}python -m scripts.chat_web${chat:+ $chat}    # in the browser"
-    echo "  ${folder}python -m scripts.complete${base:+ $base} \"My name is\"    # the base model" \
-        "continues a text"
+    echo "  ${folder}python -m scripts.complete${base:+ $base} \"My name is\"" \
+        "   # the base model continues a text"
 }
 
 # model_stage NAME SETTING...: a stage that runs the model, in one process for each GPU.
