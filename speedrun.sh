@@ -3,7 +3,7 @@
 #
 #     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs the documented depth-20 run
 #     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
-#     DATA=notes/ bash speedrun.sh       # your own .txt, .md, .jsonl, .json, .csv or parquet
+#     DATA=notes/ bash speedrun.sh       # your own txt, md, jsonl, json, csv or parquet
 #     CUSTOM=qa.jsonl bash speedrun.sh   # your own conversations, among those of ours
 #     NAME=Bob bash speedrun.sh          # the model's name
 #     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU

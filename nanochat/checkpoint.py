@@ -276,11 +276,16 @@ def read_meta(dir, step):
 
 
 NUMBER = (int, float)
+LAST_SECOND = 2e11  # since 1970, of a date that can be shown in any time zone
+LARGEST = 1e300     # a number that can be made a float
 # Of keys that a meta file need not have, the type, for every reader that would fail at another
 KINDS_IF_PRESENT = {
     "stage": str,
     "run": str,
+    "name": (str, type(None)),
     "origin": list,
+    "continues": list,
+    "own_identity": (list, type(None)),
     "model_class": str,
     "config": dict,
     "dtype": str,
@@ -291,6 +296,11 @@ KINDS_IF_PRESENT = {
     "before_decay": bool,
     "elapsed": NUMBER,
     "val_bpb": (*NUMBER, type(None)),
+    "best_bpb": NUMBER,
+    "bpbs": list,
+    "extend": (*NUMBER, type(None)),
+    "extended": NUMBER,
+    "rate_scale": NUMBER,
     "total_batch_size": int,
     "prompts": list,
     "questions": list,
@@ -315,8 +325,41 @@ def problem_of(meta, step):
         if key in meta and not isinstance(meta[key], kind):
             return f"is damaged ({key} is of type {type(meta[key]).__name__})"
     for key in ("saved", "elapsed"):
-        if not math.isfinite(meta.get(key, 0)):
-            return f"is damaged ({key} is {meta[key]})"
+        if not 0 <= meta.get(key, 0) <= LAST_SECOND:
+            return f"is damaged ({key} is {str(meta[key])[:30]})"
+    return problem_of_contents(meta) or problem_of_step(meta, step)
+
+
+def problem_of_contents(meta):
+    """What is wrong in the lists and numbers of a meta file whose keys are of the right types."""
+    for key in ("origin", "continues"):
+        if key in meta and not is_checkpoint(meta[key]):
+            return f"is damaged ({key} is no folder and step)"
+    for key in ("val_bpb", "extend", "extended", "rate_scale"):
+        if not is_number(meta.get(key) or 0):
+            return f"is damaged ({key} is {str(meta[key])[:30]})"
+    if not all(map(is_number, meta.get("bpbs", []))):
+        return "is damaged (bpbs are not all numbers)"
+    if not all(isinstance(own, list) for own in meta.get("own_identity") or []):
+        return "is damaged (own_identity is no list of lists)"
+    return None
+
+
+def is_number(value):
+    """Whether a value of a meta file can be computed with: NaN can, and a number of 400 digits not.
+    """
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and abs(value) <= LARGEST
+
+
+def is_checkpoint(value):
+    """Whether a list is [folder, step]."""
+    return len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+
+
+def problem_of_step(meta, step):
+    """Why a meta file whose keys are as they should be is not that of a step, or None."""
     if meta["world_size"] < 1:
         return f"is damaged (it was saved by {meta['world_size']} ranks)"
     if meta["step"] != step:

@@ -127,12 +127,14 @@ def most_tokens(text, budget, resumed=None):
     """How many tokens a run trains on at most, however long its budget is.
 
     text: a TextSize (dataloader.py), or None where it is not known. Infinite for steps that the
-    user named, and for a run that is extended, which is to be longer than it was planned.
+    user named. A run that is extended trains so many times as long as it did: `extended` in its
+    meta is the product of all factors, `extend` the last one.
     """
-    extended = resumed is not None and resumed.get("extend")
-    if text is None or budget.kind == "num_iterations" or extended:
+    if text is None or budget.kind == "num_iterations":
         return math.inf
-    return MOST_EPOCHS * text.tokens
+    resumed = resumed or {}
+    factor = resumed.get("extended") or resumed.get("extend") or 1
+    return MOST_EPOCHS * text.tokens * factor
 
 
 def fitting_hashed_rows(text, usual):

@@ -14,6 +14,7 @@ import torch
 
 from nanochat.checkpoint_manager import (
     complete_metas,
+    is_evaluated,
     load_model,
     load_weights,
     named_checkpoint,
@@ -38,7 +39,7 @@ from nanochat.folders import (
     run_of_speedrun,
     source_of,
 )
-from nanochat.plan import BUDGETS
+from nanochat.plan import BUDGETS, is_overfitting
 from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
 
@@ -165,12 +166,7 @@ def choose_base_checkpoint(settings, metas, named_step=None, run=None):
     if factor is not None and not extends_already:
         if named_step is not None:
             return Choice(EXTENDED, named_step)
-        before_decay = [meta["step"] for meta in metas if meta.get("before_decay")]
-        if not before_decay:
-            raise UserError(
-                "no checkpoint of this tag is from before LR decay, so that none can be "
-                "extended: train again")
-        return Choice(EXTENDED, before_decay[-1])
+        return Choice(EXTENDED, step_to_extend(metas))
     if named_step is not None:
         return Choice(RESUMED, named_step)
     if not settings["resume"] and not extends_already:
@@ -182,6 +178,23 @@ def choose_base_checkpoint(settings, metas, named_step=None, run=None):
             f"the run has finished at step {newest['step']}: use --extend, or leave --resume out "
             "and name another --model_tag")
     return Choice(RESUMED, None)
+
+
+def step_to_extend(metas):
+    """The step from which a longer run continues: the newest from before the LR decay.
+
+    Of a run that ended early, for it was learning its text by heart, it is the best of these steps.
+    metas: of the complete steps. UserError where there is none.
+    """
+    before_decay = [meta for meta in metas if meta.get("before_decay")]
+    if not before_decay:
+        raise UserError(
+            "no checkpoint of this tag is from before LR decay, so that none can be "
+            "extended: train again")
+    if is_overfitting(metas[-1].get("bpbs") or []):
+        validated = [meta for meta in before_decay if is_evaluated(meta)]
+        return min(validated or before_decay[-1:], key=lambda meta: meta.get("val_bpb"))["step"]
+    return before_decay[-1]["step"]
 
 
 def is_of(meta, run):
@@ -272,7 +285,11 @@ def place_of(start):
         place = folder_to_continue(folder, meta["step"])
     if place == folder:
         return place, {**meta, "run": meta.get("run") or new_run()}
-    return place, {**meta, "run": new_run(), "continues": [str(folder), meta["step"]]}
+    meta = {**meta, "run": new_run(), "continues": [str(folder), meta["step"]]}
+    # the best step stays behind: the validations of this run start again
+    for name in ("bpbs", "best_bpb"):
+        meta.pop(name, None)
+    return place, meta
 
 
 # ------------------------------------------------------------------------------------------------

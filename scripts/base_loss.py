@@ -20,7 +20,7 @@ from nanochat.prompts import text_prompts
 # settings
 source = "base"          # stage of the model: base, mid, sft or rl
 model_tag: str = None    # checkpoint folder; None: the newest
-step: int = None         # step; None: the newest
+step: int = None         # step; None: of a base model the best by validation, else the last
 data: str = None         # parquet folder or your own text; None: nanochat.dataset's
 split = "val"            # train or val
 documents = 300          # how many, whole

@@ -52,7 +52,7 @@ from nanochat.variants import MODEL_CLASSES, TRAINABLE, WITH_COUNTS, default_mod
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 
 # settings
-data: str = None             # parquet folder, or your own .txt .md .jsonl; None: nanochat.dataset's
+data: str = None             # parquet, or your own txt, md, jsonl, json, csv; None: nanochat's
 model_tag: str = None        # name of the checkpoint folder; None: dN for depth N, or the data's
 model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: lookup on a CPU
 depth: int = None            # layers; width is 64 x depth. None: 20 on a GPU, by speed on a CPU
@@ -107,6 +107,7 @@ print0(f"{world_size} x {device.type}, {dtype_name}, matmul {matmul_flops / 1e9:
 start, tokenizer = start_base(settings, rank)
 resumed = start.meta  # of the run that is resumed or extended; None for a fresh one
 if start.kind == EXTENDED:
+    resumed["extended"] = (resumed.get("extended") or resumed.get("extend") or 1) * extend
     resumed["extend"] = extend
 if resumed and resumed.get("extend") and (start.kind == EXTENDED or not resume_from_checkpoint):
     # an extended run continues as it began, whatever this command says

@@ -24,7 +24,7 @@ from tasks.identity import shown_name
 
 source = "sft"              # which checkpoint: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest
-step: int = None            # its step. None: the last
+step: int = None            # its step. None: the last, of a base model the best
 prompt: str = None          # one question (-p): answer it and leave
 temperature = 0.6           # 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens

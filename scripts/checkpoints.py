@@ -26,6 +26,7 @@ from nanochat.checkpoint import (
 from nanochat.checkpoint_manager import (
     KEEP,
     delete_step,
+    is_evaluated,
     lock_folder,
     print_incomplete,
     steps_to_delete,
@@ -39,8 +40,8 @@ RESCUABLE = ("base_train", "mid_train", "chat_sft")
 # the settings of a rescued run, besides half the learning rate
 SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}
 
-# stage, tag, step, state, when it was saved, bits per byte, size, data
-ROW = "{:5}  {:24} {:>6}  {:10}  {:16}  {:>7}  {:>10}  {}"
+# stage, tag, step, state, when it was saved, bits per byte, the best step's, size, data
+ROW = "{:5}  {:24} {:>6}  {:10}  {:16}  {:>7}  {:14}  {:>10}  {}"
 
 
 def parse_arguments():
@@ -97,7 +98,7 @@ def print_models():
     if not models:
         print(f"no model in {get_base_dir()}")
         return
-    heads = ("stage", "tag", "step", "state", "saved", "val_bpb", "size", "data")
+    heads = ("stage", "tag", "step", "state", "saved", "val_bpb", "best", "size", "data")
     print(ROW.format(*heads))
     for model in models:
         print(line_of(model))
@@ -113,9 +114,20 @@ def line_of(model):
     state = "finished" if model.finished else "unfinished"
     saved = datetime.datetime.fromtimestamp(model.saved).strftime("%Y-%m-%d %H:%M")
     bpb = f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") else ""
+    best = best_of(complete_metas(model.dir))
     data = data_of(meta)
     size = f"{folder_bytes(model.dir) / 1e6:.1f} MB"
-    return ROW.format(model.source, model.tag, meta["step"], state, saved, bpb, size, data)
+    return ROW.format(model.source, model.tag, meta["step"], state, saved, bpb, best, size, data)
+
+
+def best_of(metas):
+    """The bits per byte of the best step and its number, '2.1034 (50)'; "" of none.
+
+    A run may end with a step that is worse. metas: of its complete steps.
+    """
+    evaluated = [meta for meta in metas if is_evaluated(meta)]
+    best = min(evaluated, key=lambda meta: meta["val_bpb"], default=None)
+    return f"{best['val_bpb']:.4f} ({best['step']})" if best else ""
 
 
 def folder_bytes(dir):

@@ -13,13 +13,14 @@ end is continued. An empty text gives a new one. Ctrl+C ends the current continu
 import sys
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import compute_cleanup, compute_init
+from nanochat.common import compute_cleanup, compute_init, print0
 from nanochat.completion import print_continuation
 from nanochat.configurator import configure
 from nanochat.engine import Engine, check_sampling
+from nanochat.folders import chosen_line
 
 model_tag: str = None       # the base model's folder, such as d4. None: the newest
-step: int = None            # its step. None: the last
+step: int = None            # its step. None: the best by validation
 temperature = 0.8           # 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens; 0: among all
 max_tokens = 128            # longest continuation
@@ -41,7 +42,9 @@ def main(texts):
 
     # the model
     compute = compute_init(device_type, dtype)
-    model, tokenizer, _ = load_model("base", compute.device, "eval", model_tag, step)
+    model, tokenizer, meta = load_model("base", compute.device, "eval", model_tag, step)
+    if sys.stderr.isatty():
+        print0(chosen_line("base", meta), file=sys.stderr)  # standard output is for the texts
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     engine = Engine(model, tokenizer)
 

@@ -30,7 +30,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 # settings
 model_tag: str = None        # checkpoint folder of the model to start from; None: the newest
-from_step: int = None        # step of the model to start from; None: its newest
+from_step: int = None        # its step; None: the last, of a base model the best
 minutes: float = None        # wall clock of the loop; None: 5 on a CPU, one epoch on a GPU
 num_iterations: int = None   # optimizer steps, in place of minutes
 name: str = None             # of the model; None: nanochat

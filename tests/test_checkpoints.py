@@ -84,6 +84,18 @@ def test_without_a_folder_every_model_is_listed(folder, meta, command, base_dir)
     assert f"python -m scripts.checkpoints {checkpoint_dir('sft', 'd1')}" in hint
 
 
+def test_the_best_step_is_listed_beside_the_last_and_a_bad_folder_hides_no_other(
+    folder, meta, command
+):
+    for step, bpb in ((5, 2.125), (7, None), (9, 2.5)):
+        save(folder, step, {**meta, "val_bpb": bpb})
+    bad = checkpoint_dir("base", "bad")
+    save(bad, 3, meta)
+    write_meta(bad, {**read_meta(bad, 3), "saved": 1e18, "val_bpb": 10**400})
+    _, line, _ = command().removesuffix("\n0").split("\n")
+    assert line.startswith("base   d1 ") and " 2.5000  2.1250 (5) " in line
+
+
 def test_a_finished_model_is_pruned_by_name_alone(folder, meta, command):
     save(folder, 1, {**meta, "val_bpb": None, "finished": True})
     for step in (2, 3, 4, 5):

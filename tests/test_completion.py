@@ -127,6 +127,17 @@ def test_complete_continues_each_text_of_the_command_line(base_model):
     assert done.stdout == chat_cli_shows(expected[0]) + "---\n" + chat_cli_shows(expected[1])
 
 
+def test_complete_says_on_a_terminal_which_model_it_took(base_model):
+    read, write = os.openpty()
+    words = [sys.executable, "-m", "scripts.complete", "the cat", "--max_tokens=2"]
+    variables = {**os.environ, "NANOCHAT_BASE_DIR": str(base_model), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=write, text=True)
+    said = os.read(read, 10_000).decode()
+    os.close(read), os.close(write)
+    assert done.returncode == 0 and said.startswith("base d1, step ") and said.count("\n") == 1
+
+
 def chat_cli_shows(text):
     from nanochat.completion import printable
     return printable(text) + "\n"

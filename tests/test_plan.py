@@ -209,15 +209,22 @@ def test_a_gpu_does_not_read_a_short_text_thousands_of_times(kind):
     assert plan.reading.wanted > 1000
 
 
-def test_steps_that_the_user_names_and_an_extended_run_are_not_cut():
+def test_steps_that_the_user_names_are_not_cut():
     budget = Budget("num_iterations", 10**6)
     plan = make_plan(
         settings_with(), budget, MACHINES["cpu"], LookupGPT, 2048, slow_machine, None, NOVEL)
     assert plan.horizon == Horizon(10**6, None)
     assert plan.reading.epochs == plan.reading.wanted > 1000
+
+
+def test_an_extended_run_reads_a_short_text_so_many_times_as_often():
     meta = resumed_meta("lookup", 1)
-    assert plan_of_text(NOVEL, resumed=meta).horizon.max_steps
-    assert plan_of_text(NOVEL, resumed={**meta, "extend": 2.0}).horizon.max_steps is None
+    steps = [
+        plan_of_text(NOVEL, resumed={**meta, **factors}).horizon.max_steps
+        for factors in ({}, {"extend": 2.0}, {"extend": 2.0, "extended": 4.0})
+    ]
+    assert steps[1] == pytest.approx(2 * steps[0], abs=1)
+    assert steps[2] == pytest.approx(4 * steps[0], abs=2), "it was extended twice"
 
 
 def test_a_plan_says_how_often_the_text_is_read():

@@ -103,6 +103,23 @@ def test_extend_takes_the_named_step(metas):
     assert choose_base_checkpoint(given, metas, named_step=10) == Choice(EXTENDED, 10)
 
 
+def test_a_run_that_ended_early_is_extended_from_its_best_step():
+    bpbs = [2.5, 2.1, 2.3, 2.4]
+    metas = [
+        meta_of(5, val_bpb=2.5),
+        meta_of(10, val_bpb=2.1),
+        meta_of(15, val_bpb=None),
+        meta_of(20, val_bpb=2.4, bpbs=bpbs, finished=True),
+    ]
+    given = settings_with(extend=2.0)
+    assert choose_base_checkpoint(given, metas) == Choice(EXTENDED, 10)
+    assert choose_base_checkpoint(given, metas[3:]) == Choice(EXTENDED, 20), "it alone was kept"
+    metas[-1] = meta_of(20, val_bpb=2.4, bpbs=bpbs[:2], finished=True)
+    assert choose_base_checkpoint(given, metas) == Choice(EXTENDED, 20)
+    metas[1:] = [meta_of(15, bpbs=bpbs, val_bpb=None), meta_of(30, before_decay=False, bpbs=bpbs)]
+    assert choose_base_checkpoint(given, metas[1:]) == Choice(EXTENDED, 15), "none was validated"
+
+
 @pytest.mark.parametrize("metas", [
     [],
     [meta_of(30, before_decay=False)],
@@ -257,6 +274,9 @@ def test_a_run_that_continues_beside_a_finished_model_is_another_run_and_says_wh
         return there, meta
 
     old = {"run": "17-4", "finished": False}
+    validated = {**old, "bpbs": [2.5, 2.1], "best_bpb": 2.1}
+    assert place(RESUMED, **validated)[1]["best_bpb"] == 2.1
+    assert not {"bpbs", "best_bpb"} & place(EXTENDED, **validated)[1].keys(), "they stay behind"
     assert place(RESUMED, **old) == (folder, {"step": 20, "run": "17-4"})
     assert place(RESUMED)[1]["run"], "an earlier version named no run"
     for kind, finished in ((RESUMED, True), (EXTENDED, False), (EXTENDED, True)):
