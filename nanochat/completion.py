@@ -7,6 +7,8 @@ than the context is continued, without <|bos|>: pieces of documents were seen in
 """
 import re
 
+from nanochat.conversation import prompt_room
+
 # Control characters, which are removed: what a model writes must not steer the terminal.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -47,8 +49,7 @@ def print_continuation(engine, tokenizer, text, max_tokens, **sampling):
     temperature, top_k and seed, as of engine.Sequence.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a character becomes "?"
-    room = min(max_tokens, engine.max_seq_len // 2)
-    ids = fit_text(tokenizer, text, engine.max_seq_len - room)
+    ids = fit_text(tokenizer, text, prompt_room(engine.max_seq_len, max_tokens))
     print(printable(text), end="", flush=True)
     continuation = print_stream(engine.stream(ids, max_new_tokens=max_tokens, **sampling))
     print(flush=True)

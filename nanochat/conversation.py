@@ -407,6 +407,16 @@ def questions_of(messages):
     return [message["content"] for message in messages if message["role"] == "user"]
 
 
+def prompt_room(context, max_new_tokens):
+    """How many tokens of a context a prompt may take, so that half of it at most is kept free for
+    an answer of max_new_tokens.
+
+    >>> prompt_room(256, 96), prompt_room(256, 1000)
+    (160, 128)
+    """
+    return context - min(max_new_tokens, context // 2)
+
+
 def fit_conversation(tokenizer, messages, max_tokens):
     """The newest messages whose rendering fits max_tokens.
 

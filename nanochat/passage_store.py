@@ -152,7 +152,10 @@ def _passages_of_origin(data, store, meta, folder):
 
 
 def save_passages(folder, passages):
-    """Write passages to a folder, on rank 0; returns the file's name."""
+    """Write passages to a folder; returns the file's name.
+
+    Every rank writes a draft of its own, and renames it: the same bytes have the same name.
+    """
     rank = get_dist_info()[1]
     columns = [list(column) for column in zip(*passages)] or [[], [], []]
     table = pa.table(dict(zip(SCHEMA.names, columns)), schema=SCHEMA)
@@ -161,7 +164,7 @@ def save_passages(folder, passages):
     with atomic_file(draft) as file:
         pq.write_table(table, file, compression="zstd")
     name = f"passages_{sha256(draft)[:16]}.parquet"
-    draft.replace(draft.parent / name)  # the same bytes on every rank
+    draft.replace(draft.parent / name)
     return name
 
 

@@ -28,7 +28,12 @@ from starlette.requests import ClientDisconnect
 
 from nanochat.common import UserError
 from nanochat.completion import UntilStop, fit_text
-from nanochat.conversation import fit_conversation, normalise_messages, questions_of
+from nanochat.conversation import (
+    fit_conversation,
+    normalise_messages,
+    prompt_room,
+    questions_of,
+)
 from nanochat.prompts import SUGGESTIONS
 
 MAX_BODY_BYTES = 1_000_000
@@ -429,10 +434,10 @@ def create_app(
         }
 
     def read_prompt(fields, room):
-        """(ids, questions): the conversation, the oldest turns dropped to leave `room` for an
-        answer, and all that the user has asked."""
+        """(ids, questions): the conversation, in `room` tokens where its oldest turns can be
+        dropped for that, and all that the user has asked."""
         asked = read_messages(fields)
-        messages = fit_conversation(tokenizer, asked, context - room)
+        messages = fit_conversation(tokenizer, asked, room)
         ids = tokenizer.render_for_completion({"messages": messages})
         if len(ids) >= context:
             problem = (
@@ -451,7 +456,7 @@ def create_app(
         options = read_options(fields)
         streaming = read_typed(fields, "stream", False)
         stream_options = read_typed(fields, "stream_options", {})
-        room = min(options["max_new_tokens"], context // 2)
+        room = prompt_room(context, options["max_new_tokens"])
         ids, options["questions"] = await asyncio.to_thread(read_prompt, fields, room)
         options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
 
@@ -489,8 +494,8 @@ def create_app(
         stream_options = read_typed(fields, "stream_options", {})
         text, stops = read_text(fields), read_stops(fields)
         echoed = text if read_typed(fields, "echo", False) else ""
-        room = min(options["max_new_tokens"], context // 2)
-        ids = await asyncio.to_thread(fit_text, tokenizer, text, context - room)
+        room = prompt_room(context, options["max_new_tokens"])
+        ids = await asyncio.to_thread(fit_text, tokenizer, text, room)
         options["max_new_tokens"] = min(options["max_new_tokens"], context - len(ids))
 
         # 2. generate on the model's thread

@@ -16,7 +16,12 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.completion import print_continuation, print_stream
 from nanochat.configurator import configure
-from nanochat.conversation import fit_conversation, normalise_messages, questions_of
+from nanochat.conversation import (
+    fit_conversation,
+    normalise_messages,
+    prompt_room,
+    questions_of,
+)
 from nanochat.engine import Engine
 from nanochat.folders import chosen_line
 from nanochat.passage_store import load_passages
@@ -40,10 +45,10 @@ def answer(engine, tokenizer, messages):
     Ctrl+C ends the answer early. UserError if the question is too long for the context.
     """
     # 1. the conversation as ids, its oldest turns dropped where there is no room for an answer
-    room = min(max_tokens, engine.max_seq_len // 2)
+    room = prompt_room(engine.max_seq_len, max_tokens)
     messages = normalise_messages(messages)
     questions = questions_of(messages)
-    messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
+    messages = fit_conversation(tokenizer, messages, room)
     ids = tokenizer.render_for_completion({"messages": messages})
 
     # 2. the answer, piece by piece

@@ -17,7 +17,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, expand_home, print0
 from nanochat.configurator import configure, require
-from nanochat.conversation import fit_conversation
+from nanochat.conversation import fit_conversation, prompt_room
 from nanochat.engine import Engine, check_finite
 from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
@@ -100,9 +100,9 @@ elif not passages and any(name.startswith("own_text") for name in names):
 
 def prompt_of(conversation):
     """A conversation's last question as ids, after as many of the turns before it as fit."""
-    room = min(max_new_tokens, engine.max_seq_len // 2)
+    room = prompt_room(engine.max_seq_len, max_new_tokens)
     messages = conversation["messages"][:-1]
-    messages = fit_conversation(tokenizer, messages, engine.max_seq_len - room)
+    messages = fit_conversation(tokenizer, messages, room)
     return tokenizer.render_for_completion({"messages": messages})
 
 

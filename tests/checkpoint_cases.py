@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from nanochat.checkpoint import list_steps, read_meta
+from nanochat.checkpoint import list_steps, read_meta, write_meta
 from nanochat.checkpoint_manager import AsyncSave, build_model, checkpoint_dir, complete_steps
 from nanochat.common import UserError, sha256
 from nanochat.guard import Guard
@@ -81,6 +81,17 @@ def state_of(optimizers):
 def save(folder, step, meta, rank=0, model=None, optimizers=()):
     model = model or make(meta, 0)[0]
     AsyncSave(folder, step, model, state_of(optimizers), meta, rank).finish()
+
+
+def save_with_a_forged_step(folder, meta, base_dir):
+    """Save steps 1 to 5, of which the first names a file outside of its folder; returns that."""
+    victim = base_dir / "victim"
+    victim.write_text("a thesis", encoding="utf-8")
+    for step in (1, 2, 3, 4, 5):
+        save(folder, step, {**meta, "val_bpb": None})
+    found = read_meta(folder, 1)
+    write_meta(folder, {**found, "files": {**found["files"], "../../victim": "0" * 64}})
+    return victim
 
 
 def error_of(function, *arguments, **options):

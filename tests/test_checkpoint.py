@@ -19,6 +19,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
     must_be_whole,
     problems,
     save,
+    save_with_a_forged_step,
     state_of,
     tokenizer,
     train_step,
@@ -592,12 +593,7 @@ def test_a_meta_file_names_no_file_outside_of_its_step(folder, meta, base_dir, n
 
 
 def test_pruning_a_forged_step_deletes_nothing_else(folder, meta, base_dir):
-    victim = base_dir / "victim"
-    victim.write_text("a thesis", encoding="utf-8")
-    for step in (1, 2, 3, 4, 5):
-        save(folder, step, {**meta, "val_bpb": None})
-    found = read_meta(folder, 1)
-    write_meta(folder, {**found, "files": {**found["files"], "../../victim": "0" * 64}})
+    victim = save_with_a_forged_step(folder, meta, base_dir)
     assert prune(folder, keep=1) == [2, 3, 4]
     assert victim.read_text(encoding="utf-8") == "a thesis"
 

@@ -11,6 +11,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
     folder,
     meta,
     save,
+    save_with_a_forged_step,
     tokenizer,
 )
 from conftest import ROOT
@@ -159,12 +160,7 @@ def test_a_rescue_runs_nothing_but_the_training_stages(folder, meta, monkeypatch
 def test_pruning_by_command_touches_nothing_that_a_forged_meta_file_names(
     folder, meta, base_dir, command
 ):
-    victim = base_dir / "victim"
-    victim.write_text("a thesis", encoding="utf-8")
-    for step in (1, 2, 3, 4, 5):
-        save(folder, step, {**meta, "val_bpb": None})
-    found = read_meta(folder, 1)
-    write_meta(folder, {**found, "files": {**found["files"], "../../victim": "0" * 64}})
+    victim = save_with_a_forged_step(folder, meta, base_dir)
     printed = command(folder, "--prune")
     assert "deleting steps: 2" in printed and "names '../../victim'" in printed
     assert victim.exists()
