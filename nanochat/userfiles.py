@@ -51,7 +51,8 @@ RECORD_SUFFIXES = (  # a data set's, not a writer's
 # Whole names, without suffixes, of texts about a data set, which stand beside its files
 ABOUT = re.compile(
     r"readme|data(set)?[-_ ]?card|licen[cs]e|copying|"
-    r"notice|citation|changelog|contributing|authors",
+    r"notice|citation|changelog|contributing|authors|sources|credits|provenance|manifest|"
+    r"file[-_ ]?list|checksums?|(md5|sha1|sha256|sha512)(sums?)?",
     re.IGNORECASE,
 )
 

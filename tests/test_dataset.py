@@ -1121,6 +1121,15 @@ def test_notes_are_about_the_data_only_where_there_are_data_and_by_their_whole_n
     assert found - records.keys() == {*OWN} - about
 
 
+def test_a_list_of_sources_beside_parquet_is_never_trained_on(tmp_path, base, capsys):
+    folder = split_folder(tmp_path / "mine", a=words(30), b=words(30))
+    listed = "".join(f"0\t{row}\ta book\n" for row in range(9))
+    (folder / "sources.txt.gz").write_bytes(gzip.compress(listed.encode()))
+    text_file(folder / "SHA256SUMS.txt", "acdd  a.parquet\n")
+    assert sorted(both_splits(folder)) == sorted(words(30) + words(30))
+    assert "left aside 2 files about the data" in capsys.readouterr().out
+
+
 def test_a_list_of_texts_beside_parquet_is_read_unless_there_is_much(
         tmp_path, monkeypatch, capsys):
     folder = split_folder(tmp_path / "mine", a=words(30))
