@@ -81,12 +81,12 @@ own = CustomJSON(custom) if custom else []
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
+checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("chat_sft", "sft", settings, compute, model_source=source)
 meta = start.meta
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
-checked = check_device(compute, compile)
 prepare(model, checked.compile)
 T = model.config.max_seq_len
 

@@ -67,10 +67,10 @@ name = check_name(name)
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
+checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("mid_train", "mid", settings, compute, model_source="base")
 meta = start.meta
-checked = check_device(compute, compile)
 prepare(model, checked.compile)
 T = model.config.max_seq_len
 
