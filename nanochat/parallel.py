@@ -64,8 +64,8 @@ def prepare(model, compile=True):
     as they are, on all ranks.
     """
     if compile and can_compile(model.device):
-        # All blocks share one code object and one limit. Each micro-batch size needs two graphs
-        # (the first block's two inputs are one tensor), and running out of memory halves the size.
+        # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
+        # running out of memory halves the size.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         print0("compiling the blocks in the first step: seconds when they are known, up to a "
                "minute when not")
