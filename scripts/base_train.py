@@ -225,7 +225,7 @@ micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 # ---- the run
 run = Run(
     "base_train", settings, compute, folder, start, meta, plan.horizon, total_batch_size,
-    model.flops_per_token(max_seq_len), matmul_flops, plan.steps)
+    model.flops(max_seq_len), matmul_flops, plan.steps)
 run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
 counted_tokens = meta.get("counted", 0)
