@@ -8,9 +8,9 @@
 
 The hub converts every public data set to parquet, on the branch refs/convert/parquet, as
 CONFIG/SPLIT/NNNN.parquet. A split is kept in `$NANOCHAT_BASE_DIR/hub/NAME/CONFIG/SPLIT`. Its
-index.json is written before the first file and lists all with sizes and hashes, so that a part of a
-split is never taken for the whole. Parquet files that somebody has put there, without an index, are
-read as they are. What is in the cache is read without a network; HF_HUB_OFFLINE=1 forbids one.
+index.json is written before the first file and lists all with sizes and hashes: a part of a split
+is never taken for the whole. Parquet files that somebody has put there, without an index, are read
+as they are. What is in the cache is read without a network; HF_HUB_OFFLINE=1 forbids one.
 
 The format is documented at huggingface.co/docs/hub/datasets-viewer and .../docs/hub/api. HF_ENDPOINT
 and HF_TOKEN are those of nanochat/download.py.
