@@ -12,7 +12,7 @@ index.json is written before the first file and lists all with sizes and hashes:
 is never taken for the whole. Parquet files that somebody has put there, without an index, are read
 as they are. What is in the cache is read without a network; HF_HUB_OFFLINE=1 forbids one.
 
-The format is documented at huggingface.co/docs/hub/datasets-viewer and .../docs/hub/api. HF_ENDPOINT
+The interface is that of huggingface.co/docs/hub/api and docs/dataset-viewer/parquet. HF_ENDPOINT
 and HF_TOKEN are those of nanochat/download.py.
 """
 import bisect
