@@ -296,12 +296,7 @@ class Rows:
     """
 
     def __init__(self, paths, columns):
-        for path in paths:
-            names = pq.read_schema(path).names
-            missing = [column for column in columns or () if column not in names]
-            if missing:
-                raise UserError(f"{path} has no column {missing[0]!r}, only {names}")
-        tables = [pq.read_table(path, columns=columns) for path in paths]
+        tables = [_read_table(path, columns) for path in paths]
         batches = [batch for table in tables for batch in table.to_batches()]
         self.batches = [batch for batch in batches if batch.num_rows]
         self.ends = list(itertools.accumulate(batch.num_rows for batch in self.batches))
@@ -318,6 +313,16 @@ class Rows:
         batch = self.batches[number]
         [row] = batch.slice(i - self.ends[number] + batch.num_rows, 1).to_pylist()
         return row
+
+
+def _read_table(path, columns):
+    """The Arrow table of a parquet file. UserError where it lacks a column."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for column in columns or ():
+            if column not in names:
+                raise UserError(f"{path} has no column {column!r}, only {names}")
+        return file.read(columns=columns and list(columns))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -60,16 +60,16 @@ NAMES = [
     ("tasks.common", "TaskMixture", "tasks"),
     ("tasks.common", "TaskSequence", "tasks"),
     ("tasks.spellingbee", "SpellingBee", None),
+    ("tasks.arc", "ARC", "subset, split"),
+    ("tasks.gsm8k", "GSM8K", "split"),
+    ("tasks.mmlu", "MMLU", "split"),
+    ("tasks.smoltalk", "SmolTalk", "split"),
 ]
 # modules, or files
 LATER = {
     "scripts.chat_rl": "reinforcement learning",
     "scripts.base_eval": "evaluations that others can compare: CORE",
-    "tasks.arc": "evaluations that others can compare",
-    "tasks.gsm8k": "evaluations that others can compare",
-    "tasks.mmlu": "evaluations that others can compare",
     "tasks.humaneval": "evaluations that others can compare",
-    "tasks.smoltalk": "conversations from the hub",
     "launch_6x_amd_xtx.sh": "training on AMD",
     "scripts.simple_train_benchmark": "training benchmarks",
     "scripts.transformer_benchmark": "training benchmarks",

@@ -468,6 +468,7 @@ def test_the_horizon_of_a_chat_stage():
 @pytest.mark.parametrize("device_batch_size", [None, 7, 32])
 def test_a_chat_stage_on_gpus_has_500_steps_with_the_largest_batch_that_gives_as_many(
         data_tokens, ranks, device_batch_size):
+    # docs/traps.md: too-few-updates
     T, most = 2048, 524_288
     meta = {"total_batch_size": most, "device_batch_size": device_batch_size}
     plan = make_chat_plan(chat_settings(), "cuda", T, ranks, meta, lambda: data_tokens)
