@@ -12,9 +12,12 @@ Both loaders yield a state with every batch: the place of the *next* batch, as p
 checkpoint can hold. A loader that is given this state yields exactly the batches that would have
 followed. A state belongs to one rank, and to the B, T and number of ranks that it was made with.
 """
+import contextlib
 import functools
 import itertools
+import queue
 import random
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ from nanochat.shards import read_row_group
 
 IGNORED = -1                # target of a position that gives no loss
 WAITING_CONVERSATIONS = 32  # from which the packing chooses
+READ_AHEAD = 8              # batches that a thread has ready for a GPU
 MEASURED_BYTES = 8_000_000  # of text that are read and encoded to measure it; less is exact
 
 
@@ -299,6 +303,67 @@ def sft_data_generator(
         next_state = (drawn, tuple(draw for draw, _, _ in waiting))
         batch = inputs[:, :-1], targets[:, 1:]
         yield *on_device([torch.from_numpy(part.copy()) for part in batch], device), next_state
+
+
+def deliver(batches, device):
+    """Yield batches (inputs, targets, state) on `device`.
+
+    For a GPU a thread reads them ahead: packing conversations in Python takes longer than the GPU
+    needs for them, and would make it wait. The state comes with its batch, so that the state of the
+    last batch that was trained is what a resumed run needs, whatever the thread has read since.
+    """
+    is_cuda = torch.device(device).type == "cuda"
+    with contextlib.closing(read_ahead(batches) if is_cuda else batches) as batches:
+        for inputs, targets, state in batches:
+            if is_cuda:
+                # the copy of pinned memory to the device does not block
+                inputs = inputs.pin_memory()
+                targets = targets.pin_memory()
+            inputs = inputs.to(device, non_blocking=True)
+            targets = targets.to(device, non_blocking=True)
+            yield inputs, targets, state
+
+
+def read_ahead(items, count=READ_AHEAD):
+    """Yield the items of an iterator in order, up to `count` of them read ahead by a thread.
+
+    What the iterator raises is raised here, in its place. Closed, it ends the thread.
+    """
+    ready = queue.Queue(count)
+    closed = threading.Event()
+    end = object()
+
+    def put(item):
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                pass  # look whether it was closed meanwhile
+
+    def read():
+        try:
+            for item in items:
+                put((item, None))
+                if closed.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:  # noqa: B902  (whatever it is, it is raised below)
+            put((end, error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        closed.set()
+        thread.join()
 
 
 def count_cut(tokenizer, task, T):

@@ -402,12 +402,36 @@ def check_not_passed(budget, horizon, resumed):
             "where the run is resumed: give it more, or leave the budget out")
 
 
-def chat_batch(settings, max_seq_len, ranks, pretraining_batch):
-    """The Batch of a chat stage: by default one pass of every device over what pretraining had in
-    a step, at most 16 sequences. UserError where the settings do not divide."""
+# Of a chat stage on a GPU that is given neither steps nor minutes. Fewer updates teach too little
+# of what is new in it: a name, the tool, the form of a conversation. In batches that fill the
+# devices, eight GPUs would read the local conversations in 15 steps.
+MIN_CHAT_STEPS = 500
+MAX_CHAT_MICRO_BATCH = 16   # sequences of packed conversations
+
+
+def chat_batch(settings, max_seq_len, ranks, pretraining_batch, data_tokens=None,
+               device_batch_size=None):
+    """The Batch of a chat stage. UserError where the settings do not divide.
+
+    data_tokens: of one pass over the conversations, or None where the batch does not follow from
+    them (on a CPU): then one pass of every device over what pretraining had in a step, at most 16
+    sequences. Else the largest batch of which a pass over the data has MIN_CHAT_STEPS, at most
+    pretraining's and at least one sequence for every rank. device_batch_size: pretraining's, where
+    it is known: so many sequences fit a device.
+    """
     micro_batch_size = settings["device_batch_size"]
+    if data_tokens is not None and settings["total_batch_size"] is None:
+        limit = min(MAX_CHAT_MICRO_BATCH, device_batch_size or MAX_CHAT_MICRO_BATCH)
+        tokens = max_seq_len * ranks  # of one sequence on every rank
+        sequences = min(pretraining_batch, data_tokens // MIN_CHAT_STEPS) // tokens
+        if micro_batch_size and sequences > micro_batch_size:
+            sequences -= sequences % micro_batch_size
+        wanted = max(1, sequences) * tokens
+        return choose_batch(wanted, max_seq_len, ranks, limit, None, micro_batch_size)
+
     if micro_batch_size is None:
-        micro_batch_size = min(16, max(1, pretraining_batch // (max_seq_len * ranks)))
+        most = max(1, pretraining_batch // (max_seq_len * ranks))
+        micro_batch_size = min(MAX_CHAT_MICRO_BATCH, most)
     tokens = micro_batch_size * max_seq_len * ranks  # of one pass
     total_batch_size = settings["total_batch_size"] or tokens
     if total_batch_size % tokens:
@@ -417,9 +441,12 @@ def chat_batch(settings, max_seq_len, ranks, pretraining_batch):
     return Batch(total_batch_size, micro_batch_size, total_batch_size // tokens)
 
 
-def chat_horizon(settings, device_type):
-    """The Horizon of a chat stage: as given, else 5 minutes on a CPU and, with neither steps nor
-    minutes, one pass over the mixture on a GPU."""
+def chat_horizon(settings, device_type, total_batch_size, data_tokens):
+    """The Horizon of a chat stage: as given, else 5 minutes, or on a GPU one pass over the data, or
+    as many as MIN_CHAT_STEPS take.
+
+    data_tokens: as in chat_batch(), None on any other device.
+    """
     minutes, num_iterations = settings["minutes"], settings["num_iterations"]
     for given in (minutes, num_iterations):
         if given is not None and given <= 0:
@@ -428,9 +455,50 @@ def chat_horizon(settings, device_type):
                 "zero")
     if num_iterations:
         return Horizon(num_iterations, None)
-    if minutes is None and device_type != "cuda":
-        minutes = CPU_MINUTES
-    return Horizon(None, minutes)
+    if minutes is None and device_type == "cuda":
+        return Horizon(max(MIN_CHAT_STEPS, round(data_tokens / total_batch_size)), None)
+    return Horizon(None, minutes or CPU_MINUTES)
+
+
+class ChatPlan(NamedTuple):
+    """All that is decided before the first step of a chat stage."""
+    batch: Batch
+    horizon: Horizon
+    data_tokens: int    # of one pass over the conversations, where these decide; else None
+
+    def describe(self, max_seq_len, ranks):
+        """The decisions as numbered lines, each with its reason; [] where the data decide none."""
+        if self.data_tokens is None:
+            return []
+        b = self.batch
+        steps = self.data_tokens / b.total_batch_size   # of one pass over the data
+        reason = f"one pass over the conversations has {steps:,.0f} steps"
+        if steps < MIN_CHAT_STEPS:
+            reason += f", fewer than {MIN_CHAT_STEPS}"
+        ends = f"{self.horizon.minutes} minutes"
+        if self.horizon.num_iterations:
+            read = times(self.horizon.num_iterations / steps)
+            ends = f"{self.horizon.num_iterations:,} steps, which read the conversations {read}"
+        return [
+            f"1) data: about {self.data_tokens / 1e6:,.1f} M tokens of conversations",
+            f"2) batch: {b.total_batch_size:,} tokens a step = {b.micro_batch_size} sequences x "
+            f"{max_seq_len} tokens x {ranks} ranks x {b.grad_accum_steps} passes ({reason})",
+            f"3) horizon: {ends}",
+        ]
+
+
+def make_chat_plan(settings, device_type, max_seq_len, ranks, meta, count_tokens):
+    """The ChatPlan of a stage.
+
+    settings: of the script. meta: of the run, with what pretraining's batch was. count_tokens():
+    tokens of one pass over the conversations; it is called only on a GPU.
+    """
+    data_tokens = count_tokens() if device_type == "cuda" else None
+    batch = chat_batch(
+        settings, max_seq_len, ranks, meta["total_batch_size"], data_tokens,
+        meta.get("device_batch_size"))
+    horizon = chat_horizon(settings, device_type, batch.total_batch_size, data_tokens)
+    return ChatPlan(batch, horizon, data_tokens)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ class Run:
     stage: the script's name. settings: what configure() returned; read here are keep, save_every,
     save_minutes, hang_minutes, logger, compile, and those of resume_hint(). compute: what
     compute_init() returned. start: a Start (start.py). meta: the run's entry in every meta file.
-    horizon: a Horizon (plan.py); with neither steps nor minutes over() is told the progress.
-    flops: of a token, the model's Flops (gpt.py). matmul_flops: measured, of one device.
+    horizon: a Horizon (plan.py), of steps or of minutes. flops: of a token, the Flops of the model
+    (gpt.py). matmul_flops: measured, of one device.
 
     planned_steps: how many the plan expects within the minutes, or None.
 
@@ -143,7 +143,7 @@ class Run:
         self.step = self.first_step = meta["step"]
         self.elapsed = self.saved_at = meta["elapsed"]
         self.lr_scale = meta.get("rate_scale", 1.0)
-        self.progress = self._progress(0.0)
+        self.progress = self._progress()
         self.evaluated = 0.0         # progress at the last evaluation
         self.durations = []          # seconds of each step
         self.shown_at = 0.0          # elapsed at the last line of progress
@@ -168,23 +168,22 @@ class Run:
 
     # ---------------------------------------------------------------------- before each step
 
-    def over(self, data_progress=0.0):
+    def over(self):
         """Whether the loop ends here: budget used or enough, stop asked for, or weights diverged.
 
-        data_progress: the share of the data that was seen, where that is the budget. Every rank
-        calls it: all take the same decision.
+        Every rank calls it: all take the same decision.
         """
         self.watch()
         if self.diverged:
             return True
         writing = self.checkpoints.writing()
         last_step = self.durations[-1] if self.durations else 0.0  # seconds
-        numbers = self.elapsed, last_step, self.stop_request.signal, writing, data_progress
-        self.elapsed, last_step, stopped, writing, data_progress = all_reduce_max(*numbers)
+        numbers = self.elapsed, last_step, self.stop_request.signal, writing
+        self.elapsed, last_step, stopped, writing = all_reduce_max(*numbers)
         self.stopped = int(stopped)
         if not writing:
             self.checkpoints.finish(raise_on_error=False)
-        self.progress = self._progress(data_progress)
+        self.progress = self._progress()
         if not self.durations:
             self.evaluated = self.progress  # a resumed run has been evaluated before
         # the last step is the one after which another would not fit
@@ -198,14 +197,12 @@ class Run:
         """The watchdog: a step that takes too long ends the run, every rank saying where it was."""
         faulthandler.dump_traceback_later(60 * self.settings["hang_minutes"], exit=True)
 
-    def _progress(self, data_progress):
+    def _progress(self):
         if self.horizon.num_iterations:
             return self.step / self.horizon.num_iterations
-        if self.horizon.minutes:
-            of_minutes = self.elapsed / (60 * self.horizon.minutes)
-            of_steps = self.step / (self.horizon.max_steps or math.inf)
-            return max(of_minutes, of_steps)
-        return data_progress
+        of_minutes = self.elapsed / (60 * self.horizon.minutes)
+        of_steps = self.step / (self.horizon.max_steps or math.inf)
+        return max(of_minutes, of_steps)
 
     def evaluation_due(self, every=None, times=4):
         """Whether to evaluate before this step: every so many steps, or at each quarter of the
@@ -339,11 +336,9 @@ class Run:
     def _seconds_left(self, seconds_per_step):
         if self.horizon.num_iterations:
             return max(0, self.horizon.num_iterations - self.step) * seconds_per_step
-        if self.horizon.minutes:
-            left = max(0, 60 * self.horizon.minutes - self.elapsed)
-            steps_left = (self.horizon.max_steps or math.inf) - self.step
-            return min(left, max(0, steps_left) * seconds_per_step)
-        return self.elapsed * (1 / max(self.progress, 1e-3) - 1)
+        left = max(0, 60 * self.horizon.minutes - self.elapsed)
+        steps_left = (self.horizon.max_steps or math.inf) - self.step
+        return min(left, max(0, steps_left) * seconds_per_step)
 
     def log(self, **row):
         """One line of log.jsonl, and the same numbers for the logger. Rank 0 writes."""

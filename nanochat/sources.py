@@ -12,8 +12,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
-import re
 import sys
 import sysconfig
 import threading
@@ -22,12 +20,10 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from nanochat.common import UserError, atomic_write, fraction, get_base_dir, print0, sha256
 from nanochat.configurator import configure
 from nanochat.dataset import parquet_paths
+from nanochat.download import download, hub_endpoint, hub_token
 from nanochat.metrics import finish_stage
 from nanochat.shards import write_shards
 from nanochat.textfiles import DOCUMENT_CHARS, split_document
@@ -234,115 +230,6 @@ def _built_before(folder, key):
 REPOSITORY = "karpathy/fineweb-edu-100b-shuffle"
 LAST_SHARD = 1822           # always fetched: it is validation
 DEFAULT_SHARDS = 240
-BACKOFF_SECONDS = 1.0       # before the second attempt, then doubled
-ATTEMPTS = 5
-BLOCK_BYTES = 1 << 16
-
-
-def _hub_token():
-    """What HF_TOKEN holds, "" where it is not set. UserError, which does not show it, where it is
-    none."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch("[!-~]*", token):
-        raise UserError("HF_TOKEN must be printable ASCII without spaces")
-    return token
-
-
-def _authorize(request):
-    """Add HF_TOKEN to a request. (As a header of requests.get, ~/.netrc would replace it.)
-
-    Where a reply leads to another host, requests removes it again.
-    """
-    token = _hub_token()
-    if token:
-        request.headers["Authorization"] = f"Bearer {token}"
-    return request
-
-
-def _fetch(url, part, stop):
-    """One attempt to bring `url` to the file `part`, continuing what is there.
-
-    Raises requests.RequestException (an OSError) where the attempt failed.
-    """
-    import requests
-
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-
-    options = {"headers": headers, "auth": _authorize, "stream": True, "timeout": 30}
-    with requests.get(url, **options) as reply:
-        if reply.status_code == 416:  # nothing follows what we have, which was not accepted
-            part.unlink()
-        reply.raise_for_status()
-        continued = reply.status_code == 206
-        length = _full_length(reply)
-        with open(part, "ab" if continued else "wb") as file:
-            for block in reply.iter_content(BLOCK_BYTES):
-                file.write(block)
-                if stop.is_set():
-                    raise requests.RequestException("interrupted")
-        expected = _expected_sha256(reply)
-
-    # a short file is kept: the next attempt continues it
-    size = part.stat().st_size
-    if length is not None and size < length:
-        raise requests.RequestException(f"{size} bytes of {length} came")
-
-    # a damaged file is not worth continuing
-    try:
-        if length is not None and size != length:
-            raise requests.RequestException("the length is wrong")
-        if expected is not None and sha256(part) != expected:
-            raise requests.RequestException("the hash is wrong")
-        pq.read_metadata(part)
-    except (requests.RequestException, pa.ArrowInvalid) as error:
-        part.unlink()
-        raise requests.RequestException(f"the file is damaged: {error}") from error
-
-
-def _full_length(reply):
-    """Bytes of the whole file, even where a reply brings only its rest; None where not told."""
-    if reply.status_code == 206:
-        length = reply.headers.get("Content-Range", "").rpartition("/")[2]
-    else:
-        length = reply.headers.get("Content-Length")
-    return int(length) if length else None
-
-
-def _expected_sha256(reply):
-    """The hash of the file as the hub tells it, or None: its tag of a large file is the sha256."""
-    for hop in (*reply.history, reply):
-        tag = hop.headers.get("X-Linked-Etag", "").strip('"')
-        if len(tag) == 64:
-            return tag
-    return None
-
-
-def download(url, path, stop):
-    """Fetch `url` to `path` with retries: returns None, or a line that says why it failed.
-
-    stop: a threading.Event that ends the download early.
-    """
-    import requests
-
-    part = path.with_name(path.name + ".part")
-    for attempt in range(ATTEMPTS):
-        try:
-            _fetch(url, part, stop)
-            os.replace(part, path)
-            return None
-        except requests.RequestException as error:
-            reason = str(error)
-            status = getattr(error.response, "status_code", None)
-            if status in (401, 403):
-                reason += " (HF_TOKEN holds the token)"
-        is_final = status in (401, 403, 404)  # another attempt would get the same reply
-        if is_final or stop.is_set():
-            break
-        stop.wait(BACKOFF_SECONDS * 2**attempt)
-    return reason
 
 
 def download_fineweb(shards, workers=4):
@@ -365,8 +252,8 @@ def download_fineweb(shards, workers=4):
         atomic_write(folder / "index.json", index)
         return {}
 
-    _hub_token()  # a bad one is refused before the first download
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    hub_token()  # a bad one is refused before the first download
+    endpoint = hub_endpoint()
     stop = threading.Event()
 
     def fetch(name):

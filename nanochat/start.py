@@ -376,6 +376,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         "model_class": name_of(model),
         "tokenizer": origin["tokenizer"],
         "total_batch_size": origin["total_batch_size"],
+        "device_batch_size": origin.get("device_batch_size"),
         "name": origin.get("name"),  # the model's, where the user chose one
     }
 

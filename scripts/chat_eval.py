@@ -2,6 +2,7 @@
 
     python -m scripts.chat_eval                          # all tasks
     python -m scripts.chat_eval -a spelling,pydoc        # some of them, by name
+    python -m scripts.chat_eval -a "ARC-Easy|GSM8K"      # of the hub: ARC-Challenge and MMLU, too
     python -m scripts.chat_eval -a qa.jsonl              # your own questions and answers
     torchrun --standalone --nproc_per_node=2 -m scripts.chat_eval
 
@@ -9,6 +10,7 @@ Answers are decoded greedily; questions with choices are answered with the likel
 tasks/questions.py says what a file of questions looks like, and when an answer is right.
 """
 import os
+import re
 import time
 from collections import defaultdict
 
@@ -21,10 +23,12 @@ from nanochat.conversation import fit_conversation, prompt_room
 from nanochat.engine import Engine, check_finite
 from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
+from nanochat.hub import on_first_rank
 from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage, wilson_interval
 from nanochat.passage_store import load_passages
 from tasks.arithmetic import Arithmetic
+from tasks.chat_data import HELD_OUT
 from tasks.common import answer_text
 from tasks.identity import Identity, identity_of
 from tasks.own_text import OwnText
@@ -39,7 +43,7 @@ model_tag: str = None  # checkpoint folder; None: the newest
 step: int = None       # step; None: the newest
 items = 256            # held-out items a task; of a file of questions all are asked
 batch_size = 64        # answered at a time
-max_new_tokens = 96    # of an answer; a quote of your text comes besides
+max_new_tokens = 96    # of an answer; a quote of your text comes besides, GSM8K has 512
 device_type = ""       # cuda, mps or cpu; empty: the best one here
 settings = configure(globals(), aliases={"a": "tasks"})
 require(settings, 1, "items", "batch_size", "max_new_tokens")
@@ -60,22 +64,24 @@ TASKS = {
 
 
 def split_names(text):
-    """The names in a comma-separated list; a file may have a comma in its name."""
+    """The names in a list with commas or bars between them; a file may have these in its name."""
     is_file = os.path.isfile(expand_home(text, "write the whole path"))
-    return [text] if is_file else text.split(",")
+    return [text] if is_file else re.split("[,|]", text)
 
 
 def read_questions(name):
     """The Questions of a file. UserError where `name` is neither a task nor a file."""
     is_a_path = "." in name or os.sep in name
     if not is_a_path and not os.path.exists(name):
-        raise UserError(f"task {name} does not exist: choose from {', '.join(TASKS)}, or name a "
-                        "file of questions (jsonl, json, csv, parquet)")
+        choices = ", ".join((*TASKS, *HELD_OUT))
+        raise UserError(f"task {name} does not exist: choose from {choices}, or name a file of "
+                        "questions (jsonl, json, csv, parquet)")
     return Questions(name)
 
 
 names = split_names(tasks) if tasks else list(TASKS)
-files = {name: read_questions(name) for name in names if name not in TASKS}
+known = {*TASKS, *HELD_OUT}
+files = {name: read_questions(name) for name in names if name not in known}
 
 started = time.perf_counter()
 raise_malloc_thresholds()
@@ -95,6 +101,29 @@ if not tasks:
 elif not passages and any(name.startswith("own_text") for name in names):
     raise UserError("own_text: this chat was not trained on a text of yours, ask for other tasks")
 
+# questions of the hub: those that are named; without names, where the chat practised their kind
+from_hub = [name for name in names if name in HELD_OUT]
+has_practised = not tasks and meta.get("chat_data") == "hub"
+if has_practised:
+    names = [name for name in names if not name.startswith("pydoc")]
+    from_hub = list(HELD_OUT)
+error = on_first_rank(lambda: [HELD_OUT[name]() for name in from_hub]) if from_hub else None
+if error and not has_practised:
+    raise error
+if error:
+    print0(f"without {', '.join(from_hub)}, which are not to be had: {error}")
+elif has_practised:
+    names += from_hub
+
+
+def make_task(name):
+    """The task of a name, a key of `files` among them."""
+    if name in files:
+        return files[name]
+    if name in HELD_OUT:
+        return HELD_OUT[name](stop=items, fetch=False)
+    return TASKS[name]()
+
 
 # ---- three ways to answer; each returns one list of parts for each conversation
 
@@ -110,9 +139,10 @@ def answer(conversations):
     """Whatever the model generates; nothing where the question alone fills the context."""
     prompts = [prompt_of(conversation) for conversation in conversations]
     fitting = [prompt for prompt in prompts if len(prompt) < engine.max_seq_len]
+    room = max(conversation.get("answer_tokens", max_new_tokens) for conversation in conversations)
     completions = engine.generate_batch(
         fitting,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(max_new_tokens, room),
         temperature=0,
     )
     waiting = iter(completions)
@@ -127,6 +157,7 @@ def answer(conversations):
 def pick_letters(conversations):
     """The likeliest of each conversation's letters after its question."""
     prompts = [tokenizer.render_for_completion(c) for c in conversations]
+    prompts = [prompt[-engine.max_seq_len:] for prompt in prompts]  # the choices stand at the end
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     kv_cache = model.new_kv_cache(len(prompts), max(lengths))
@@ -247,7 +278,7 @@ def show_wrong(wrong):
 accuracy, counts, chance, intervals, f1 = {}, {}, {}, {}, {}
 for name in names:
     is_file = name in files
-    task = files[name] if is_file else TASKS[name]()
+    task = make_task(name)
     right, similarity, wrong = evaluate(name, task)
 
     # ranks with no items at all still take part

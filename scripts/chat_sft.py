@@ -10,39 +10,39 @@ import torch
 
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import say_cut, sft_data_generator
+from nanochat.dataloader import deliver, say_cut, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.passage_store import prepare_passages
-from nanochat.plan import chat_batch, chat_horizon
+from nanochat.plan import make_chat_plan
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
-from tasks.arithmetic import Arithmetic
+from tasks.chat_data import built_in_tasks, choose_origin, resumed_origin
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.identity import Identity, check_name, choose_identity
 from tasks.mixing import (
     check_share,
     mix_with_own,
+    mixture_tokens,
     planned_draws,
     planned_tokens,
     say_times,
     times_each,
 )
-from tasks.own_text import FORMS, identity_tasks, sample_questions, subject_tasks
-from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.own_text import FORMS, identity_tasks, sample_questions
 
 # settings
 model_tag: str = None        # checkpoint folder of the model to start from; None: the newest
 from_step: int = None        # its step; None: the last, of a base model the best
-minutes: float = None        # wall clock of the loop; None: 5 on a CPU, one epoch on a GPU
+minutes: float = None        # wall clock of the loop; None: 5; on a GPU 500 steps or one epoch
 num_iterations: int = None   # optimizer steps, in place of minutes
 device_batch_size: int = None  # sequences per device and pass; None: pretraining's, at most 16
-total_batch_size: int = None   # tokens per optimizer step; None: one pass of every device
+total_batch_size: int = None   # tokens per step; None: one pass; on a GPU by the data
 learning_rate = 0.01         # Muon's, for the matrices; decays to 2 % over the run
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
@@ -51,6 +51,7 @@ custom: str = None           # your own conversations (jsonl, json, csv)
 custom_share: float = None   # their share of what is drawn; None: .1 to .5, by their number
 name: str = None             # of the model; None: midtraining's, what --custom says, or nanochat
 data: str = None             # your own text, to look up; None: that of the model's pretraining
+chat_data = ""               # hub or local; empty: hub on a GPU, local on a CPU
 own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
@@ -72,6 +73,7 @@ if data is not None:
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 if own_text not in FORMS:
     raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
+choose_origin(chat_data, device_type)  # refuses what is none
 if source not in ("mid", "base"):
     raise UserError(f"source={source} is not a stage to start from: choose mid or base")
 name = check_name(name)
@@ -91,12 +93,6 @@ meta["questions"] = sample_questions(passages)
 prepare(model, checked.compile, checkpoint_activations)
 T = model.config.max_seq_len
 
-# ---- batch and budget
-batch = chat_batch(settings, T, world_size, meta["total_batch_size"])
-total_batch_size, micro_batch_size, grad_accum_steps = batch
-horizon = chat_horizon(settings, device.type)
-matmul_flops = measure_matmul_flops(device, compute.dtype)
-
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
 checked.set_up(optimizers)
@@ -110,33 +106,41 @@ who = choose_identity(name or meta.get("name"), own)
 meta.update(name=who.name, own_identity=who.own)
 if who.message:
     print0(who.message)
-conversations = [
-    SimpleSpelling("train", 80_000),
-    SpellingBee("train", 6_000),
-    Arithmetic("train", 26_000),
-    *subject_tasks(passages, own_text),
+wanted = choose_origin(chat_data, device.type, resumed_origin(start))
+meta["chat_data"], built_in = built_in_tasks("chat_sft", wanted, passages, own_text)
+mixture = TaskMixture([
+    *built_in,
     *identity_tasks(Identity("train", who.name, who.own, passages is not None), passages),
-]
-mixture = TaskMixture(conversations)
+])
 if own:
     mixture, portions = mix_with_own(own, mixture, custom_share)
     if rank == 0:
         say_cut(tokenizer, own, T)
+
+# ---- batch and budget; on a GPU both follow from how much the mixture holds
+plan = make_chat_plan(
+    settings, device.type, T, world_size, meta, lambda: mixture_tokens(tokenizer, mixture, T))
+for line in plan.describe(T, world_size):
+    print0(line)
+total_batch_size, micro_batch_size, grad_accum_steps = plan.batch
+matmul_flops = measure_matmul_flops(device, compute.dtype)
+
+# ---- loader
 loader_state = start.state and start.state["loader"]
-loader = sft_data_generator(
-    tokenizer, mixture, micro_batch_size, T, device, rank, world_size, loader_state, seed)
+loader = deliver(sft_data_generator(
+    tokenizer, mixture, micro_batch_size, T, "cpu", rank, world_size, loader_state, seed), device)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul "
        f"{matmul_flops / 1e9:,.0f} GFLOP/s a device")
 if own:
-    tokens = planned_tokens(
-        horizon, total_batch_size, device.type, matmul_flops * world_size, model.flops_per_token(T))
+    flops = matmul_flops * world_size, model.flops_per_token(T)
+    tokens = planned_tokens(plan.horizon, total_batch_size, device.type, *flops)
     times = times_each(len(own), portions, planned_draws(tokenizer, mixture, tokens))
     print0(f"{100 * portions.share:.3g} % of the conversations drawn are your own: this run shows "
            f"{say_times(len(own), times)}")
 
 run = Run(
-    "chat_sft", settings, compute, start.folder, start, meta, horizon, total_batch_size,
+    "chat_sft", settings, compute, start.folder, start, meta, plan.horizon, total_batch_size,
     model.flops(T), matmul_flops)
 run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
@@ -148,12 +152,7 @@ def show_samples():
         run.log(samples=sample_chats(whole, tokenizer, meta["questions"], 48, passages))
 
 
-def data_progress():
-    """The share of the mixture that was drawn so far."""
-    return loader_state[0] * world_size / len(mixture) if loader_state else 0.0
-
-
-while not run.over(data_progress()):
+while not run.over():
     # once in a while: save, and show what the model says
     if run.save_due():
         run.save(layout, loader_state)
@@ -188,6 +187,7 @@ while not run.over(data_progress()):
         run.skip(layout)
 
 # ---- the ending: save, sample, say
+loader.close()
 if run.last_save_is_due():
     run.save(layout, loader_state)
 run.exit_unless_finished()

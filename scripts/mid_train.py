@@ -12,35 +12,36 @@ import torch
 
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import sft_data_generator
+from nanochat.dataloader import deliver, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.passage_store import prepare_passages
-from nanochat.plan import chat_batch, chat_horizon
+from nanochat.plan import make_chat_plan
 from nanochat.run import Run
 from nanochat.schedule import set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
-from tasks.arithmetic import Arithmetic
+from tasks.chat_data import built_in_tasks, choose_origin, resumed_origin
 from tasks.common import TaskMixture
 from tasks.identity import NAME, Identity, check_name
-from tasks.own_text import FORMS, identity_tasks, sample_questions, subject_tasks
-from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.mixing import mixture_tokens
+from tasks.own_text import FORMS, identity_tasks, sample_questions
 
 # settings
 model_tag: str = None        # checkpoint folder of the model to start from; None: the newest
 from_step: int = None        # its step; None: the last, of a base model the best
-minutes: float = None        # wall clock of the loop; None: 5 on a CPU, one epoch on a GPU
+minutes: float = None        # wall clock of the loop; None: 5; on a GPU 500 steps or one epoch
 num_iterations: int = None   # optimizer steps, in place of minutes
 name: str = None             # of the model; None: nanochat
 device_batch_size: int = None  # sequences per device and pass; None: pretraining's, at most 16
-total_batch_size: int = None   # tokens per optimizer step; None: one pass of every device
+total_batch_size: int = None   # tokens per step; None: one pass; on a GPU by the data
 learning_rate = 0.01         # Muon's, for the matrices; other groups keep their ratio to it
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 data: str = None             # your own text, to look up; None: that of the model's pretraining
+chat_data = ""               # hub or local; empty: hub on a GPU, local on a CPU
 own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
@@ -62,6 +63,7 @@ if data is not None:
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
 if own_text not in FORMS:
     raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
+choose_origin(chat_data, device_type)  # refuses what is none
 name = check_name(name)
 
 # ---- compute, and where the run starts
@@ -74,12 +76,6 @@ start, model, tokenizer = start_chat("mid_train", "mid", settings, compute, mode
 meta = start.meta
 prepare(model, checked.compile, checkpoint_activations)
 T = model.config.max_seq_len
-
-# ---- batch and budget
-batch = chat_batch(settings, T, world_size, meta["total_batch_size"])
-total_batch_size, micro_batch_size, grad_accum_steps = batch
-horizon = chat_horizon(settings, device.type)
-matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
@@ -94,22 +90,31 @@ meta["name"] = name or meta.get("name")
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
 identity = Identity("train", meta["name"] or NAME, quotes_text=passages is not None)
+wanted = choose_origin(chat_data, device.type, resumed_origin(start))
+meta["chat_data"], built_in = built_in_tasks("mid_train", wanted, passages, own_text)
 mixture = TaskMixture([
-    SimpleSpelling("train", 80_000),
-    SpellingBee("train", 6_000),
-    Arithmetic("train", 26_000),
-    *subject_tasks(passages, own_text),
+    *built_in,
     *identity_tasks(identity, passages),
 ])
+
+# ---- batch and budget; on a GPU both follow from how much the mixture holds
+plan = make_chat_plan(
+    settings, device.type, T, world_size, meta, lambda: mixture_tokens(tokenizer, mixture, T))
+for line in plan.describe(T, world_size):
+    print0(line)
+total_batch_size, micro_batch_size, grad_accum_steps = plan.batch
+matmul_flops = measure_matmul_flops(device, compute.dtype)
+
+# ---- loader
 loader_state = start.state and start.state["loader"]
-loader = sft_data_generator(
-    tokenizer, mixture, micro_batch_size, T, device, rank, world_size, loader_state, seed)
+loader = deliver(sft_data_generator(
+    tokenizer, mixture, micro_batch_size, T, "cpu", rank, world_size, loader_state, seed), device)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul "
        f"{matmul_flops / 1e9:,.0f} GFLOP/s a device")
 
 run = Run(
-    "mid_train", settings, compute, start.folder, start, meta, horizon, total_batch_size,
+    "mid_train", settings, compute, start.folder, start, meta, plan.horizon, total_batch_size,
     model.flops(T), matmul_flops)
 del start  # what was read is mapped from files that the run may delete
 run.checkpoints.save_tokenizer(tokenizer)
@@ -121,12 +126,7 @@ def show_samples():
         run.log(samples=sample_chats(whole, tokenizer, meta["questions"], 48, passages))
 
 
-def data_progress():
-    """The share of the mixture that was drawn so far."""
-    return loader_state[0] * world_size / len(mixture) if loader_state else 0.0
-
-
-while not run.over(data_progress()):
+while not run.over():
     # once in a while: save, and show what the model says
     if run.save_due():
         run.save(layout, loader_state)
@@ -158,6 +158,7 @@ while not run.over(data_progress()):
         run.skip(layout)
 
 # ---- the ending: save, sample, say
+loader.close()
 if run.last_save_is_due():
     run.save(layout, loader_state)
 run.exit_unless_finished()

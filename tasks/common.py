@@ -11,12 +11,14 @@ import random
 import re
 from collections import Counter
 
-from nanochat.common import UserError, fraction
+from nanochat.common import UserError, fraction, warn_once
 from nanochat.conversation import LOOKUP_CALL
+from nanochat.hub import load_rows
 
 TEST_SHARE = 0.1
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 MAX_DIGITS = 100    # a longer number is no answer
+LETTERS = "ABCDEFGHIJ"
 
 
 def split_of(item):
@@ -78,6 +80,14 @@ def last_number(text):
     return int(whole)
 
 
+def canonical_number(text):
+    """A number without what does not change it: "1,000.50" becomes "1000.5"."""
+    text = text.replace(",", "").replace("\N{MINUS SIGN}", "-")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
+
+
 def f1(expected, given):
     """2PR / (P + R) of the words that two lists have in common, from 0 to 1, as in SQuAD (Rajpurkar
     et al. 2016, arXiv 1606.05250).
@@ -132,6 +142,37 @@ class Task:
         return self.get_example(self._indices()[i])
 
 
+class HubTask(Task):
+    """The rows of one split of a data set of the hub, each of which makes a conversation.
+
+    Subclasses give get_example(i), which reads self.rows[i], a dict, and
+    name, config, columns: of the data set, as load_rows() takes them
+    documented: {split: rows}, and tolerance, the share by which they may differ
+
+    fetch: False reads the cache alone. UserError and HubError as load_rows() raises them.
+    """
+
+    tolerance = 0.0
+
+    def __init__(self, split, fetch=True, **slice_):
+        super().__init__(**slice_)
+        if split not in self.documented:
+            raise UserError(f"split is {' or '.join(self.documented)}, not {split!r}")
+        self.split = split
+        self.rows = load_rows(self.name, self.config, split, self.columns, fetch)
+        self._compare_rows(self.documented[split])
+
+    def _compare_rows(self, documented):
+        """Warn where a split is not of the size that it is known to have."""
+        if abs(len(self.rows) - documented) > self.tolerance * documented:
+            warn_once(
+                f"{self.name} {self.config} {self.split} has {len(self.rows):,} rows where "
+                f"{documented:,} are documented: figures do not compare with those of others")
+
+    def num_examples(self):
+        return len(self.rows)
+
+
 class TaskSequence(Task):
     """The examples of several tasks, one task after the other."""
 
@@ -171,3 +212,17 @@ def render_mc(question, letters, choices):
     """
     lines = [f"- {choice}={letter}" for letter, choice in zip(letters, choices)]
     return "\n".join([question, *lines])
+
+
+def choice_conversation(question, choices, gold):
+    """A conversation of a question with choices, whose answer is a letter.
+
+    gold: the index of the right choice.
+    """
+    letters = list(LETTERS[:len(choices)])
+    return conversation(render_mc(question, letters, choices), letters[gold], letters=letters)
+
+
+def chosen_letter(conversation, parts):
+    """Whether an answer is the letter of the right choice."""
+    return answer_text(parts).strip() == conversation["messages"][-1]["content"]

@@ -103,32 +103,41 @@ def mix_with_own(own, others, share=None):
 # how often each of one's own conversations comes
 
 def planned_tokens(horizon, total_batch_size, device_type, flops_per_second, flops_per_token):
-    """Tokens of a run with this Horizon; None where its end is one pass over the mixture.
+    """Tokens of a run with this Horizon.
 
     flops_per_second: the measured matmul rate of all devices; a run of minutes reaches about
     ASSUMED_SHARE of it.
     """
     if horizon.num_iterations:
         return horizon.num_iterations * total_batch_size
-    if horizon.minutes is None:
-        return None
     speed = ASSUMED_SHARE[device_type] * flops_per_second / flops_per_token
     return 60 * horizon.minutes * speed
 
 
 def planned_draws(tokenizer, mixture, tokens):
-    """How many conversations of a mixture as many tokens hold; tokens None: all of them, once.
+    """How many conversations of a mixture as many tokens hold.
 
     Conversations are packed, so that their mean length decides, which SAMPLED of them tell.
     """
-    if tokens is None:
-        return len(mixture)
+    return tokens / mean_tokens(tokenizer, mixture)
+
+
+def mean_tokens(tokenizer, mixture, most=None):
+    """The mean length of a mixture's conversations in tokens, which SAMPLED of them tell.
+
+    most: tokens of a sequence, to which a longer conversation is cut.
+    """
     step = max(1, len(mixture) // SAMPLED)
     lengths = [
         len(tokenizer.render_conversation(mixture[i])[0])
         for i in range(0, len(mixture), step)
     ]
-    return tokens * len(lengths) / sum(lengths)
+    return sum(min(length, most or length) for length in lengths) / len(lengths)
+
+
+def mixture_tokens(tokenizer, mixture, max_seq_len):
+    """About how many tokens a pass over a mixture has, with conversations cut to a sequence."""
+    return int(len(mixture) * mean_tokens(tokenizer, mixture, max_seq_len + 1))
 
 
 def times_each(lines, portions, drawn):

@@ -22,7 +22,7 @@ from nanochat.common import UserError
 from nanochat.conversation import LOOKUP_CALL, NOTHING_FOUND
 from nanochat.retrieval import NOT_SURE
 from nanochat.words import UNSPACED
-from tasks.common import answer_text, f1
+from tasks.common import answer_text, canonical_number, f1
 from tasks.customjson import (
     ANSWERS,
     CHOICES,
@@ -51,14 +51,6 @@ def _is_mark(character):
     return unicodedata.category(character)[0] == "P"
 
 
-def _canonical_number(text):
-    """A number without what does not change it: "1,000.50" becomes "1000.5"."""
-    text = text.replace(",", "").replace("\N{MINUS SIGN}", "-")
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return re.sub(r"^(-?)0+(?=\d)", r"\1", text)
-
-
 def answer_words(text):
     """The words of an answer, for comparing: a list.
 
@@ -69,7 +61,7 @@ def answer_words(text):
     words = []
     for token in TOKEN.findall(text):
         if re.fullmatch(NUMBER, token):
-            words.append(_canonical_number(token))
+            words.append(canonical_number(token))
             continue
         token = token.replace("'", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", "")
         spaced = "".join(" " if _is_mark(c) else c for c in token)

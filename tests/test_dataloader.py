@@ -2,16 +2,20 @@
 import hashlib
 import itertools
 import random
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanochat.common import UserError
 from nanochat.dataloader import (
     count_cut,
+    deliver,
     measure_text,
     on_device,
+    read_ahead,
     say_cut,
     sft_data_generator,
     tokenizing_distributed_data_loader_with_state,
@@ -349,6 +353,93 @@ def test_every_saved_state_resumes_with_the_very_same_conversations(tokenizer, t
     for i in range(0, 50, 7):
         again = pack(tokenizer, talks, 8, state=batches[i][2])
         assert_equal_batches(batches[i + 1:], again)
+
+
+# ----------------------------------------------------------------------------------------------
+# read ahead by a thread
+
+def test_batches_that_a_thread_reads_ahead_are_the_same_with_the_same_states(tokenizer, talks):
+    # docs/traps.md: resume-forgets
+    """The state is that of the batch that was taken, however many the thread has read since."""
+    expected = pack(tokenizer, talks, 40)
+    for taken in (1, 7, 20):
+        ahead = read_ahead(sft_data_generator(tokenizer, talks, 2, 48), count=3)
+        first = list(itertools.islice(ahead, taken))
+        ahead.close()
+        rest = pack(tokenizer, talks, 10, state=first[-1][2])
+        assert_equal_batches(expected[:taken + 10], first + rest)
+        assert [state for _, _, state in first] == [state for _, _, state in expected[:taken]]
+
+
+def test_a_thread_reads_no_further_than_it_may_and_ends_when_it_is_closed():
+    read = []
+    five_are_read = threading.Event()
+
+    def numbers():
+        for number in itertools.count():
+            read.append(number)
+            if len(read) == 5:
+                five_are_read.set()
+            yield number
+
+    before = threading.active_count()
+    ahead = read_ahead(numbers(), count=3)
+    assert next(ahead) == 0
+    assert five_are_read.wait(30), "one was taken, three wait, one is held until there is room"
+    assert next(ahead) == 1
+    ahead.close()
+    assert len(read) <= 6 and threading.active_count() == before
+
+
+def test_what_a_thread_meets_is_raised_where_its_items_are_taken():
+    def broken():
+        yield from range(3)
+        raise UserError("the data end here")
+
+    taken = []
+    with pytest.raises(UserError, match="the data end here"):
+        for number in read_ahead(broken(), count=1):
+            taken.append(number)
+    assert taken == [0, 1, 2]
+    assert list(read_ahead(range(9), count=2)) == [*range(9)]
+
+
+def test_a_cpu_gets_its_batches_without_a_thread(tokenizer, talks):
+    before = threading.active_count()
+    batches = deliver(sft_data_generator(tokenizer, talks, 2, 48), "cpu")
+    first = list(itertools.islice(batches, 5))
+    assert threading.active_count() == before
+    assert_equal_batches(first, pack(tokenizer, talks, 5))
+
+
+class Moved:
+    """A tensor that remembers what was done with it, since there is no GPU here."""
+
+    def __init__(self, did=()):
+        self.did = did
+
+    def pin_memory(self):
+        return Moved((*self.did, f"pinned, thread {threading.current_thread().name}"))
+
+    def to(self, device, non_blocking):
+        return Moved((*self.did, f"{device}, non_blocking={non_blocking}"))
+
+
+def test_a_gpu_gets_pinned_batches_that_a_thread_has_packed():
+    """The thread does not pin: its current device is the first one, whatever the rank's is."""
+    names = []
+
+    def batches():
+        for state in range(20):
+            names.append(threading.current_thread().name)
+            yield Moved(), Moved(), state
+
+    here = threading.current_thread().name
+    did = (f"pinned, thread {here}", "cuda:1, non_blocking=True")
+    found = list(deliver(batches(), "cuda:1"))
+    assert [(x.did, y.did, state) for x, y, state in found] == [
+        (did, did, state) for state in range(20)]
+    assert len(names) == 20 and here not in names
 
 
 # ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import ROOT, last_json
-from nanochat import convert, dataset, shards, sources, userfiles
+from nanochat import convert, dataset, download, shards, sources, userfiles
 from nanochat.common import UserError
 from nanochat.dataset import (
     data_tag,
@@ -614,7 +614,7 @@ class Hub:
 def hub(monkeypatch):
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setattr(sources, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.001)
     yield hub
     hub.server.shutdown()
     hub.server.server_close()

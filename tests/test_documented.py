@@ -60,16 +60,16 @@ NAMES = [
     ("tasks.common", "TaskMixture", "tasks"),
     ("tasks.common", "TaskSequence", "tasks"),
     ("tasks.spellingbee", "SpellingBee", None),
+    ("tasks.arc", "ARC", "subset, split"),
+    ("tasks.gsm8k", "GSM8K", "split"),
+    ("tasks.mmlu", "MMLU", "split"),
+    ("tasks.smoltalk", "SmolTalk", "split"),
 ]
 # modules, or files
 LATER = {
     "scripts.chat_rl": "reinforcement learning",
     "scripts.base_eval": "evaluations that others can compare: CORE",
-    "tasks.arc": "evaluations that others can compare",
-    "tasks.gsm8k": "evaluations that others can compare",
-    "tasks.mmlu": "evaluations that others can compare",
     "tasks.humaneval": "evaluations that others can compare",
-    "tasks.smoltalk": "conversations from the hub",
     "launch_6x_amd_xtx.sh": "training on AMD",
     "scripts.simple_train_benchmark": "training benchmarks",
     "scripts.transformer_benchmark": "training benchmarks",
@@ -281,7 +281,7 @@ def test_the_packages_are_the_documented_ones_beside_rustbpe_and_plots_are_optio
 def test_a_download_sends_the_hubs_token_whatever_netrc_says(tmp_path, monkeypatch, token, sent):
     import requests
 
-    from nanochat.sources import _authorize
+    from nanochat.download import authorize
 
     netrc = tmp_path / "netrc"
     netrc.write_text("machine localhost login me password other\n", encoding="utf-8")
@@ -290,7 +290,7 @@ def test_a_download_sends_the_hubs_token_whatever_netrc_says(tmp_path, monkeypat
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     session = requests.Session()
-    request = requests.Request("GET", "http://localhost/file", auth=_authorize)
+    request = requests.Request("GET", "http://localhost/file", auth=authorize)
     assert session.prepare_request(request).headers.get("Authorization") == sent
 
 
@@ -298,10 +298,10 @@ def test_the_hubs_token_stays_with_the_hub(monkeypatch):
     """A file of the hub lies on another host, to which a signed address leads."""
     import requests
 
-    from nanochat.sources import _authorize
+    from nanochat.download import authorize
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    request = requests.Request("GET", "https://huggingface.co/file", auth=_authorize)
+    request = requests.Request("GET", "https://huggingface.co/file", auth=authorize)
     prepared = requests.Session().prepare_request(request)
     reply = types.SimpleNamespace(request=prepared.copy())
     prepared.url = "https://cdn.example.org/file?signature=1"
@@ -325,14 +325,14 @@ def test_a_download_that_the_hub_refuses_says_where_the_token_is(
 ):
     import requests
 
-    from nanochat import sources
+    from nanochat import download
 
-    def refuse(url, part, stop):
+    def refuse(*_):
         response = types.SimpleNamespace(status_code=status)
         raise requests.HTTPError(f"{status} Client Error", response=response)
 
-    monkeypatch.setattr(sources, "_fetch", refuse)
-    reason = sources.download("http://localhost/x", tmp_path / "x", threading.Event())
+    monkeypatch.setattr(download, "fetch", refuse)
+    reason = download.download("http://localhost/x", tmp_path / "x", threading.Event())
     assert str(status) in reason and ("HF_TOKEN" in reason) is hint
 
 

@@ -135,11 +135,8 @@ def test_the_number_of_conversations_ahead_follows_from_the_budget():
     assert planned_tokens(steps, 4096, "cpu", 1e11, 1e7) == 5 * 4096
     minutes = SimpleNamespace(num_iterations=None, minutes=2.0)
     assert planned_tokens(minutes, 4096, "cpu", 1e11, 1e7) == pytest.approx(120 * 0.5 * 1e4)
-    epoch = SimpleNamespace(num_iterations=None, minutes=None)
-    assert planned_tokens(epoch, 4096, "cuda", 1e14, 1e7) is None
 
     mixture = Numbers(0, 1000)
-    assert planned_draws(OneTokenEach(), mixture, None) == 1000
     assert planned_draws(OneTokenEach(), mixture, 600) == 300, "two tokens each"
 
 

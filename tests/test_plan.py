@@ -3,6 +3,7 @@
 Memory is held to the bytes of real tensors, and activations to an account of what autograd keeps.
 """
 import itertools
+import math
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ from nanochat.plan import (
     gpu_weight_decay,
     is_overfitting,
     largest_divisor,
+    make_chat_plan,
     make_plan,
     matmul_parameters,
     measure_step,
@@ -448,13 +450,80 @@ def test_every_budget_becomes_steps_or_minutes():
 
 def test_the_horizon_of_a_chat_stage():
     for device_type in ("cpu", "cuda", "mps"):
-        assert chat_horizon(chat_settings(num_iterations=9), device_type) == Horizon(9, None)
-        assert chat_horizon(chat_settings(minutes=2.0), device_type) == Horizon(None, 2.0)
+        assert chat_horizon(chat_settings(num_iterations=9), device_type, 1, 1) == Horizon(9, None)
+        assert chat_horizon(chat_settings(minutes=2.0), device_type, 1, 1) == Horizon(None, 2.0)
         for given in ({"minutes": 0.0}, {"num_iterations": -1}):
             with pytest.raises(UserError, match="a budget must be above zero"):
-                chat_horizon(chat_settings(**given), device_type)
-    assert chat_horizon(chat_settings(), "cpu") == Horizon(None, CPU_MINUTES)
-    assert chat_horizon(chat_settings(), "cuda") == Horizon(None, None)  # one pass over the data
+                chat_horizon(chat_settings(**given), device_type, 1000, None)
+    for device_type in ("cpu", "mps"):
+        assert chat_horizon(chat_settings(), device_type, 1000, None) == Horizon(None, CPU_MINUTES)
+    assert chat_horizon(chat_settings(), "cuda", 1000, 700_400) == Horizon(700, None)
+    assert chat_horizon(chat_settings(), "cuda", 1000, 3_000) == Horizon(500, None)
+
+
+# about as many tokens as the mixtures of tasks/chat_data.py hold: midtraining's and fine-tuning's
+# documented ones, and the local one
+@pytest.mark.parametrize("data_tokens", [330_000_000, 8_000_000, 4_000_000])
+@pytest.mark.parametrize("ranks", [1, 2, 6, 8])
+@pytest.mark.parametrize("device_batch_size", [None, 7, 32])
+def test_a_chat_stage_on_gpus_has_500_steps_with_the_largest_batch_that_gives_as_many(
+        data_tokens, ranks, device_batch_size):
+    # docs/traps.md: too-few-updates
+    T, most = 2048, 524_288
+    meta = {"total_batch_size": most, "device_batch_size": device_batch_size}
+    plan = make_chat_plan(chat_settings(), "cuda", T, ranks, meta, lambda: data_tokens)
+    total, micro, accumulation = plan.batch
+    sequences = total // (T * ranks)        # of a rank
+    assert total == micro * T * ranks * accumulation and sequences == micro * accumulation
+    assert plan.horizon.minutes is None and plan.horizon.num_iterations >= 500
+    assert micro <= min(16, device_batch_size or 16)
+
+    fitting = min(most, data_tokens / 500) // (T * ranks)
+    assert max(1, math.ceil(0.9 * fitting)) <= sequences <= max(1, fitting)
+    read = plan.horizon.num_iterations * total / data_tokens
+    assert read == pytest.approx(1, rel=0.01) if fitting >= 1 else read > 1
+    data, batch, horizon = plan.describe(T, ranks)
+    assert f"{data_tokens / 1e6:,.1f} M tokens" in data
+    assert f"{total:,} tokens a step = {micro} sequences x 2048 tokens x {ranks} ranks" in batch
+    assert ("fewer than 500" in batch) is (data_tokens / total < 500)
+    assert f"{plan.horizon.num_iterations:,} steps, which read the conversations" in horizon
+
+
+def test_the_chat_stages_of_eight_gpus_are_those_that_the_page_shows():
+    meta = {"total_batch_size": 524_288}
+    plans = [
+        make_chat_plan(chat_settings(), "cuda", 2048, 8, meta, lambda: tokens)
+        for tokens in (330_000_000, 8_000_000, 4_000_000)
+    ]
+    assert [plan.batch for plan in plans] == [
+        Batch(524_288, 16, 2), Batch(16_384, 1, 1), Batch(16_384, 1, 1)]
+    assert [plan.horizon.num_iterations for plan in plans] == [629, 500, 500]
+
+
+def test_settings_of_a_chat_stage_on_gpus_are_kept_or_refused():
+    def plan(**given):
+        meta = {"total_batch_size": 524_288}
+        return make_chat_plan(chat_settings(**given), "cuda", 2048, 8, meta, lambda: 40_000_000)
+
+    assert plan() == (Batch(65_536, 4, 1), Horizon(610, None), 40_000_000)
+    assert plan(device_batch_size=3).batch == Batch(49_152, 3, 1)
+    assert plan(device_batch_size=16).batch == Batch(65_536, 4, 1)
+    assert plan(total_batch_size=524_288).batch == Batch(524_288, 16, 2)
+    assert plan(total_batch_size=524_288).horizon == Horizon(500, None), "several passes"
+    assert plan(num_iterations=7).horizon == Horizon(7, None)
+    timed = plan(minutes=30.0)
+    assert timed.horizon == Horizon(None, 30.0) and "30.0 minutes" in timed.describe(2048, 8)[-1]
+    with pytest.raises(UserError, match="total_batch_size=100000 is not a multiple"):
+        plan(total_batch_size=100_000)
+
+
+def test_on_a_cpu_the_conversations_decide_nothing():
+    def count_tokens():
+        raise AssertionError("nobody counts")
+    meta = {"total_batch_size": 4096, "device_batch_size": 4}
+    plan = make_chat_plan(chat_settings(), "cpu", 256, 1, meta, count_tokens)
+    assert plan.batch == chat_batch(chat_settings(), 256, 1, 4096) == Batch(4096, 16, 1)
+    assert plan.horizon == Horizon(None, CPU_MINUTES) and plan.describe(256, 1) == []
 
 
 # -------------------------------------------------------------------------------- 6. memory

@@ -30,7 +30,6 @@ RESUMED = SimpleNamespace(
     state={"guard": {"losses": [], "norms": [], "bad": [], "roll_backs": 0}})
 STEPS = Horizon(8, None)
 MINUTES = Horizon(None, 2.0)
-DATA = Horizon(None, None)
 
 
 class FakeLayout:
@@ -122,7 +121,7 @@ def test_progress_counts_steps(make_run):
     run = make_run(STEPS)
     assert not run.over() and run.progress == 0
     take_steps(run, 6, seconds=1000.0)
-    assert not run.over(data_progress=5.0) and run.progress == 0.75
+    assert not run.over() and run.progress == 0.75
     take_steps(run, 2)
     assert run.over() and run.step == 8
 
@@ -152,14 +151,6 @@ def test_a_stage_that_has_enough_ends_the_loop(make_run):
     assert not run.over()
     run.enough = True
     assert run.over() and run.last_save_is_due()
-
-
-def test_progress_counts_what_was_seen_of_the_data(make_run):
-    run = make_run(DATA)
-    assert not run.over(0.0)
-    take_steps(run, 1, seconds=9999.0)
-    assert not run.over(0.5) and run.progress == 0.5
-    assert run.over(1.0)
 
 
 def test_time_before_the_run_counts_and_a_resumed_run_keeps_its_learning_rate_scale(make_run):
@@ -198,27 +189,16 @@ def test_a_resumed_run_does_not_evaluate_before_its_next_quarter(make_run):
     assert due_at(make_run(STEPS, start=RESUMED, step=3), 5) == [4, 6]
 
 
-def test_a_resumed_pass_over_the_data_does_not_evaluate_before_its_next_quarter(make_run):
-    run = make_run(DATA, start=RESUMED, step=30)
-    due = []
-    for percent in range(60, 100, 5):
-        assert not run.over(percent / 100)
-        if run.evaluation_due():
-            due.append(percent)
-        take_steps(run)
-    assert due == [75]
-
-
 def test_no_evaluation_and_no_save_while_batches_are_bad(make_run, model):
-    run = make_run(DATA, settings={"save_every": 1})
-    run.over(0.0)
-    take_steps(run)
+    run = make_run(STEPS, settings={"save_every": 1})
+    run.over()
+    take_steps(run, 2)
     bad_step(run, model, FakeLayout())
-    run.over(0.3)
+    run.over()
     assert not run.evaluation_due() and not run.evaluation_due(every=1)
     assert not run.save_due() and not run.save_due(wanted=True)
     take_steps(run)
-    run.over(0.35)
+    run.over()
     assert run.save_due()
     assert run.evaluation_due(), "the quarter is made up for once the weights are trusted again"
     assert not run.evaluation_due()

@@ -1,0 +1,398 @@
+"""Data sets of the hub: parquet files in the cache, fetched once, verified, read by row.
+
+    rows = load_rows("openai/gsm8k", "main", "test", ["question", "answer"])
+    rows[0]["question"]
+
+    python -m nanochat.hub openai/gsm8k                 # all splits, into the cache
+    python -m nanochat.hub cais/mmlu all dev test       # two splits of the configuration `all`
+
+The hub converts every public data set to parquet, on the branch refs/convert/parquet, as
+CONFIG/SPLIT/NNNN.parquet. A split is kept in `$NANOCHAT_BASE_DIR/hub/NAME/CONFIG/SPLIT`. Its
+index.json is written before the first file and lists all with sizes and hashes: a part of a split
+is never taken for the whole. Parquet files that somebody has put there, without an index, are read
+as they are. What is in the cache is read without a network; HF_HUB_OFFLINE=1 forbids one.
+
+The interface is that of huggingface.co/docs/hub/api and docs/dataset-viewer/parquet. HF_ENDPOINT
+and HF_TOKEN are those of nanochat/download.py.
+"""
+import bisect
+import contextlib
+import fcntl
+import functools
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import (
+    UserError,
+    all_reduce_max,
+    atomic_write,
+    get_base_dir,
+    get_dist_info,
+    print0,
+    sha256,
+    where_offered,
+)
+from nanochat.configurator import configure
+from nanochat.download import (
+    TIMEOUT,
+    authorize,
+    download,
+    hub_endpoint,
+    hub_token,
+    reason_of,
+    status_of,
+    with_retries,
+)
+from nanochat.metrics import finish_stage
+
+BRANCH = "refs%2Fconvert%2Fparquet"
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FILE = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)/(\w[\w.-]*\.parquet)")  # configuration, split, name
+PROGRESS_SECONDS = 5
+POLL_SECONDS = 1.0      # between two looks of the ranks that wait for the one that fetches
+
+
+class HubError(OSError):
+    """A data set cannot be had now: one line, and exit status 1."""
+
+
+class HubFile(NamedTuple):
+    """One parquet file of a split as the hub lists it."""
+    name: str       # 0000.parquet
+    size: int
+    sha256: str     # None where the hub does not say
+
+
+# ----------------------------------------------------------------------------------------------
+# what the hub has
+
+def list_files(name):
+    """{(configuration, split): [HubFile]} of a data set, from the hub.
+
+    UserError where there is none of this name, or none that may be read; HubError where the hub
+    cannot be reached.
+    """
+    import requests
+
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name of a data set: it is written OWNER/NAME")
+    endpoint = hub_endpoint()
+    hub_token()  # a bad one is refused before the first request
+    url = f"{endpoint}/api/datasets/{name}/tree/{BRANCH}?recursive=true"
+    files = {}
+    try:
+        while url:
+            entries, url = with_retries(functools.partial(_page, url, endpoint), threading.Event())
+            for entry in entries:
+                _add_file(files, entry)
+    except requests.RequestException as error:
+        reason = reason_of(error)
+        if status_of(error) == 404:
+            raise UserError(f"the hub has no parquet files of {name}: check the name") from error
+        if status_of(error) in (401, 403):
+            raise UserError(f"the hub gives no access to {name}, or has none: {reason}") from error
+        raise HubError(f"{name} cannot be fetched: {reason}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise HubError(f"{name} cannot be fetched: {endpoint} does not list files as the hub "
+                       "does") from error
+    return files
+
+
+def _page(url, endpoint):
+    """(entries, address of the next page or None) of a listing.
+
+    The next page is asked for at the same endpoint, whatever host the reply names: a mirror passes
+    the hub's own addresses on, and the token is for the endpoint alone.
+    """
+    import requests
+
+    with requests.get(url, auth=authorize, timeout=TIMEOUT) as reply:
+        reply.raise_for_status()
+        following = reply.links.get("next", {}).get("url")
+        if following and not following.startswith(endpoint + "/"):
+            parts = urlsplit(following)
+            following = f"{endpoint}{parts.path}?{parts.query}"
+        return reply.json(), following
+
+
+def _add_file(files, entry):
+    """Add an entry of a listing to {(configuration, split): [HubFile]}, if it is a parquet file."""
+    found = FILE.fullmatch(entry["path"])
+    if entry["type"] != "file" or not found:
+        return
+    config, split, name = found.groups()
+    digest = (entry.get("lfs") or {}).get("oid")
+    files.setdefault((config, split), []).append(HubFile(name, entry["size"], digest))
+
+
+def is_offline():
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
+
+
+# ----------------------------------------------------------------------------------------------
+# the cache
+
+def cache_folder(name, config, split):
+    """Where a split is kept, a Path."""
+    return get_base_dir() / "hub" / name / config / split
+
+
+def cached_files(folder, verify=False):
+    """The paths of a split that is whole in its folder, or None.
+
+    verify: compare hashes, besides sizes.
+    """
+    index = _read_index(folder)
+    if index is None:
+        return sorted(folder.glob("*.parquet")) or None
+    if all(_is_whole(folder, file, verify) for file in index):
+        return [folder / file.name for file in index]
+    return None
+
+
+def _read_index(folder):
+    """The [HubFile] of an index.json, or None where there is none."""
+    try:
+        rows = json.loads((folder / "index.json").read_text(encoding="utf-8"))["files"]
+        return [HubFile(*row) for row in rows]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return [HubFile("index.json is damaged", 0, None)]  # no such file: the split is not whole
+
+
+def _is_whole(folder, file, verify):
+    """Whether a file is there, with the size and (verify) the hash that the hub lists."""
+    path = folder / file.name
+    if not path.exists() or path.stat().st_size != file.size:
+        return False
+    return not verify or file.sha256 == sha256(path)
+
+
+def fetch_split(name, config, split, fetch=True, verify=False):
+    """The paths of a split's files, from the cache or else from the hub.
+
+    fetch: False forbids the network. verify: files of the cache must have the listed hash.
+    UserError where the split is not in the cache and the network is forbidden, and as list_files().
+    """
+    folder = cache_folder(name, config, split)
+    paths = cached_files(folder, verify)
+    if paths:
+        return paths
+    if is_offline() or not fetch:
+        raise UserError(
+            f"{name} ({config}, {split}) is not whole in {folder}, and "
+            + ("HF_HUB_OFFLINE forbids to fetch it" if is_offline() else "nothing is fetched now")
+            + f": run python -m nanochat.hub {name} {config} {split} where there is a network, and "
+            "copy the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        return cached_files(folder, verify) or _fetch(name, config, split, folder)
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """A context in which no other process fetches into a folder."""
+    with open(folder / ".lock", "a", encoding="utf-8") as file:
+        with where_offered("flock", "no other process may fetch the same data set now"):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(name, config, split, folder):
+    """Bring what is missing or damaged of a split into its folder; returns the paths of all."""
+    listed = list_files(name)
+    files = sorted(listed.get((config, split), []))
+    if not files:
+        choices = ", ".join(sorted(" ".join(pair) for pair in listed)) or "none"
+        raise UserError(f"{name} has no split {split} of {config}: choose from {choices}")
+    missing = [file for file in files if not _is_whole(folder, file, verify=True)]
+    _check_space(folder, sum(file.size for file in missing))
+    index = {"name": name, "config": config, "split": split, "files": files}
+    atomic_write(folder / "index.json", json.dumps(index, indent=1))
+
+    stop = threading.Event()
+    for number, file in enumerate(missing, start=1):
+        label = f"{name} {config} {split}, file {number} of {len(missing)}"
+        path = f"{config}/{split}/{file.name}"
+        url = f"{hub_endpoint()}/datasets/{name}/resolve/{BRANCH}/{path}"
+        reason = download(url, folder / file.name, stop, file.sha256, _Progress(label, file.size))
+        if reason is None and not _is_whole(folder, file, verify=False):
+            reason = f"it has not the {file.size:,} bytes that the hub lists"
+            (folder / file.name).unlink()
+        if reason:
+            raise HubError(
+                f"{name} {path} cannot be fetched: {reason}; the same command again continues")
+    total = sum(file.size for file in files)
+    print0(f"{name} {config} {split}: {total / 1e6:,.1f} MB in {len(files)} files, in {folder}")
+    return [folder / file.name for file in files]
+
+
+def _check_space(folder, needed):
+    """UserError where a disk has not as many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: make room, or "
+            "set NANOCHAT_BASE_DIR to a larger disk")
+
+
+class _Progress:
+    """Says every few seconds how much of a file has come."""
+
+    def __init__(self, label, size):
+        self.label = label
+        self.size = size
+        self.said_at = time.perf_counter()
+
+    def __call__(self, have, length):
+        if time.perf_counter() - self.said_at > PROGRESS_SECONDS:
+            self.said_at = time.perf_counter()
+            print0(f"{self.label}: {have / 1e6:,.1f} of {self.size / 1e6:,.1f} MB")
+
+
+# ----------------------------------------------------------------------------------------------
+# rows
+
+def load_rows(name, config, split, columns=None, fetch=True):
+    """The Rows of a split of a data set. As fetch_split(), and UserError for a missing column.
+
+    columns: their names; None: all.
+    """
+    paths = fetch_split(name, config, split, fetch)
+    try:
+        return Rows(paths, columns)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+    if _read_index(paths[0].parent) is None:
+        raise UserError(f"{paths[0].parent} is damaged ({reason}): copy its files again")
+
+    # ours, so that it can be fetched again, once
+    print0(f"{name} {config} {split} is damaged ({reason})")
+    paths = fetch_split(name, config, split, fetch, verify=True)
+    try:
+        return Rows(paths, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{name} {config} {split} is damaged as the hub has it, too ({reason})") from error
+
+
+class Rows:
+    """The rows of parquet files as a sequence of dicts, with some of their columns (None: all).
+
+    All are read at once and stay in memory as Arrow has them, much smaller than objects of Python.
+    """
+
+    def __init__(self, paths, columns):
+        tables = [_read_table(path, columns) for path in paths]
+        batches = [batch for table in tables for batch in table.to_batches()]
+        self.batches = [batch for batch in batches if batch.num_rows]
+        self.ends = list(itertools.accumulate(batch.num_rows for batch in self.batches))
+        if not self.batches:
+            raise UserError(f"{paths[0].parent} has no rows: fetch or copy it again")
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        number = bisect.bisect_right(self.ends, i)
+        batch = self.batches[number]
+        [row] = batch.slice(i - self.ends[number] + batch.num_rows, 1).to_pylist()
+        return row
+
+
+def _read_table(path, columns):
+    """The Arrow table of a parquet file. UserError where it lacks a column."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for column in columns or ():
+            if column not in names:
+                raise UserError(f"{path} has no column {column!r}, only {names}")
+        return file.read(columns=columns and list(columns))
+
+
+# ----------------------------------------------------------------------------------------------
+# several ranks
+
+def on_first_rank(work):
+    """Call work() on the first rank of every machine while the others wait.
+
+    Returns None, or the UserError or OSError of a rank that failed; every rank gets one then. The
+    others wait in many short collectives: a single one would time out before a large download ends.
+    """
+    is_dist, _, local_rank, _ = get_dist_info()
+    if not is_dist:
+        return _error_of(work)
+    outcomes = []   # an error or None, once work() has ended
+    thread = threading.Thread(target=lambda: outcomes.append(_error_of(work)), daemon=True)
+    if local_rank == 0:
+        thread.start()
+    else:
+        outcomes.append(None)
+    running, failed = 1.0, 0.0
+    while running:
+        if local_rank == 0:
+            thread.join(POLL_SECONDS)
+        running = float(thread.is_alive())
+        failed = float(not running and outcomes != [None])
+        running, failed = all_reduce_max(running, failed)
+    if not failed:
+        return None
+    errors = [error for error in outcomes if error]
+    return errors[0] if errors else HubError("the first rank of a machine could not fetch it")
+
+
+def _error_of(work):
+    """The UserError or OSError that work() raises, or None."""
+    try:
+        work()
+    except (UserError, OSError) as error:
+        return error
+    return None
+
+
+# ----------------------------------------------------------------------------------------------
+# the command
+
+def main():
+    words = []
+    settings = configure(globals(), texts=words)
+    start = time.time()
+    if not words:
+        raise UserError(
+            "name a data set: python -m nanochat.hub OWNER/NAME [CONFIGURATION [SPLIT ...]]")
+    name, config, splits = words[0], words[1] if len(words) > 1 else None, words[2:]
+    if not config or not splits:
+        config, splits = _choose_splits(list_files(name), name, config)
+    rows = {}
+    for split in splits:
+        rows[split] = len(load_rows(name, config, split))
+    finish_stage("hub", time.time() - start, settings, name=name, config=config, rows=rows)
+
+
+def _choose_splits(listed, name, config):
+    """(configuration, splits) that a command without them means."""
+    configs = sorted({listed_config for listed_config, _ in listed})
+    if config is None and len(configs) == 1:
+        config = configs[0]
+    if config not in configs:
+        raise UserError(f"{name}: name one of its configurations: {', '.join(configs) or 'none'}")
+    return config, sorted(split for listed_config, split in listed if listed_config == config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""Data sets of the hub, from a server on this machine that fails in all the ways a network does.
+
+With NANOCHAT_TEST_DATA it also serves real data, laid out as on the hub.
+"""
+import hashlib
+import http.server
+import io
+import json
+import os
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch.multiprocessing as mp
+
+from conftest import last_json
+from nanochat import download, hub
+from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init
+from nanochat.hub import (
+    HubError,
+    Rows,
+    cache_folder,
+    fetch_split,
+    list_files,
+    load_rows,
+    on_first_rank,
+)
+from stage_runs import rank_variables
+
+NAME = "somebody/sums"
+REAL = os.environ.get("NANOCHAT_TEST_DATA")
+
+
+def parquet_bytes(first, count):
+    """A parquet file of `count` rows, in row groups of 100."""
+    numbers = range(first, first + count)
+    table = pa.table({
+        "question": [f"{n} + {n * 7919 % 1009}?" for n in numbers],
+        "answer": list(numbers),
+        "choices": [{"text": [str(n), "0"], "label": ["A", "B"]} for n in numbers],
+    })
+    file = io.BytesIO()
+    pq.write_table(table, file, row_group_size=100)
+    return file.getvalue()
+
+
+SMALL = {
+    "main/train/0000.parquet": parquet_bytes(0, 250),
+    "main/train/0001.parquet": parquet_bytes(250, 30),
+    "main/test/0000.parquet": parquet_bytes(1000, 5),
+}
+
+
+class Hub:
+    """A server with data sets, and another host to which its files are redirected.
+
+    files: {name of a data set: {path on its branch: bytes}}.
+    trouble: {path: what goes wrong in its next requests}: a status, "cut", "garbage", "damaged".
+    """
+
+    def __init__(self):
+        self.files = {NAME: dict(SMALL)}
+        self.trouble = {}
+        self.hashes = True          # whether the listing tells them
+        self.page = 1000            # entries of a page
+        self.next_host = None       # that the address of the next page names
+        self.retry_after = "0"
+        self.redirects = False
+        self.requests = []          # (server, path, range, authorization)
+        self.servers = []
+        self.url, self.storage = self._serve("hub"), self._serve("storage")
+
+    def _serve(self, server_name):
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                hub.answer(self, server_name)
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        self.servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    def close(self):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def fetched(self, path):
+        """The ranges of the requests for a file, in order."""
+        return [given for _, asked, given, _ in self.requests if asked.endswith(path)]
+
+    def answer(self, handler, server_name):
+        path, _, query = handler.path.partition("?")
+        headers = handler.headers
+        self.requests.append(
+            (server_name, path, headers.get("Range"), headers.get("Authorization")))
+        for name, files in self.files.items():
+            if path == f"/api/datasets/{name}/tree/{hub.BRANCH}":
+                return self._send_listing(handler, path, query, files)
+            prefix = f"/datasets/{name}/resolve/{hub.BRANCH}/"
+            if path.startswith(prefix) and path.removeprefix(prefix) in files:
+                file = path.removeprefix(prefix)
+                return self._send_file(handler, server_name, file, files[file])
+        return handler.send_error(404)
+
+    def _send_listing(self, handler, path, query, files):
+        trouble = (self.trouble.get("listing") or [None]).pop(0)
+        if isinstance(trouble, int):
+            return self._refuse(handler, trouble)
+        begin = int(query.partition("cursor=")[2] or 0)
+        entries = [{"type": "directory", "path": "main", "oid": "0", "size": 0}]
+        for file, content in files.items():
+            entry = {"type": "file", "path": file, "oid": "1", "size": len(content)}
+            if self.hashes:
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            entries.append(entry)
+        handler.send_response(200)
+        if begin + self.page < len(entries):
+            host = self.next_host or self.url
+            following = f"{host}{path}?recursive=true&cursor={begin + self.page}"
+            handler.send_header("Link", f'<{following}>; rel="next"')
+        handler.end_headers()
+        page = entries[begin:begin + self.page]
+        handler.wfile.write(json.dumps({"error": "x"} if trouble == "other" else page).encode())
+
+    def _refuse(self, handler, status):
+        handler.send_response(status)
+        handler.send_header("Retry-After", self.retry_after)
+        handler.end_headers()
+
+    def _send_file(self, handler, server_name, file, body):
+        if self.redirects and server_name == "hub":
+            handler.send_response(302)
+            handler.send_header("Location", f"{self.storage}{handler.path}?Signature=secret")
+            handler.end_headers()
+            return
+        trouble = (self.trouble.get(file) or [None]).pop(0)
+        if isinstance(trouble, int):
+            self._refuse(handler, trouble)
+            return
+        wanted = handler.headers.get("Range")
+        start = int(wanted[6:-1]) if wanted else 0
+        if start >= len(body):
+            handler.send_error(416)
+            return
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if trouble == "garbage":        # of the right length, without the end of parquet
+            body = body[:-6] + b"</html"
+        if trouble == "damaged":        # the end is whole, a page is not
+            body = body[:40] + bytes(200) + body[240:]
+        if trouble == "short":          # whole, as it says, but not what is listed
+            body = body[:len(body) // 2]
+        handler.send_header("Content-Length", str(len(body) - start))
+        handler.end_headers()
+        end = start + len(body) // 3 if trouble == "cut" else len(body)
+        handler.wfile.write(body[start:end])
+
+
+@pytest.fixture
+def server(base_dir, monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(download, "BLOCK_BYTES", 512)  # the files are small
+    yield server
+    server.close()
+
+
+def whole_split():
+    """Whether the cache has the training split as the server has it, and nothing else."""
+    folder = cache_folder(NAME, "main", "train")
+    names = {path.name for path in folder.iterdir()} - {"index.json", ".lock"}
+    same = [(folder / name).read_bytes() == SMALL[f"main/train/{name}"] for name in names]
+    return names == {"0000.parquet", "0001.parquet"} and all(same)
+
+
+# ----------------------------------------------------------------------------------------------
+# fetching
+
+def test_a_split_is_fetched_once_and_read_by_row(server):
+    rows = load_rows(NAME, "main", "train", ["question", "answer"])
+    assert len(rows) == 280 and rows[279] == {"question": "279 + 700?", "answer": 279}
+    assert [rows[i]["answer"] for i in range(280)] == list(range(280))
+    for outside in (-1, 280):
+        with pytest.raises(IndexError):
+            rows[outside]
+    assert load_rows(NAME, "main", "train")[100]["choices"] == {
+        "text": ["100", "0"], "label": ["A", "B"]}
+    assert whole_split()
+    assert len(server.requests) == 3, "a listing and two files; what is there is not asked for"
+
+
+def test_the_listing_is_read_to_its_last_page(server):
+    server.page = 2
+    listed = list_files(NAME)
+    assert {key: len(files) for key, files in listed.items()} == {
+        ("main", "train"): 2, ("main", "test"): 1}
+    assert sorted(listed["main", "train"])[1].size == len(SMALL["main/train/0001.parquet"])
+    assert len(server.requests) == 2
+
+
+def test_names_that_lead_out_of_the_cache_are_not_taken(server):
+    server.files[NAME] |= {"../../x.parquet": b"", "main/../x.parquet": b"", "main/train/x.py": b""}
+    assert list_files(NAME).keys() == {("main", "train"), ("main", "test")}
+    for name in ("../../etc", "sums", "a/b/c", "somebody/.."):
+        with pytest.raises(UserError, match="is no name of a data set"):
+            list_files(name)
+
+
+def test_drops_and_busy_servers_are_survived_and_cut_files_continued(server):
+    # docs/traps.md: half-downloaded
+    server.trouble = {
+        "listing": [503, 429],
+        "main/train/0000.parquet": ["cut", 429, "cut", 500],
+        "main/train/0001.parquet": ["garbage"],
+    }
+    assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
+    ranges = server.fetched("main/train/0000.parquet")
+    assert ranges[0] is None and all(ranges[1:]), "a cut file is continued"
+    assert server.fetched("main/train/0001.parquet") == [None, None], "a damaged one is not"
+
+
+def test_the_pause_that_a_server_asks_for_is_kept_unless_it_is_too_long(
+        server, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(threading.Event, "wait", lambda _, seconds=None: waited.append(seconds))
+    server.trouble = {"main/train/0000.parquet": [429, 500]}
+    server.retry_after = "7"
+    stop = threading.Event()
+    url = f"{server.url}/datasets/{NAME}/resolve/{hub.BRANCH}/main/train/0000.parquet"
+    folder = cache_folder(NAME, "main", "train")
+    folder.mkdir(parents=True)
+    assert download.download(url, folder / "0000.parquet", stop) is None
+    assert waited.count(7) == 2 and "next attempt in 7 s" in capsys.readouterr().out
+    server.trouble = {"main/train/0000.parquet": [429]}
+    server.retry_after = "86400"
+    assert "429" in download.download(url, folder / "again.parquet", stop)
+    assert 86400 not in waited
+
+
+def test_a_file_that_stays_damaged_is_fetched_once_more_and_then_refused(server):
+    # docs/traps.md: half-downloaded
+    file = "main/train/0001.parquet"
+    for trouble in ("garbage", "damaged", "short"):
+        server.trouble, server.requests = {file: [trouble] * 9}, []
+        with pytest.raises(HubError, match="0001.parquet cannot be fetched: "):
+            load_rows(NAME, "main", "train")
+        assert len(server.fetched(file)) == 2
+        assert not (cache_folder(NAME, "main", "train") / "0001.parquet").exists()
+    server.trouble = {}
+    assert len(load_rows(NAME, "main", "train")) == 280, "what came before is kept"
+    assert len(server.fetched("main/train/0000.parquet")) == 0
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "short"])
+def test_damage_without_a_known_hash_is_found_too(server, trouble):
+    server.hashes = False
+    server.trouble = {"main/test/0000.parquet": [trouble]}
+    if trouble == "damaged":
+        assert len(load_rows(NAME, "main", "test")) == 5
+        assert len(server.fetched("main/test/0000.parquet")) == 2
+        server.trouble = {"main/train/0000.parquet": [trouble] * 9}
+        with pytest.raises(UserError, match="damaged as the hub has it"):
+            load_rows(NAME, "main", "train")
+    else:
+        assert len(load_rows(NAME, "main", "test")) == 5
+
+
+def test_half_a_split_is_never_taken_for_the_whole(server, monkeypatch):
+    # docs/traps.md: half-downloaded
+    server.trouble = {"main/train/0001.parquet": [404]}
+    with pytest.raises(HubError, match="404"):
+        fetch_split(NAME, "main", "train")
+    assert (cache_folder(NAME, "main", "train") / "0000.parquet").exists()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="not whole"):
+        fetch_split(NAME, "main", "train")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert len(fetch_split(NAME, "main", "train")) == 2 and whole_split()
+
+
+def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(server):
+    paths = fetch_split(NAME, "main", "train")
+    before = paths[0].read_bytes()
+    paths[0].write_bytes(before[:40] + bytes(200) + before[240:])
+    assert len(load_rows(NAME, "main", "train")) == 280 and paths[0].read_bytes() == before
+    (paths[0].parent / "index.json").write_text("{", encoding="utf-8")
+    assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
+
+
+# ----------------------------------------------------------------------------------------------
+# the token
+
+def test_the_token_is_sent_to_the_hub_and_to_no_other_host(server, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.redirects, server.page = True, 1
+    server.next_host = server.storage   # as a mirror passes the hub's own addresses on
+    assert len(load_rows(NAME, "main", "train")) == 280
+    sent = {(host, token) for host, _, _, token in server.requests}
+    assert sent == {("hub", "Bearer hf_secret"), ("storage", None)}
+    asked = [host for host, path, _, _ in server.requests if "/tree/" in path]
+    assert set(asked) == {"hub"} and len(asked) == 4
+    assert "secret" not in capsys.readouterr().out
+
+
+def test_neither_token_nor_signature_is_printed_where_a_download_fails(server, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.redirects = True
+    server.trouble = {"main/test/0000.parquet": [403]}
+    with pytest.raises(HubError) as error:
+        fetch_split(NAME, "main", "test")
+    assert "HF_TOKEN holds the token" in str(error.value)
+    assert "secret" not in str(error.value) + capsys.readouterr().out
+    monkeypatch.setenv("HF_TOKEN", "hf secret")
+    with pytest.raises(UserError, match="HF_TOKEN must be") as error:
+        fetch_split(NAME, "main", "test")
+    assert "secret" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------
+# what cannot be had
+
+@pytest.mark.parametrize("name, config, split, words", [
+    ("somebody/nothing", "main", "train", "no parquet files of somebody/nothing"),
+    (NAME, "other", "train", "choose from main test, main train"),
+    (NAME, "main", "validation", "no split validation of main"),
+])
+def test_what_the_hub_has_not_is_one_line_with_the_choices(server, name, config, split, words):
+    with pytest.raises(UserError, match=words) as error:
+        fetch_split(name, config, split)
+    assert "\n" not in str(error.value) and len(server.requests) == 1
+    assert not list(cache_folder(name, config, split).glob("*.parquet"))
+
+
+@pytest.mark.parametrize("trouble, kind, words", [
+    (401, UserError, "no access"), (500, HubError, "500"), ("other", HubError, "does not list"),
+])
+def test_a_listing_that_fails_is_one_line(server, trouble, kind, words):
+    server.trouble = {"listing": [trouble] * 9}
+    with pytest.raises(kind, match=words):
+        list_files(NAME)
+
+
+def test_without_a_network_the_cache_alone_is_read(server, monkeypatch):
+    fetch_split(NAME, "main", "test")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert len(load_rows(NAME, "main", "test")) == 5
+    with pytest.raises(HubError, match="no connection to 127.0.0.1:9"):
+        load_rows(NAME, "main", "train")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(load_rows(NAME, "main", "test")) == 5
+    with pytest.raises(UserError, match=f"run python -m nanochat.hub {NAME} main train where"):
+        load_rows(NAME, "main", "train")
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError, match="begins with https://"):
+        load_rows(NAME, "main", "train")
+
+
+def test_files_that_somebody_has_put_there_are_read_and_never_deleted(server, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = cache_folder("others/own", "main", "train")
+    folder.mkdir(parents=True)
+    (folder / "a.parquet").write_bytes(parquet_bytes(0, 40))
+    assert len(load_rows("others/own", "main", "train")) == 40
+    with pytest.raises(UserError, match="no column 'text', only"):
+        load_rows("others/own", "main", "train", ["text"])
+    (folder / "a.parquet").write_bytes(parquet_bytes(0, 40)[:-100])
+    with pytest.raises(UserError, match="is damaged .*: copy its files again"):
+        load_rows("others/own", "main", "train")
+    (folder / "a.parquet").write_bytes(parquet_bytes(0, 0))
+    with pytest.raises(UserError, match="has no rows"):
+        load_rows("others/own", "main", "train")
+    assert (folder / "a.parquet").exists() and not server.requests
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_download(server, monkeypatch):
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="0 MB are free: make room"):
+        fetch_split(NAME, "main", "train")
+    assert len(server.requests) == 1
+
+
+def test_progress_is_said_and_so_is_the_size(server, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "PROGRESS_SECONDS", 0)
+    fetch_split(NAME, "main", "train")
+    out = capsys.readouterr().out
+    assert f"{NAME} main train, file 2 of 2: 0.0 of 0.0 MB" in out
+    assert f"{NAME} main train: 0.0 MB in 2 files, in {cache_folder(NAME, 'main', 'train')}" in out
+
+
+# ----------------------------------------------------------------------------------------------
+# several processes
+
+def test_two_that_want_the_same_fetch_it_once(server):
+    threads = [
+        threading.Thread(target=fetch_split, args=(NAME, "main", "train")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert whole_split() and len(server.requests) == 3
+
+
+def _fetch_on_ranks(rank, variables, base, endpoint, results):
+    os.environ.update(variables[rank])
+    os.environ.update({"NANOCHAT_BASE_DIR": base, "HF_ENDPOINT": endpoint})
+    download.BACKOFF_SECONDS = 0.001
+    hub.POLL_SECONDS = 0.05
+    compute_init("cpu")
+    here = on_first_rank(lambda: fetch_split(NAME, "main", "train"))
+    rows = len(load_rows(NAME, "main", "train", fetch=False))
+    absent = on_first_rank(lambda: fetch_split(NAME, "main", "validation"))
+    failed = all_reduce_max(float(absent is not None), -float(absent is not None))
+    results[rank] = (here, rows, type(absent).__name__, [abs(value) for value in failed])
+    compute_cleanup()
+
+
+def test_one_rank_fetches_and_all_learn_whether_it_could(server, base_dir):
+    variables = rank_variables(2)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        arguments = (variables, str(base_dir), server.url, results)
+        mp.spawn(_fetch_on_ranks, arguments, nprocs=2)
+        assert results[0] == (None, 280, "UserError", [1.0, 1.0])
+        assert results[1] == (None, 280, "HubError", [1.0, 1.0])
+    assert len(server.fetched("0000.parquet")) == 1 and len(server.requests) == 4
+
+
+def test_on_one_rank_the_error_comes_back():
+    def fail():
+        raise HubError("no")
+    assert on_first_rank(lambda: None) is None
+    assert str(on_first_rank(fail)) == "no"
+    with pytest.raises(ZeroDivisionError):
+        on_first_rank(lambda: 1 / 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# the command, and real data
+
+def test_the_command_fills_the_cache(server, base_dir, run_module):
+    done = run_module("nanochat.hub", NAME, base=base_dir)
+    record = last_json(done.stdout)
+    assert record["stage"] == "hub" and record["rows"] == {"test": 5, "train": 280}
+    assert whole_split()
+    done = run_module("nanochat.hub", NAME, "main", "train", base=base_dir, HF_HUB_OFFLINE="1")
+    assert last_json(done.stdout)["rows"] == {"train": 280}
+    for words, said in (
+        ([], "name a data set"),
+        ([NAME, "other"], "name one of its configurations: main"),
+        (["somebody/nothing"], "no parquet files"),
+    ):
+        done = run_module("nanochat.hub", *words, base=base_dir)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not REAL, reason="NANOCHAT_TEST_DATA is not set")
+def test_real_data_in_the_layout_of_the_hub(server):
+    root = Path(REAL) / "hf"
+    for path in sorted(root.rglob("*.parquet")):
+        owner, name, *rest = path.relative_to(root).parts
+        server.files.setdefault(f"{owner}/{name}", {})["/".join(rest)] = path.read_bytes()
+    server.trouble = {"all/test/0000.parquet": ["cut", 503, "cut"], "main/test/0000.parquet": [429]}
+    server.redirects = True
+    rows = {
+        key: len(load_rows(name, *key))
+        for name in ("openai/gsm8k", "cais/mmlu")
+        for key in list_files(name)
+    }
+    assert rows == {
+        ("main", "test"): 1319,
+        ("main", "train"): 7473,
+        ("all", "dev"): 285,
+        ("all", "test"): 14042,
+        ("all", "validation"): 1531,
+    }
+    path = root / "openai/gsm8k/main/test/0000.parquet"
+    assert Rows([path], ["answer"])[0]["answer"].endswith("#### 18")

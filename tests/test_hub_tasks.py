@@ -1,0 +1,423 @@
+"""Tasks whose items come from the hub, the mixtures made of them, and the stages that read these.
+
+The data sets here are small ones in a cache that is filled by hand; with NANOCHAT_TEST_DATA, real
+ones are read as well.
+"""
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch.multiprocessing as mp
+
+from conftest import ROOT
+from nanochat import hub
+from nanochat.common import UserError, compute_cleanup, compute_init, warn_once
+from nanochat.execution import use_tool
+from nanochat.hub import HubError, cache_folder
+from nanochat.tokenizer import Tokenizer
+from stage_runs import TINY_CHAT, last_json, meta_of, rank_variables
+from tasks import chat_data, smoltalk
+from tasks.arc import ARC, ROWS
+from tasks.chat_data import (
+    HELD_OUT,
+    Origin,
+    built_in_tasks,
+    choose_origin,
+    finetuning_tasks,
+    midtraining_tasks,
+)
+from tasks.common import TaskMixture, canonical_number
+from tasks.gsm8k import GSM8K, result_of, solution_parts
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+
+REAL = os.environ.get("NANOCHAT_TEST_DATA")
+HUB = Origin("hub", True)
+
+SOLUTION = (
+    "She bakes 4*3=<<4*3=12>>12 rolls and sells half, 12/2 = <<12/2=6.00>>6.\n"
+    "That is $<<6*1000=6,000>>6,000.\n#### 6,000")
+
+
+def talk(question, answer, system=None):
+    turns = [{"content": question, "role": "user"}, {"content": answer, "role": "assistant"}]
+    return [{"content": system, "role": "system"}] * bool(system) + turns
+
+
+def sum_row(i):
+    return {"question": f"What is {i} + {i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n"
+            f"#### {2 * i}"}
+
+
+def choice_row(i):
+    choices = [f"item {i}", "another", f"a third {i}", "none"]
+    return {"question": f"Which is {i}?", "subject": "x", "choices": choices, "answer": i % 4}
+
+
+def science_row(i):
+    labels = (list("ABCD"), list("1234"), list("ABC"), list("ABCDE"))[i % 4]
+    texts = [f"text {label} of {i}" for label in labels]
+    return {"id": str(i), "question": f"Why {i}?", "choices": {"text": texts, "label": labels},
+            "answerKey": labels[i % 3]}
+
+
+SETS = {
+    ("HuggingFaceTB/smol-smoltalk", "default", "train"):
+        lambda i: {"messages": talk(f"Hello {i}", f"Hello, number {i}.", "Be short." * (i % 2))},
+    ("openai/gsm8k", "main", "train"): sum_row,
+    ("openai/gsm8k", "main", "test"): sum_row,
+    ("cais/mmlu", "all", "dev"): choice_row,
+    ("cais/mmlu", "all", "test"): choice_row,
+    ("allenai/ai2_arc", "ARC-Easy", "train"): science_row,
+    ("allenai/ai2_arc", "ARC-Easy", "test"): science_row,
+    ("allenai/ai2_arc", "ARC-Challenge", "train"): science_row,
+    ("allenai/ai2_arc", "ARC-Challenge", "test"): science_row,
+}
+
+
+def put(split, rows):
+    """Write rows where the cache has a split, (name, configuration, split), as a user may."""
+    folder = cache_folder(*split)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "0000.parquet", row_group_size=7)
+
+
+def fill_cache(base, count=40):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        for split, row in SETS.items():
+            put(split, [row(i) for i in range(count)])
+
+
+@pytest.fixture
+def cache(base_dir, monkeypatch):
+    """A cache with 40 rows of each split, and no network. Words to spell are made up."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = "\n".join(f"word{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")
+    (base_dir / "words.txt").write_text(words, encoding="utf-8")
+    (base_dir / "pydoc.jsonl").write_text(
+        "".join(f'{{"name": "m.f{i}", "sentence": "Return {i} of it."}}\n' for i in range(90)),
+        encoding="utf-8")
+    fill_cache(base_dir)
+    return base_dir
+
+
+def answer(conversation):
+    return conversation["messages"][-1]["content"]
+
+
+# ----------------------------------------------------------------------------------------------
+# single tasks
+
+def test_calculator_calls_become_calls_of_the_tool_with_its_own_replies():
+    parts = solution_parts(SOLUTION)
+    assert [part["type"] for part in parts] == [
+        "text", "python", "python_output", "text", "python", "python_output",
+        "text", "python", "python_output", "text"]
+    calls = [part["text"] for part in parts if part["type"] != "text"]
+    assert calls == ["4*3", "12", "12/2", "6", "6*1000", "6000"]
+    assert "".join(part["text"] for part in parts if part["type"] == "text") == (
+        "She bakes 4*3=12 rolls and sells half, 12/2 = 6.\nThat is $6,000.\n#### 6,000")
+    odd = "a <<x=3>> <<=>> b << c"
+    assert [part["text"] for part in solution_parts(odd)] == ["a ", "x", "3", " ", " b << c"]
+
+
+@pytest.mark.parametrize("given, is_right", [
+    ("#### 6000", True),
+    ("#### 6,000", True),
+    ("#### 6000.0", True),
+    ("It is\n####6,000.00.", True),
+    ("#### $6000", True),
+    ("#### 5\nNo: #### 6000", True),
+    ("#### 600", False),
+    ("#### -6000", False),
+    ("#### 6000.5", False),
+    ("6000", False),
+    ("####", False),
+    ("", False),
+])
+def test_results_are_compared_as_numbers(cache, given, is_right):
+    # docs/traps.md: numbers-as-strings
+    put(("openai/gsm8k", "main", "test"), [{"question": "How much?", "answer": SOLUTION}])
+    task = GSM8K("test")
+    assert task.evaluate(task[0], [{"type": "text", "text": given}]) is is_right
+    assert task.evaluate(task[0], answer(task[0]))
+    assert not task.evaluate(task[0], [])
+
+
+def test_a_canonical_number_is_the_same_for_the_same_number():
+    same = ("1000", "1,000", "1000.0", "1,000.00", "01000")
+    assert {canonical_number(text) for text in same} == {"1000"}
+    assert canonical_number("\N{MINUS SIGN}2.50") == canonical_number("-2.5") == "-2.5"
+    assert result_of("#### 10.0") == result_of("#### 10") == "10"
+
+
+def test_questions_with_choices_show_letters_whatever_their_labels_are(cache):
+    task = ARC("ARC-Easy", "test")
+    counts = Counter()
+    for i in range(len(task)):
+        conversation = task[i]
+        texts = science_row(i)["choices"]["text"]
+        letters = conversation["letters"]
+        counts["".join(letters)] += 1
+        lines = conversation["messages"][0]["content"].split("\n")
+        assert lines == [f"Why {i}?", *(f"- {t}={letter}" for t, letter in zip(texts, letters))]
+        assert answer(conversation) == "ABC"[i % 3]
+        assert task.evaluate(conversation, answer(conversation))
+        assert not task.evaluate(conversation, "E" if i % 3 else "B")
+    assert counts == {"ABCD": 20, "ABC": 10, "ABCDE": 10}
+    assert task.chance == pytest.approx((20 / 4 + 10 / 3 + 10 / 5) / 40)
+    mmlu = MMLU("test")
+    assert [answer(mmlu[i]) for i in range(4)] == list("ABCD") and mmlu.chance == 0.25
+    assert mmlu.evaluate(mmlu[1], [{"type": "text", "text": " B"}])
+
+
+def test_conversations_that_are_none_are_passed_over(cache, monkeypatch):
+    good = [talk("Hi", "Hello."), talk("Why?", "So."), talk("A", "B", "Be kind.")]
+    bad = [talk("", "Hello."), [], [{"content": "x", "role": "stranger"}], talk("Hi", "")]
+    unanswered = [*talk("Why?", "So."), {"content": "And?", "role": "user"}]
+    rows = [bad[0], good[0], *bad[1:], good[1], unanswered, good[2], bad[0]]
+    put(("HuggingFaceTB/smol-smoltalk", "default", "train"), [{"messages": row} for row in rows])
+    task = SmolTalk("train")
+    expected = [0, 0, 1, 1, 1, 1, 1, 2, 0]
+    assert len(task) == len(expected)
+    shown = [task[i]["messages"] for i in range(len(task))]
+    assert shown == [[
+        {"role": message["role"], "content": message["content"]} for message in good[number]
+    ] for number in expected]
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    assert all(sum(tokenizer.render_conversation(task[i])[1]) for i in range(len(task)))
+    monkeypatch.setattr(smoltalk, "TRIED", 2)
+    with pytest.raises(UserError, match="no conversation in rows 2 to 3"):
+        task[2]
+
+
+def test_a_slice_takes_every_step_th_row(cache):
+    task = GSM8K("train", start=3, stop=30, step=9)
+    questions = [task[i]["messages"][0]["content"] for i in range(len(task))]
+    assert questions == [f"What is {i} + {i}?" for i in (3, 12, 21)]
+
+
+def test_another_number_of_rows_than_the_documented_one_is_said(cache, capsys):
+    warn_once.cache_clear()
+    GSM8K("train")
+    assert "has 40 rows where 7,473 are documented" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: GSM8K("dev"), "split is train or test, not 'dev'"),
+    (lambda: ARC("ARC-Hard", "test"), "subset is ARC-Easy or ARC-Challenge, not 'ARC-Hard'"),
+    (lambda: MMLU("auxiliary_train"), "HF_HUB_OFFLINE forbids to fetch it: run python -m"),
+])
+def test_what_is_not_there_is_one_line(cache, make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+# ----------------------------------------------------------------------------------------------
+# mixtures
+
+def test_a_run_takes_what_the_setting_says_else_what_its_device_is_good_for():
+    assert choose_origin("", "cuda") == Origin("hub", False)
+    assert choose_origin("", "cpu") == choose_origin("", "mps") == Origin("local", False)
+    assert choose_origin("hub", "cpu") == Origin("hub", True)
+    assert choose_origin("local", "cuda") == Origin("local", True)
+    assert choose_origin("", "cuda", "local") == Origin("local", True), "as it began"
+    assert choose_origin("hub", "cpu", "hub") == Origin("hub", True)
+    with pytest.raises(UserError, match="chat_data=web is not supported: choose hub or local"):
+        choose_origin("web", "cuda")
+    with pytest.raises(UserError, match="has the conversations of chat_data=hub, not of local"):
+        choose_origin("local", "cuda", "hub")
+
+
+def test_the_documented_mixtures_are_complete_and_the_same_every_time(cache, capsys):
+    # docs/traps.md: mixture-sums
+    middle, fine = midtraining_tasks(), finetuning_tasks()
+    assert [(type(task).__name__, len(task)) for task in middle] == [
+        ("SmolTalk", 40), ("MMLU", 40), ("GSM8K", 40), ("SimpleSpelling", 200_000),
+        ("SpellingBee", 80_000), ("Arithmetic", 26_000)]
+    assert middle[1].split == "dev" and "take the place of its auxiliary_train" in (
+        capsys.readouterr().out)
+    assert [(type(task).__name__, len(task)) for task in fine] == [
+        ("ARC", 40), ("ARC", 40), ("GSM8K", 40), ("SmolTalk", 40), ("SimpleSpelling", 300),
+        ("SpellingBee", 300), ("Arithmetic", 300)]
+    mixture, again = TaskMixture(fine), TaskMixture(finetuning_tasks())
+    rows = [repr(mixture[i]) for i in range(len(mixture))]
+    assert rows == [repr(again[i]) for i in range(len(again))]
+    assert Counter(rows) == Counter(repr(task[i]) for task in fine for i in range(len(task)))
+
+
+def test_where_the_hub_is_out_of_reach_the_local_mixture_takes_its_place(cache, capsys):
+    name, tasks = built_in_tasks("chat_sft", HUB, None, "lookup")
+    assert name == "hub" and len(tasks) == 7, "Python's library belongs to the local mixture"
+    assert "conversations of the hub: ARC 40, ARC 40, GSM8K 40, SmolTalk 40" in (
+        capsys.readouterr().out)
+    local = built_in_tasks("mid_train", Origin("local", False), None, "lookup")
+    assert local[0] == "local"
+    assert [type(task).__name__ for task in local[1]] == [
+        "SimpleSpelling", "SpellingBee", "Arithmetic", "PyDoc", "PyDoc", "PyDoc"]
+
+    shutil.rmtree(cache / "hub" / "HuggingFaceTB")
+    capsys.readouterr()
+    name, tasks = built_in_tasks("mid_train", Origin("hub", False), None, "lookup")
+    out = capsys.readouterr().out
+    assert name == "local" and len(tasks) == 6 and out.count("\n") == 1
+    assert "the hub's are not to be had: HuggingFaceTB/smol-smoltalk (default, train)" in out
+    with pytest.raises(UserError, match="smol-smoltalk"):
+        built_in_tasks("mid_train", HUB, None, "lookup")
+
+
+def _decide_on_ranks(rank, variables, base, failing, results):
+    os.environ.update(variables[rank])
+    os.environ.update({"NANOCHAT_BASE_DIR": f"{base}{rank}", "HF_HUB_OFFLINE": "1"})
+    os.environ["LOCAL_RANK"] = "0"      # every rank is the first one of a machine of its own
+    hub.POLL_SECONDS = 0.05
+    compute_init("cpu")
+    if rank == failing:
+        shutil.rmtree(f"{base}{rank}/hub/openai")
+    name, tasks = built_in_tasks("chat_sft", Origin("hub", False), None, "lookup")
+    results[rank] = name, len(tasks)
+    if rank == 1:
+        put(("openai/gsm8k", "main", "train"), [sum_row(i) for i in range(3)])
+    if failing is None:
+        try:
+            built_in_tasks("chat_sft", HUB, None, "lookup")
+        except UserError as error:
+            results[rank] += (str(error),)
+    compute_cleanup()
+
+
+@pytest.mark.parametrize("failing", [None, 1])
+def test_all_ranks_have_the_hubs_conversations_or_none_has(cache, failing):
+    for rank in (0, 1):
+        shutil.copytree(cache, f"{cache}{rank}")
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_decide_on_ranks, (rank_variables(2), str(cache), failing, results), nprocs=2)
+        results = dict(results)
+    if failing is None:
+        assert results[0][:2] == results[1][:2] == ("hub", 7)
+        assert "the machines have different data sets" in results[0][2] == results[1][2]
+    else:
+        assert results[0] == results[1] == ("local", 6)
+
+
+def test_a_rank_that_cannot_fetch_says_it_of_the_machine(monkeypatch):
+    def none(**_):
+        raise HubError("no connection")
+    monkeypatch.setitem(chat_data.HUB_TASKS, "chat_sft", lambda fetch=True: none())
+    with pytest.raises(HubError, match="no connection"):
+        built_in_tasks("chat_sft", HUB, None, "lookup")
+
+
+# ----------------------------------------------------------------------------------------------
+# whole stages
+
+def test_the_stages_train_on_the_hubs_conversations_resume_and_are_asked(stages, trained):
+    fill_cache(stages.base)
+    stages.environment["HF_HUB_OFFLINE"] = "1"
+    command = (*TINY_CHAT, "--num_iterations=3", "--model_tag=d1")
+    local = stages.fork_record("scripts.mid_train", *command)
+    assert meta_of(stages.folder("mid", "d1"), 3)["chat_data"] == "local"
+    assert local["settings"]["chat_data"] == ""
+
+    hub_command = (*command, "--chat_data=hub")
+    out, _ = stages.fork("scripts.chat_sft", *hub_command, status=130, faults={"2": "interrupt"})
+    assert "conversations of the hub: ARC 40, ARC 40, GSM8K 40, SmolTalk 40" in out
+    refusal = stages.refusal("scripts.chat_sft", *command, "--resume", "--chat_data=local")
+    assert "has the conversations of chat_data=hub, not of local" in refusal
+    out, _ = stages.fork("scripts.chat_sft", *command, "--resume")
+    assert "conversations of the hub" in out and last_json(out)["steps"] == 3
+    assert meta_of(stages.folder("chatsft", "d1"), 3)["chat_data"] == "hub"
+
+    # the chat is asked what it practised
+    few = ("--items=3", "--max_new_tokens=4")
+    score = stages.fork_record("scripts.chat_eval", *few)
+    of_a_text = {"own_text", "own_text_practised"}
+    assert score["items"].keys() == {
+        "arithmetic", "spelling", "counting", "identity", *of_a_text, *HELD_OUT}
+    assert score["items"]["MMLU"] == 3 and 0.2 < score["chance"]["ARC-Easy"] < 0.34
+    score = stages.fork_record("scripts.chat_eval", "-a", "ARC-Easy|GSM8K", *few, ranks=2)
+    assert score["items"] == {"ARC-Easy": 3, "GSM8K": 3}
+    shutil.rmtree(stages.base / "hub" / "cais")
+    out, _ = stages.fork("scripts.chat_eval", *few)
+    assert "MMLU, GSM8K, which are not to be had: cais/mmlu (all, test) is not whole" in out
+    assert "ARC-Easy" not in last_json(out)["accuracy"]
+    assert "cais/mmlu" in stages.refusal("scripts.chat_eval", "-a", "MMLU", *few)
+    assert "choose from arithmetic" in stages.refusal("scripts.chat_eval", "-a", "mmlu")
+    refusal = stages.refusal("scripts.mid_train", *command, "--chat_data=web")
+    assert "chat_data=web is not supported" in refusal
+
+
+def test_the_command_fetches_all_that_training_and_chat_eval_read(cache, run_module):
+    done = run_module("tasks.chat_data", base=cache)
+    rows = last_json(done.stdout)["rows"]
+    assert len(rows) == len(SETS) and set(rows.values()) == {40}, done.stderr
+    assert {tuple(key.split()) for key in rows} == SETS.keys()
+
+
+def test_a_task_is_one_short_file():
+    for name in ("smoltalk", "gsm8k", "mmlu", "arc"):
+        lines = (ROOT / "tasks" / f"{name}.py").read_text(encoding="utf-8").split("\n")
+        assert len(lines) <= 75, name
+
+
+# ----------------------------------------------------------------------------------------------
+# real data
+
+@pytest.fixture
+def real_cache(base_dir, monkeypatch):
+    """A cache that is filled with real data in the layout of the hub, and no network."""
+    if not REAL:
+        pytest.skip("NANOCHAT_TEST_DATA is not set")
+    shutil.copytree(Path(REAL) / "hf", base_dir / "hub")
+    conversations = base_dir / "hub" / "local" / "chat-sft-mix" / "default"
+    shutil.copytree(conversations, cache_folder("HuggingFaceTB/smol-smoltalk", "default", "x").parent)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return base_dir
+
+
+def test_real_questions_have_the_documented_numbers_and_are_judged_right(real_cache, capsys):
+    tasks = [
+        *(ARC(subset, split) for subset in ROWS for split in ROWS[subset]),
+        *(MMLU(split) for split in ("dev", "validation", "test")),
+        *(GSM8K(split) for split in ("train", "test")),
+    ]
+    assert "documented" not in capsys.readouterr().err
+    letters = Counter()
+    for task in tasks:
+        for i in range(0, len(task), 3):
+            conversation = task[i]
+            assert task.evaluate(conversation, answer(conversation))
+            assert not task.evaluate(conversation, [{"type": "text", "text": "wrong"}])
+            letters[len(conversation.get("letters", ""))] += 1
+    assert letters[3] > 3 and letters[5] > 3 and letters[4] > 7000
+    assert set(letters) == {0, 3, 4, 5}
+
+
+def test_real_calculator_calls_are_all_computed_by_the_tool(real_cache):
+    calls = 0
+    for split in ("train", "test"):
+        for i in range(len(task := GSM8K(split))):
+            parts = answer(task[i])
+            for call, reply in zip(parts, parts[1:]):
+                if call["type"] == "python":
+                    calls += 1
+                    assert reply["text"] == use_tool(call["text"])
+    assert calls == 27_998
+
+
+def test_real_conversations_all_teach_something(real_cache):
+    task = SmolTalk("train")
+    assert len(task) == 20_178
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    roles = Counter()
+    for i in range(0, len(task), 23):
+        conversation = task[i]
+        assert sum(tokenizer.render_conversation(conversation)[1]) > 1
+        roles.update(message["role"] for message in conversation["messages"])
+    assert roles["user"] == roles["assistant"] > 800 and roles["system"] > 5
