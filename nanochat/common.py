@@ -291,12 +291,16 @@ def _join_process_group(device):
     # interpreter while that ends aborts the process.
     import torch.distributed.nn  # noqa: F401
     is_cuda = device.type == "cuda"
+    error_hook = sys.excepthook
     # With its device named, NCCL connects now, and what prevents that is seen at the start.
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         timeout=GROUP_TIMEOUT,
         device_id=device if is_cuda else None,
     )
+    # Torch puts its own hook before ours, to mark each line with its rank, and loses what ours says
+    # before it ends the process.
+    sys.excepthook = error_hook
     _, rank, _, world_size = get_dist_info()
     if world_size > 1:
         is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world_size

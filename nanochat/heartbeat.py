@@ -13,9 +13,9 @@ connections apart from those of torch:
    Each process prints one line and ends with status 1.
 
 The kernel closes the connections of a process that is killed, so that the others know at once. A
-rank that is stopped, or whose machine is gone, is silent: that takes SILENT_BEATS. Beats come from
-a thread, so that a long compilation, evaluation or save is no silence. What could be one is a call
-that keeps Python's lock for all that time.
+rank that is stopped, or whose machine is gone, is not heard any more: that takes MISSED_BEATS.
+Beats come from a thread, so that they do not stop during a long compilation, evaluation or save.
+What could stop them is a call that keeps Python's lock for all that time.
 
 Why not torch's TCPStore: it does not say who has left, and ends together with the torchrun that
 holds it, before the ranks of other machines could read there what has happened.
@@ -34,7 +34,7 @@ import time
 import torch.distributed as dist
 
 BEAT_SECONDS = 3.0
-SILENT_BEATS = 12       # of our own without one of the other's: 36 s
+MISSED_BEATS = 12       # of our own without one of the other's: 36 s
 # A rank that ends with an error of its own: the others may be about to end with the same one.
 GRACE_SECONDS = 20.0
 TELL_SECONDS = 1.0      # that rank 0 leaves the others to read what it has sent, before it ends
@@ -55,13 +55,13 @@ RUNNING = []  # the Heartbeat of this process, while it is one of several ranks
 class Peer:
     """The connection to another rank.
 
-    name: "rank 3 (host gpu2, pid 123)". silent: how many beats were sent since it was last heard.
+    name: "rank 3 (host gpu2, pid 123)". unheard: beats of ours since it was last heard.
     """
 
     def __init__(self, connection, name):
         self.connection = connection
         self.name = name
-        self.silent = 0
+        self.unheard = 0
         self.rest = b""  # of a line that has not come whole
 
     def send(self, line):
@@ -78,7 +78,7 @@ class Peer:
             return None
         if not data:
             return None
-        self.silent = 0
+        self.unheard = 0
         *lines, self.rest = (self.rest + data).split(b"\n")
         return [line.decode("utf-8", errors="replace") for line in lines]
 
@@ -148,12 +148,12 @@ class Heartbeat:
     def _beat(self):
         for peer in list(self.peers):
             peer.send("beat")
-            peer.silent += 1
+            peer.unheard += 1
             # counted in beats of our own: where all ranks were stopped together and continue, no
             # time has passed
-            if peer.silent > SILENT_BEATS:
-                seconds = SILENT_BEATS * self.beat_seconds
-                self._lost(peer, f"{peer.name} has been silent for {seconds:.0f} s, it is stopped "
+            if peer.unheard > MISSED_BEATS:
+                seconds = MISSED_BEATS * self.beat_seconds
+                self._lost(peer, f"{peer.name} has not been heard for {seconds:.0f} s, it is stopped "
                                  "or its machine cannot be reached")
 
     def _read(self, peer):

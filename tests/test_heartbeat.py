@@ -66,6 +66,7 @@ def beating(*connections):
     thread.join()
 
 
+# docs/traps.md: dead-rank
 def test_a_connection_that_closes_without_a_farewell_is_a_death_with_a_name():
     group = Group(watched=(1, 2))
     group.others[3].close()
@@ -82,11 +83,11 @@ def test_the_death_of_rank_0_is_seen_by_every_other_rank():
     assert group.line_of(4).startswith("rank 0 has died: ")
 
 
-def test_a_rank_that_is_silent_is_dead_after_some_beats_and_one_that_beats_is_not():
+def test_a_rank_that_is_not_heard_is_dead_after_some_beats_and_one_that_beats_is_not():
     group = Group(beat_seconds=0.2)
     with beating(group.others[1], group.others[3]):
         line = group.line_of(0)
-    assert line.startswith("rank 2 has been silent for ")
+    assert line.startswith("rank 2 has not been heard for ")
 
 
 def test_silence_is_counted_in_beats_so_that_ranks_that_were_all_stopped_may_continue():
@@ -95,9 +96,9 @@ def test_silence_is_counted_in_beats_so_that_ranks_that_were_all_stopped_may_con
     peer = Peer(here, "rank 1")
     said = []
     rank = Heartbeat([peer], said.append, beat_seconds=NEVER)
-    while peer.silent == 0:
+    while peer.unheard == 0:
         time.sleep(0.01)  # the first beat
-    for _ in range(heartbeat.SILENT_BEATS - 1):
+    for _ in range(heartbeat.MISSED_BEATS - 1):
         rank._beat()
     assert not said
     rank._beat()
