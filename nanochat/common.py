@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import tempfile
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -229,6 +230,12 @@ def get_dist_info():
     return True, rank, local_rank, world_size
 
 
+def is_one_machine():
+    """Whether all ranks are on this machine."""
+    world_size = get_dist_info()[3]
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world_size
+
+
 def print0(*args, **kwargs):
     """print() on rank 0 only."""
     if get_dist_info()[1] == 0:
@@ -303,9 +310,8 @@ def _join_process_group(device):
     sys.excepthook = error_hook
     _, rank, _, world_size = get_dist_info()
     if world_size > 1:
-        is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world_size
         master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        heartbeat.start(rank, world_size, is_one_machine, master)
+        heartbeat.start(rank, world_size, is_one_machine(), master)
 
 
 def compute_init(device_type="", dtype="", seed=42):
@@ -366,3 +372,16 @@ def all_reduce_max(*numbers):
     values = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def require_alike(what, value, remedy):
+    """UserError on every rank unless `value` is the same on all of them. what: its name.
+
+    This is a collective. Machines that do not share a folder may find different things in theirs;
+    ranks that start from different ones would wait for each other in different collectives.
+    """
+    number = zlib.crc32(repr(value).encode("utf-8"))
+    highest, lowest = all_reduce_max(number, -number)
+    if highest != -lowest:
+        raise UserError(f"the ranks differ in {what}, rank {get_dist_info()[1]} has {value}: "
+                        + remedy)

@@ -153,8 +153,8 @@ class Heartbeat:
             # time has passed
             if peer.unheard > MISSED_BEATS:
                 seconds = MISSED_BEATS * self.beat_seconds
-                self._lost(peer, f"{peer.name} has not been heard for {seconds:.0f} s, it is stopped "
-                                 "or its machine cannot be reached")
+                self._lost(peer, f"{peer.name} has not been heard for {seconds:.0f} s, it is "
+                                 "stopped or its machine cannot be reached")
 
     def _read(self, peer):
         lines = peer.receive()

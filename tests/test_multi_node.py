@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from conftest import ROOT, last_json
 from nanochat.checkpoint import complete_steps
-from stage_runs import TINY, losses_of, rank_variables
+from stage_runs import TINY, Stages, losses_of, rank_variables
 
 DEAD = re.compile(r"^error: rank (\d) \(host \S+, pid (\d+)\) (.*): the other ranks end, too; .*$",
                   re.M)
@@ -36,12 +37,16 @@ def base(stages, text):
     return command
 
 
-def fork(stages, words, ranks=2, **faults):
-    """(exit statuses, standard error) of forked ranks."""
+def fork(stages, words, ranks=2, others=(), **faults):
+    """(exit statuses, standard error) of forked ranks.
+
+    others: environment variables of each rank, besides torchrun's.
+    """
     out, err = stages.base / "forked.out", stages.base / "forked.err"
     environments = []
-    for variables in rank_variables(ranks):
-        environments.append({**stages.environment, **variables, "FAULTS": json.dumps(faults)})
+    for variables, more in zip(rank_variables(ranks), others or [{}] * ranks):
+        own = {"FAULTS": json.dumps(faults), **variables, **more}
+        environments.append({**stages.environment, **own})
     statuses = stages.server.run(
         words=list(map(str, words)), environments=environments, out=str(out), err=str(err))
     return statuses, err.read_text(encoding="utf-8")
@@ -92,6 +97,44 @@ def test_an_error_of_all_ranks_and_a_run_that_ends_name_none(stages, base):
 
 # ------------------------------------------------------------------------------------------------
 # two machines
+
+def copies_of(folder, tmp_path):
+    """Variables of two machines, each with a copy of the base directory of its own."""
+    machines = []
+    for name in ("one", "two"):
+        shutil.copytree(folder, tmp_path / name)
+        machines.append({
+            "NANOCHAT_BASE_DIR": str(tmp_path / name), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    return machines
+
+
+def test_machines_that_share_no_folder_are_told_that_checkpoints_need_one(stages, base, tmp_path):
+    words, _ = base("alone", "--num_iterations=2")
+    statuses, err = fork(stages, words, others=copies_of(stages.base, tmp_path))
+    assert statuses == [2, 2] and not DEAD.search(err)
+    assert len(err.splitlines()) == 2
+    for line in err.splitlines():
+        assert line.startswith("error: rank 1 does not see what rank 0 writes to ")
+        assert "NANOCHAT_BASE_DIR" in line
+
+
+def test_machines_that_share_their_checkpoints_alone_must_have_the_same_tokenizer(
+        stages, base, text, tmp_path):
+    machines = copies_of(stages.base, tmp_path)
+    shutil.rmtree(tmp_path / "two" / "base_checkpoints", ignore_errors=True)
+    (tmp_path / "one" / "base_checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "two" / "base_checkpoints").symlink_to(tmp_path / "one" / "base_checkpoints")
+    words, _ = base("copied", "--num_iterations=2")
+    statuses, err = fork(stages, words, others=machines)
+    assert statuses == [0, 0], err
+
+    shutil.rmtree(tmp_path / "two" / "tokenizers")
+    shutil.rmtree(tmp_path / "two" / "tokenizer")
+    other = Stages(tmp_path / "two", stages.server)
+    other.fork("scripts.tok_train", f"--data={text}", "--vocab_size=400")
+    words, _ = base("other", "--num_iterations=2")
+    statuses, err = fork(stages, words, others=machines)
+    assert statuses == [2, 2] and err.count("error: the ranks differ in the tokenizer") == 2
 
 @contextlib.contextmanager
 def two_nodes(stages, *words):
