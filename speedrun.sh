@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # From nothing to a chat, on the hardware that is here.
 #
-#     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs the documented depth-20 run
+#     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs depth 20, if they can do it
 #     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
 #     DATA=notes/ bash speedrun.sh       # your own txt, md, jsonl, json, csv or parquet
 #     CUSTOM=qa.jsonl bash speedrun.sh   # your own conversations, among those of ours
 #     NAME=Bob bash speedrun.sh          # the model's name
 #     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU
+#     DEPTH=12 bash speedrun.sh          # layers of the model; without it the plan chooses
+#     STAGES=mid_train,chat_sft,report bash speedrun.sh    # these stages alone
 #     DRY_RUN=1 bash speedrun.sh         # print the commands only (GPUS=8: as if there were eight)
 #
+# DEVICE_BATCH_SIZE and TOTAL_BATCH_SIZE are base_train's, instead of those that the plan chooses.
 # Ctrl+C saves; the same command resumes the run. Everything is written under NANOCHAT_BASE_DIR
 # (~/.cache/nanochat).
 set -euo pipefail
@@ -64,7 +67,8 @@ absolute() {
 }
 
 DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
-CUSTOM="${CUSTOM:-}" NAME="${NAME:-}"
+CUSTOM="${CUSTOM:-}" NAME="${NAME:-}" DEPTH="${DEPTH:-}" STAGES="${STAGES:-}"
+DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-}" TOTAL_BATCH_SIZE="${TOTAL_BATCH_SIZE:-}"
 # Windows' subsystem for Linux gives every process a NAME: the machine's.
 if [ -n "${WSL_DISTRO_NAME:-}" ] && [ "$NAME" = "${HOSTNAME:-}" ]; then NAME=""; fi
 if [ -z "${NANOCHAT_BASE_DIR:-}" ]; then NANOCHAT_BASE_DIR="$(home_folder)/.cache/nanochat"; fi
@@ -94,14 +98,32 @@ if [ -n "$GPUS" ] && ! [[ "$GPUS" =~ ^(0|[1-9][0-9]{0,3})$ ]]; then
     refuse "GPUS=$GPUS is not a number of GPUs"
 fi
 
+for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE; do
+    if [ -n "${!setting}" ] && ! [[ "${!setting}" =~ ^[1-9][0-9]{0,9}$ ]]; then
+        refuse "$setting=${!setting} is not a whole number above zero"
+    fi
+done
+known="dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
+for name in ${STAGES//,/ }; do
+    case ",$known," in
+        *",$name,"*) ;;
+        *) refuse "STAGES has $name, which is no stage: choose from $known" ;;
+    esac
+done
+
 # A GPU has one of these files, also where torch cannot use it. Training on the CPU beside an idle
 # GPU must be asked for.
 gpu_files="${GPU_FILES-/dev/nvidia0 /dev/kfd}"
 
 # choose_gpus: sets GPUS to all that torch sees, unless the caller has set it.
 choose_gpus() {
-    local seen file
-    seen="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    local seen file patience
+    # Importing scripts hides integrated GPUs. Older versions of torchrun do not read how long they
+    # shall wait for a save.
+    read -r seen patience <<<"$(python -c "
+import scripts, inspect, torch, torch.distributed.launcher.api as launcher
+patience = 600 if 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT' in inspect.getsource(launcher) else 30
+print(torch.cuda.device_count(), patience)")"
     for file in $gpu_files; do
         if [ "$seen" = 0 ] && [ -e "$file" ]; then
             refuse "$file is here, but torch sees no GPU: check the driver, or install its torch" \
@@ -112,6 +134,10 @@ choose_gpus() {
     GPUS="${GPUS:-$seen}"
     if [ "$GPUS" -gt "$seen" ]; then
         refuse "GPUS=$GPUS, but torch sees $seen: ask for fewer; GPUS=0 trains on the CPU"
+    fi
+    if [ "$GPUS" -gt 1 ] && [ "${patience:-600}" = 30 ]; then
+        echo "note: this version of torch ends its ranks 30 seconds after Ctrl+C: a model that" \
+            "takes longer to save resumes from its last checkpoint; newer versions wait for 600"
     fi
 }
 
@@ -147,12 +173,25 @@ GPUS="${GPUS:-0}"
 # What follows from it
 
 # On GPUs the horizon of training follows from the depth, unless MINUTES limits it.
-depth=""
-if [ "$GPUS" = 0 ]; then
-    MINUTES="${MINUTES:-15}"
-elif [ -z "$MINUTES" ]; then
-    depth=20
-fi
+if [ "$GPUS" = 0 ]; then MINUTES="${MINUTES:-15}"; fi
+
+# Where one of these is set, the plan is another: a run of its own for supervise.sh.
+also=""
+for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE STAGES; do
+    if [ -n "${!setting}" ]; then also="$also $setting=${!setting}"; fi
+done
+
+# shards_of DEPTH: shards of FineWeb-Edu, of 250 M characters each, for 20 tokens of 4.8 characters
+# for each weight in a matmul. Depth 20 at a vocabulary of 65,536 has 477 M (393 M in the blocks'
+# matrices, 84 M in the head): 183 shards, and seven to be on the safe side.
+shards_of() {
+    LC_ALL=C awk -v depth="$1" 'BEGIN {
+        width = 64 * depth
+        weights = 12 * depth * width ^ 2 + 65536 * width
+        shards = int(1.035 * weights * 20 * 4.8 / 250e6) + 1
+        print (shards < 1822) ? shards : 1822
+    }'
+}
 
 # minutes_of STAGE: what a training stage gets of MINUTES. The two chat stages need two minutes even
 # where there are only three, and get a third of what comes on top. The other stages and start-up
@@ -216,14 +255,19 @@ model_stage() {
 
 if [ -z "$DRY_RUN" ]; then
     begin_run "$NANOCHAT_BASE_DIR" \
-        "plan minutes=$MINUTES data=$DATA gpus=$GPUS custom=$CUSTOM name=$NAME"
+        "plan minutes=$MINUTES data=$DATA gpus=$GPUS custom=$CUSTOM name=$NAME$also"
 fi
 
-# 1. Text: on a CPU what this machine's Python packages say, on GPUs FineWeb-Edu, or your own.
-#    Depth 20 at a vocabulary of 65,536 has 477 M weights in matmuls (393 M in the blocks' matrices,
-#    84 M in the head); times 20 tokens, times 4.8 characters, by 250 M characters: 183 shards.
+# 1. Text: on a CPU what this machine's Python packages say, on GPUs FineWeb-Edu, or your own. The
+#    tokenizer learns from eight shards (2 billion characters); the rest comes meanwhile.
+fetch=(python -m nanochat.dataset --source=fineweb)
 if [ -z "$DATA" ] && [ "$GPUS" -gt 0 ]; then
-    stage dataset python -m nanochat.dataset --source=fineweb -n 190
+    shards="$(shards_of "${DEPTH:-20}")"    # the plan chooses no deeper model by itself
+    first=$((shards < 8 ? shards : 8))
+    stage dataset "${fetch[@]}" -n "$first"
+    if is_wanted dataset && [ "$shards" -gt "$first" ]; then
+        background dataset_rest "${fetch[@]}" -n "$shards"
+    fi
 elif [ -z "$DATA" ]; then
     stage dataset python -m nanochat.dataset --source=local
 fi
@@ -233,7 +277,10 @@ stage tok_train python -m scripts.tok_train ${DATA:+"--data=$DATA"}
 stage tok_eval python -m scripts.tok_eval ${DATA:+"--data=$DATA"}
 
 # 3. Pretraining: the model learns to predict the next token of the text, which takes most time.
-model_stage base_train ${DATA:+"--data=$DATA"} ${depth:+"--depth=$depth"} \
+if is_wanted dataset && [ "${shards:-0}" -gt "${first:-0}" ]; then wait_for dataset_rest; fi
+model_stage base_train ${DATA:+"--data=$DATA"} ${DEPTH:+"--depth=$DEPTH"} \
+    ${DEVICE_BATCH_SIZE:+"--device_batch_size=$DEVICE_BATCH_SIZE"} \
+    ${TOTAL_BATCH_SIZE:+"--total_batch_size=$TOTAL_BATCH_SIZE"} \
     ${MINUTES:+"--minutes=$(minutes_of base_train)"}
 if [ "$GPUS" -gt 0 ]; then model_stage base_loss ${DATA:+"--data=$DATA"}; fi
 
@@ -248,6 +295,10 @@ model_stage chat_sft ${CUSTOM:+"--custom=$CUSTOM"} ${NAME:+"--name=$NAME"} \
 model_stage chat_eval
 
 # 7. The report gathers the numbers of all stages in report.md.
+if ! is_wanted report; then
+    if [ -z "$DRY_RUN" ]; then end_run; fi
+    exit
+fi
 if [ -n "$DRY_RUN" ]; then
     echo "python -m nanochat.report --speedrun"
     exit

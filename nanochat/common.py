@@ -1,5 +1,6 @@
 """What every stage needs: errors as one line, safe files, ranks and device."""
 import contextlib
+import datetime
 import errno
 import functools
 import hashlib
@@ -7,6 +8,7 @@ import io
 import os
 import sys
 import tempfile
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -23,13 +25,20 @@ EXIT_STATUS = {UserError: 2, OSError: 1, MemoryError: 1, KeyboardInterrupt: 130}
 def _error_hook(kind, error, trace):
     """An excepthook: one line on standard error for the exceptions in EXIT_STATUS."""
     statuses = [status for known, status in EXIT_STATUS.items() if issubclass(kind, known)]
-    if not statuses:
-        sys.__excepthook__(kind, error, trace)
-        return
     message = " ".join(str(error).split())
+    heartbeat = sys.modules.get("nanochat.heartbeat")  # of a process that is one of several ranks
+    if not statuses:
+        if heartbeat:
+            heartbeat.explain(error)  # ends the process here where another rank has died
+        sys.__excepthook__(kind, error, trace)
+        if heartbeat:
+            heartbeat.leave(f"{kind.__name__}: {message}")
+        return
     if kind is KeyboardInterrupt:
         message = "interrupted"
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if heartbeat:
+        heartbeat.leave(message)
     # The interpreter takes the exit status from a SystemExit raised inside the hook.
     raise SystemExit(statuses[0])
 
@@ -222,6 +231,12 @@ def get_dist_info():
     return True, rank, local_rank, world_size
 
 
+def is_one_machine():
+    """Whether all ranks are on this machine."""
+    world_size = get_dist_info()[3]
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == world_size
+
+
 def print0(*args, **kwargs):
     """print() on rank 0 only."""
     if get_dist_info()[1] == 0:
@@ -276,13 +291,35 @@ def _set_up_threads(is_dist):
     bind_workers()
 
 
-def _join_process_group(backend):
+# A collective that takes longer fails. NCCL's own ten minutes are too few for a save of a large
+# model on a slow disk, or for the first reading of large --data. Earlier ends: of a training step
+# --hang_minutes, which says where each rank was, and of a rank that has died heartbeat.py.
+GROUP_TIMEOUT = datetime.timedelta(hours=2)
+
+
+def _join_process_group(device):
+    """Join the other ranks, and begin to watch that none of them dies."""
     import torch.distributed as dist
+    from nanochat import heartbeat
     # Some optimizers import this module. Imported after init_process_group, it keeps the group as
     # a default argument: the group's threads then outlive compute_cleanup, and one that wants the
     # interpreter while that ends aborts the process.
     import torch.distributed.nn  # noqa: F401
-    dist.init_process_group(backend)
+    is_cuda = device.type == "cuda"
+    error_hook = sys.excepthook
+    # With its device named, NCCL connects now, and what prevents that is seen at the start.
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        timeout=GROUP_TIMEOUT,
+        device_id=device if is_cuda else None,
+    )
+    # Torch puts its own hook before ours, to mark each line with its rank, and loses what ours says
+    # before it ends the process.
+    sys.excepthook = error_hook
+    _, rank, _, world_size = get_dist_info()
+    if world_size > 1:
+        master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        heartbeat.start(rank, world_size, is_one_machine(), master)
 
 
 def compute_init(device_type="", dtype="", seed=42):
@@ -319,7 +356,7 @@ def compute_init(device_type="", dtype="", seed=42):
     # 3) the random state, and the other ranks
     torch.manual_seed(seed)
     if is_dist and not dist.is_initialized():
-        _join_process_group("nccl" if device_type == "cuda" else "gloo")
+        _join_process_group(device)
     return Compute(is_dist, rank, local_rank, world_size, device, getattr(torch, dtype))
 
 
@@ -328,6 +365,8 @@ def compute_cleanup():
     import torch.distributed as dist
     # Torch decides, not the environment: a script may end before it has joined.
     if dist.is_available() and dist.is_initialized():
+        from nanochat import heartbeat
+        heartbeat.leave()
         dist.destroy_process_group()
 
 
@@ -353,3 +392,16 @@ def all_reduce_max(*numbers):
     values = torch.tensor(numbers, dtype=torch.float64, device=collective_device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def require_alike(what, value, remedy):
+    """UserError on every rank unless `value` is the same on all of them. what: its name.
+
+    This is a collective. Machines that do not share a folder may find different things in theirs;
+    ranks that start from different ones would wait for each other in different collectives.
+    """
+    number = zlib.crc32(repr(value).encode("utf-8"))
+    highest, lowest = all_reduce_max(number, -number)
+    if highest != -lowest:
+        raise UserError(f"the ranks differ in {what}, rank {get_dist_info()[1]} has {value}: "
+                        + remedy)

@@ -14,6 +14,7 @@ run that resumes beside a finished model continues in a folder of its own.
 import datetime
 import fcntl
 import os
+import random
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanochat.common import (
     all_reduce_max,
     get_base_dir,
     get_dist_info,
+    is_one_machine,
     print0,
     warn_once,
 )
@@ -39,6 +41,7 @@ FOLDERS = {
 STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 TOKENIZER_FOLDER = "tokenizer"  # in the folder of a run
 LISTED = 8  # models that one line names at most
+SHARE_SECONDS = 60.0  # after which a network file system shows a new file on all machines
 
 
 def checkpoint_dir(source, model_tag):
@@ -229,6 +232,37 @@ def folder_to_extend(dir, step):
         shutil.copyfile(log, free / log.name)
     print0(f"{free.name} continues from step {step} of {Path(dir).name}")
     return free
+
+
+def require_shared(source):
+    """UserError where the machines of a run do not share the folder of a stage's checkpoints.
+
+    Every rank writes a part of a step, and rank 0 makes the step complete. Every rank calls this.
+    """
+    if is_one_machine():
+        return
+    folder = checkpoint_dir(source, "")
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = get_dist_info()[1]
+
+    # 1) rank 0 writes a file whose name no other run has
+    number = random.SystemRandom().randrange(2**48) if rank == 0 else -1
+    path = folder / f".shared-{int(all_reduce_max(number)[0])}"
+    if rank == 0:
+        path.touch()
+
+    # 2) the others look for it
+    deadline = time.monotonic() + SHARE_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    missing = int(all_reduce_max(-1 if path.exists() else rank)[0])
+    if rank == 0:
+        path.unlink()
+    if missing >= 0:
+        raise UserError(
+            f"rank {missing} does not see what rank 0 writes to {folder}, so that its checkpoints "
+            "could not be resumed: all machines need one NANOCHAT_BASE_DIR, such as a folder on NFS"
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from nanochat.configurator import configure
 from nanochat.dataset import parquet_paths
 from nanochat.download import download, hub_endpoint, hub_token
 from nanochat.metrics import finish_stage
-from nanochat.shards import write_shards
+from nanochat.shards import read_index, write_shards
 from nanochat.textfiles import DOCUMENT_CHARS, split_document
 
 source: str = None  # local, installed or fineweb; None: fineweb where -n is given, else local
@@ -235,7 +235,9 @@ DEFAULT_SHARDS = 240
 def download_fineweb(shards, workers=4):
     """Fetch the first `shards` training shards and the validation shard.
 
-    Returns {name: reason} of the shards that are still missing, {} where all are there.
+    Fewer of them that are there already stay the text that is read until all have come: a tokenizer
+    may learn from them meanwhile. Returns {name: reason} of the shards that are still missing, {}
+    where all are there.
     """
     if not 1 <= shards <= LAST_SHARD:
         raise UserError(f"-n takes 1 to {LAST_SHARD} shards, not {shards}")
@@ -252,6 +254,7 @@ def download_fineweb(shards, workers=4):
         atomic_write(folder / "index.json", index)
         return {}
 
+    readable = _is_beginning(folder, names)
     hub_token()  # a bad one is refused before the first download
     endpoint = hub_endpoint()
     stop = threading.Event()
@@ -259,7 +262,7 @@ def download_fineweb(shards, workers=4):
     def fetch(name):
         url = f"{endpoint}/datasets/{REPOSITORY}/resolve/main/{name}"
         reason = download(url, folder / name, stop)
-        if reason is None:
+        if reason is None and not readable:
             # From the first shard on, this download is what the folder holds. A download that
             # brings nothing leaves the text that was there.
             atomic_write(folder / "index.json", index)
@@ -275,7 +278,19 @@ def download_fineweb(shards, workers=4):
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: reason for name, reason in zip(todo, reasons) if reason is not None}
+    missing = {name: reason for name, reason in zip(todo, reasons) if reason is not None}
+    if not missing:
+        atomic_write(folder / "index.json", index)
+    return missing
+
+
+def _is_beginning(folder, names):
+    """Whether what `folder` holds, whole, are the first shards of `names` and its validation."""
+    pinned = read_index(folder / "index.json")
+    if not pinned or pinned["validation"] != names[-1]:
+        return False
+    files = pinned["files"]
+    return files == names[:len(files)] and all((folder / name).exists() for name in files)
 
 
 # ----------------------------------------------------------------------------------------------

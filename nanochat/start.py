@@ -23,7 +23,7 @@ from nanochat.checkpoint_manager import (
     resumable,
     tokenizer_of,
 )
-from nanochat.common import UserError, expand_home, print0
+from nanochat.common import UserError, expand_home, print0, require_alike
 from nanochat.dataset import data_tag
 from nanochat.folders import (
     checkpoint_dir,
@@ -36,6 +36,7 @@ from nanochat.folders import (
     new_run,
     newest_model,
     refuse_taken,
+    require_shared,
     run_of_speedrun,
     source_of,
 )
@@ -44,6 +45,7 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
 
 FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
+START_AGAIN = "check that all machines see the same folder, and give the command again"
 
 
 class Start(NamedTuple):
@@ -222,7 +224,16 @@ def check_before_decay(folder, meta):
 
 
 def start_base(settings, rank):
-    """(Start, tokenizer) of pretraining."""
+    """(Start, tokenizer) of pretraining. Every rank calls it."""
+    require_shared("base")
+    start, tokenizer = find_start(settings, rank)
+    require_alike(
+        "the tokenizer", tokenizer.fingerprint, "copy that of rank 0 to the other machines")
+    return start, tokenizer
+
+
+def find_start(settings, rank):
+    """start_base(), which then compares what the ranks have found."""
     # 1. a run that begins
     tag, named = settings["model_tag"], settings["resume_from_checkpoint"]
     if not (settings["resume"] or named or settings["extend"] is not None):
@@ -243,6 +254,7 @@ def start_base(settings, rank):
     # 3. the step to read
     metas = complete_metas(folder) if folder and resumable(folder) else []
     choice = choose_base_checkpoint(settings, metas, named_step, run)
+    require_alike("where the run starts", (str(folder), *choice), START_AGAIN)
     if choice.message:
         print0(choice.message)
     if choice.kind == FRESH:
@@ -336,6 +348,7 @@ def start_chat(stage, source, settings, compute, model_source):
     stage: mid_train or chat_sft. source: its key among the checkpoint folders (mid or sft).
     model_source: the key of the stage whose model it starts from (base or mid).
     """
+    require_shared(source)
     if settings["resume_from_checkpoint"]:
         found = start_chat_from_name(stage, source, settings, compute)
     else:
@@ -383,6 +396,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     # 2. an unfinished run that started with the same model
     if settings["resume"]:
         found = choose_chat_run(list_models(source), meta["origin"], run_of_speedrun())
+        require_alike("the run to resume", found and str(found.dir), START_AGAIN)
         if found:
             start, tokenizer = resume_chat(stage, found.dir, compute, model)
             return ChatStart(start, model, tokenizer)

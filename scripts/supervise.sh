@@ -5,10 +5,13 @@
 #     source scripts/supervise.sh
 #     begin_run FOLDER "plan minutes=15"   # resume the run of this plan, or begin one
 #     stage NAME COMMAND...                # run a stage, unless this run has finished it already
+#     background NAME COMMAND...           # begin a command beside the stages that follow
+#     wait_for NAME                        # wait for that command; the script ends if it failed
 #     run_seconds                          # print what the stages took, interrupted ones included
 #     end_run                              # forget the state: the next call begins a new run
 #
 # Where DRY_RUN is not empty, a stage only prints its command, and begin_run must not be called.
+# Where STAGES is not empty, a list of names with commas, stages of other names are left out.
 #
 # A run keeps its state in FOLDER/speedrun.N.state, where N is a checksum of its plan: a call with
 # another plan begins a run of its own, and leaves the first for its own command to resume. One
@@ -19,6 +22,8 @@
 #                                     and in its checkpoints
 #     begun base_train                a training stage that was begun before gets --resume
 #     pid 4711                        the process group of the stage that was started last
+#     background 4712                 and of the command in the background
+#     done dataset_rest               a command of this name that has ended well
 #     seconds 240                     what a stage took
 #
 # One run at a time: two would train in the time of each other. FOLDER/speedrun.pid has the process
@@ -31,6 +36,8 @@
 run_folder="" run_state="" run_pid_file=""
 # The process group of the stage that runs now; 0: none.
 run_child=0
+# The process group of the command in the background; 0: none.
+run_background=0
 # The exit status that a signal asked for; 0: no signal came.
 run_stopped=0
 
@@ -82,7 +89,7 @@ claim_folder() {
         fi
         echo "$$ ${0##*/}" >"$run_pid_file"
     fi
-    trap 'rm -f "$run_pid_file"' EXIT
+    trap 'end_background; rm -f "$run_pid_file"' EXIT
 }
 
 # is_running PROCESS NAME: whether that process is there, and its command names the script. After a
@@ -104,13 +111,20 @@ stop_what_was_left() {
     done
 }
 
-# stop_stage_of STATE: stops the stage that the state file of a run names, where it is running.
+# stop_stage_of STATE: stops the stage that the state file of a run names, where it is running, and
+# the command in the background.
 stop_stage_of() {
-    local name left i
+    local name stage background
     name="$(awk '$1 == "run" { print $2 }' "$1")"
-    left="$(awk '$1 == "pid" { pid = $2 } END { print pid }' "$1")"
-    if [ -z "$left" ]; then return; fi
+    stage="$(awk '$1 == "pid" { pid = $2 } END { print pid }' "$1")"
+    background="$(awk '$1 == "background" { pid = $2 } END { print pid }' "$1")"
+    if [ -n "$stage" ]; then stop_process "$stage" "$name"; fi
+    if [ -n "$background" ]; then stop_process "$background" "$name"; fi
+}
 
+# stop_process PROCESS RUN: stops the group of a process, where it is one of that run.
+stop_process() {
+    local left="$1" name="$2" i
     # The number may belong to another process by now: only one with the run's name is ours.
     if ! grep -qsz "^NANOCHAT_RUN=$name$" "/proc/$left/environ"; then return; fi
 
@@ -131,8 +145,14 @@ forward_signal() {
     fi
 }
 
+# is_wanted NAME: whether STAGES has the name, or is empty.
+is_wanted() {
+    case ",${STAGES:-$1}," in *",$1,"*) return 0 ;; *) return 1 ;; esac
+}
+
 stage() {
     local name="$1"
+    if ! is_wanted "$name"; then return; fi
     shift
     if [ -n "$DRY_RUN" ]; then
         printf '%q ' "$@"
@@ -200,6 +220,62 @@ what_resumes() {
     else
         echo "The same command resumes it."
     fi
+}
+
+# --------------------------------------------------------------------------------------------------
+# a command in the background, such as a download; its output is in FOLDER/NAME.log
+
+background() {
+    local name="$1"
+    shift
+    if [ -n "$DRY_RUN" ]; then
+        printf '%q ' "$@"
+        echo "&"
+        return
+    fi
+    if [ "$run_stopped" != 0 ]; then exit "$run_stopped"; fi
+    if grep -qx "done $name" "$run_state"; then return; fi
+    echo "speedrun: $* (in the background, $run_folder/$name.log)"
+    set -m
+    "$@" >"$run_folder/$name.log" 2>&1 &
+    set +m
+    run_background=$!
+    echo "background $run_background" >>"$run_state"
+}
+
+# A download that is ended so continues where it was with the next call.
+end_background() {
+    if [ "$run_background" != 0 ]; then
+        kill -s TERM -- "-$run_background" 2>/dev/null || true
+        run_background=0
+    fi
+}
+
+# wait_for NAME: every ten seconds the last line of its output shows what it does.
+wait_for() {
+    local name="$1" log="$run_folder/$1.log" status=0 begin="$SECONDS" shown="$SECONDS"
+    if [ -n "$DRY_RUN" ]; then
+        echo "wait"
+        return
+    fi
+    if [ "$run_background" = 0 ]; then return; fi
+    while [ "$run_stopped" = 0 ] && kill -0 "$run_background" 2>/dev/null; do
+        if [ $((SECONDS - shown)) -ge 10 ]; then
+            shown="$SECONDS"
+            echo "speedrun: waiting for $name: $(tail -n 1 "$log")"
+        fi
+        sleep 0.2
+    done
+    if [ "$run_stopped" = 0 ]; then wait "$run_background" || status=$?; fi
+    if [ "$run_stopped" != 0 ]; then status="$run_stopped"; fi
+    echo "seconds $((SECONDS - begin))" >>"$run_state"
+    if [ "$status" != 0 ]; then
+        tail -n 3 "$log" >&2
+        echo "speedrun: stopped in $name (status $status). $(what_resumes "$status")" >&2
+        exit "$status"    # which ends what is left of it
+    fi
+    run_background=0
+    echo "done $name" >>"$run_state"
 }
 
 run_seconds() {

@@ -8,6 +8,8 @@ The environment variable FAULTS says which: FAULTS='{"4": "nan"}'. Batches count
     missing          the batch is skipped by the loader
     hang             the last rank sleeps
     kill             the process is killed
+    kill last        the process of the last rank is killed
+    fail last        the last rank has an error
     interrupt        the process gets SIGINT, as by Ctrl+C
     hangup           the process gets SIGHUP, as when its terminal closes
     terminate        the process gets SIGTERM, as by a scheduler
@@ -58,6 +60,10 @@ def install():
         is_last_rank = _rank() == _world_size() - 1
         if fault == "hang" and is_last_rank:
             time.sleep(999)
+        if fault == "kill last" and is_last_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "fail last" and is_last_rank:
+            raise ArithmeticError("a bug")
         for number in SIGNALS.get(fault, []):
             os.kill(os.getpid(), number)
         if fault in ("nan", "spike"):

@@ -73,9 +73,9 @@ def fork(request, variables):
 def take_shortcuts():
     """Leave out what takes most of a short training run and is tested elsewhere.
 
-    The machine's speed is assumed, and samples have two tokens.
+    The machine's speed is assumed, samples have two tokens, and nobody waits for a network's files.
     """
-    from nanochat import engine, hardware
+    from nanochat import engine, folders, hardware
     sample_texts = engine.sample_texts
 
     def short_samples(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
@@ -87,6 +87,7 @@ def take_shortcuts():
             torch.randn(shape, dtype=dtype)  # the random numbers that a measurement takes
         return 1e10
 
+    folders.SHARE_SECONDS = 1.0
     engine.sample_texts = short_samples
     hardware.measure_matmul_flops = assume_matmul_flops
 

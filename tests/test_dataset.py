@@ -639,6 +639,25 @@ def test_fineweb_fetches_the_shards_and_always_the_validation_shard(hub, base):
     assert len(hub.requests) == before, "what is there is not fetched again"
 
 
+def test_the_first_shards_stay_readable_while_more_are_fetched(hub, base, monkeypatch):
+    """A tokenizer learns from them meanwhile."""
+    hub.files["shard_00002.parquet"] = hub.files["shard_00001.parquet"]
+    assert download_fineweb(1) == {}
+    seen = []
+    replace = os.replace
+
+    def looking(source, target):
+        seen.append(len(parquet_paths()))
+        replace(source, target)
+
+    monkeypatch.setattr(sources.os, "replace", looking)
+    hub.script = {"shard_00001.parquet": [404]}
+    assert list(download_fineweb(3)) == ["shard_00001.parquet"]
+    assert len(parquet_paths()) == 2, "also where some of the others could not be fetched"
+    assert download_fineweb(3) == {} and len(parquet_paths()) == 4
+    assert seen and set(seen) == {2}
+
+
 def test_errors_are_retried_and_cut_bodies_continued(hub, base):
     # docs/traps.md: half-downloaded
     hub.script = {

@@ -28,7 +28,9 @@ ON_A_CPU = [
     "scripts.chat_eval",
     "nanochat.report",
 ]
-DIALS = ("MINUTES", "DATA", "CUSTOM", "NAME", "GPUS", "DRY_RUN", "WSL_DISTRO_NAME")
+DIALS = (
+    "MINUTES", "DATA", "CUSTOM", "NAME", "GPUS", "DRY_RUN", "WSL_DISTRO_NAME", "DEPTH", "STAGES",
+    "DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE")
 
 
 def environment_of(**variables):
@@ -59,7 +61,8 @@ def dry_run(base, **variables):
 
 
 def module_of(words):
-    return words[words.index("-m") + 1]
+    """Of a command, its module; the only other word is "wait"."""
+    return words[words.index("-m") + 1] if "-m" in words else words[0]
 
 
 def stage_of(words):
@@ -124,26 +127,59 @@ def test_numbers_are_made_in_the_c_locale(tmp_path):
 
 def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
     commands = dry_run(tmp_path, GPUS="8")
-    modules = [module_of(words) for words in commands]
+    fetch = ["python", "-m", "nanochat.dataset", "--source=fineweb", "-n"]
+    assert commands[:2] == [[*fetch, "8"], [*fetch, "190", "&"]]
+    assert commands.index(["wait"]) == 4, "after the tokenizer, before the pretraining"
+    stages = [commands[0], *commands[2:4], *commands[5:]]
+    modules = [module_of(words) for words in stages]
     assert modules == [*ON_A_CPU[:4], "scripts.base_loss", *ON_A_CPU[4:]]
-    assert commands[0][2:] == ["nanochat.dataset", "--source=fineweb", "-n", "190"]
-    for words in commands:
+    for words in stages:
         if stage_of(words) in MODEL_STAGES:
             assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=8", "-m"]
+            assert words[5:] == ["--"], "settings follow the dashes; the plan chooses the depth"
         else:
             assert words[0] == "python"
-    base = commands[modules.index("scripts.base_train")]
-    assert base[5:] == ["--", "--depth=20"], "settings follow the dashes, the horizon the depth"
-    assert minutes_of(commands) == {}
+    assert minutes_of(stages) == {}
 
 
-def test_one_gpu_needs_no_torchrun_and_a_budget_of_time_replaces_the_depth(tmp_path):
+def test_one_gpu_needs_no_torchrun_and_a_budget_of_time_is_shared_out(tmp_path):
     commands = dry_run(tmp_path, GPUS="1")
-    assert ["python", "-m", "scripts.base_train", "--depth=20"] in commands
+    assert ["python", "-m", "scripts.base_train"] in commands
     assert not any("torchrun" in words for words in commands)
     commands = dry_run(tmp_path, GPUS="1", MINUTES="30")
     assert set(minutes_of(commands)) == set(TRAINING)
-    assert not any("--depth=20" in words for words in commands)
+
+
+# 20 tokens of 4.8 characters for each of 12 x depth x width^2 + 65,536 x width weights, by shards of
+# 250 million, and 3.5 %
+@pytest.mark.parametrize("depth, shards", [("1", 2), ("12", 54), ("20", 190), ("32", 694)])
+def test_a_given_depth_reaches_the_pretraining_and_the_shards_that_it_needs(
+        tmp_path, depth, shards):
+    commands = dry_run(tmp_path, GPUS="1", DEPTH=depth)
+    [base] = [words for words in commands if "scripts.base_train" in words]
+    assert base[3:] == [f"--depth={depth}"]
+    counts = [words[5] for words in commands if "nanochat.dataset" in words]
+    assert counts == ([str(shards)] if shards < 8 else ["8", str(shards)])
+    assert (["wait"] in commands) == (shards > 8)
+    width = 64 * int(depth)
+    characters = (12 * int(depth) * width**2 + 65536 * width) * 20 * 4.8
+    assert shards * 250e6 >= characters
+
+
+def test_the_batch_of_a_launcher_reaches_the_pretraining_alone(tmp_path):
+    sizes = {"DEVICE_BATCH_SIZE": "7", "TOTAL_BATCH_SIZE": "516096"}
+    commands = dry_run(tmp_path, GPUS="6", **sizes)
+    given = [words for words in commands if "_batch_size=" in " ".join(words)]
+    assert [words[4:] for words in given] == [
+        ["scripts.base_train", "--", "--device_batch_size=7", "--total_batch_size=516096"]]
+
+
+@pytest.mark.parametrize("gpus", ["0", "2"])
+def test_stages_can_be_chosen(tmp_path, gpus):
+    commands = dry_run(tmp_path, GPUS=gpus, STAGES="mid_train,report")
+    assert [stage_of(words) for words in commands] == ["mid_train", "nanochat.report"]
+    commands = dry_run(tmp_path, GPUS=gpus, STAGES="chat_sft")
+    assert [stage_of(words) for words in commands] == ["chat_sft"]
 
 
 def test_no_gpus_means_that_every_stage_with_a_model_runs_on_the_cpu(tmp_path):
@@ -207,6 +243,10 @@ record() {
     echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" \
         >>"$NANOCHAT_BASE_DIR/metrics.jsonl"
 }
+case " $* " in
+    *" ${FAIL_AT:-nowhere} "*) echo "2 shards are missing" >&2; exit 1 ;;
+    *" ${WAIT_AT:-nowhere} "*) while [ ! -e "$NANOCHAT_BASE_DIR/arrived" ]; do sleep 0.05; done ;;
+esac
 case "$2" in
     "${WAIT_IN:-nowhere}")
         trap 'echo "the stage saves"; exit 1' INT TERM   # as torchrun ends, whatever its ranks did
@@ -267,17 +307,28 @@ class Sandbox:
         lines = self.calls.read_text(encoding="utf-8").splitlines()
         return [shlex.split(line) for line in lines], done
 
-    @contextmanager
-    def waiting_in(self, module, output=subprocess.PIPE, **variables):
-        """The process of speedrun.sh, once its stage `module` waits for a signal."""
-        with subprocess.Popen(
+    def start(self, output=subprocess.PIPE, **variables):
+        """The process of speedrun.sh."""
+        self.calls.write_text("", encoding="utf-8")
+        return subprocess.Popen(
             ["bash", "speedrun.sh"],
             cwd=self.folder,
-            env=environment_of(**self.variables(WAIT_IN=module, **variables)),
+            env=environment_of(**self.variables(**variables)),
             text=True,
             stdout=output,
             stderr=output,
-        ) as process:
+        )
+
+    def wait_for_call(self, process, module):
+        """Wait until a running speedrun.sh has asked for a module."""
+        while module not in self.calls.read_text(encoding="utf-8"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+
+    @contextmanager
+    def waiting_in(self, module, output=subprocess.PIPE, **variables):
+        """The process of speedrun.sh, once its stage `module` waits for a signal."""
+        with self.start(output, WAIT_IN=module, **variables) as process:
             while not (self.base / "waiting").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
@@ -555,6 +606,76 @@ def test_a_gpu_that_torch_does_not_see_is_refused_with_the_remedy(sandbox, tmp_p
     assert sandbox.run(GPU_FILES=files, TORCH_SEES="1")[0], "torch sees it"
 
 
+def test_a_torchrun_that_does_not_wait_for_a_save_is_named(sandbox):
+    assert "30 seconds after Ctrl+C" in sandbox.run(TORCH_SEES="2 30")[1].stdout
+    assert "Ctrl+C" not in sandbox.run(TORCH_SEES="2 600")[1].stdout
+    assert "Ctrl+C" not in sandbox.run(TORCH_SEES="1 30")[1].stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# the text of a GPU's run, which is fetched while the tokenizer is trained
+
+FETCH = ["-m", "nanochat.dataset", "--source=fineweb", "-n"]
+
+
+def test_the_pretraining_waits_for_the_text(sandbox):
+    process = sandbox.start(TORCH_SEES="2", WAIT_AT="190")
+    sandbox.wait_for_call(process, "scripts.tok_eval")
+    assert "scripts.base_train" not in sandbox.calls.read_text(encoding="utf-8")
+    (sandbox.base / "arrived").touch()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "in the background" in out
+    calls = sandbox.calls.read_text(encoding="utf-8")
+    assert calls.index("tok_eval") < calls.index("base_train")
+    assert calls.count("nanochat.dataset") == 2
+
+
+def test_a_download_that_fails_is_reported_before_the_pretraining_and_repeated(sandbox):
+    calls, done = sandbox.run(status=1, TORCH_SEES="2", FAIL_AT="190")
+    assert [*FETCH, "190"] in calls and "scripts.base_train" not in modules(calls)
+    assert "2 shards are missing" in done.stderr
+    assert "stopped in dataset_rest (status 1). The same command resumes it." in done.stderr
+    calls, _ = sandbox.run(TORCH_SEES="2")
+    assert calls[0] == [*FETCH, "190"] and calls[1][1] == "scripts.base_train"
+    assert not is_resumed(calls[1])
+
+
+def test_a_download_in_the_background_ends_with_the_script(sandbox):
+    process = sandbox.start(TORCH_SEES="2", WAIT_AT="190")
+    sandbox.wait_for_call(process, "scripts.tok_eval")
+    [state] = sandbox.states()
+    download = int(re.search(r"^background (\d+)$", state.read_text(encoding="utf-8"), re.M)[1])
+    os.kill(download, 0)  # it is running
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "(status 143)" in err
+    while is_alive(download):
+        time.sleep(0.05)
+    (sandbox.base / "arrived").touch()
+    calls, _ = sandbox.run(TORCH_SEES="2", WAIT_AT="190")
+    assert [*FETCH, "190"] in calls and "scripts.base_train" in modules(calls)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
+def test_a_download_whose_script_was_killed_is_stopped_by_the_next_call(sandbox):
+    """Two would write to the same files."""
+    process = sandbox.start(TORCH_SEES="2", WAIT_AT="190", output=subprocess.DEVNULL)
+    sandbox.wait_for_call(process, "scripts.tok_eval")
+    process.kill()
+    process.wait()
+    [state] = sandbox.states()
+    download = int(re.search(r"^background (\d+)$", state.read_text(encoding="utf-8"), re.M)[1])
+    _, done = sandbox.run(TORCH_SEES="2")
+    assert f"stopping process {download}" in done.stdout and not is_alive(download)
+
+
+def is_alive(process):
+    """Whether a process runs; one that has ended may still be listed as a zombie."""
+    listed = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+    return listed != "" and not listed.startswith("Z")
+
+
 # --------------------------------------------------------------------------------------------------
 # arguments, variables and folders
 
@@ -577,6 +698,9 @@ def test_arguments_are_refused_and_help_is_given():
     ({"MINUTES": "soon"}, "above zero"),
     ({"GPUS": "two"}, "GPUS=two"),
     ({"GPUS": "-1"}, "GPUS=-1"),
+    ({"DEPTH": "deep"}, "DEPTH=deep"),
+    ({"DEVICE_BATCH_SIZE": "0"}, "DEVICE_BATCH_SIZE=0"),
+    ({"STAGES": "mid_train,chat_rl"}, "chat_rl, which is no stage: choose from dataset,"),
 ])
 def test_bad_variables_are_one_line_before_anything_is_written(tmp_path, variables, needle):
     base = tmp_path / "base"
