@@ -18,6 +18,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     partition = "elements"
+    fused = True  # False where torch's fused kernel is wrong (selftest.py): ten operations instead
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -45,7 +46,8 @@ class AdamW(torch.optim.Optimizer):
             [state["v"] for state in states],
             [],  # the largest second moments, which amsgrad would need
             [state["step"] for state in states],
-            fused=True,
+            fused=self.fused,
+            foreach=False,
             amsgrad=False,
             maximize=False,
             lr=group["lr"],

@@ -1,23 +1,50 @@
 """The only file that knows which attention kernel runs.
 
-Training runs torch's fused scaled-dot-product attention, causal, without a dense mask. Prefill and
-decode read and write a KV cache (kv_cache.py). Every slot of the cache stands at a length of its
-own, so the mask is made from positions. Nothing here synchronises with the device: all that the
-host has to know is in the CacheWindow.
+Training runs torch's fused scaled-dot-product attention (SDPA), causal, without a dense mask.
+Prefill and decode read and write a KV cache (kv_cache.py). Every slot of the cache stands at a
+length of its own, so the mask is made from positions. Nothing here synchronises with the device:
+all that the host has to know is in the CacheWindow.
+
+SDPA has several kernels on a GPU, some of them many times faster than others, and it falls back to
+the slowest without a word. So choose_kernel() puts them in an order for the device, runs a small
+case of the best one against the maths kernel, and drops one that errs. The order is set once for
+the process: the compiled blocks take it as it is, with no context manager in their graphs. On a CPU
+and on MPS torch has one fused path, and nothing is chosen.
 
 Shapes: B sequences, T tokens, H query heads, G key/value heads with G dividing H (grouped-query
 attention, arXiv 2305.13245), D head dimension, S = window.end cached tokens.
 """
+import functools
+import importlib.util
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from torch.nn import attention as torch_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class InUse:
+    """What use_kernels() has set for this process; on a CPU and on MPS it stays as it is."""
+    grouped = False   # whether causal_attention hands grouped heads to the kernel as they are
+    context = None    # of sdpa_kernel, entered
+
+
+IN_USE = InUse()
 
 
 def causal_attention(q, k, v):
     """q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D). Token t attends to those up to t."""
-    q = q.transpose(1, 2)  # B, H, T, D
-    k = repeat_heads(k.transpose(1, 2), q.size(1))
-    v = repeat_heads(v.transpose(1, 2), q.size(1))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attend(q, k, v, IN_USE.grouped)
+
+
+def attend(q, k, v, grouped):
+    """causal_attention; grouped: whether the kernel takes fewer key/value heads as they are."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B, H or G, T, D
+    grouped = grouped and k.size(1) < q.size(1)
+    if not grouped:
+        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -51,3 +78,239 @@ def repeat_heads(x, heads):
     if x.size(1) == heads:
         return x
     return x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# which kernel
+
+class Kernel(NamedTuple):
+    """A kernel of SDPA."""
+    backend: SDPBackend
+    node: str        # begins the name of its node in autograd's graph, by which it is recognised
+    activated: str   # the implementation that replaces torch's own flash kernel, or ""
+
+
+KERNELS = {
+    "cudnn": Kernel(SDPBackend.CUDNN_ATTENTION, "ScaledDotProductCudnnAttention", ""),
+    "fa3": Kernel(SDPBackend.FLASH_ATTENTION, "ScaledDotProductFlashAttention", "FA3"),
+    "flash": Kernel(SDPBackend.FLASH_ATTENTION, "ScaledDotProductFlashAttention", ""),
+    "efficient": Kernel(
+        SDPBackend.EFFICIENT_ATTENTION, "ScaledDotProductEfficientAttention", ""),
+    "math": Kernel(SDPBackend.MATH, "", ""),
+}
+# The first version of cuDNN whose attention is faster than FlashAttention-2 on Hopper and Blackwell
+# (pytorch, sdp_utils.cpp; transformers PR 48163: 1.7 to 2.3 times on an H100, slower on an A100)
+CUDNN_VERSION = 91501
+# How far a kernel may be from the maths kernel in float32, relative to the norm: several times the
+# rounding of the dtype (a GPU multiplies float32 as TF32).
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+MATHS_IS_SLOW = "many times slower than a fused kernel, and memory for T x T scores"
+
+
+class Gpu(NamedTuple):
+    """What the order of kernels follows from."""
+    hip: bool           # whether torch is a ROCm build: never told by the capability
+    capability: tuple   # of CUDA, (9, 0) for an H100; on ROCm the gfx number
+    cudnn: int          # version, 91501 for 9.15.1; 0 where there is none
+    has_fa3: bool       # whether FlashAttention-3 can be imported and torch can activate it
+
+
+def kernel_order(gpu):
+    """Names of KERNELS for a Gpu, the best first; "math" always works and is the last.
+
+    >>> kernel_order(Gpu(False, (8, 9), 92600, False))[0]
+    'flash'
+    """
+    if gpu.hip:
+        return ["flash", "efficient", "math"]  # AOTriton's or CK's; cuDNN is NVIDIA's
+    order = ["flash", "efficient", "cudnn", "math"]
+    if gpu.capability in ((9, 0), (10, 0)) and gpu.cudnn >= CUDNN_VERSION:
+        order.remove("cudnn")
+        order.insert(0, "cudnn")
+    if gpu.capability == (9, 0) and gpu.has_fa3:
+        order.insert(0, "fa3")
+    return order
+
+
+def this_gpu(device):
+    """The Gpu of a CUDA or ROCm device."""
+    can_activate = hasattr(torch_attention, "activate_flash_attention_impl")
+    return Gpu(
+        hip=torch.version.hip is not None,
+        capability=torch.cuda.get_device_capability(device),
+        cudnn=torch.backends.cudnn.version() or 0,
+        has_fa3=can_activate and importlib.util.find_spec("flash_attn_interface") is not None,
+    )
+
+
+class Choice(NamedTuple):
+    """The kernel that runs, and those that were dropped before it."""
+    name: str
+    dropped: dict    # {name: why}
+
+    def describe(self):
+        """One line, which gives the reasons where better kernels were dropped."""
+        slow = f" ({MATHS_IS_SLOW})" if self.name == "math" and self.dropped else ""
+        dropped = "".join(f"; not {name}: {why}" for name, why in self.dropped.items())
+        return f"{self.name}{slow}{dropped}"
+
+
+def choose_kernel(device, dtype):
+    """Make causal_attention run the best kernel that is right on this device, for good.
+
+    Returns the Choice. On a CPU and on MPS that is torch's own, and nothing is set.
+    """
+    if device.type != "cuda":
+        return Choice(running_kernel(device, dtype), {})
+    order = kernel_order(this_gpu(device))
+    choice = first_that_works(order, functools.partial(kernel_problem, device, dtype))
+    grouped = not kernel_problem(device, dtype, choice.name, grouped=True)
+    use_kernels([name for name in order if name not in choice.dropped], grouped)
+    return choice
+
+
+def first_that_works(order, problem_of):
+    """The Choice among names, the best first. problem_of(name): why it is not to be used, or ""."""
+    dropped = {}
+    for name in order[:-1]:
+        problem = problem_of(name)
+        if not problem:
+            return Choice(name, dropped)
+        dropped[name] = problem
+    return Choice(order[-1], dropped)
+
+
+def use_kernels(names, grouped=False):
+    """Set the order of SDPA's kernels for the process, the best first; others are not used.
+
+    A later kernel takes over where an earlier one cannot (a prefill has a mask).
+    """
+    use_torchs_own()
+    activate(KERNELS[names[0]].activated)
+    backends = list(dict.fromkeys(KERNELS[name].backend for name in names))
+    IN_USE.context = sdpa_kernel(backends, set_priority=True)
+    IN_USE.context.__enter__()
+    IN_USE.grouped = grouped
+
+
+def use_torchs_own():
+    """Undo use_kernels()."""
+    if IN_USE.context is not None:
+        IN_USE.context.__exit__(None, None, None)
+        IN_USE.context = None
+    IN_USE.grouped = False
+    activate("")
+
+
+def activate(implementation):
+    """Let another implementation, such as "FA3", replace torch's flash kernel; "" restores it."""
+    if implementation:
+        torch_attention.activate_flash_attention_impl(implementation)
+    elif activated():
+        torch_attention.restore_flash_attention_impl()
+
+
+def activated():
+    """The implementation that replaces torch's flash kernel, or None. Older torches have none."""
+    current = getattr(torch_attention, "current_flash_attention_impl", None)
+    return current and current()
+
+
+# ------------------------------------------------------------------------------------------------
+# the probe: one small causal case
+
+class Case(NamedTuple):
+    """Inputs of the probe, and the gradient of its result."""
+    q: torch.Tensor   # (B, T, H, D), and so are the others but for their heads
+    k: torch.Tensor
+    v: torch.Tensor
+    dy: torch.Tensor
+
+
+def small_case(device, dtype, heads=4, kv_heads=2, T=256, D=128):
+    """A Case of seeded noise, the same on every device: grouped heads, as the model calls it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, T, heads, D), (2, T, kv_heads, D), (2, T, kv_heads, D), (2, T, heads, D)]
+    noise = [torch.randn(shape, generator=generator) for shape in shapes]
+    return Case(*(x.to(device=device, dtype=dtype) for x in noise))
+
+
+def run_case(case, grouped):
+    """Attention of a Case, forward and backward; grouped as in attend().
+
+    Returns ((y, dq, dk, dv) in float32, the name of the kernel that ran).
+    """
+    inputs = [x.detach().clone().requires_grad_() for x in case[:3]]
+    y = attend(*inputs, grouped)
+    gradients = torch.autograd.grad(y, inputs, case.dy)
+    return [x.detach().float() for x in (y, *gradients)], kernel_of(y)
+
+
+def kernel_of(y):
+    """The name of the kernel that computed y, from its nodes in autograd's graph: "math" where no
+    fused one is among them. Of a CPU and of MPS, torch's name of the node."""
+    nodes = [y.grad_fn]
+    for _ in range(8):  # transpose and the unpadding stand between
+        names = [node.name() for node in nodes if node is not None]
+        for name in names:
+            if name.startswith("ScaledDotProduct"):
+                return fused_name(name)
+        nodes = [parent for node in nodes if node for parent, _ in node.next_functions]
+    return "math"
+
+
+def fused_name(node):
+    """The name in KERNELS of a node, or the node's own name without its end.
+
+    >>> fused_name("ScaledDotProductCudnnAttentionBackward0")
+    'cudnn'
+    >>> fused_name("ScaledDotProductFlashAttentionForCpuBackward0")
+    'FlashAttentionForCpu'
+    """
+    name = node.partition("Backward")[0]
+    for kernel_name, kernel in KERNELS.items():
+        if name == kernel.node and not kernel.activated:
+            return kernel_name
+    return name.removeprefix("ScaledDotProduct")
+
+
+def running_kernel(device, dtype):
+    """The name of the kernel that causal_attention really runs as things are set."""
+    _, name = run_case(small_case(device, dtype), IN_USE.grouped)
+    return activated().lower() if name == "flash" and activated() else name
+
+
+def kernel_problem(device, dtype, name, grouped=False):
+    """Why a kernel is not to be used: it cannot run this, fails, or differs from the maths kernel.
+
+    "" where it is right. The maths kernel computes in float32. grouped as in attend().
+    """
+    kernel = KERNELS[name]
+    case = small_case(device, dtype)
+    exact = Case(*(x.float() for x in case))
+    try:
+        activate(kernel.activated)
+        with sdpa_kernel([kernel.backend]):
+            found, ran = run_case(case, grouped)
+    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+        return first_line(str(error))
+    if KERNELS.get(ran, kernel).backend != kernel.backend:
+        return f"torch ran {ran} in its place"
+    with sdpa_kernel([SDPBackend.MATH]):
+        wanted, _ = run_case(exact, False)
+    return difference(found, wanted, TOLERANCES[dtype])
+
+
+def difference(found, wanted, tolerance):
+    """How the result and the gradients differ beyond a tolerance of their norms, or ""."""
+    for name, ours, theirs in zip(("y", "dq", "dk", "dv"), found, wanted):
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        if not error <= tolerance:  # true of a NaN as well
+            return f"{name} is off by {error:.2g} of its norm, at most {tolerance:g}"
+    return ""
+
+
+def first_line(message):
+    """The first line of an error that says something, at most 120 characters of it."""
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    return (lines or ["no reason given"])[0][:120]

@@ -6,7 +6,8 @@ Cross-Entropy, arXiv 2411.09009, and of Liger Kernel, arXiv 2410.10989). So the 
 computed in the forward pass; the backward pass only multiplies them.
 
 What is done with the logits of one chunk is a pure function (`chunk_softcap`, and
-`chunk_mixture` in variants/ngrams.py), compiled on a GPU. tests/test_loss.py holds each to a
+`chunk_mixture` in variants/ngrams.py), compiled on a GPU together with the casts around it, so that
+logits and gradient need to be in memory as bfloat16 only. tests/test_loss.py holds each to a
 reference implementation in plain autograd.
 
 Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
@@ -15,9 +16,10 @@ import functools
 
 import torch
 
-# Logits in a chunk. On a CPU 4 MB, which stay in its cache; a GPU wants large matmuls, for which
-# 1024 tokens of a vocabulary of 65,536 are enough.
-CHUNK_LOGITS = {"cpu": 1 << 20}
+# Logits in a chunk. On a CPU 4 MB, which stay in its cache; a GPU of CUDA or ROCm wants large
+# matmuls, for which 1024 tokens of a vocabulary of 65,536 are enough. MPS shares its memory with
+# the system and computes eagerly, with three tensors of a chunk in float32: 200 MB.
+CHUNK_LOGITS = {"cpu": 1 << 20, "mps": 1 << 24}
 CHUNK_LOGITS_DEFAULT = 1 << 26
 # Each chunk adds to the whole of the head's gradient, so that tiny ones would cost more than
 # they save.
@@ -71,10 +73,19 @@ def chunk_softcap(cap, z, targets, weights):
     return losses * weights, gradient.mul_(weights[:, None]), ()
 
 
+def in_float32(chunk_loss, cap, z, *inputs):
+    """chunk_loss of logits z (n, V) in any dtype, overwritten if that is float32.
+
+    The arithmetic is in float32; the gradient by z has the dtype of z.
+    """
+    losses, dz, others = chunk_loss(cap, z.float(), *inputs)
+    return losses, dz.to(z.dtype), others
+
+
 @functools.cache
 def compiled(chunk_loss):
-    """A chunk's function for a GPU: one kernel in place of ten passes over the logits."""
-    return torch.compile(chunk_loss, dynamic=True)
+    """in_float32 of a chunk's function for a GPU: one kernel in place of ten passes."""
+    return torch.compile(functools.partial(in_float32, chunk_loss), dynamic=True)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -93,14 +104,15 @@ class ChunkedLoss(torch.autograd.Function):
         dx = torch.empty_like(x)
         dw = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
         others = []
-        function = compiled(chunk_loss) if compile_chunk else chunk_loss
+        function = functools.partial(in_float32, chunk_loss)
+        if compile_chunk:
+            function = compiled(chunk_loss)
         for part in chunks(N, V, x.device):
             # 1. logits, losses and their gradient by the logits
-            z = (x[part] @ w.T).float()
+            z = x[part] @ w.T
             losses[part], dz, more = function(cap, z, *(values[part] for values in inputs))
             others.append(more)
             # 2. the gradients by the features and by the head
-            dz = dz.to(x.dtype)
             dx[part] = dz @ w
             if x.device.type == "cpu" and x.dtype == torch.float32:
                 dw.addmm_(dz.T, x[part])

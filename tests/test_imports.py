@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then scripts
-    "common": 0, "hardware": 0, "configurator": 0, "metrics": 0, "probes": 0,
+    "common": 0, "hardware": 0, "environment": 0, "configurator": 0, "metrics": 0,
+    "probes": 0,
     "attention": 1, "kv_cache": 1, "muon": 1, "adamw": 1, "adagrad": 1, "schedule": 1,
     "guard": 1, "tokenizer": 1, "conversation": 1, "dataset": 1, "sources": 1, "execution": 1,
     "roofline": 1, "loss": 1, "textfiles": 1, "completion": 1, "prompts": 1,

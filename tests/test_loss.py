@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from conftest import ROOT
 from models import VOCAB_SIZE, make_model, noise
 from nanochat import loss
-from nanochat.loss import chunks, softcap, softcap_cross_entropy, token_log_probs
+from nanochat.loss import (
+    chunk_softcap,
+    chunks,
+    in_float32,
+    softcap,
+    softcap_cross_entropy,
+    token_log_probs,
+)
 
 N, C, V = 70, 24, 97
 
@@ -114,15 +121,35 @@ def test_chunks_cover_all_tokens_once_and_are_not_tiny():
     assert len(chunks(1000, 65536, torch.device("cuda"))) == 1
 
 
+@pytest.mark.parametrize("device, megabytes", [("cpu", 34), ("mps", 70), ("cuda", 270)])
+def test_the_logits_of_a_chunk_are_small_on_every_device(device, megabytes):
+    for vocab_size in (4096, 32768, 65536):
+        tokens = [len(range(1 << 20)[part]) for part in chunks(1 << 20, vocab_size,
+                                                              torch.device(device))]
+        assert 4 * vocab_size * max(tokens) < megabytes * 1e6
+        if device == "cuda":
+            assert max(tokens) >= 1024  # enough for the full speed of a matmul
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_casts_around_a_chunk_change_nothing_but_the_dtype(dtype):
+    z, targets, weights = torch.randn(5, 33).to(dtype), torch.randint(33, (5,)), torch.randn(5)
+    losses, dz, others = in_float32(chunk_softcap, 15.0, z.clone(), targets, weights)
+    wanted, gradient, _ = chunk_softcap(15.0, z.float().clone(), targets, weights)
+    assert torch.equal(losses, wanted) and losses.dtype == torch.float32
+    assert torch.equal(dz, gradient.to(dtype)) and dz.dtype == dtype and others == ()
+
+
 COMPILED_EQUALS_EAGER = """
     import torch
-    from nanochat.loss import chunk_softcap, compiled
+    from nanochat.loss import chunk_softcap, compiled, in_float32
     torch.manual_seed(0)
-    for n in (5, 9):
+    for n, dtype in ((5, torch.float32), (9, torch.float32), (9, torch.bfloat16)):
         z, targets, weights = torch.randn(n, 33), torch.randint(33, (n,)), torch.randn(n)
+        z = z.to(dtype)
         with torch.no_grad():
             found = compiled(chunk_softcap)(15.0, z.clone(), targets, weights)
-            wanted = chunk_softcap(15.0, z.clone(), targets, weights)
+            wanted = in_float32(chunk_softcap, 15.0, z.clone(), targets, weights)
         torch.testing.assert_close(found, wanted)
 """
 
