@@ -8,6 +8,8 @@ import json
 import re
 from typing import NamedTuple
 
+from nanochat.environment import INTEGRATED, VISIBLE_DEVICES
+
 MIB = 2**20
 
 
@@ -256,8 +258,7 @@ class Agent(NamedTuple):
 def parse_rocminfo(text):
     """The Agents in rocminfo's output that are GPUs.
 
-    A part of the CPU says "Memory Properties: APU", or in older versions has nothing but the
-    marketing name "AMD Radeon Graphics", which no card has.
+    A part of the CPU says "Memory Properties: APU", in older versions its target tells.
     """
     agents = []
     for section in re.split(r"^Agent \d+\s*$", text, flags=re.MULTILINE)[1:]:
@@ -272,7 +273,7 @@ def parse_rocminfo(text):
             target=fields.get("Name", ""),
             name=name,
             compute_units=_number(fields.get("Compute Unit", "")) or 0,
-            integrated=is_apu or name == "AMD Radeon Graphics",
+            integrated=is_apu or fields.get("Name") in INTEGRATED,
         ))
     return agents
 
@@ -294,9 +295,9 @@ def check_agents(agents, environment):
     titles = ", ".join(f"{agent.name or 'GPU'} ({agent.target})" for agent in agents)
     if not cards or len(cards) == len(agents):
         return [ok("ROCm", titles)]
-    hidden = "HIP_VISIBLE_DEVICES" in environment or "ROCR_VISIBLE_DEVICES" in environment
-    if hidden:
-        return [ok("ROCm", f"{titles}; the visible ones are chosen by hand")]
+    chosen = [f"{name}={environment[name]}" for name in VISIBLE_DEVICES if name in environment]
+    if chosen:
+        return [ok("ROCm", f"{titles}; {', '.join(chosen)} chooses among them")]
     visible = ",".join(map(str, cards))
     return [problem(
         "integrated GPU",

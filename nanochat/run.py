@@ -392,6 +392,8 @@ class Run:
             matmul_flops_per_second=self.matmul_flops * ranks,
             share_of_matmul_rate=flops / ranks / self.matmul_flops,
             mfu=flops / ranks / peak if peak else None,
+            ranks=ranks,
+            peak_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
             checkpoint=str(self.folder),
             parameters=sum(p.numel() for p in model.parameters()),
             config=self.meta["config"],
