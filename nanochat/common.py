@@ -230,11 +230,12 @@ def print0(*args, **kwargs):
 def choose_device_type(device_type):
     """The type of the device to compute on: `device_type` itself, or for "" the best one here.
 
+    MPS is the best one of a Mac where the gradients of a tiny model on it are those of the CPU.
     UserError where the named type is not available, and where nothing was named and torch cannot
     use the GPU that the machine has: the run would otherwise be a slow one, without a word why.
     """
     import torch
-    from nanochat.hardware import find_unseen_gpu
+    from nanochat.hardware import find_unseen_gpu, mps_problem
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -247,10 +248,16 @@ def choose_device_type(device_type):
         return device_type
     if available["cuda"]:
         return "cuda"
+    if available["mps"]:
+        problem = mps_problem()
+        if not problem:
+            return "mps"
+        warn_once(f"the MPS device is not used: {problem}; --device_type=mps takes it all the same")
+        return "cpu"
     problem = find_unseen_gpu()
     if problem:
         raise UserError(problem)
-    return "cpu"  # mps only on request: nobody has tried it
+    return "cpu"
 
 
 def _set_up_threads(is_dist):
@@ -280,7 +287,7 @@ def _join_process_group(backend):
 def compute_init(device_type="", dtype="", seed=42):
     """Choose device and compute dtype, join the process group under torchrun, seed torch.
 
-    device_type: cuda, mps or cpu; "" is cuda where there is one, else cpu.
+    device_type: cuda, mps or cpu; "" is the best one here (choose_device_type).
     dtype: float32 or bfloat16; "" lets the hardware decide.
     Returns a Compute tuple. UserError for a device or dtype that is not to be had here.
     """
@@ -294,6 +301,10 @@ def compute_init(device_type="", dtype="", seed=42):
     dtype = dtype or preferred_dtype(device_type)
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype} is not supported: choose float32 or bfloat16")
+    if device_type == "mps" and world_size > 1:
+        raise UserError(
+            f"a Mac has one MPS device for {world_size} ranks: start without torchrun, or give "
+            "--device_type=cpu")
 
     # 2) the device's own settings
     device = torch.device(device_type)
@@ -319,6 +330,15 @@ def compute_cleanup():
         dist.destroy_process_group()
 
 
+def collective_device():
+    """The type of the device on which the ranks exchange numbers: NCCL's, or the CPU.
+
+    Never MPS, which has no float64.
+    """
+    import torch.distributed as dist
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def all_reduce_max(*numbers):
     """The largest of each number over all ranks, as a tuple or list of floats.
 
@@ -329,7 +349,6 @@ def all_reduce_max(*numbers):
     import torch.distributed as dist
     if not (dist.is_available() and dist.is_initialized()):
         return numbers
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    values = torch.tensor(numbers, dtype=torch.float64, device=device)
+    values = torch.tensor(numbers, dtype=torch.float64, device=collective_device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()

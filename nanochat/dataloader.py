@@ -125,7 +125,6 @@ def tokenizing_distributed_data_loader_with_state(
     groups = open_dataset(data).groups(split)
     documents = _endless_documents(groups, rank, world_size, epoch, group, row)
     stream = _TokenStream(tokenizer, documents, token, documents_at_once)
-    is_cuda = torch.device(device).type == "cuda"
     count = buffer_batches * B * T  # tokens in a full shuffle buffer
 
     while True:
@@ -136,10 +135,6 @@ def tokenizing_distributed_data_loader_with_state(
         end = stream.position()
         inputs = torch.from_numpy(tokens[:-1].reshape(-1, T).copy())
         targets = torch.from_numpy(tokens[1:].reshape(-1, T).copy())
-        if is_cuda:
-            # the copy of pinned memory to the device does not block
-            inputs = inputs.pin_memory()
-            targets = targets.pin_memory()
         order = np.random.default_rng(begin).permutation(buffer_batches * B)
         chosen = torch.from_numpy(order).split(B)
 
@@ -147,12 +142,21 @@ def tokenizing_distributed_data_loader_with_state(
         for i in range(yielded, buffer_batches):
             is_last = i + 1 == buffer_batches
             next_state = (*end, 0) if is_last else (*begin, i + 1)
-            yield (
-                inputs[chosen[i]].to(device, non_blocking=True),
-                targets[chosen[i]].to(device, non_blocking=True),
-                next_state,
-            )
+            batch = inputs[chosen[i]], targets[chosen[i]]
+            yield *on_device(batch, device), next_state
         yielded = 0
+
+
+def on_device(batch, device):
+    """A batch's tensors on a device, as a list, without waiting for what a GPU has still to do.
+
+    Only from pinned memory does a copy not wait. So the batch itself is pinned: the rows that
+    indexing has gathered are in memory of their own, whatever they were gathered from. On MPS the
+    copy waits, for its memory could be used again before it was read.
+    """
+    if torch.device(device).type != "cuda":
+        return [tensor.to(device) for tensor in batch]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
 
 
 def _endless_documents(groups, rank, world_size, epoch, group, row):
@@ -293,11 +297,8 @@ def sft_data_generator(
                 filled = end
 
         next_state = (drawn, tuple(draw for draw, _, _ in waiting))
-        yield (
-            torch.from_numpy(inputs[:, :-1].copy()).to(device),
-            torch.from_numpy(targets[:, 1:].copy()).to(device),
-            next_state,
-        )
+        batch = inputs[:, :-1], targets[:, 1:]
+        yield *on_device([torch.from_numpy(part.copy()) for part in batch], device), next_state
 
 
 def count_cut(tokenizer, task, T):

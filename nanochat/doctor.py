@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,12 +39,12 @@ from nanochat.probes import (
     GPU_QUERY,
     PROCESS_QUERY,
     ROCM_QUERY,
-    bus_bandwidth,
     busy_shares,
     check_agents,
     check_architecture,
     check_cpus,
     check_disk,
+    check_exchange,
     check_gpu_memory,
     check_limits,
     check_memory,
@@ -80,7 +79,7 @@ IMPORT_SECONDS = 12
 DISK_BYTES = 64_000_000
 DOWNLOAD_SECONDS = 3.0
 VOCAB_SIZES = {"cuda": 65_536, "cpu": 4_096}     # as tok_train chooses
-EXCHANGE_BYTES = {"nccl": 256 * 2**20, "gloo": 16 * 2**20}
+EXCHANGE_SECONDS = 20   # twice, where peer-to-peer copies hang
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,111 +369,27 @@ def probe_compiler():
 
 
 def probe_selftests():
-    from nanochat.selftest import run_selftests
+    from nanochat.selftest import is_fatal, run_selftests
     where = compute()
     checks = []
     for finding in run_selftests(where.device, where.dtype):
         if finding.ok:
             checks.append(ok(finding.name, finding.detail))
         else:
-            checks.append(problem(finding.name, finding.detail, finding.remedy))
+            checks.append(problem(
+                finding.name, finding.detail, finding.remedy, stops=is_fatal(finding)))
     return checks, {check.name: check.status for check in checks}
 
 
-# --------------------------------------------------------------------------------------------------
-# the exchange between devices
-
 def probe_exchange():
     import torch
-    where = compute()
-    on_gpu = where.device.type == "cuda"
+    from nanochat.selftest import peer_to_peer_probe
+    on_gpu = compute().device.type == "cuda"
     ranks = torch.cuda.device_count() if on_gpu else 2
     if ranks == 1:
         return [ok("exchange", "one device: nothing to exchange")], {}
-    rate, reason = exchange(ranks, where.device.type, {})
-    if rate:
-        detail = f"all-reduce between {ranks} ranks: {rate / 1e9:.1f} GB/s over each link"
-        return [ok("exchange", detail)], {"bytes_per_second": rate, "ranks": ranks}
-    if not on_gpu:
-        return [note(
-            "exchange", f"two processes of this machine did not exchange data: {reason}",
-            "nothing on one process; for several, GLOO_SOCKET_IFNAME=lo where the host's name does "
-            "not resolve")], {"ranks": ranks}
-
-    # peer-to-peer copies hang on some boards: is it that?
-    rate, again = exchange(ranks, where.device.type, {"NCCL_P2P_DISABLE": "1"})
-    if rate:
-        return [problem(
-            "exchange",
-            f"all-reduce between {ranks} GPUs: {reason}; with NCCL_P2P_DISABLE=1 it works, at "
-            f"{rate / 1e9:.1f} GB/s over each link",
-            "export NCCL_P2P_DISABLE=1 (or repair peer-to-peer: iommu=pt on the kernel's command "
-            "line, ACS off in the firmware)",
-            export={"NCCL_P2P_DISABLE": "1"})], {"bytes_per_second": rate, "ranks": ranks}
-    return [problem(
-        "exchange",
-        f"all-reduce between {ranks} GPUs: {reason}; without peer-to-peer copies: {again}",
-        "NCCL_DEBUG=INFO shows where it stops; one GPU trains without it")], {"ranks": ranks}
-
-
-def exchange(ranks, kind, variables, limit=20):
-    """(bytes/s over each link in an all-reduce, "") or (0.0, why there is no number)."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "nanochat.doctor", "rank", kind]
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            **os.environ,
-            **variables,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        processes.append(subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
-    deadline = time.monotonic() + limit
-    output = ""
-    for process in reversed(processes):  # rank 0, which writes the result, last
-        try:
-            output, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            return 0.0, f"no end after {limit} seconds"
-    answers = [line for line in output.splitlines() if line.startswith(MARK)]
-    if not answers:
-        return 0.0, f"a rank failed (exit status {processes[0].returncode})"
-    numbers = json.loads(answers[-1].removeprefix(MARK))["numbers"]
-    if not numbers["right"]:
-        return 0.0, "the sums are wrong"
-    return numbers["bytes_per_second"], ""
-
-
-def probe_rank():
-    """One rank of the exchange."""
-    import torch
-    import torch.distributed as dist
-    where = compute()
-    backend = dist.get_backend()
-    size = EXCHANGE_BYTES[backend]
-    values = torch.ones(size // 4, device=where.device)
-    dist.all_reduce(values)
-    right = bool((values == where.world_size).all())
-    fastest = float("inf")
-    for _ in range(5):
-        synchronize(where.device)
-        begin = time.perf_counter()
-        dist.all_reduce(values)
-        synchronize(where.device)
-        fastest = min(fastest, time.perf_counter() - begin)
-    rate = bus_bandwidth(size, fastest, where.world_size)
-    dist.destroy_process_group()
-    return [], {"bytes_per_second": rate, "right": right}
+    finding = peer_to_peer_probe(ranks, "nccl" if on_gpu else "gloo", EXCHANGE_SECONDS)
+    return [check_exchange(finding.ok, finding.detail, finding.remedy, on_gpu)], {"ranks": ranks}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -550,7 +465,6 @@ PROBES = {
     "plan": Probe(("machine", "memory", "cuda"), 20, probe_plan, "the plan of a run"),
     "compiler": Probe(("cuda",), 30, probe_compiler, "compiler"),
     "selftests": Probe(("cuda",), 40, probe_selftests, "kernels that run, compared"),
-    "rank": Probe((), 15, probe_rank, "one rank of the exchange"),
 }
 
 

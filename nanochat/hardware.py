@@ -12,7 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 # memory in bytes; bandwidth in bytes/s; bf16 and fp8 in dense FLOP/s, None: not published.
-# title: the part of torch's device name that identifies it. unified: the CPU shares the memory.
+# title: the words of torch's device name that identify it. unified: the CPU shares the memory.
 Device = namedtuple(
     "Device",
     "title memory bandwidth bf16 fp8 unified",
@@ -24,12 +24,16 @@ Device = namedtuple(
 DEVICES = {
     # NVIDIA H100 Tensor Core GPU data sheet; column SXM for "h100"
     "h100-pcie": Device("H100 PCIe", 80e9, 2.0e12, 756e12, 1513e12),
+    "h100-nvl":  Device("H100 NVL", 94e9, 3.9e12, 835e12, 1670e12),
     "h100":      Device("H100", 80e9, 3.35e12, 989e12, 1979e12),
+    # NVIDIA GH200 data sheet, with HBM3
+    "gh200":     Device("GH200", 96e9, 4.0e12, 989e12, 1979e12),
     # NVIDIA H200 data sheet
     "h200":      Device("H200", 141e9, 4.8e12, 989e12, 1979e12),
     # NVIDIA A100 80GB data sheet; it has no FP8
     "a100":      Device("A100", 80e9, 2.0e12, 312e12, None),
-    # AMD Instinct MI350X and MI300X data sheets
+    # AMD Instinct MI355X, MI350X and MI300X data sheets
+    "mi355x":    Device("MI355X", 288e9, 8.0e12, 2516e12, 5033e12),
     "mi350x":    Device("MI350X", 288e9, 8.0e12, 2307e12, 4614e12),
     "mi300x":    Device("MI300X", 192e9, 5.3e12, 1307e12, 2615e12),
     # AMD Radeon RX 7900 XTX specifications; it has no FP8
@@ -41,15 +45,30 @@ DEVICES = {
 }
 
 
-def peak_flops(device_name):
-    """Dense bf16 peak of a GPU in FLOP/s, or None where the table does not know it.
+# What follows the title of a device that is another one: an RTX 4090 D, an RTX 4090 Laptop GPU
+OTHER_DEVICE = r"(?! (?:D\b|Ti\b|Super\b|SUPER\b|Laptop|Max-Q))"
 
-    device_name: torch's, such as "NVIDIA H100 80GB HBM3".
+
+def known_device(device_name):
+    """The Device of DEVICES that torch calls so, or None where the table does not know it.
+
+    device_name: torch's, such as "NVIDIA H100 80GB HBM3". "NVIDIA GH200 480GB" is no H200.
     """
     for device in DEVICES.values():
-        if device.title in device_name:
-            return device.bf16
+        if re.search(rf"\b{device.title}\b{OTHER_DEVICE}", device_name):
+            return device
     return None
+
+
+def peak_flops(device_name, dtype_name="bfloat16"):
+    """Dense peak of a GPU in FLOP/s, or None where it is not known.
+
+    dtype_name: of what is multiplied; data sheets give nothing for float32 as torch multiplies it.
+    """
+    device = known_device(device_name)
+    if device is None or dtype_name != "bfloat16":
+        return None
+    return device.bf16
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,7 +321,8 @@ def find_unseen_gpu():
 def preferred_dtype(device_type):
     """bfloat16 where the hardware multiplies it, else float32.
 
-    On a CPU its flags decide and not a measurement, so that two runs always choose alike.
+    On a CPU its flags decide and not a measurement, so that two runs always choose alike. On MPS
+    float32: of Apple's GPUs the first generation only emulates bfloat16, and nobody has measured.
     """
     if device_type == "cuda":
         import torch
@@ -312,6 +332,52 @@ def preferred_dtype(device_type):
     else:
         native = False
     return "bfloat16" if native else "float32"
+
+
+@functools.cache
+def mps_problem():
+    """Why this machine's MPS device is not to be used, as one line; "" where it is right.
+
+    The forward and backward pass of a tiny model, of the operations that a GPT is made of, gives on
+    MPS what it gives on the CPU. selftest.py has more to say when a training begins.
+    """
+    import torch
+    if not torch.backends.mps.is_available():
+        return "there is none"
+    try:
+        found = tiny_gradients(torch.device("mps"))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return reason_of(str(error))
+    return gradient_problem(found, tiny_gradients(torch.device("cpu")))
+
+
+def gradient_problem(found, wanted, tolerance=1e-2):
+    """How far gradients are from those that are right, as one line, or "" where they are near."""
+    for ours, theirs in zip(found, wanted):
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        if not error <= tolerance:  # true of a NaN as well
+            return f"the gradient of a small model is off by {error:.2g} of its norm"
+    return ""
+
+
+def tiny_gradients(device):
+    """The gradients of a tiny model's embedding and matrix, on the CPU.
+
+    Embedding, norm, product, causal attention and cross-entropy, in float32.
+    """
+    import torch
+    import torch.nn.functional as F
+    generator = torch.Generator().manual_seed(0)
+    table, matrix = (torch.randn(shape, generator=generator) for shape in ((64, 32), (32, 32)))
+    table, matrix = table.to(device).requires_grad_(), matrix.to(device).requires_grad_()
+    idx = torch.arange(96).view(2, 48).mul_(7).remainder_(64).to(device)
+
+    x = F.rms_norm(F.embedding(idx[:, :-1], table), (32,))
+    heads = F.linear(x, matrix).view(2, 47, 2, 16).transpose(1, 2)
+    y = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    logits = y.transpose(1, 2).reshape(2 * 47, 32) @ table.T
+    F.cross_entropy(logits, idx[:, 1:].flatten()).backward()
+    return [table.grad.cpu(), matrix.grad.cpu()]
 
 
 # What torch.compile raises where a machine cannot compile: most are a RuntimeError, the others are
@@ -367,8 +433,34 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def device_memory(device):
+    """Bytes that a process may use of a device's memory, None for a CPU.
+
+    Of MPS, which shares the system's memory, what Metal recommends at most.
+    """
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return None
+
+
+def empty_cache(device):
+    """Give back the memory that torch holds for later tensors, where the device has a cache."""
+    import torch
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 # (m, k, n) of (m, k) @ (k, n), a product like those of training; what is not listed takes the CPU's
-MATMUL_SHAPES = {"cuda": (8192, 8192, 8192), "cpu": (4096, 512, 2048)}
+MATMUL_SHAPES = {
+    "cuda": (8192, 8192, 8192),
+    "mps": (4096, 2048, 4096),
+    "cpu": (4096, 512, 2048),
+}
 
 
 def measure_matmul_flops(device, dtype, seconds=0.5, shape=None):

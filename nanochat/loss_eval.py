@@ -4,6 +4,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from nanochat.common import collective_device
+
 
 def cut_into_sequences(documents, tokenizer, T):
     """Token ids of all documents, each opened by <|bos|>, in pieces of T + 1 that overlap by one.
@@ -51,7 +53,7 @@ def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, wor
 
     # 2. the sum over ranks
     if world_size > 1:
-        total = torch.tensor(nats, dtype=torch.float64, device=device)
+        total = torch.tensor(nats, dtype=torch.float64, device=collective_device())
         dist.all_reduce(total)
         nats = total.item()
 

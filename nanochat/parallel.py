@@ -46,7 +46,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from nanochat.common import UserError, all_reduce_max, get_dist_info, print0
-from nanochat.hardware import compile_problem, is_out_of_memory
+from nanochat.hardware import compile_problem, empty_cache, is_out_of_memory
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
 ALIGNMENT = 16             # elements: a parameter in a bucket begins where vector loads may begin
@@ -64,8 +64,8 @@ def prepare(model, compile=True):
     as they are, on all ranks.
     """
     if compile and can_compile(model.device):
-        # All blocks share one code object and one limit. Each micro-batch size needs two graphs
-        # (the first block's two inputs are one tensor), and running out of memory halves the size.
+        # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
+        # running out of memory halves the size.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         print0("compiling the blocks in the first step: seconds when they are known, up to a "
                "minute when not")
@@ -524,7 +524,7 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
         # after the except clause, whose traceback holds on to the tensors
         layout.zero_grad()
         layout.overlap = False
-        torch.cuda.empty_cache()
+        empty_cache(micro_batches[0][0].device)
         micro_batch_size = (micro_batch_size + 1) // 2
         print(
             f"out of memory: continuing with {micro_batch_size} sequences at a time, "

@@ -24,6 +24,7 @@ import torch
 
 from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
+from nanochat.hardware import device_memory
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
 from nanochat.variants import default_model
 from nanochat.variants.lookup import LookupGPT, usual_hashed_rows
@@ -581,10 +582,10 @@ def this_machine(compute, matmul_flops):
     compute: what compute_init() returned. matmul_flops: measured, of this rank's device.
     """
     device = compute.device
-    memory = None
-    if device.type == "cuda":
+    memory = device_memory(device)
+    if memory is not None:
         # the smallest device's, so that all ranks plan alike
-        memory = -int(all_reduce_max(-torch.cuda.mem_get_info(device)[1])[0])
+        memory = -int(all_reduce_max(-memory)[0])
     dtype_bytes = compute.dtype.itemsize
     # likewise the slowest device's
     slowest = -all_reduce_max(-matmul_flops)[0]

@@ -538,12 +538,25 @@ def check_rate(name, rate, peak, unit, least):
         "PERFORMANCE, rocm-smi)")
 
 
-def bus_bandwidth(size, seconds, ranks):
-    """Bytes/s that each rank's link carries in an all-reduce of `size` bytes.
+def check_exchange(works, detail, remedy, on_gpu):
+    """What selftest.peer_to_peer_probe() found; a Check.
 
-    2 (n - 1) / n of the size cross it (NVIDIA's nccl-tests, doc/PERFORMANCE.md).
+    A remedy "export NAME=value" is to be exported. Without a GPU, a run is one process.
     """
-    return 2 * (ranks - 1) / ranks * size / seconds
+    if works:
+        return ok("exchange", detail)
+    if not on_gpu:
+        return note(
+            "exchange", f"two processes of this machine: {detail}",
+            "nothing to do for one process; GLOO_SOCKET_IFNAME=lo where the host's name does not "
+            "resolve")
+    export = {}
+    if remedy.startswith("export "):
+        name, _, value = remedy.removeprefix("export ").partition("=")
+        export = {name: value}
+        remedy += (" (or repair peer-to-peer copies: iommu=pt on the kernel's command line, ACS off "
+                   "in the firmware)")
+    return problem("exchange", detail, remedy, export)
 
 
 def exports_of(checks):

@@ -24,7 +24,7 @@ step: int = None         # step; None: of a base model the best by validation, e
 data: str = None         # parquet folder or your own text; None: nanochat.dataset's
 split = "val"            # train or val
 documents = 300          # how many, whole
-device_type = ""         # cuda, mps or cpu; empty: cuda where there is one, else cpu
+device_type = ""         # cuda, mps or cpu; empty: the best one here
 settings = configure(globals())
 require(settings, 1, "documents")
 

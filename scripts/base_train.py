@@ -39,6 +39,7 @@ from nanochat.plan import (
 from nanochat.prompts import text_prompts
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
+from nanochat.selftest import check_device
 from nanochat.start import (
     EXTENDED,
     FRESH,
@@ -69,7 +70,7 @@ learning_rate = 0.02         # Muon's, for the matrices; the other groups keep t
 weight_decay: float = None   # of the matrices; None: from the depth on a GPU, 0 on a CPU
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 warmdown = 0.6               # share of the run over which the learning rate decays
-device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
+device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
@@ -99,6 +100,7 @@ started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
+checked = check_device(compute, compile)
 matmul_flops = measure_matmul_flops(device, compute.dtype)
 dtype_name = str(compute.dtype).removeprefix("torch.")
 print0(f"{world_size} x {device.type}, {dtype_name}, matmul {matmul_flops / 1e9:,.0f} GFLOP/s each")
@@ -198,12 +200,13 @@ elif meta["config"].get("ngrams"):
     if world_size > 1:
         for buffer in model.ngrams.buffers():
             torch.distributed.broadcast(buffer, 0)
-prepare(model, compile)
+prepare(model, checked.compile)
 parameters = sum(p.numel() for p in model.parameters())
 print0(f"{parameters:,} parameters, width {model.config.width}, vocabulary {vocab_size}")
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, plan.weight_decay)
+checked.set_up(optimizers)
 layout = Layout(optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])

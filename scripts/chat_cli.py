@@ -35,7 +35,7 @@ temperature = 0.6           # 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens
 max_tokens = 256            # longest answer
 seed = 42                   # the same seed gives the same answers
-device_type = ""            # cuda, mps or cpu. Empty: cuda where there is one, else cpu
+device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
 

@@ -40,7 +40,7 @@ step: int = None       # step; None: the newest
 items = 256            # held-out items a task; of a file of questions all are asked
 batch_size = 64        # answered at a time
 max_new_tokens = 96    # of an answer; a quote of your text comes besides
-device_type = ""       # cuda, mps or cpu; empty: cuda where there is one, else cpu
+device_type = ""       # cuda, mps or cpu; empty: the best one here
 settings = configure(globals(), aliases={"a": "tasks"})
 require(settings, 1, "items", "batch_size", "max_new_tokens")
 

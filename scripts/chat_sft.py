@@ -18,6 +18,7 @@ from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_batch, chat_horizon
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
+from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
 from tasks.arithmetic import Arithmetic
@@ -51,7 +52,7 @@ custom_share: float = None   # their share of what is drawn; None: .1 to .5, by 
 name: str = None             # of the model; None: midtraining's, what --custom says, or nanochat
 data: str = None             # your own text, to look up; None: that of the model's pretraining
 own_text = "lookup"          # how questions about it are practised: lookup or recall
-device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
+device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
@@ -80,12 +81,13 @@ own = CustomJSON(custom) if custom else []
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
+checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("chat_sft", "sft", settings, compute, model_source=source)
 meta = start.meta
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
-prepare(model, compile)
+prepare(model, checked.compile)
 T = model.config.max_seq_len
 
 # ---- batch and budget
@@ -96,6 +98,7 @@ matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
+checked.set_up(optimizers)
 layout = Layout(optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])

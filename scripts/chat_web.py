@@ -32,7 +32,7 @@ port = 8000                 # and its port
 temperature = 0.6           # where a request does not say: 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens
 max_tokens = 256            # longest answer
-device_type = ""            # cuda, mps or cpu. Empty: cuda where there is one, else cpu
+device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
 

@@ -25,7 +25,7 @@ temperature = 0.8           # 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens; 0: among all
 max_tokens = 128            # longest continuation
 seed = 42                   # the same seed gives the same continuations
-device_type = ""            # cuda, mps or cpu. Empty: cuda where there is one, else cpu
+device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
 

@@ -227,9 +227,9 @@ def doctor_figures(records):
     }
     for kind, rate in record["numbers"].get("matmul", {}).get("flops_per_second", {}).items():
         figures[f"matmul {kind} TFLOP/s"] = rate / 1e12
-    exchange = record["numbers"].get("exchange", {}).get("bytes_per_second")
-    if exchange:
-        figures["exchange GB/s"] = exchange / 1e9
+    for check in record["checks"]:
+        if check["name"] in ("attention", "exchange"):
+            figures[check["name"]] = check["detail"]
     return figures
 
 

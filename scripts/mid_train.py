@@ -20,6 +20,7 @@ from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_batch, chat_horizon
 from nanochat.run import Run
 from nanochat.schedule import set_learning_rates
+from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
 from tasks.arithmetic import Arithmetic
@@ -41,7 +42,7 @@ weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 data: str = None             # your own text, to look up; None: that of the model's pretraining
 own_text = "lookup"          # how questions about it are practised: lookup or recall
-device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
+device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
 parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
@@ -66,10 +67,11 @@ name = check_name(name)
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
+checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("mid_train", "mid", settings, compute, model_source="base")
 meta = start.meta
-prepare(model, compile)
+prepare(model, checked.compile)
 T = model.config.max_seq_len
 
 # ---- batch and budget
@@ -80,6 +82,7 @@ matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
+checked.set_up(optimizers)
 layout = Layout(optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])

@@ -11,6 +11,7 @@ import torch
 from nanochat.dataloader import (
     count_cut,
     measure_text,
+    on_device,
     say_cut,
     sft_data_generator,
     tokenizing_distributed_data_loader_with_state,
@@ -185,6 +186,35 @@ def test_fewer_documents_than_ranks_hang_no_rank(tokenizer, tmp_path):
     folder = write_folder(tmp_path / "text", [["the cat sat on the mat"], ["a dog ran"]], 1)
     for rank in range(3):
         assert len(load(tokenizer, folder, 2, rank=rank, world_size=3)) == 2
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The copies to a device that are made: (type of the device, pinned, does not block)."""
+    made, pinned = [], set()
+
+    def pin_memory(tensor):
+        copy = tensor.clone()
+        pinned.add(copy.data_ptr())
+        return copy
+
+    def to(tensor, device, non_blocking=False):
+        made.append((torch.device(device).type, tensor.data_ptr() in pinned, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return made
+
+
+def test_what_is_copied_to_a_gpu_is_pinned_itself_and_does_not_block(
+        copies, tokenizer, data):
+    load(tokenizer, data, 3, device="cuda")
+    assert copies == [("cuda", True, True)] * 6
+    copies.clear()
+    for device in ("mps", "cpu"):
+        on_device([torch.zeros(2)], device)
+    assert copies == [("mps", False, False), ("cpu", False, False)]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from nanochat.probes import (
     Agent,
     GpuProcess,
     GpuState,
-    bus_bandwidth,
     busy_shares,
     check_agents,
     check_architecture,
     check_cpus,
     check_disk,
+    check_exchange,
     check_gpu_memory,
     check_limits,
     check_memory,
@@ -294,9 +294,15 @@ def test_a_rate_far_below_its_peak_is_a_problem():
     assert check_rate("matmul", 300e12, None, "GFLOP/s", 0.5).status == "ok"
 
 
-def test_an_all_reduce_moves_its_size_twice_but_for_a_ranks_own_part():
-    assert bus_bandwidth(100, 1, 2) == 100
-    assert bus_bandwidth(100, 1, 8) == 175
+# docs/traps.md: nccl-channels
+def test_where_peer_to_peer_copies_hang_their_variable_is_exported():
+    remedy = "export NCCL_P2P_DISABLE=1"
+    hangs = check_exchange(False, "hangs (ended after 20 s)", remedy, on_gpu=True)
+    assert hangs.status == "problem" and exports_of([hangs]) == {"NCCL_P2P_DISABLE": "1"}
+    fails = check_exchange(False, "fails", "see what NCCL_DEBUG=INFO says", on_gpu=True)
+    assert exports_of([fails]) == {}
+    assert check_exchange(False, "fails", "", on_gpu=False).status == "note"
+    assert check_exchange(True, "350 GB/s", "", on_gpu=True).status == "ok"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,7 +411,7 @@ def test_options_choose_the_parts():
         return doctor.chosen_probes({"all": False, "memory": False, "cuda": False, **options})
 
     assert chosen() == chosen(all=True) == chosen(all=True, memory=True)
-    assert "rank" not in chosen() and set(chosen()) == set(doctor.PROBES) - {"rank"}
+    assert chosen() == list(doctor.PROBES)
     assert {"memory", "plan"} <= set(chosen(memory=True)) and "disk" not in chosen(memory=True)
     assert {"exchange", "selftests"} <= set(chosen(cuda=True))
     assert "memory" not in chosen(cuda=True) and "memory" in chosen(cuda=True, memory=True)
@@ -439,17 +445,6 @@ def test_the_memory_part_examines_this_machine_and_ends_with_json(run_module, ba
     assert "settings to use" in done.stdout
     logged = (base_dir / "metrics.jsonl").read_text(encoding="utf-8")
     assert json.loads(logged)["checks"] == record["checks"]
-
-
-def test_two_processes_exchange_data_here():
-    rate, reason = probing.exchange(2, "cpu", {}, limit=120)
-    assert rate > 0, reason
-
-
-def test_a_rank_that_fails_is_no_rate(monkeypatch):
-    monkeypatch.setattr(probing.sys, "executable", "/bin/false")
-    rate, reason = probing.exchange(2, "cpu", {}, limit=10)
-    assert rate == 0.0 and "exit status 1" in reason
 
 
 def test_the_disk_is_measured_where_checkpoints_go(base_dir):

@@ -1,5 +1,7 @@
 """What this machine is: the CPUs a process may use, and a GPU that torch cannot see."""
+import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 from nanochat import hardware
-from nanochat.common import UserError, choose_device_type
+from nanochat.common import UserError, choose_device_type, compute_init, warn_once
 from nanochat.hardware import (
     allowed_cores,
     available_cpus,
@@ -15,6 +17,10 @@ from nanochat.hardware import (
     cgroup_quota,
     compile_problem,
     cpu_quota,
+    known_device,
+    mps_problem,
+    peak_flops,
+    preferred_dtype,
     reason_of,
     threads_are_chosen,
     unseen_gpu,
@@ -187,6 +193,7 @@ def test_nothing_is_said_where_torch_sees_a_gpu_or_there_is_none():
 def test_a_run_is_refused_unless_its_device_was_named(monkeypatch):
     import torch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: False))
     monkeypatch.setattr(hardware, "find_unseen_gpu", lambda: "this machine has a GPU")
     with pytest.raises(UserError, match="this machine has a GPU"):
         choose_device_type("")
@@ -195,3 +202,113 @@ def test_a_run_is_refused_unless_its_device_was_named(monkeypatch):
         choose_device_type("cuda")
     monkeypatch.setattr(hardware, "find_unseen_gpu", lambda: None)
     assert choose_device_type("") == "cpu"
+
+
+# -------------------------------------------------------------------------------- peaks
+
+@pytest.mark.parametrize("name, title", [
+    ("NVIDIA H100 80GB HBM3", "H100"),
+    ("NVIDIA H100 PCIe", "H100 PCIe"),
+    ("NVIDIA H100 NVL", "H100 NVL"),
+    ("NVIDIA H200", "H200"),
+    ("NVIDIA GH200 480GB", "GH200"),
+    ("NVIDIA A100-SXM4-80GB", "A100"),
+    ("AMD Instinct MI355X", "MI355X"),
+    ("AMD Instinct MI300X", "MI300X"),
+    ("AMD Radeon RX 7900 XTX", "7900 XTX"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ("NVIDIA GB10", "GB10"),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA A1000", None),
+    ("AMD Radeon RX 7900 XT", None),
+    ("Apple M3", None),
+])
+def test_a_device_has_its_own_peak_or_none(name, title):
+    """docs/traps.md: wrong-throughput"""
+    device = known_device(name)
+    assert (device and device.title) == title
+    assert peak_flops(name) == (device and device.bf16)
+    assert peak_flops(name, "float32") is None, "the table has bfloat16 only"
+
+
+# -------------------------------------------------------------------------------- MPS
+
+@pytest.fixture
+def a_mac(monkeypatch):
+    """A machine with an MPS device, and a function that says what the device makes of gradients."""
+    import torch
+    right = hardware.tiny_gradients
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: True))
+    mps_problem.cache_clear()
+    warn_once.cache_clear()
+
+    def computes(by):
+        def gradients(device):
+            found = right(torch.device("cpu"))
+            return by(found) if device.type == "mps" else found
+        monkeypatch.setattr(hardware, "tiny_gradients", gradients)
+
+    yield computes
+    mps_problem.cache_clear()
+    warn_once.cache_clear()
+
+
+def test_mps_is_chosen_where_its_gradients_are_right(a_mac, capsys):
+    a_mac(lambda found: [x * 1.0001 for x in found])
+    assert choose_device_type("") == "mps" and choose_device_type("cpu") == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+def fail(message):
+    raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("by, said", [
+    (lambda found: fail("Placeholder storage has not been allocated"), "Placeholder storage"),
+    (lambda found: [x * 1.1 for x in found], "off by 0.1"),
+    (lambda found: [found[0], found[1] * float("nan")], "off by nan"),
+    (lambda found: [found[0], -found[1]], "off by 2"),
+])
+def test_a_mac_whose_mps_device_errs_trains_on_its_cpu_and_says_why(a_mac, capsys, by, said):
+    a_mac(by)
+    assert choose_device_type("") == "cpu"
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1
+    assert choose_device_type("mps") == "mps", "whoever names it gets it"
+
+
+def test_mps_has_no_ranks_and_computes_in_float32(a_mac, monkeypatch):
+    a_mac(lambda found: found)
+    assert preferred_dtype("mps") == "float32"
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="one MPS device for 2 ranks"):
+        compute_init("mps")
+
+
+def test_no_float64_tensor_is_made_on_the_device():
+    """MPS has none. NumPy's own and those of the CPU are free."""
+    allowed = {"nanochat/common.py": 1, "nanochat/loss_eval.py": 1}  # on collective_device()
+    found = {}
+    for path in sorted((ROOT / "nanochat").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        count = len(re.findall(r"torch\.(?:float64|double)|(?<!cpu\(\))\.double\(\)", text))
+        if count:
+            found[path.relative_to(ROOT).as_posix()] = count
+    assert found == allowed
+
+
+def test_memory_and_caches_are_those_of_the_device(monkeypatch):
+    import torch
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 24)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cuda"))
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append("mps"))
+    devices = [torch.device(name) for name in ("cuda", "mps", "cpu")]
+    assert [hardware.device_memory(device) for device in devices] == [80, 24, None]
+    for device in devices:
+        hardware.empty_cache(device)
+    assert emptied == ["cuda", "mps"]

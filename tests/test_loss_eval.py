@@ -56,6 +56,7 @@ def test_the_ranks_share_all_sequences_and_their_sums_meet(tokenizer, monkeypatc
     wanted = slow_bpb(model, tokenizer, DOCUMENTS)
     totals = []
     monkeypatch.setattr("torch.distributed.all_reduce", lambda total: totals.append(total.item()))
+    monkeypatch.setattr("nanochat.loss_eval.collective_device", lambda: "cpu")
     for rank in range(3):
         evaluate_bpb(model, tokenizer, DOCUMENTS, "cpu", rank=rank, world_size=3)
     raw_bytes = sum(len(text.encode("utf-8")) for text in DOCUMENTS)

@@ -131,7 +131,50 @@ def test_casting_the_matrices_of_every_class_once_changes_no_bit(model_class):
             assert torch.equal(*both)
 
 
+@every_class
+def test_one_compiled_graph_serves_all_blocks_of_every_class(model_class):
+    """docs/traps.md: compile-recompiles"""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = make_model(model_class, depth=4)
+    if hasattr(model, "look_up_in_blocks"):
+        model.look_up_in_blocks = True  # as on a GPU
+    for block in model.blocks:
+        block.compile(dynamic=False, backend=count, fullgraph=True)
+    for sequences in (4, 4, 2):  # two sizes of a micro-batch
+        model(noise(sequences, 16), noise(sequences, 16)).backward()
+    torch.compiler.reset()
+    assert len(graphs) == 2
+
+
 # -------------------------------------------------------------------------------- lookup
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_looked_up_inside_the_blocks_are_the_same(dtype):
+    idx, targets = noise(2, 16), noise(2, 16)
+    models = [make_model(LookupGPT, depth=3) for _ in range(2)]
+    for model, inside in zip(models, (False, True)):
+        model.look_up_in_blocks, model.compute_dtype = inside, dtype
+    outside, inside = (model(idx, targets) for model in models)
+    assert torch.equal(outside, inside)
+    for a, b in zip(*(torch.autograd.grad(loss, [table.weight for table in model.values])
+                      for loss, model in zip((outside, inside), models))):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_on_a_gpu_and_on_mps_gradients_are_dense_and_values_looked_up_inside(monkeypatch):
+    model = make_model(LookupGPT)
+    for device_type, on_cpu in (("cuda", False), ("mps", False), ("cpu", True)):
+        monkeypatch.setattr(LookupGPT, "device", torch.device(device_type))
+        model.choose_gradients()
+        assert model.bigram.sparse == model.trigram.sparse == on_cpu
+        assert model.look_up_in_blocks != on_cpu
+
 
 def test_a_token_is_looked_up_alone_and_with_the_one_and_the_two_before_it():
     model = make_model(LookupGPT, depth=0)

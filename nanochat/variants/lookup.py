@@ -67,7 +67,10 @@ class LookupBlock(Block):
         super().__init__(config)
         self.blend = nn.Parameter(torch.empty(2))
 
-    def forward(self, x, cos, sin, layer_cache=None, window=None, *, x0, value):
+    def forward(self, x, cos, sin, layer_cache=None, window=None, *, x0, value, idx=None):
+        """value: the value embedding of each token; with idx the table of them, looked up here."""
+        if idx is not None:
+            value = F.embedding(idx, value).to(x.dtype)
         x = self.blend[0].to(x.dtype) * x + self.blend[1].to(x.dtype) * x0
         x = x + self.attention(norm(x), cos, sin, layer_cache, window, value=value)
         return x + self.mlp(norm(x))
@@ -109,6 +112,7 @@ class LookupGPT(GPT):
         kv_width = config.kv_heads * config.head_dim
         self.values = nn.ModuleList(
             Embedding(self.vocab_size_padded, kv_width) for _ in range((config.depth + 1) // 2))
+        self.look_up_in_blocks = False  # choose_gradients() sets it
 
     @torch.no_grad()
     def init_weights(self):
@@ -125,10 +129,17 @@ class LookupGPT(GPT):
         self.choose_gradients()
 
     def choose_gradients(self):
-        """Sparse gradients of the hashed tables on a CPU, where a step looks up few rows; dense
-        ones on a GPU, where sorting the rows would cost more."""
+        """How the tables are looked up and trained, by the device.
+
+        Sparse gradients of the hashed tables on a CPU, where a step looks up few rows; dense ones
+        on a GPU and on MPS, where sorting the rows would cost more. Value embeddings are looked up
+        inside the blocks on a GPU: compiled, the rows are cast and added as they are read, and no
+        float32 copy of them (B, T, C) is written and read again.
+        """
+        on_cpu = self.device.type == "cpu"
         for table in (self.bigram, self.trigram):
-            table.sparse = self.device.type == "cpu"
+            table.sparse = on_cpu
+        self.look_up_in_blocks = not on_cpu
 
     def recent_tokens(self, idx, kv_cache=None, window=None):
         """The last tokens up to each position, (B, T, lookback) int32; -1 before the first."""
@@ -148,10 +159,14 @@ class LookupGPT(GPT):
     def block_inputs(self, idx, x):
         """The embeddings x0 and the value embedding of each block, shared from both ends."""
         last = len(self.blocks) - 1
+        x0 = x.view_as(x)  # one compiled graph serves the first block, too: its inputs are two
         inputs = []
         for i in range(len(self.blocks)):
             table = self.values[min(i, last - i)]
-            inputs.append({"x0": x, "value": table(idx).to(x.dtype)})
+            if self.look_up_in_blocks:
+                inputs.append({"x0": x0, "value": table.weight, "idx": idx})
+            else:
+                inputs.append({"x0": x0, "value": table(idx).to(x.dtype)})
         return inputs
 
     def new_kv_cache(self, slots, length):
