@@ -135,7 +135,7 @@ def _next_value(name, kind, words):
     return words.pop(0)
 
 
-def _read_config(path):
+def read_config(path):
     """[(name, value)] of a config file: bare assignments of literals, read and never executed."""
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def _assignments(words, declared, aliases, texts):
         elif texts is not None:
             texts.append(word)
         elif Path(word).is_file():
-            for name, value in _read_config(word):
+            for name, value in read_config(word):
                 if _stands_for_a_value(name, aliases):
                     yield from _aliased(name, value, aliases)
                 else:

@@ -415,6 +415,8 @@ class Run:
             mfu_square=mfu_square,
             peak_flops_per_second=self.peak and self.peak * ranks,
             dtype=dtype_name(self.compute),
+            ranks=ranks,
+            peak_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
             checkpoint=str(self.folder),
             parameters=sum(p.numel() for p in model.parameters()),
             config=self.meta["config"],

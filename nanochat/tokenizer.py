@@ -25,7 +25,6 @@ import json
 import re
 
 import numpy as np
-import rustbpe
 
 from nanochat.common import UserError, atomic_write, get_base_dir, print0
 from nanochat.conversation import as_parts, check_conversation
@@ -73,6 +72,7 @@ class Tokenizer:
         pattern: the regular expression that splits text; None: ours. UserError, with the reason of
         rustbpe, when the ranks are not a vocabulary.
         """
+        import rustbpe  # here, so that a benchmark runs where the package is not installed
         self.pattern = pattern or rustbpe.Tokenizer().get_pattern()
         self._specials = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         self._special_names = {i: name for name, i in self._specials.items()}
@@ -97,6 +97,7 @@ class Tokenizer:
         UserError when the texts do not hold enough different pieces for that many tokens, or hold
         a lone surrogate.
         """
+        import rustbpe
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(

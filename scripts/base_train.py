@@ -323,5 +323,6 @@ run.finish(
     model, time.perf_counter() - started, amended,
     val_bpb=val_bpb,
     best_step=run.step if best is None else best,
+    planned_memory=plan.memory.total,
     text_bytes=text_size.bytes,
     epochs=run.step * total_batch_size / text_size.tokens)

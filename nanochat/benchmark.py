@@ -1,0 +1,632 @@
+"""What the training benchmarks share: sizes, training steps, times, peaks and memory.
+
+The scripts simple_train_benchmark, transformer_benchmark and multigpu_benchmark hold the loops;
+docs/benchmarks.md explains each number. Nothing here needs a tokenizer or data, so that the
+scripts run in an image in which nothing is installed but torch.
+"""
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from nanochat.adamw import AdamW
+from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
+from nanochat.common import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.hardware import DEVICES, cpu_name, synchronize
+from nanochat.parallel import Layout, accumulate_gradients, prepare
+from nanochat.plan import MEMORY_SHARE, build_on_meta, largest_divisor, memory
+from nanochat.variants import MODEL_CLASSES, TRAINABLE
+
+# --------------------------------------------------------------------------------------------------
+# sizes
+
+VOCAB_SIZE = 50257  # GPT-2's
+
+
+class Size(NamedTuple):
+    """A row of SIZES: the shape, the documented batch, the documented number of parameters."""
+    depth: int
+    width: int
+    heads: int
+    batch_size: int    # sequences
+    seq_len: int       # tokens of a sequence
+    documented: float  # parameters
+
+
+# Shapes of the GPT, whose MLP is 4 x width, that have the documented number of parameters when
+# embedding and head are counted as one matrix (tests/test_benchmarks.py: within 1 %). medium, large
+# and xl are GPT-2's small, medium and large. The batches of the large sizes are documented, that of
+# the small ones is the documented command's.
+SIZES = {
+    # name       depth width heads batch length documented
+    "small":  Size(6,   384,  6, 8, 1024, 30e6),
+    "medium": Size(12,  768, 12, 8, 1024, 124e6),
+    "large":  Size(24, 1024, 16, 8, 1024, 354e6),
+    "xl":     Size(36, 1280, 20, 8, 1024, 773e6),
+    "1.5b":   Size(48, 1536, 12, 4,  512, 1.44e9),
+    "3b":     Size(32, 2560, 20, 2,  512, 2.65e9),
+    "7b":     Size(25, 4096, 32, 8, 1024, 5.24e9),
+    "13b":    Size(33, 4992, 39, 4, 1024, 10.12e9),
+}
+LARGE = ("1.5b", "3b", "7b", "13b")
+
+
+def chosen_sizes(model, full, large_models):
+    """Names of the sizes to measure, in the order of SIZES.
+
+    model: one name, or "" for several: those below 1.5b, which is also what `full` means;
+    `large_models`: the others; both: all. UserError for an unknown name, and for a name beside
+    full or large_models.
+    """
+    if model and model not in SIZES:
+        raise UserError(f"model={model} does not exist: choose from {', '.join(SIZES)}")
+    if model and (full or large_models):
+        raise UserError(f"model={model} is one size, full and large_models are several: "
+                        "leave one of them out")
+    if model:
+        return [model]
+    wanted = []
+    for name in SIZES:
+        is_wanted = large_models if name in LARGE else full or not large_models
+        if is_wanted:
+            wanted.append(name)
+    return wanted
+
+
+class Case(NamedTuple):
+    """What is trained: a class of MODEL_CLASSES, its config, and sequences per step and rank."""
+    name: str
+    model_class: str
+    config: object
+    batch_size: int
+
+
+def case_of_size(name, batch_size=None, seq_len=None):
+    """The Case of a name in SIZES. batch_size, seq_len: in place of the documented ones."""
+    size = SIZES[name]
+    config = GPTConfig(
+        depth=size.depth,
+        width=size.width,
+        heads=size.heads,
+        kv_heads=size.heads,
+        vocab_size=VOCAB_SIZE,
+        max_seq_len=seq_len or size.seq_len,
+    )
+    return Case(name, "gpt", config, batch_size or size.batch_size)
+
+
+def case_of_file(path, assignments, batch_size=None, seq_len=None):
+    """(the Case of a config file, names in the file that a benchmark does not use).
+
+    assignments: [(name, value)] as configurator.read_config() gives them: a `model` of
+    nanochat/variants, and fields of its config, of which `depth` is needed; the others follow from
+    it. batch_size, seq_len: in place of the file's device_batch_size and max_seq_len, which are
+    else 8 and 1024. UserError for a model or a shape that cannot be.
+    """
+    given = {name: value for name, value in assignments if value is not None}
+    model_class = given.pop("model", "gpt")
+    if model_class not in TRAINABLE:
+        raise UserError(f"{path}: model={model_class} does not exist: choose from "
+                        f"{', '.join(TRAINABLE)}")
+    config_class = MODEL_CLASSES[model_class].config_class
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    shape = {name: given.pop(name) for name in list(given) if name in fields}
+    batch_size = batch_size or given.pop("device_batch_size", 8)
+    if seq_len:
+        shape["max_seq_len"] = seq_len
+
+    wrong = [f"{name}={value}" for name, value in shape.items()
+             if not is_possible(value, fields[name])]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        wrong.append(f"device_batch_size={batch_size}")
+    if "depth" not in shape:
+        wrong.append("no depth")
+    if "width" in shape and "heads" not in shape:
+        wrong.append(f"width={shape['width']} without heads")
+    if not wrong:
+        config = config_with(config_class, shape)
+        if is_consistent(config):
+            return Case(Path(path).stem, model_class, config, batch_size), sorted(given)
+        wrong = [f"width={config.width}, heads={config.heads}, kv_heads={config.kv_heads}"]
+    raise UserError(f"{path} does not describe a {model_class}: {', '.join(wrong)}")
+
+
+def config_with(config_class, shape):
+    """A config of these fields; what is missing is that of the depth, and kv_heads the heads."""
+    usual = config_class.from_depth(
+        shape["depth"], shape.get("vocab_size", VOCAB_SIZE), shape.get("max_seq_len", 1024))
+    kv_heads = shape.get("heads", usual.kv_heads)
+    return dataclasses.replace(usual, **{"kv_heads": kv_heads, **shape})
+
+
+# --------------------------------------------------------------------------------------------------
+# does it fit
+
+# muon: Muon and AdamW by role, as in training; adamw: AdamW for all parameters, as the documented
+# figures were measured
+OPTIMIZERS = ("muon", "adamw")
+
+
+def check_choices(settings, **choices):
+    """UserError where a setting is none of its choices."""
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            words = " or ".join(word for word in allowed if word)
+            raise UserError(f"{name}={settings[name]} does not exist: choose {words}")
+
+
+def optimizers_of(network, optimizer):
+    """The optimizers, without state, for one of OPTIMIZERS."""
+    if optimizer == "muon":
+        return network.setup_optimizers()
+    return [AdamW(network.parameters(), lr=1e-4)]
+
+
+def planned_memory(case, micro_batch_size, dtype_bytes, ranks, device_type, optimizer):
+    """The Memory (plan.py) of a Case on one device. ranks: among which the optimizer is divided."""
+    model = build_on_meta(MODEL_CLASSES[case.model_class], case.config)
+    needed = memory(model, micro_batch_size, dtype_bytes, ranks, device_type)
+    if optimizer == "adamw":
+        parameters = sum(p.numel() for p in model.parameters())
+        needed = needed._replace(optimizer=8 * parameters // ranks)
+    return needed
+
+
+def fitting_micro_batch(case, free, dtype_bytes, ranks, device_type, optimizer):
+    """(sequences per pass that fit, their Memory): the largest divisor of the batch that does.
+
+    free: bytes, None where they are not known: then all are said to fit. 0 sequences where not even
+    one fits, with the Memory of one.
+    """
+    size = case.batch_size
+    while True:
+        needed = planned_memory(case, size, dtype_bytes, ranks, device_type, optimizer)
+        if free is None or needed.total <= MEMORY_SHARE * free:
+            return size, needed
+        if size == 1:
+            return 0, needed
+        size = largest_divisor(case.batch_size, size - 1)
+
+
+def does_not_fit(case, needed, free):
+    """One line that says by how much a Case is too large, and what would help."""
+    kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in needed._asdict().items())
+    return (f"{case.name} does not fit: one sequence of {case.config.max_seq_len} tokens needs "
+            f"{needed.total / 1e9:.1f} GB ({kinds}), and {100 * MEMORY_SHARE:.0f} % of the "
+            f"{free / 1e9:.1f} GB that are free are {MEMORY_SHARE * free / 1e9:.1f}: take a "
+            "smaller model or a shorter --seq-len, or end what else uses the memory")
+
+
+def problem_of(row):
+    """Why a benchmark's row has no speed: "skipped" before, "failed" while it was measured. None
+    where it has one."""
+    return row.get("skipped") or row.get("failed")
+
+
+def free_memory(device):
+    """Bytes that are free on a device, None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        [available] = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    except (OSError, ValueError):
+        return None
+    return min(1024 * available, cgroup_room())
+
+
+def cgroup_room():
+    """Bytes that a container's limit leaves (version 2 of cgroups), infinite without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = (group / "memory.current").read_text(encoding="utf-8").strip()
+    except OSError:
+        return math.inf
+    return int(limit) - int(used) if limit.isdecimal() else math.inf
+
+
+def reset_peak_memory(device):
+    """From here on peak_memory() counts again."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not Linux, or a sandbox that refuses
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # man 5 proc
+
+
+def peak_memory(device):
+    """Most bytes that were in use: of tensors on a GPU, of the whole process on a CPU. None where
+    the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    [kilobytes] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(kilobytes)
+
+
+# --------------------------------------------------------------------------------------------------
+# peaks
+
+# A dtype -> the column of DEVICES with its peak. float16 has bfloat16's on every device in that
+# table; of float32, and of TF32, no peak is listed.
+PEAKS = {"fp16": "bf16", "float16": "bf16", "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8"}
+
+
+def device_name(device):
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def known_device(name):
+    """The Device of DEVICES whose title is in a device's name, else None."""
+    return next((device for device in DEVICES.values() if device.title in name), None)
+
+
+def peak_of(name, dtype):
+    """Dense peak of a device in FLOP/s for a dtype, None where it is not known."""
+    device, column = known_device(name), PEAKS.get(dtype)
+    return getattr(device, column) if device and column else None
+
+
+def peak_bandwidth(name):
+    """Memory bandwidth of a device in bytes/s, None where it is not known."""
+    device = known_device(name)
+    return device.bandwidth if device else None
+
+
+def share_of(rate, peak):
+    """rate / peak, None where the peak is not known."""
+    return rate / peak if peak else None
+
+
+def percent(share):
+    """
+    >>> percent(0.4432), percent(None)
+    ('44 %', 'unknown')
+    """
+    return "unknown" if share is None else f"{100 * share:.0f} %"
+
+
+def tera(rate):
+    """A rate in units of 10^12, with enough digits on a GPU and on a CPU.
+
+    >>> tera(1.0223e15), tera(171.81e12), tera(6.12e10)
+    ('1,022', '171.8', '0.061')
+    """
+    rate = rate / 1e12
+    if rate >= 1000:
+        return f"{rate:,.0f}"
+    return f"{rate:.1f}" if rate >= 10 else f"{rate:.3f}"
+
+
+def gigabytes(size):
+    """
+    >>> gigabytes(9.7e9), gigabytes(None)
+    ('9.7 GB', 'unknown')
+    """
+    return "unknown" if size is None else f"{size / 1e9:.1f} GB"
+
+
+# The vendors' 8-bit formats with 4 bits of exponent. MI300 alone has the one without a negative
+# zero; read as the other, its bits are other numbers.
+FP8_ON_ROCM = {
+    "gfx942": "float8_e4m3fnuz",  # MI300
+    "gfx950": "float8_e4m3fn",    # MI350
+    "gfx1200": "float8_e4m3fn",   # RDNA4
+    "gfx1201": "float8_e4m3fn",
+}
+FP8_SINCE = (8, 9)  # compute capability: Ada; Hopper is (9, 0)
+
+
+def fp8_format(device_type, hip, architecture, capability):
+    """(name of torch's dtype for FP8 matrix products or None, why there is none).
+
+    hip: torch.version.hip. architecture: of ROCm, "gfx942:sramecc+:xnack-". capability: of CUDA,
+    (9, 0). On ROCm the capability is a number of the architecture and says nothing.
+    """
+    if device_type != "cuda":
+        return None, f"{device_type} has no FP8 matrix products (torch only has a slow reference)"
+    if hip:
+        name = architecture.split(":")[0]
+        found = FP8_ON_ROCM.get(name)
+        return found, "" if found else f"{name} has no FP8"
+    if tuple(capability) < FP8_SINCE:
+        return None, f"compute capability {capability[0]}.{capability[1]} has no FP8, 8.9 has it"
+    return "float8_e4m3fn", ""
+
+
+def fp8_format_here(device):
+    """fp8_format() of a device."""
+    if device.type != "cuda":
+        return fp8_format(device.type, None, "", (0, 0))
+    properties = torch.cuda.get_device_properties(device)
+    return fp8_format(
+        device.type,
+        torch.version.hip,
+        getattr(properties, "gcnArchName", ""),
+        (properties.major, properties.minor),
+    )
+
+
+def to_fp8(x, dtype):
+    """x in a format of 8 bits. Values beyond its range become the largest one, never a NaN."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# times
+
+SAMPLE_SECONDS = 0.02   # a sample of measure_calls() is at least that long
+MIN_SAMPLES = 5
+PROGRESS_SECONDS = 2.0  # between two lines of progress
+
+
+class Times(NamedTuple):
+    """Seconds of a step or call. spread: the interquartile range as a share of the median."""
+    median: float
+    spread: float
+    all: list
+
+
+def summarize(seconds):
+    """The Times of a list of seconds.
+
+    >>> summarize([1.0, 2.0, 2.0, 2.0, 9.0])[:2]
+    (2.0, 0.0)
+    """
+    median = statistics.median(seconds)
+    if len(seconds) < 2:
+        return Times(median, 0.0, list(seconds))
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Times(median, (high - low) / median, list(seconds))
+
+
+def measure_calls(call, device, seconds):
+    """Times of one call of a function that gives work to a device. seconds: to spend, about.
+
+    The first call does not count. A sample is of so many calls that starting and waiting for them
+    weighs little.
+    """
+    call()
+    once = seconds_of(call, 1, device)
+    calls = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-6)))
+    samples = []
+    deadline = time.perf_counter() + seconds
+    while len(samples) < MIN_SAMPLES or time.perf_counter() < deadline:
+        samples.append(seconds_of(call, calls, device) / calls)
+    return summarize(samples)
+
+
+def seconds_of(call, calls, device):
+    """Seconds of that many calls, from an idle device to an idle device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+class Progress:
+    """Lines on standard error, none sooner than two seconds after the one before."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def say(self, text):
+        now = time.perf_counter()
+        if now - self.last >= PROGRESS_SECONDS:
+            print(f"  {text}", file=sys.stderr, flush=True)
+            self.last = now
+
+
+# --------------------------------------------------------------------------------------------------
+# training steps
+
+class Step(NamedTuple):
+    """One training step. passes: forward, backward and the reduction; update: the rest."""
+    passes: float  # seconds
+    update: float  # seconds
+    loss: float    # nats per token
+
+    @property
+    def seconds(self):
+        return self.passes + self.update
+
+
+class Training:
+    """A Case in training on random tokens: the real model, layout and optimizers.
+
+    micro_batch_size: sequences per pass; less after a pass that ran out of memory.
+    """
+
+    def __init__(self, case, compute, micro_batch_size, optimizer, compile, parallel):
+        meta = {
+            "model_class": case.model_class,
+            "config": dataclasses.asdict(case.config),
+            "dtype": str(compute.dtype).removeprefix("torch."),
+        }
+        self.network = build_model(meta, compute.device).train()
+        prepare(self.network, compile)
+        self.layout = Layout(optimizers_of(self.network, optimizer), parallel)
+        self.device = compute.device
+        self.random = torch.Generator(compute.device).manual_seed(compute.rank)
+        self.shape = case.batch_size, case.config.max_seq_len + 1
+        self.micro_batch_size = micro_batch_size
+
+    def step(self):
+        """Take one training step on new tokens and wait for its end. Returns a Step."""
+        vocab_size = self.network.config.vocab_size
+        ids = torch.randint(
+            vocab_size, self.shape, device=self.device, generator=self.random)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        synchronize(self.device)
+        begin = time.perf_counter()
+
+        # 1. forward, backward, and the average over ranks; reduce() waits for the device
+        loss, self.micro_batch_size = accumulate_gradients(
+            self.network,
+            [(inputs, targets)],
+            1 / targets.numel(),
+            self.micro_batch_size,
+            self.layout,
+        )
+        loss, grad_norm = self.layout.reduce(loss)
+        reduced = time.perf_counter()
+
+        # 2. update
+        self.layout.apply(0.0, grad_norm)
+        self.layout.zero_grad()
+        synchronize(self.device)
+        return Step(reduced - begin, time.perf_counter() - reduced, loss)
+
+
+def default_warmup(device_type):
+    """Steps that do not count: they compile, and make the optimizer's state. On a GPU one more, in
+    which the allocator settles."""
+    return 3 if device_type == "cuda" else 2
+
+
+def default_iterations(device_type):
+    """Steps that count where the user names no number."""
+    return 20 if device_type == "cuda" else 5
+
+
+def check_loss(loss):
+    """RuntimeError where a loss is not finite: a device that computes nonsense has no speed."""
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss became {loss}: this device or its kernels compute nonsense, "
+                           "so that its speed means nothing")
+
+
+class Throughput(NamedTuple):
+    """Rates of training, of all ranks together. FLOP/s with attention are 6 N and 6 (causal) or
+    12 (square) x depth x width x T of attention for each token."""
+    tokens_per_second: float
+    flops_of_weights: float         # 6 N
+    flops_with_attention: float     # causal: half of the square
+    flops_with_square_attention: float
+
+
+def throughput(network, tokens, seconds):
+    """The Throughput of a step of so many tokens. network: also one on the meta device."""
+    T = network.config.max_seq_len
+    rate = tokens / seconds
+    of_weights = 6 * network.matmul_parameters()
+    causal = network.flops_per_token(T)
+    square = causal + (causal - of_weights)
+    return Throughput(rate, rate * of_weights, rate * causal, rate * square)
+
+
+# --------------------------------------------------------------------------------------------------
+# several ranks
+
+def rank_counts(gpus, scaling_test, available, kind="GPUs"):
+    """Numbers of ranks to measure: all or `gpus`, for a scaling test also 1, 2, 4, 8 below that.
+
+    available: devices here, or cores where there is no GPU. UserError where gpus are more.
+    """
+    gpus = available if gpus is None else gpus
+    if gpus > available:
+        raise UserError(f"gpus={gpus}, and this machine has {available} {kind}: "
+                        f"take --gpus={available} or fewer")
+    if not scaling_test:
+        return [gpus]
+    return [count for count in (1, 2, 4, 8) if count < gpus] + [gpus]
+
+
+def efficiency(tokens_per_second, ranks, of_one):
+    """Share of `ranks` times the tokens per second of one rank; None where that is not known.
+
+    >>> round(efficiency(101124, 8, 18381), 2)
+    0.69
+    """
+    return tokens_per_second / (ranks * of_one) if of_one else None
+
+
+class _Done:
+    """Stands for the work of a collective that was skipped."""
+
+    def wait(self, timeout=None):
+        return True
+
+    def is_completed(self):
+        return True
+
+
+class Skipped:
+    """What without_communication() has skipped: collectives, and the bytes of their larger side."""
+
+    def __init__(self):
+        self.collectives = 0
+        self.bytes = 0
+
+    def take(self, larger):
+        self.collectives += 1
+        self.bytes += larger.numel() * larger.element_size()
+
+
+def _copy_parts(output, input):
+    """Fill the output of a collective with this rank's own numbers. What is left as it was
+    allocated could be slow to compute with (denormal numbers)."""
+    if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
+        return  # in place: it holds numbers already
+    source = input.flatten()[:output.numel()]
+    output.view(-1, source.numel()).copy_(source)
+
+
+@contextlib.contextmanager
+def without_communication():
+    """Within this context torch.distributed's collectives on tensors return at once. Yields a
+    Skipped.
+
+    The difference between a step with and a step without communication is what communication costs
+    that no computation hides. The arithmetic of a step stays the same, its numbers do not: ranks
+    use their own in place of all ranks'. A barrier still waits.
+    """
+    skipped = Skipped()
+
+    def in_place(tensor, *args, async_op=False, **more):
+        skipped.take(tensor)
+        return _Done() if async_op else None
+
+    def from_input(output, input, *args, async_op=False, **more):
+        skipped.take(max(output, input, key=torch.Tensor.numel))
+        _copy_parts(output, input)
+        return _Done() if async_op else None
+
+    stands_for = {
+        "all_reduce": in_place,
+        "broadcast": in_place,
+        "reduce_scatter_tensor": from_input,
+        "all_gather_into_tensor": from_input,
+        "all_to_all_single": from_input,
+    }
+    originals = {name: getattr(dist, name) for name in stands_for}
+    try:
+        for name, function in stands_for.items():
+            setattr(dist, name, function)
+        yield skipped
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)

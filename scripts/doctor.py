@@ -1,0 +1,217 @@
+"""What this machine can do for training, what stands in the way, and which settings to use.
+
+    python -m scripts.doctor                # everything, in at most 60 seconds; --all is the same
+    python -m scripts.doctor --memory       # memory of the machine and its devices, and the plan
+    python -m scripts.doctor --cuda         # the devices: driver, kernels, speed, exchange
+    python -m scripts.doctor --device_type=cpu
+
+Nothing is changed on the machine. Each probe runs in another process with a time limit of its own,
+so that a driver or a network that hangs is reported and not waited for. docs/doctor.md explains the
+findings. Exit status: 0 where training can run, 1 where it cannot. The last line is JSON.
+"""
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+
+from nanochat.configurator import configure, require
+from nanochat.doctor import MARK, PROBES
+from nanochat.metrics import finish_stage
+from nanochat.probes import Check, exports_of, problem, relevant_variables
+
+# settings
+all = False          # every part; so does no option
+memory = False       # only memory: of the machine, of its devices, and of the planned run
+cuda = False         # only the devices: driver, kernels, speed, exchange (without a GPU: the CPU)
+device_type = ""     # cuda, mps or cpu; empty: what training would choose
+dtype = ""           # float32 or bfloat16; empty: what the hardware is good at
+seconds = 60.0       # limit of the whole
+
+ENDING = 6.0         # seconds of the whole that are for the table and the last line
+WIDTH = 100          # columns of the table
+
+
+def chosen_probes(settings):
+    """Names of the probes that the options ask for, in the order of PROBES."""
+    parts = {part for part in ("memory", "cuda") if settings[part]}
+    if settings["all"] or not parts:
+        parts = {"machine", "memory", "cuda"}
+    return [name for name, probe in PROBES.items() if parts & set(probe.parts)]
+
+
+# --------------------------------------------------------------------------------------------------
+# probes in another process
+
+class Worker:
+    """A process that runs probes one after another, and is killed when one of them hangs."""
+
+    def __init__(self, command):
+        self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # so that what the probes start ends with them
+        )
+        self.lines = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                self.lines.put(json.loads(line.removeprefix(MARK)))
+        self.lines.put(None)  # it has ended
+
+    def answer(self, name, limit):
+        """(the Checks of a probe, its numbers, whether the process can take the next one)."""
+        try:
+            answer = self.lines.get(timeout=limit)
+        except queue.Empty:
+            hangs = problem(
+                name, f"no answer within {limit:.0f} seconds",
+                "run it again; if it stays so, restart the machine or its driver",
+                stops=name == "torch")
+            return [hangs], {}, False
+        if answer is None:
+            return [self.crash(name)], {}, False
+        return [Check(**check) for check in answer["checks"]], answer["numbers"], True
+
+    def crash(self, name):
+        """The Check of a probe whose process has ended."""
+        status = self.process.wait()
+        self.errors.seek(0)
+        said = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        reason = said[-1][:200] if said else "without a word"
+        return problem(
+            name, f"ended with {how}: {reason}", "docs/doctor.md says what a failed probe means",
+            stops=name == "torch")
+
+    def end(self):
+        """Kill the process and all that it has started. One that the kernel holds is left."""
+        if hasattr(os, "killpg"):
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has ended by itself
+        else:
+            self.process.kill()
+        self.errors.close()
+
+
+def examine(names, limit, command):
+    """Run probes, each within its own limit and all within `limit` seconds.
+
+    command: what starts a process, without the probes' names. Yields (name, Checks, numbers).
+    """
+    deadline = time.monotonic() + limit
+    worker = None
+    for position, name in enumerate(names):
+        left = deadline - time.monotonic()
+        if left < 1:
+            yield name, [problem(
+                name, f"not examined: {limit:.0f} seconds were over",
+                "give it more --seconds, or only this part (--memory, --cuda)")], {}
+            continue
+        if worker is None:
+            others = ",".join(names[position:])
+            worker = Worker([*command, others, device_type, dtype])
+        own_limit = min(PROBES[name].seconds, left)
+        checks, numbers, usable = worker.answer(name, own_limit)
+        if not usable:
+            worker.end()
+            worker = None
+        yield name, checks, numbers
+    if worker:
+        worker.end()
+
+
+# --------------------------------------------------------------------------------------------------
+# what is printed
+
+def table(checks):
+    """Lines of a table: status, name, what was found; the remedy below a problem or note."""
+    lines = []
+    for check in checks:
+        head = f"{check.status:<8} {check.name:<15} "
+        text = textwrap.wrap(check.detail, WIDTH - len(head)) or [""]
+        lines.append(head + text[0])
+        lines += [" " * len(head) + line for line in text[1:]]
+        if check.remedy:
+            remedy = textwrap.wrap("-> " + check.remedy, WIDTH - len(head))
+            lines += [" " * len(head) + line for line in remedy]
+    return lines
+
+
+def settings_to_use(plan, exports):
+    """Lines: the command that trains here, the plan that it would make, variables to set first."""
+    lines = [f"export {name}={value}" for name, value in exports.items()]
+    launcher = "python"
+    if plan.get("ranks", 1) > 1:
+        launcher = f"torchrun --standalone --nproc_per_node={plan['ranks']}"
+    lines.append(f"{launcher} -m scripts.base_train")
+    if plan:
+        lines.append("which would choose by itself:")
+        lines += ["  " + line for line in plan["lines"]]
+    return lines
+
+
+def main(settings):
+    require(settings, 1, "seconds")
+    started = time.perf_counter()
+    names = chosen_probes(settings)
+    print(f"doctor: {len(names)} probes, at most {seconds:.0f} seconds; nothing is changed here",
+          flush=True)
+
+    # 1) look
+    checks, numbers = [], {}
+    command = [sys.executable, "-m", "nanochat.doctor"]
+    examination = examine(names, seconds - ENDING, command)
+    for number in range(1, len(names) + 1):
+        name = names[number - 1]
+        print(f"[{number}/{len(names)}] {PROBES[name].about} ...", flush=True)
+        _, found, measured = next(examination)
+        checks += found
+        numbers[name] = measured
+    examination.close()
+
+    # 2) say
+    exports = exports_of(checks)
+    print("\n" + "\n".join(table(checks)) + "\n")
+    print("settings to use")
+    print("\n".join("  " + line for line in settings_to_use(numbers.get("plan", {}), exports)))
+    problems = [check for check in checks if check.status == "problem"]
+    stops = [check for check in problems if check.stops]
+    if stops:
+        reasons = "; ".join(f"{check.name}: {check.remedy}" for check in stops)
+        print(f"\ntraining cannot run here before this is mended: {reasons}")
+    print(f"\n{len(problems)} problems, {'training cannot run' if stops else 'training can run'}")
+
+    # 3) for machines
+    record = {
+        "can_train": not stops,
+        "problems": len(problems),
+        "checks": [check._asdict() for check in checks],
+        "numbers": numbers,
+        "export": exports,
+        "variables": relevant_variables(os.environ),
+    }
+    elapsed = time.perf_counter() - started
+    if numbers.get("torch") and not stops:
+        finish_stage("doctor", elapsed, settings, **record)
+    else:  # the record of a stage names the devices, which might hang here
+        print(json.dumps({"stage": "doctor", "seconds": elapsed, "settings": settings, **record}))
+    raise SystemExit(1 if stops else 0)
+
+
+if __name__ == "__main__":
+    main(configure(globals()))
