@@ -21,7 +21,7 @@ from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.hardware import DEVICES, cpu_name, synchronize
+from nanochat.hardware import DEVICES, cpu_name, peak_memory, synchronize  # noqa: F401
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import MEMORY_SHARE, build_on_meta, largest_divisor, memory
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
@@ -246,19 +246,6 @@ def reset_peak_memory(device):
         return
     with contextlib.suppress(OSError):  # not Linux, or a sandbox that refuses
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # man 5 proc
-
-
-def peak_memory(device):
-    """Most bytes that were in use: of tensors on a GPU, of the whole process on a CPU. None where
-    the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    [kilobytes] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-    return 1024 * int(kilobytes)
 
 
 # --------------------------------------------------------------------------------------------------

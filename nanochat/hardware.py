@@ -446,6 +446,17 @@ def device_memory(device):
     return None
 
 
+def peak_memory(device):
+    """Most bytes that were in use: of tensors on a GPU, of the whole process on a CPU. None where
+    the system does not tell."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = _text_of(Path("/proc/self/status"))
+    kilobytes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(kilobytes[0]) if kilobytes else None
+
+
 def empty_cache(device):
     """Give back the memory that torch holds for later tensors, where the device has a cache."""
     import torch

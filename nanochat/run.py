@@ -29,7 +29,7 @@ import torch
 from nanochat.checkpoint_manager import CheckpointManager
 from nanochat.common import all_reduce_max, compute_cleanup, print0
 from nanochat.guard import Guard, failure_message
-from nanochat.hardware import peak_flops
+from nanochat.hardware import peak_flops, peak_memory
 from nanochat.metrics import finish_stage, open_log, open_logger
 from nanochat.start import resume_hint
 
@@ -416,7 +416,7 @@ class Run:
             peak_flops_per_second=self.peak and self.peak * ranks,
             dtype=dtype_name(self.compute),
             ranks=ranks,
-            peak_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
+            peak_memory=peak_memory(self.compute.device),
             checkpoint=str(self.folder),
             parameters=sum(p.numel() for p in model.parameters()),
             config=self.meta["config"],
