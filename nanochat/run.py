@@ -419,6 +419,7 @@ class Run:
             mfu=mfu,
             mfu_square=mfu_square,
             peak_flops_per_second=self.peak and self.peak * ranks,
+            device=self.compute.device.type,
             dtype=dtype_name(self.compute),
             checkpoint=str(self.folder),
             parameters=sum(p.numel() for p in model.parameters()),
