@@ -16,6 +16,8 @@ attention, arXiv 2305.13245), D head dimension, S = window.end cached tokens.
 """
 import functools
 import importlib.util
+import re
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -104,6 +106,7 @@ CUDNN_VERSION = 91501
 # How far a kernel may be from the maths kernel in float32, relative to the norm: several times the
 # rounding of the dtype (a GPU multiplies float32 as TF32).
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+IS_NO_REASON = r"not used because|runtime disabled|^\s*$"  # among torch's warnings
 MATHS_IS_SLOW = "many times slower than a fused kernel, and memory for T x T scores"
 
 
@@ -288,12 +291,14 @@ def kernel_problem(device, dtype, name, grouped=False):
     kernel = KERNELS[name]
     case = small_case(device, dtype)
     exact = Case(*(x.float() for x in case))
-    try:
-        activate(kernel.activated)
-        with sdpa_kernel([kernel.backend]):
-            found, ran = run_case(case, grouped)
-    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
-        return first_line(str(error))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            activate(kernel.activated)
+            with sdpa_kernel([kernel.backend]):
+                found, ran = run_case(case, grouped)
+        except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+            return reason_not_to_run(str(error), [str(warning.message) for warning in said])
     if KERNELS.get(ran, kernel).backend != kernel.backend:
         return f"torch ran {ran} in its place"
     with sdpa_kernel([SDPBackend.MATH]):
@@ -310,7 +315,12 @@ def difference(found, wanted, tolerance):
     return ""
 
 
-def first_line(message):
-    """The first line of an error that says something, at most 120 characters of it."""
-    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
-    return (lines or ["no reason given"])[0][:120]
+def reason_not_to_run(error, said):
+    """One line of at most 120 characters: the reason that torch's warnings give, else the error.
+
+    said: the warnings. Torch goes through all kernels in them, those that are switched off as well.
+    """
+    reasons = [warning.partition(" (Triggered")[0] for warning in said]
+    telling = [reason for reason in reasons if not re.search(IS_NO_REASON, reason)]
+    words = " ".join((telling or [error])[0].split())
+    return words[:120] or "no reason given"
