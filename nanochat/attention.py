@@ -118,18 +118,20 @@ class Gpu(NamedTuple):
     has_fa3: bool       # whether FlashAttention-3 can be imported and torch can activate it
 
 
-def kernel_order(gpu):
-    """Names of KERNELS for a Gpu, the best first; "math" always works and is the last.
+def kernel_order(gpu, dtype=torch.bfloat16):
+    """Names of KERNELS for a Gpu and a dtype, the best first; "math" always works and is the last.
 
     >>> kernel_order(Gpu(False, (8, 9), 92600, False))[0]
     'flash'
     """
+    too_old = not gpu.hip and gpu.capability < (8, 0)
+    if dtype == torch.float32 or too_old:
+        return ["efficient", "math"]  # the others are of half precision, and of Ampere and later
     if gpu.hip:
         return ["flash", "efficient", "math"]  # AOTriton's or CK's; cuDNN is NVIDIA's
     order = ["flash", "efficient", "cudnn", "math"]
     if gpu.capability in ((9, 0), (10, 0)) and gpu.cudnn >= CUDNN_VERSION:
-        order.remove("cudnn")
-        order.insert(0, "cudnn")
+        order = ["cudnn", "flash", "efficient", "math"]
     if gpu.capability == (9, 0) and gpu.has_fa3:
         order.insert(0, "fa3")
     return order
@@ -165,7 +167,7 @@ def choose_kernel(device, dtype):
     """
     if device.type != "cuda":
         return Choice(running_kernel(device, dtype), {})
-    order = kernel_order(this_gpu(device))
+    order = kernel_order(this_gpu(device), dtype)
     choice = first_that_works(order, functools.partial(kernel_problem, device, dtype))
     grouped = not kernel_problem(device, dtype, choice.name, grouped=True)
     use_kernels([name for name in order if name not in choice.dropped], grouped)

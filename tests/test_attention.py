@@ -58,6 +58,13 @@ def test_each_nvidia_gpu_has_its_best_kernel(gpu, best):
     assert set(KERNELS) - {"fa3"} <= set(order)
 
 
+def test_float32_and_old_gpus_have_the_memory_efficient_kernel():
+    wanted = ["efficient", "math"]
+    for gpu in (cuda(9, 0, has_fa3=True), cuda(8, 0), Gpu(True, (11, 0), 0, False)):
+        assert kernel_order(gpu, torch.float32) == wanted
+    assert kernel_order(cuda(7, 5)) == kernel_order(cuda(7, 0), torch.float16) == wanted
+
+
 @pytest.mark.parametrize("capability", [(9, 0), (9, 4), (9, 5), (10, 0), (11, 0)])
 def test_an_amd_gpu_is_never_taken_for_a_hopper(capability):
     """docs/traps.md: hip-capability"""
