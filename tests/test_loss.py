@@ -160,7 +160,8 @@ def test_one_compiled_function_serves_all_chunks_and_batches(monkeypatch):
         found = softcap_cross_entropy(x, head, targets, weights, 15.0, compile_chunk=True)
         wanted = (plain_losses(x, head, targets, 15.0) * weights).sum()
         torch.testing.assert_close(found, wanted)
-        for ours, theirs in zip(*(torch.autograd.grad(sum_, (x, head)) for sum_ in (found, wanted))):
+        gradients = [torch.autograd.grad(total, (x, head)) for total in (found, wanted)]
+        for ours, theirs in zip(*gradients):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     loss.compiled.cache_clear()
     torch.compiler.reset()
