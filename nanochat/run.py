@@ -414,6 +414,7 @@ class Run:
             mfu=mfu,
             mfu_square=mfu_square,
             peak_flops_per_second=self.peak and self.peak * ranks,
+            device=self.compute.device.type,
             dtype=dtype_name(self.compute),
             ranks=ranks,
             peak_memory=peak_memory(self.compute.device),
