@@ -10,7 +10,7 @@ import torch
 
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import say_cut, sft_data_generator
+from nanochat.dataloader import resumed_conversations, say_cut, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
@@ -119,7 +119,9 @@ if own:
     mixture, portions = mix_with_own(own, mixture, custom_share)
     if rank == 0:
         say_cut(tokenizer, own, T)
-loader_state = start.state and start.state["loader"]
+loader_state = None
+if start.state:
+    loader_state = resumed_conversations(start.state["loaders"], rank, world_size)
 loader = sft_data_generator(
     tokenizer, mixture, micro_batch_size, T, device, rank, world_size, loader_state, seed)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
