@@ -365,7 +365,7 @@ def resumed_conversations(states, rank=0, world_size=1):
     states: of the loaders of all ranks that saved, in the order of the ranks.
 
     As many ranks: the very batches that would have followed. Another number: conversations that
-    wait, and those that only some ranks have passed by, are dealt to the ranks by their number, so
+    wait, and those that only some ranks have passed by, go to the ranks by their number, so
     that none is left out or comes twice. B may have changed: a state counts no batches.
 
     UserError for states that no loader of conversations has made.

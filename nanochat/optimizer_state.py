@@ -49,7 +49,7 @@ def units_of(tensor, partition):
 
 
 def places(optimizer, segments):
-    """Yield (the tensor under which the state is kept, a Segment whose offset is that in the state).
+    """Yield (the tensor under which the state is kept, a Segment with its offset in that state).
 
     segments: {tensor in the optimizer's groups: its Segments}. The state of all matrices of a group
     is one stack, which is kept under the first of the group's tensors.
