@@ -36,19 +36,16 @@ class RowAdagrad(torch.optim.Optimizer):
                 else:
                     self._update_table(table, group["lr"])
 
-    def _squares_of(self, table):
+    def state_of(self, table):
+        """The state of a table, made where there is none."""
         state = self.state[table]
         if not state:
             state["squares"] = torch.zeros(len(table), 1, device=table.device)
-        return state["squares"]
-
-    def fits(self, table, state):
-        """Whether a loaded state is of a table of this size."""
-        return state["squares"].shape == (len(table), 1)
+        return state
 
     def _update_rows(self, table, lr):
         """Read and write the rows of a sparse gradient only."""
-        squares = self._squares_of(table)
+        squares = self.state_of(table)["squares"]
         sparse = table.grad.coalesce()
         rows = sparse.indices()[0]
         grad = sparse.values()
@@ -62,7 +59,7 @@ class RowAdagrad(torch.optim.Optimizer):
 
         Selecting the other rows first would make the host wait for the device.
         """
-        squares = self._squares_of(table)
+        squares = self.state_of(table)["squares"]
         grad = table.grad.float()
 
         squares.add_(grad.square().mean(dim=1, keepdim=True))

@@ -36,7 +36,7 @@ class AdamW(torch.optim.Optimizer):
         # views of float32 parameters, copies of others
         values = [p.detach().reshape(-1).float() for p in params]
         grads = [p.grad.reshape(-1).float() for p in params]
-        states = [self._state_of(p) for p in params]
+        states = [self.state_of(p) for p in params]
         beta1, beta2 = group["betas"]
 
         adamw(
@@ -62,20 +62,14 @@ class AdamW(torch.optim.Optimizer):
             if is_copy:
                 p.copy_(value.view_as(p))
 
-    def _state_of(self, p):
+    def state_of(self, p):
+        """The state of a parameter, made where there is none."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["m"] = torch.zeros(p.numel(), device=p.device)
             state["v"] = torch.zeros(p.numel(), device=p.device)
-        # torch leaves a loaded `step` on the CPU; its fused kernel wants all on one device
-        state["step"] = state["step"].to(p.device)
         return state
-
-    def fits(self, p, state):
-        """Whether a loaded state is of a parameter of this size."""
-        is_flat = state["m"].shape == state["v"].shape == (p.numel(),)
-        return is_flat and state["step"].shape == ()
 
 
 # The documented name. Nothing in here is distributed: parallel.Layout shards from outside.

@@ -1,7 +1,7 @@
 """One step of a run on disk: complete, or not there.
 
     d4/model_000500.pt          weights of the whole model, with plain keys
-       optim_000500_rank0.pt    what one rank needs to resume: optimizer shard, loader, guard, RNG
+       optim_000500_rank0.pt    what one rank had besides: optimizer state, loader, guard, RNG
        meta_000500.json         written last, with the SHA-256 of each file above
        .verified.json           size, modification time and SHA-256 of the files that were verified
        tokenizer/               of the run; tokenizer.py has its files
@@ -37,7 +37,7 @@ from nanochat.common import (
 )
 from nanochat.hardware import is_out_of_memory
 
-FORMAT = 2  # of the meta file; format 1 did not name its format
+FORMAT = 3  # of the meta file and of the optimizers' state
 STEP_FILE = re.compile(r"(?:meta|model|optim)_(\d+)(?:_rank\d+)?\.(?:json|pt)")
 VERIFIED_FILE = ".verified.json"
 META_BYTES = 2**24  # a larger meta file is none: one of ten thousand ranks has a tenth of that
@@ -385,16 +385,21 @@ def problem_of_names(files, step):
 def upgrade_meta(meta):
     """The meta of an older format in the current one, as a new dict. UserError: a newer format.
 
+    Format 2 differs in the optimizers' state, which says itself what it is: it belonged to a layout
+    and to a number of ranks (optimizer_state.py reads both).
+
     Format 1 had no `format` and a single class, whose config said with `ngrams` how many n-grams
     are mixed in:
         {"model_class": "gpt", "config": {"depth": 3, "ngrams": 0}}
-        -> {"format": 2, "model_class": "lookup", "config": {"depth": 3}}
+        -> {"format": 3, "model_class": "lookup", "config": {"depth": 3}}
         {"model_class": "gpt", "config": {"depth": 3, "ngrams": 9}}
-        -> {"format": 2, "model_class": "lookup_ngrams", "config": {"depth": 3, "ngrams": 9}}
+        -> {"format": 3, "model_class": "lookup_ngrams", "config": {"depth": 3, "ngrams": 9}}
     """
     found = meta.get("format", 1)
     if found == FORMAT:
         return meta
+    if found == 2:
+        return {**meta, "format": FORMAT}
     if found != 1:
         raise UserError(
             f"{meta_file(meta.get('step', 0))} has format {found}, "

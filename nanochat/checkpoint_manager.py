@@ -30,6 +30,7 @@ from nanochat.checkpoint import (
     damaged_files,
     list_steps,
     load_checkpoint,
+    map_file,
     meta_file,
     model_file,
     optimizer_file,
@@ -49,6 +50,7 @@ from nanochat.folders import (
     remedy_for_missing,
 )
 from nanochat.guard import Guard
+from nanochat.optimizer_state import problem_of
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.variants import MODEL_CLASSES
 
@@ -325,31 +327,37 @@ def is_evaluated(meta):
 # read
 
 def read_checkpoint(dir, step=None, rank=None, stage=None):
-    """(weights, optimizer state of `rank` or None, meta) of a step of `dir`.
+    """(weights, what `rank` resumes with or None, meta) of a step of `dir`.
+
+    What a rank resumes with is the dict of resumed_state(), whatever the number of ranks that saved
+    the step.
 
     step: None is the newest that is complete and undamaged. stage: the stage that must have
     written it, such as base_train. Every rank calls it with the same step, and all ranks take the
-    same one. The hashes are verified first; the tensors are mapped from the files, on the CPU
-    (see load_checkpoint). UserError if there is no such step.
+    same one. The hashes are verified first, each file by one rank; the tensors are mapped from the
+    files, on the CPU (see load_checkpoint). UserError if there is no such step.
     """
     dir = Path(dir)
+    _, own_rank, _, ranks = get_dist_info()
     for meta in reversed(candidates(dir, step)):
         check_origin(dir, meta, stage)
         names = [model_file(meta["step"])]
         if rank is not None:
-            check_ranks(meta, rank)
-            names.append(optimizer_file(meta["step"], rank))
+            names += optimizer_files(meta)
 
         # all ranks take the step, or none
-        damaged = damaged_files(dir, meta, names)
-        if not all_reduce_max(len(damaged))[0]:
-            weights, state, meta = load_checkpoint(dir, meta["step"], rank)
+        damaged = damaged_files(dir, meta, names[own_rank::ranks])
+        numbers = [1 + names.index(name) for name in damaged]
+        worst = int(all_reduce_max(max(numbers, default=0))[0])
+        if not worst:
+            weights, _, meta = load_checkpoint(dir, meta["step"])
             check_weights(meta, weights, dir / model_file(meta["step"]))
+            state = None
             if rank is not None:
-                check_state(state, dir / names[-1])
+                states = [read_state(dir / name) for name in names[1:]]
+                state = resumed_state(states, rank, ranks)
             return weights, state, meta
-        culprit = dir / damaged[0] if damaged else "a file of another rank"
-        damage = f"{culprit} is damaged (its hash differs from the meta file's)"
+        damage = f"{dir / names[worst - 1]} is damaged (its hash differs from the meta file's)"
         print0(f"step {meta['step']} is ignored: {damage}")
     raise UserError(f"{damage}: choose another step or train again")
 
@@ -380,15 +388,53 @@ def check_origin(dir, meta, stage):
         )
 
 
-def check_ranks(meta, rank):
-    """UserError if the optimizer states of a step are not for as many ranks as this run has."""
-    saved_by = meta["world_size"]
-    world_size = get_dist_info()[3]
-    if saved_by != world_size or optimizer_file(meta["step"], rank) not in meta["files"]:
-        raise UserError(
-            f"the checkpoint was saved by {saved_by} ranks, this run has {world_size}: "
-            "resume with as many"
-        )
+def optimizer_files(meta):
+    """The names of the files that the ranks have written of a step, in the order of the ranks."""
+    names = []
+    for rank in range(meta["world_size"]):
+        names.append(optimizer_file(meta["step"], rank))
+        if names[-1] not in meta["files"]:
+            raise UserError(
+                f"step {meta['step']} has no {names[-1]}, without which its run cannot be "
+                "resumed: choose another step, or start from its weights")
+    return names
+
+
+def read_state(path):
+    """What a rank has saved besides the weights, mapped from its file and checked."""
+    state = map_file(path)
+    check_state(state, path)
+    return state
+
+
+def resumed_state(states, rank, ranks):
+    """What a rank resumes with, from what each rank has saved: a dict.
+
+    optimizers  for Layout.load_optimizer_state()
+    loaders     the states of the loaders of all ranks that saved: dataloader.py has what a rank
+                resumes with
+    rng, guard  this rank's own; rank 0's where the number of ranks is another
+
+    UserError for formats 1 and 2, whose optimizer state belongs to a number of ranks, where that is
+    another.
+    """
+    same = len(states) == ranks
+    own = states[rank if same else 0]
+    optimizers = [state["optimizers"] for state in states]
+    formats = {type(saved) for state in states for saved in state["optimizers"]}
+    if dict in formats:
+        if not same or list in formats:
+            raise UserError(
+                f"the checkpoint was saved by {len(states)} ranks of an earlier version, this run "
+                f"has {ranks}: resume with as many; the steps it saves then can be resumed by any "
+                "number")
+        optimizers = [own["optimizers"]]
+    return {
+        "optimizers": optimizers,
+        "loaders": [state["loader"] for state in states],
+        "rng": own["rng"],
+        "guard": own["guard"],
+    }
 
 
 def named_checkpoint(name, dir):
@@ -622,9 +668,11 @@ def problem_of_weights(meta, weights, path):
 
 
 def check_state(state, path):
-    """UserError unless a file holds the state of a rank, in the form in which Run.save() writes it.
+    """UserError unless a file holds the state of a rank, in the form in which Run.save() writes it,
+    or that of an earlier version.
 
-    Whether it is the state of this model is for parallel.Layout to say, which knows the parameters.
+    Whether it is the state of this model is for optimizer_state.py to say, which knows the
+    parameters.
     """
     problem = _problem_of_state(state)
     if problem:
@@ -638,8 +686,9 @@ def _problem_of_state(state):
     """What is wrong with the state of a rank, or None."""
     if not isinstance(state, dict) or not isinstance(state.get("optimizers"), list):
         return "no list of optimizers"
-    if not all(map(_is_state_of_an_optimizer, state["optimizers"])):
-        return "an optimizer without param_groups or state"
+    for problem in map(problem_of, state["optimizers"]):
+        if problem:
+            return problem
 
     missing = [key for key in ("loader", "rng", "guard") if key not in state]
     if missing:
@@ -651,17 +700,6 @@ def _problem_of_state(state):
     rng = state["rng"]
     is_rng = isinstance(rng, torch.Tensor) and rng.dtype == own.dtype
     return None if is_rng and rng.shape == own.shape else "no random state of this torch"
-
-
-def _is_state_of_an_optimizer(saved):
-    """Whether a value is what Optimizer.state_dict() returns."""
-    if not isinstance(saved, dict):
-        return False
-    groups, states = saved.get("param_groups"), saved.get("state")
-    if not isinstance(groups, list) or not isinstance(states, dict):
-        return False
-    are_groups = all(isinstance(group, dict) and "params" in group for group in groups)
-    return are_groups and all(isinstance(values, dict) for values in states.values())
 
 
 def check_keys(meta, *keys):

@@ -10,7 +10,8 @@ rest is padding. One that is longer than a sequence is cut to it.
 
 Both loaders yield a state with every batch: the place of the *next* batch, as plain integers that a
 checkpoint can hold. A loader that is given this state yields exactly the batches that would have
-followed. A state belongs to one rank, and to the B, T and number of ranks that it was made with.
+followed. A state belongs to one rank, and to the B, T and number of ranks that it was made with:
+resumed_text() and resumed_conversations() make another of it where these have changed.
 """
 import contextlib
 import functools
@@ -30,6 +31,7 @@ from nanochat.dataset import open_dataset
 from nanochat.shards import read_row_group
 
 IGNORED = -1                # target of a position that gives no loss
+BUFFER_BATCHES = 16         # in a shuffle buffer of text
 WAITING_CONVERSATIONS = 32  # from which the packing chooses
 READ_AHEAD = 8              # batches that a thread has ready for a GPU
 MEASURED_BYTES = 8_000_000  # of text that are read and encoded to measure it; less is exact
@@ -103,7 +105,7 @@ def tokenizing_distributed_data_loader_with_state(
     rank=0,
     world_size=1,
     state=None,
-    buffer_batches=16,
+    buffer_batches=BUFFER_BATCHES,
     documents_at_once=64,
 ):
     """Yield (inputs (B, T), targets (B, T), state) without end; both tensors are int64 on `device`.
@@ -161,6 +163,61 @@ def on_device(batch, device):
     if torch.device(device).type != "cuda":
         return [tensor.to(device) for tensor in batch]
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+def resumed_text(states, saved_B, tokenizer, B, T, data, rank=0, world_size=1):
+    """The state with which a rank continues the training text.
+
+    states: of the loaders of all ranks that saved, in the order of the ranks, whose batches were
+    (saved_B, T). The rest: of the loader that continues.
+
+    As many ranks, and the same B: the very batches that would have followed.
+    As many ranks, another B: the rank's own text, from behind the shuffle buffer in which it was.
+    Another number of ranks: all ranks begin at the first document that no rank had in a shuffle
+    buffer yet, or before it.
+
+    So nothing is read twice. What is skipped is the rest of the shuffle buffers, at most
+    BUFFER_BATCHES * saved_B * T tokens of each rank, and by another number of ranks also what the
+    slower ones had yet to read of the text before the fastest one (ranks read as many tokens, but
+    in documents of different lengths).
+
+    UserError for states that no loader of text has made.
+    """
+    for state in states:
+        is_state = isinstance(state, (tuple, list)) and len(state) == 5
+        if not is_state or not all(type(number) is int and number >= 0 for number in state):
+            raise UserError(_no_place(state, "text"))
+    if len(states) == world_size and saved_B == B:
+        return tuple(states[rank])
+
+    groups = open_dataset(data).groups("train")
+    count = BUFFER_BATCHES * saved_B * T
+    ranks = range(len(states))
+    if len(states) == world_size:
+        ranks = [rank]
+    ends = [_behind_the_buffer(tokenizer, groups, states[i], count, i, len(states)) for i in ranks]
+    epoch, group, row, token = max(ends)
+    if len(states) == world_size:
+        return epoch, group, row, token, 0
+    return epoch, group, row + (token > 0), 0, 0  # not in the midst of a document
+
+
+def _no_place(state, kind):
+    return (f"the checkpoint holds no place in the {kind} ({str(state)[:60]}): start from its "
+            "weights, or get it again from where it came")
+
+
+def _behind_the_buffer(tokenizer, groups, state, count, rank, world_size):
+    """(epoch, group, row, token) behind the shuffle buffer of `count` tokens in which a state is.
+
+    Where nothing of the buffer was yielded yet, that is its beginning.
+    """
+    *place, token, yielded = state
+    if not yielded:
+        return (*place, token)
+    documents = _endless_documents(groups, rank, world_size, *place)
+    stream = _TokenStream(tokenizer, documents, token, documents_at_once=64)
+    stream.read(count)
+    stream.take(count)
+    return stream.position()
 
 
 def _endless_documents(groups, rank, world_size, epoch, group, row):
@@ -315,13 +372,7 @@ def deliver(batches, device):
     is_cuda = torch.device(device).type == "cuda"
     with contextlib.closing(read_ahead(batches) if is_cuda else batches) as batches:
         for inputs, targets, state in batches:
-            if is_cuda:
-                # the copy of pinned memory to the device does not block
-                inputs = inputs.pin_memory()
-                targets = targets.pin_memory()
-            inputs = inputs.to(device, non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
-            yield inputs, targets, state
+            yield *on_device((inputs, targets), device), state
 
 
 def read_ahead(items, count=READ_AHEAD):
@@ -364,6 +415,42 @@ def read_ahead(items, count=READ_AHEAD):
     finally:
         closed.set()
         thread.join()
+
+
+def resumed_conversations(states, rank=0, world_size=1):
+    """The state with which a rank continues the conversations.
+
+    states: of the loaders of all ranks that saved, in the order of the ranks.
+
+    As many ranks: the very batches that would have followed. Another number: conversations that
+    wait, and those that only some ranks have passed by, go to the ranks by their number, so
+    that none is left out or comes twice. B may have changed: a state counts no batches.
+
+    UserError for states that no loader of conversations has made.
+    """
+    for state in states:
+        is_state = isinstance(state, (tuple, list)) and len(state) == 2
+        if not is_state or not _are_draws(*state):
+            raise UserError(_no_place(state, "conversations"))
+    saved_by = len(states)
+    if saved_by == world_size:
+        drawn, waiting = states[rank]
+        return drawn, tuple(waiting)
+
+    # Draw number d of rank r of N is number d * N + r of all conversations drawn.
+    furthest = max(drawn for drawn, _ in states)
+    left = []
+    for saver, (drawn, waiting) in enumerate(states):
+        left += [draw * saved_by + saver for draw in (*waiting, *range(drawn, furthest))]
+    mine = sorted(number // world_size for number in left if number % world_size == rank)
+    return -(-(furthest * saved_by - rank) // world_size), tuple(mine)
+
+
+def _are_draws(drawn, waiting):
+    """Whether these are numbers of conversations, as in a state of sft_data_generator."""
+    if not isinstance(waiting, (tuple, list)):
+        return False
+    return all(type(number) is int and number >= 0 for number in (drawn, *waiting))
 
 
 def count_cut(tokenizer, task, T):

@@ -1,10 +1,11 @@
 """A model of which every rank holds a slice: parameters, gradients and optimizer state (FSDP2).
 
 torch's fully_shard (arXiv 2304.11277) is applied to every block and to the model. It cuts each
-parameter by its first dimension: rank r of N holds the rows [r * c, (r + 1) * c), c = ceil(rows / N).
-The slices stay in float32 and are what the optimizers update. Before a block runs, its parameters
-are gathered, as copies in the compute dtype; after its backward pass its gradients are averaged,
-and each rank keeps its slice of them. So a rank never holds more than a few whole blocks.
+parameter by its first dimension: rank r of N holds the rows [r * c, (r + 1) * c) where c is
+ceil(rows / N). The slices stay in float32 and are what the optimizers update. Before a block runs,
+its parameters are gathered, as copies in the compute dtype; after its backward pass its gradients
+are averaged, and each rank keeps its slice of them. So a rank never holds more than a few whole
+blocks.
 
 What that leaves to do is here:
 
@@ -26,6 +27,8 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+from nanochat.optimizer_state import Segment, unit_shape
 
 
 # -------------------------------------------------------------------------------------------------
@@ -73,6 +76,7 @@ class Matrix:
 
     def __init__(self, name, shape, index, owner, rank, ranks):
         self.name = name
+        self.index = index
         self.owner = owner
         numel = shape[-2] * shape[-1]
         whole = index * numel, (index + 1) * numel
@@ -213,13 +217,30 @@ class ShardedModel:
             assert in_place, "the model was moved after its layout was made"
             shard.grad = torch.zeros_like(shard) if p.grad is None else p.grad.to_local()
 
-    # matrices
+    # optimizers
+
+    def divide(self, optimizer, names):
+        """Give an optimizer of elements or rows this rank's slices; returns {slice: its Segments}.
+
+        names: for each of its parameter groups, the names of the parameters.
+        """
+        segments = {}
+        for group, names_of_group in zip(optimizer.param_groups, names):
+            for name in names_of_group:
+                shard = self.shards[name]
+                if not shard.numel():
+                    continue
+                step = math.prod(unit_shape(shard, optimizer.partition))
+                begin, _ = slice_of(self.params[name].shape, self.rank, self.ranks)
+                segments[shard] = [Segment(name, begin // step, shard.numel() // step, 0)]
+                group["params"].append(shard)
+        return segments
 
     def divide_matrices(self, optimizer, names, bucket_elements):
         """Give every matrix of an optimizer an owner, and the optimizer those owned here.
 
-        names: for each of its parameter groups, the names of the parameters. bucket_elements: of a
-        bucket, for each rank, or a single matrix where that is larger.
+        names: as in divide(). bucket_elements: of a bucket, for each rank; a single matrix may be
+        larger. Returns {what stands for a matrix: its Segments}.
         """
         count = 0
         buckets = []
@@ -237,6 +258,11 @@ class ShardedModel:
                 buckets.append(self._bucket(matrices[begin:begin + size], shape[-2:], group))
         optimizer.param_groups[:] = [bucket.group for bucket in buckets]
         self.buckets[optimizer] = buckets
+        segments = {}
+        for bucket in buckets:
+            for p, matrix in zip(bucket.group["params"], bucket.owned):
+                segments[p] = [Segment(matrix.name, matrix.index, 1, 0)]
+        return segments
 
     def _bucket(self, matrices, shape, group):
         device = self.shards[matrices[0].name].device

@@ -99,25 +99,23 @@ class Muon(torch.optim.Optimizer):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         stack = torch.cat([grad.reshape(-1, m, n) for grad in grads]).float()
 
-        state = self.state[params[0]]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(stack)
-        momentum = state["momentum"]
+        momentum = self.state_of(params[0])["momentum"]
         momentum.lerp_(stack, 1 - group["momentum"])
         return stack.lerp_(momentum, group["momentum"])
 
-    def fits(self, p, state):
-        """Whether a loaded state is of the matrices of the group that begins with `p`.
+    def state_of(self, p):
+        """The state of the group that begins with `p`, made where there is none."""
+        state = self.state[p]
+        if not state:
+            m, n = p.shape[-2:]
+            group = next(group for group in self.param_groups if self._begins_with(group, p))
+            # each may be a stack of several matrices
+            count = sum(q.numel() for q in group["params"]) // (m * n)
+            state["momentum"] = torch.zeros(count, m, n, device=p.device)
+        return state
 
-        The momentum of all of them is one stack, which is kept under the first.
-        """
-        m, n = p.shape[-2:]
-        for group in self.param_groups:
-            if group["params"] and group["params"][0] is p:
-                # p itself may be a stack of several matrices
-                count = sum(q.numel() for q in group["params"]) // (m * n)
-                return state["momentum"].shape == (count, m, n)
-        return False
+    def _begins_with(self, group, p):
+        return bool(group["params"]) and group["params"][0] is p
 
 
 # The documented name. Nothing in here is distributed: parallel.Layout shards from outside.

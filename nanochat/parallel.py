@@ -50,12 +50,19 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError, all_reduce_max, get_dist_info, print0
-from nanochat.fsdp import ShardedModel
+from nanochat.fsdp import ShardedModel, overlap
 from nanochat.hardware import compile_problem, empty_cache, is_out_of_memory
+from nanochat.optimizer_state import (
+    Segment,
+    load_pieces,
+    load_state_dict,
+    pieces_of,
+    unit_shape,
+    units_of,
+)
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
 ALIGNMENT = 16             # elements: a parameter in a bucket begins where vector loads may begin
@@ -126,15 +133,6 @@ def round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def unit_shape(p, partition):
-    """The shape of the smallest piece of p that an optimizer of this partition can update."""
-    if partition == "elements":
-        return ()
-    if partition == "rows":
-        return tuple(p.shape[1:])
-    return tuple(p.shape[-2:])  # matrices
-
-
 def cut_into_buckets(params, least):
     """Lists of consecutive parameters; each but the last holds at least `least` elements."""
     buckets = [[]]
@@ -146,6 +144,16 @@ def cut_into_buckets(params, least):
         buckets[-1].append(p)
         size += p.numel()
     return buckets
+
+
+def params_of(optimizer):
+    """The tensors in an optimizer's groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def whole_segments(params, names, partition):
+    """{parameter: its Segments}, for an optimizer that holds whole parameters."""
+    return {p: [Segment(names[p], 0, units_of(p, partition), 0)] for p in params}
 
 
 class ReplicatedBucket:
@@ -179,6 +187,10 @@ class ReplicatedBucket:
     def held(self):
         """The tensors that this rank's optimizer holds."""
         return self.params
+
+    def segments(self, names, partition):
+        """{tensor that is held: its Segments}. names: {parameter: its name}."""
+        return whole_segments(self.params, names, partition)
 
     def take_gradients(self, dtype):
         """All gradients in one flat buffer of this dtype. The gradients themselves are freed."""
@@ -247,6 +259,18 @@ class ShardedBucket(ReplicatedBucket):
         self.shard.grad = average.view_as(self.shard).to(self.shard.dtype)
         self._release()
 
+    def segments(self, names, partition):
+        step = math.prod(self.unit)
+        size = self.numel // self.ranks
+        mine = self.rank * size, (self.rank + 1) * size
+        found = []
+        for p, place in zip(self.params, self.places):
+            begin, end = overlap((place.start, place.stop), mine)
+            if begin < end:
+                start, count = (begin - place.start) // step, (end - begin) // step
+                found.append(Segment(names[p], start, count, (begin - mine[0]) // step))
+        return {self.shard: found}
+
     def start_gather(self):
         in_place = self.params[0].data_ptr() == self.values.data_ptr()
         assert in_place, "the model was moved after its layout was made"
@@ -293,45 +317,56 @@ class Layout:
         self.overlap = False        # whether buckets start during the backward pass
         self.order_is_known = False
         self._begin_step()
-        if self.ranks > 1:
-            for optimizer in optimizers:
-                assert not optimizer.state, "a layout cuts parameters before there is any state"
-            self._divide()
+        # for optimizer_state.py: {name: how many units the parameter has} for each optimizer, and
+        # the Segments of each tensor that an optimizer holds
+        self.units, self.segments = [], {}
+        self._divide()
 
     def _divide(self):
-        if self.kind == "fsdp":
-            self._shard()
-        else:
-            self._make_buckets()
-
-    def _shard(self):
-        """Cut the model. Nothing may hold on to the whole parameters, lest they keep memory."""
-        named = {p: name for name, p in self.model.named_parameters()}
-        names = []
+        """Give the optimizers what this rank updates."""
+        names = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
-            names.append([[named[p] for p in g["params"]] for g in optimizer.param_groups])
-            for group in optimizer.param_groups:
+            partition = optimizer.partition
+            self.units.append({names[p]: units_of(p, partition) for p in params_of(optimizer)})
+            if self.ranks == 1:
+                self.segments |= whole_segments(params_of(optimizer), names, partition)
+            else:
+                assert not optimizer.state, "a layout cuts parameters before there is any state"
+        if self.ranks == 1:
+            return
+        if self.kind == "fsdp":
+            self._shard(names)
+        else:
+            self._make_buckets(names)
+
+    def _shard(self, names):
+        """Cut the model. Nothing may hold on to the whole parameters, lest they keep memory."""
+        names_of = {}
+        for optimizer in self.optimizers:
+            groups = optimizer.param_groups
+            names_of[optimizer] = [[names[p] for p in group["params"]] for group in groups]
+            for group in groups:
                 group["params"] = []
-        del named
+        names.clear()
 
         dtype = getattr(self.model, "compute_dtype", torch.float32)
         self.sharded = ShardedModel(self.model, dtype, self.reduce_dtype, self.rank, self.ranks)
-        for optimizer, names_of_groups in zip(self.optimizers, names):
+        for optimizer, names_of_groups in names_of.items():
             if optimizer.partition == "matrices":
                 elements = BUCKET_BYTES // 4
-                self.sharded.divide_matrices(optimizer, names_of_groups, elements)
-                continue
-            for group, names_of_group in zip(optimizer.param_groups, names_of_groups):
-                shards = [self.sharded.shards[name] for name in names_of_group]
-                group["params"] = [shard for shard in shards if shard.numel()]
+                self.segments |= self.sharded.divide_matrices(optimizer, names_of_groups, elements)
+            else:
+                self.segments |= self.sharded.divide(optimizer, names_of_groups)
 
-    def _make_buckets(self):
+    def _make_buckets(self, names):
         bucket_class = BUCKETS[self.kind]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 buckets = self._buckets_of(group["params"], optimizer.partition, bucket_class)
                 group["params"] = [tensor for bucket in buckets for tensor in bucket.held()]
                 self.buckets.extend(buckets)
+                for bucket in buckets:
+                    self.segments |= bucket.segments(names, optimizer.partition)
 
         self.buckets.reverse()  # a guess, until the first step has shown the order
         for bucket in self.buckets:
@@ -499,8 +534,7 @@ class Layout:
         """The tensors whose gradients this rank judges, clips and applies."""
         if self.sharded:
             return list(self.sharded.shards.values())
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [tensor for group in groups for tensor in group["params"]]
+        return [tensor for optimizer in self.optimizers for tensor in params_of(optimizer)]
 
     # whole weights
 
@@ -532,56 +566,44 @@ class Layout:
     # checkpoints
 
     def optimizer_state(self):
-        """The state of this rank's optimizers: a list of dicts, one file per rank."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+        """This rank's part of the optimizers' state: a list of pieces for each optimizer.
+
+        See optimizer_state.py. What every rank holds is of rank 0 only.
+        """
+        if self.kind == "replicated" and self.rank != 0:
+            return [[] for _ in self.optimizers]
+        return [pieces_of(optimizer, self.segments) for optimizer in self.optimizers]
 
     def load_optimizer_state(self, states):
-        """Load what optimizer_state() returned on this rank.
+        """Load optimizer states, of any layout and number of ranks. All ranks call it.
 
-        The learning rate and weight decay stay those of this run's settings. UserError where the
-        state is that of another layout or model.
+        states: a list of what optimizer_state() returned on each rank that saved; of a checkpoint
+        of format 1 or 2, what this rank saved, in a list. Learning rates and other settings stay
+        those of this run. UserError where the state is that of another model.
         """
-        if len(states) != len(self.optimizers):
-            raise UserError(
-                f"the checkpoint has the state of {len(states)} optimizers, this run has "
-                f"{len(self.optimizers)}: resume with the version that saved it, or train again; "
-                "its weights can still be loaded"
-            )
-        for optimizer, state in zip(self.optimizers, states):
-            here = [len(group["params"]) for group in optimizer.param_groups]
-            saved = [len(group["params"]) for group in state["param_groups"]]
-            if here != saved:
+        for state in states:
+            if len(state) != len(self.optimizers):
                 raise UserError(
-                    f"the checkpoint's optimizer state is divided into {saved} tensors, this run's "
-                    f"into {here}: resume with the version, ranks and layout that saved it"
+                    f"the checkpoint has the state of {len(state)} optimizers, this run has "
+                    f"{len(self.optimizers)}: resume with the version that saved it, or train "
+                    "again; its weights can still be loaded"
                 )
-            own = [dict(group) for group in optimizer.param_groups]
-            # copied, for training would otherwise update the mapped pages of a checkpoint's file
-            optimizer.load_state_dict(tree_map_only(torch.Tensor, torch.clone, state))
-            for p, loaded in optimizer.state.items():
-                if not _fits(optimizer, p, loaded):
-                    raise UserError(
-                        f"the checkpoint's optimizer state is not that of this model (a parameter "
-                        f"of shape {tuple(p.shape)}): resume with the version that saved it, or "
-                        "train again; its weights can still be loaded"
-                    )
-            for group, settings in zip(optimizer.param_groups, own):
-                # the rest is the checkpoint's, as far as it has it
-                group.update({**settings, **group, **own_settings(settings)})
+        for number, optimizer in enumerate(self.optimizers):
+            of_ranks = [state[number] for state in states]
+            if isinstance(of_ranks[0], dict):
+                self._load_older(optimizer, of_ranks[0])
+                continue
+            pieces = [piece for pieces in of_ranks for piece in pieces]
+            load_pieces(optimizer, self.segments, self.units[number], pieces)
 
-
-def _fits(optimizer, p, loaded):
-    """Whether a loaded state is one that the optimizer can continue parameter `p` with."""
-    try:
-        return all(value.is_floating_point() for value in loaded.values()) and (
-            optimizer.fits(p, loaded))
-    except (KeyError, AttributeError):  # a value that is missing, or is no tensor
-        return False
-
-
-def own_settings(group):
-    """What a parameter group takes from the run's settings, never from a checkpoint."""
-    return {key: group[key] for key in ("initial_lr", "weight_decay") if key in group}
+    def _load_older(self, optimizer, saved):
+        """Load what format 1 or 2 has of an optimizer, which no fsdp layout has written."""
+        if self.sharded:
+            raise UserError(
+                "the checkpoint was saved by an earlier version, without --parallel=fsdp: resume "
+                "with the layout that saved it; the steps it saves then have any layout"
+            )
+        load_state_dict(optimizer, saved)
 
 
 def grad_norm_sq(tensors, device, as_one=False):

@@ -57,7 +57,7 @@ class Start(NamedTuple):
     kind: str
     folder: Path    # of the checkpoint; of a chat stage, that of the run; None: not known yet
     weights: dict   # of the model
-    state: dict     # of this rank: optimizers, loader, guard, random numbers
+    state: dict     # of resumed_state(): optimizers, loaders, guard, random numbers
     meta: dict
 
 

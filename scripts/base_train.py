@@ -18,7 +18,11 @@ import torch
 from nanochat.checkpoint_manager import build_model, load_weights
 from nanochat.common import UserError, all_reduce_max, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import measure_text, tokenizing_distributed_data_loader_with_state
+from nanochat.dataloader import (
+    measure_text,
+    resumed_text,
+    tokenizing_distributed_data_loader_with_state,
+)
 from nanochat.dataset import open_dataset
 from nanochat.engine import sample_texts
 from nanochat.folders import new_run
@@ -137,7 +141,10 @@ text_size = measure_text(dataset, tokenizer)
 text_size.check_context(max_seq_len)
 machine = this_machine(compute, matmul_flops)
 speed = speed_of(model_class, vocab_size, compute)
-plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed, text_size)
+known = resumed
+if resumed and resumed["world_size"] != world_size:
+    known = {**resumed, "device_batch_size": None}  # which need not divide what a rank has now
+plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, known, text_size)
 check_not_passed(budget, plan.horizon, resumed)
 reading = plan.reading
 for line in plan.describe(model_name, world_size) + reading.warnings():
@@ -214,7 +221,12 @@ if start.state:
     torch.set_rng_state(start.state["rng"].cpu())
 
 # ---- data
-loader_state = start.state and start.state["loader"]
+loader_state = None
+if start.state:
+    saved_batch_size = resumed.get("device_batch_size", micro_batch_size)
+    loader_state = resumed_text(
+        start.state["loaders"], saved_batch_size, tokenizer, micro_batch_size, max_seq_len, dataset,
+        rank, world_size)
 loader = tokenizing_distributed_data_loader_with_state(
     tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,
     loader_state)

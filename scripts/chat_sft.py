@@ -10,7 +10,7 @@ import torch
 
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.dataloader import deliver, say_cut, sft_data_generator
+from nanochat.dataloader import deliver, resumed_conversations, say_cut, sft_data_generator
 from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
@@ -126,7 +126,9 @@ total_batch_size, micro_batch_size, grad_accum_steps = plan.batch
 matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- loader
-loader_state = start.state and start.state["loader"]
+loader_state = None
+if start.state:
+    loader_state = resumed_conversations(start.state["loaders"], rank, world_size)
 loader = deliver(sft_data_generator(
     tokenizer, mixture, micro_batch_size, T, "cpu", rank, world_size, loader_state, seed), device)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]

@@ -8,6 +8,7 @@ from nanochat.checkpoint import list_steps, read_meta, write_meta
 from nanochat.checkpoint_manager import AsyncSave, build_model, checkpoint_dir, complete_steps
 from nanochat.common import UserError, sha256
 from nanochat.guard import Guard
+from nanochat.parallel import Layout
 from nanochat.tokenizer import Tokenizer
 
 CONFIG = {
@@ -68,10 +69,10 @@ def train_step(model, optimizers):
     return loss.item()
 
 
-def state_of(optimizers):
+def state_of(model, optimizers):
     """What a rank saves besides the weights."""
     return {
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizers": Layout(model, optimizers).optimizer_state(),
         "loader": (1, 2, 3, 4),
         "rng": torch.get_rng_state(),
         "guard": Guard().state_dict(),
@@ -80,7 +81,7 @@ def state_of(optimizers):
 
 def save(folder, step, meta, rank=0, model=None, optimizers=()):
     model = model or make(meta, 0)[0]
-    AsyncSave(folder, step, model, state_of(optimizers), meta, rank).finish()
+    AsyncSave(folder, step, model, state_of(model, optimizers), meta, rank).finish()
 
 
 def save_with_a_forged_step(folder, meta, base_dir):

@@ -24,7 +24,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
     tokenizer,
     train_step,
 )
-from nanochat import checkpoint
+from nanochat import checkpoint, checkpoint_manager
 from nanochat.checkpoint import (
     damaged_files,
     load_checkpoint,
@@ -35,7 +35,9 @@ from nanochat.checkpoint import (
     write_meta,
 )
 from nanochat.checkpoint_manager import (
+    AsyncSave,
     CheckpointManager,
+    build_model,
     complete_steps,
     load_model,
     lock_folder,
@@ -43,6 +45,7 @@ from nanochat.checkpoint_manager import (
     read_checkpoint,
 )
 from nanochat.common import sha256, warn_once
+from nanochat.parallel import Layout
 
 # --------------------------------------------------------------------------------------------------
 # save and load
@@ -50,9 +53,9 @@ from nanochat.common import sha256, warn_once
 
 def test_saving_and_loading_one_step(folder, meta):
     model, optimizers = make(meta)
-    save_checkpoint(folder, 3, model, state_of(optimizers), meta)
+    save_checkpoint(folder, 3, model, state_of(model, optimizers), meta)
     weights, state, found = load_checkpoint(folder, 3, rank=0)
-    assert found["step"] == 3 and found["format"] == 2 and found["world_size"] == 1
+    assert found["step"] == 3 and found["format"] == 3 and found["world_size"] == 1
     assert state["loader"] == (1, 2, 3, 4)
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
@@ -72,7 +75,8 @@ def test_files_have_the_documented_names_and_plain_keys(folder, meta):
 
 
 def test_loaded_tensors_are_mapped_and_a_change_to_one_never_changes_the_file(folder, meta):
-    save(folder, 5, meta, optimizers=make(meta)[1])
+    model, optimizers = make(meta)
+    save(folder, 5, meta, model=model, optimizers=optimizers)
     before = {path.name: sha256(path) for path in folder.iterdir()}
     weights, state, _ = read_checkpoint(folder, rank=0)
     for tensor in weights.values():
@@ -262,7 +266,7 @@ def test_killed_at_a_hundred_random_moments_all_complete_steps_are_whole(folder,
     def save_for_ever():
         run = CheckpointManager(folder, 0)
         for step in range(newest + 1, newest + 99):
-            run.save(step, model, state_of(optimizers), meta)
+            run.save(step, model, state_of(model, optimizers), meta)
             run.finish()
 
     for _ in range(100):
@@ -440,7 +444,7 @@ def write_format_1(folder, meta, ngrams, model_class):
     save(folder, 5, {**meta, "model_class": "gpt", "config": config}, model=model)
     path = folder / "meta_000005.json"
     written = json.loads(path.read_text(encoding="utf-8"))
-    assert written.pop("format") == 2
+    assert written.pop("format") == 3
     del written["digest"]
     write_meta(folder, written)
     return model
@@ -450,7 +454,7 @@ def write_format_1(folder, meta, ngrams, model_class):
 def test_format_1_is_read(folder, meta, ngrams, model_class):
     model = write_format_1(folder, meta, ngrams, model_class)
     loaded, _, found = load_model("base", "cpu")
-    assert found["format"] == 2 and found["model_class"] == model_class
+    assert found["format"] == 3 and found["model_class"] == model_class
     assert found["config"] == ({**FULL_CONFIG, "ngrams": 3} if ngrams else FULL_CONFIG)
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
@@ -461,16 +465,47 @@ def test_upgrading_a_meta_file_changes_neither_its_argument_nor_anything_else():
     copy = json.loads(json.dumps(old))
     new = upgrade_meta(old)
     assert old == copy
-    assert new == {**old, "format": 2, "model_class": "lookup", "config": {"depth": 3}}
+    assert new == {**old, "format": 3, "model_class": "lookup", "config": {"depth": 3}}
     assert upgrade_meta(new) == new
+    assert upgrade_meta({**old, "format": 2}) == {**old, "format": 3}
     assert upgrade_meta({**old, "config": {"depth": 3}})["model_class"] == "lookup"
     counted = {"depth": 3, "ngrams": 9}
     new = upgrade_meta({**old, "config": counted})
     assert new["model_class"] == "lookup_ngrams" and new["config"] == counted
 
 
+def save_as_format_2(folder, meta, model, optimizers):
+    """Step 5 as version 2 wrote it: with the state_dict() of each optimizer of a rank."""
+    state = state_of(model, [])
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    AsyncSave(folder, 5, model, state, meta, 0).finish()
+    write_meta(folder, {**read_meta(folder, 5), "format": 2})
+
+
+def test_format_2_is_read_by_as_many_ranks(folder, meta, monkeypatch):
+    # docs/traps.md: rank-count-on-resume
+    model, optimizers = make(meta)
+    save_as_format_2(folder, meta, model, optimizers)
+    weights, state, found = read_checkpoint(folder, rank=0)
+    assert found["format"] == 3 and found["step"] == 5
+    again = build_model(found, "cpu")
+    again.load_state_dict(weights)
+    fresh = again.setup_optimizers()
+    Layout(again, fresh).load_optimizer_state(state["optimizers"])
+    losses = []
+    for pair in ((model, optimizers), (again, fresh)):
+        torch.manual_seed(3)
+        losses.append([train_step(*pair) for _ in range(3)])
+    assert losses[0] == losses[1]
+
+    monkeypatch.setattr(checkpoint_manager, "get_dist_info", lambda: (True, 0, 0, 3))
+    message = error_of(read_checkpoint, folder, rank=0)
+    assert "saved by 1 ranks of an earlier version" in message and "this run has 3" in message
+    assert read_checkpoint(folder)[1] is None, "for its weights, any number will do"
+
+
 CHANGES = [
-    ({"format": 3}, "format 3"),
+    ({"format": 4}, "format 4"),
     ({"format": "new"}, "format new"),
     ({"model_class": "mamba"}, "model_class=mamba is unknown"),
     ({"config": {**CONFIG, "wings": 2, "tail": 1}}, "(tail, wings)"),
@@ -666,7 +701,10 @@ def test_weights_of_another_shape_are_refused_before_a_model_is_built(
 
 
 RNG = torch.get_rng_state()
-STATE = state_of([])
+STATE = state_of(torch.nn.Module(), [])
+
+
+PIECE = {"name": "embed.weight", "start": 0, "count": 1, "values": {}}
 
 
 @pytest.mark.parametrize("state", [
@@ -678,6 +716,13 @@ STATE = state_of([])
     {"optimizers": [{"state": {}}]},
     {"optimizers": [{"state": {0: 1}, "param_groups": []}]},
     {"optimizers": [{"state": {}, "param_groups": [{"lr": 1}]}]},
+    {"optimizers": [{"state": {}, "param_groups": [{"params": 1}]}]},
+    {"optimizers": [[3]]},
+    {"optimizers": [[{**PIECE, "name": 3}]]},
+    {"optimizers": [[{**PIECE, "start": -1}]]},
+    {"optimizers": [[{**PIECE, "count": 1.0}]]},
+    {"optimizers": [[{**PIECE, "values": [1]}]]},
+    *({"optimizers": [[{key: PIECE[key] for key in PIECE if key != no}]]} for no in PIECE),
     {**STATE, "rng": None},
     {**STATE, "rng": RNG[:-1]},
     {**STATE, "rng": RNG.float()},
@@ -733,7 +778,7 @@ KEYS = ["tokenizer", "model_class", "config", "dtype", "files", "saved", "step",
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("format", [1, 2])
+@pytest.mark.parametrize("format", [1, 3])
 def test_a_meta_file_that_misses_a_key_is_refused_in_one_line(folder, meta, key, format):
     save(folder, 5, meta)
     path = folder / "meta_000005.json"

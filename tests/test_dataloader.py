@@ -4,6 +4,7 @@ import itertools
 import random
 import threading
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,8 @@ from nanochat.dataloader import (
     measure_text,
     on_device,
     read_ahead,
+    resumed_conversations,
+    resumed_text,
     say_cut,
     sft_data_generator,
     tokenizing_distributed_data_loader_with_state,
@@ -440,6 +443,96 @@ def test_a_gpu_gets_pinned_batches_that_a_thread_has_packed():
     assert [(x.did, y.did, state) for x, y, state in found] == [
         (did, did, state) for state in range(20)]
     assert len(names) == 20 and here not in names
+# another number of ranks, another batch
+
+class Numbers:
+    """A tokenizer of documents that are a number, over and over: each number is a token."""
+
+    def get_bos_token_id(self):
+        return 0
+
+    def encode_to_numpy(self, texts, prepend):
+        ids = [[prepend, *map(int, text.split())] for text in texts]
+        return np.array(sum(ids, [])), list(map(len, ids))
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """900 documents of 5 to 45 tokens, numbered from 1."""
+    texts = [" ".join([str(i)] * (5 + 7 * i % 41)) for i in range(1, 901)]
+    return write_folder(tmp_path_factory.mktemp("numbers") / "text", [texts, ["1"]], 50)
+
+
+def states_after(data, count, world_size):
+    """(the numbers in `count` batches of each rank, the states after them)."""
+    seen, states = set(), []
+    for rank in range(world_size):
+        batches = load(Numbers(), data, count, rank=rank, world_size=world_size)
+        seen |= set(stream_of(batches)) - {0}
+        states.append(batches[-1][2])
+    return seen, states
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (3, 2), (3, 1)])
+@pytest.mark.parametrize("count", [16, 21])  # at the end of a shuffle buffer, and inside of one
+def test_another_number_of_ranks_reads_nothing_twice_and_skips_little(
+        numbers, before, after, count):
+    # docs/traps.md: rank-count-on-resume
+    seen, states = states_after(numbers, count, before)
+    more = []
+    for rank in range(after):
+        place = {"rank": rank, "world_size": after}
+        state = resumed_text(states, 2, Numbers(), 3, 16, numbers, **place)
+        lists = [list(state) for state in states]
+        assert state == resumed_text(lists, 2, Numbers(), 3, 16, numbers, **place)
+        more.append(set(stream_of(load(Numbers(), numbers, 16, B=3, state=state, **place))) - {0})
+    assert not seen & set().union(*more) and sum(map(len, more)) == len(set().union(*more))
+    skipped = min(map(min, more)) - 1 - len(seen)
+    assert skipped * 25 < before * 16 * 2 * 16, "documents of 25 tokens on average"
+    if count == 16:
+        assert skipped <= 2 * before, "none but those between the ranks"
+
+
+def test_another_batch_size_continues_behind_the_shuffle_buffer(numbers):
+    _, states = states_after(numbers, 21, 2)
+    whole = stream_of(load_in_order(Numbers(), numbers, 90, rank=1, world_size=2))
+    place = {"rank": 1, "world_size": 2}
+    assert resumed_text(states, 2, Numbers(), 2, 16, numbers, **place) == states[1]
+    state = resumed_text(states, 2, Numbers(), 3, 16, numbers, **place)
+    buffers = 2 * 16 * 2 * 16
+    rest = stream_of(load_in_order(Numbers(), numbers, 20, state=state, **place))
+    assert rest == whole[buffers:buffers + len(rest)]
+
+
+@pytest.mark.parametrize("state", [None, 7, (1, 2), (0, 0, 0, 0, -1), (0, 0, 0, 0, 1.5), "00000"])
+def test_what_is_no_place_in_the_data_is_refused_in_one_line(state):
+    with pytest.raises(ValueError, match="no place in the text"):
+        resumed_text([state], 2, Numbers(), 2, 16, "nowhere")
+    for no_state in (state, (3, 4), (3, (4, -1)), (-3, ())):
+        with pytest.raises(ValueError, match="no place in the conversations"):
+            resumed_conversations([no_state])
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (3, 2), (6, 4)])
+def test_another_number_of_ranks_takes_every_conversation_once(tokenizer, talks, before, after):
+    # docs/traps.md: rank-count-on-resume
+    states = []
+    for rank in range(before):
+        # ranks may be at different places
+        batches = pack(tokenizer, talks, 7 + rank, rank=rank, world_size=before)
+        states.append(batches[-1][2])
+    assert resumed_conversations(states, 0, before) == states[0]
+
+    taken = []
+    for rank, (drawn, waiting) in enumerate(states):
+        taken += [draw * before + rank for draw in range(drawn) if draw not in waiting]
+    horizon = before * max(drawn for drawn, _ in states) + 100
+    for rank in range(after):
+        drawn, waiting = resumed_conversations(states, rank, after)
+        coming = [draw * after + rank for draw in (*waiting, *range(drawn, horizon))]
+        taken += [number for number in coming if number < horizon]
+        pack(tokenizer, talks, 1, rank=rank, world_size=after, state=(drawn, waiting))
+    assert sorted(taken) == list(range(horizon))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -43,7 +43,9 @@ class Training:
         model = model_of(name)
         model.compute_dtype = dtype
         self.model = prepare(model, **{"compile": False, **prepared})
-        self.optimizers = model.setup_optimizers(weight_decay=0.1)
+        self.optimizers = model.setup_optimizers(learning_rate=0.0005, weight_decay=0.1)
+        for group in self.optimizers[0].param_groups:
+            group["eps"] = 1e-3  # so that no update is the sign of a gradient that is all rounding
         self.layout = Layout(model, self.optimizers, kind)
         self.losses = []
 
@@ -164,7 +166,7 @@ def assert_near(ours, theirs, **tolerance):
 
 @pytest.mark.parametrize("name", ["gpt", "lookup_ngrams", "portable"])
 def test_ranks_with_a_slice_each_train_what_one_process_trains(ranks, name):
-    """A vocabulary padded to 128 that neither 3 nor 6 divide; a tied head; two blocks, six ranks.
+    """A vocabulary padded to 128, which neither 3 nor 6 divide; a tied head.
 
     docs/traps.md: padded-vocabulary-ranks
     """
@@ -172,7 +174,7 @@ def test_ranks_with_a_slice_each_train_what_one_process_trains(ranks, name):
         only(ranks, 3)
     one = Training(name).run().result()
     for rank in ranks:
-        assert rank[name]["losses"] == pytest.approx(one["losses"], abs=1e-6)
+        assert rank[name]["losses"] == pytest.approx(one["losses"], rel=1e-6)
         assert_near(rank[name]["weights"], one["weights"], atol=1e-6, rtol=1e-5)
 
 
@@ -224,18 +226,18 @@ def test_a_step_moves_no_more_bytes_than_it_must(ranks):
     agreed = 8  # loss and norm
     assert ranks[0]["bytes replicated"] == {"all_reduce": 4 * P + agreed}
     assert ranks[0]["bytes zero2"] == {
-        "reduce_scatter_tensor": 4 * P,
-        "all_gather_into_tensor": 4 * P,
+        "reduce_scatter": 4 * P,
+        "all_gather": 4 * P,
         "all_reduce": agreed,
     }
     micro_batches, times = 2, 2  # blocks are gathered in the forward and in the backward pass
     of_all = [rank["bytes fsdp"] for rank in ranks]
     for moved in of_all:
-        assert moved["all_gather_into_tensor"] == 4 * micro_batches * (P - blocks + times * blocks)
-        assert moved["reduce_scatter_tensor"] == 4 * micro_batches * P
+        assert moved["all_gather"] == 4 * micro_batches * (P - blocks + times * blocks)
+        assert moved["reduce_scatter"] == 4 * micro_batches * P
         assert moved["all_reduce"] == agreed
     # slices of gradients to the owners and of updates back: each element twice, over all ranks
-    assert sum(moved["all_to_all_single"] for moved in of_all) == 4 * 2 * blocks
+    assert sum(moved["all_to_all"] for moved in of_all) == 4 * 2 * blocks
 
 
 # -------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
-import torch.nn.functional as F
 
 from conftest import ROOT
 from nanochat import parallel
@@ -19,112 +18,7 @@ from nanochat.adamw import AdamW
 from nanochat.common import UserError
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-
-KINDS = ("replicated", "zero2", "fsdp")
-VOCAB, WIDTH, T, SEQUENCES = 13, 8, 7, 12
-RARE = 3  # a token on which one parameter depends
-
-
-class Block(nn.Module):
-    """A part of the model that fsdp gathers by itself."""
-
-    def __init__(self, matrix):
-        super().__init__()
-        self.matrix = matrix
-
-    def forward(self, x, scale):
-        return x + scale * torch.tanh(x @ self.matrix.T)
-
-
-class Toy(nn.Module):
-    """Every kind of parameter, in numbers that neither 2 nor 3 divide; some without a gradient."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-
-        def normal(*shape):
-            return nn.Parameter(0.5 * torch.randn(shape, generator=generator))
-
-        self.table = nn.Embedding(11, WIDTH, sparse=True, _weight=normal(11, WIDTH).data)
-        self.embed = normal(VOCAB, WIDTH)
-        self.scales = normal(5)
-        self.blocks = nn.ModuleList(Block(normal(WIDTH, WIDTH)) for _ in range(5))
-        self.experts = normal(2, WIDTH, WIDTH)
-        self.tall = normal(3 * WIDTH, WIDTH)
-        self.rare = normal(1)
-        self.unused = normal(7)
-        self.head = normal(VOCAB, WIDTH)
-
-    def forward(self, inputs, targets):
-        """inputs, targets (B, T) -> the summed loss."""
-        x = self.embed[inputs] + self.table(inputs % 11)
-        if (inputs == RARE).any():
-            x = x + self.rare * (inputs == RARE)[..., None]
-        for scale, block in zip(self.scales, self.blocks):
-            x = block(x, scale)
-        for expert in self.experts:
-            x = x + torch.tanh(x @ expert.T)
-        x = x + torch.tanh(x @ self.tall.T).view(*x.shape, 3).sum(-1)
-        return F.cross_entropy((x @ self.head.T).flatten(0, 1), targets.flatten(), reduction="sum")
-
-    def setup_optimizers(self):
-        adamw = AdamW([
-            {"params": [self.embed], "lr": 0.01},
-            {"params": [self.scales, self.rare, self.unused], "lr": 0.02},
-            {"params": [self.head], "lr": 0.01},
-        ], eps=1e-6)
-        matrices = [block.matrix for block in self.blocks]
-        muon = Muon([*matrices, self.experts, self.tall], lr=0.02, weight_decay=0.1)
-        return [adamw, muon, RowAdagrad([self.table.weight], lr=0.05)]
-
-
-def micro_batches(step, rank=0, ranks=1):
-    """Two micro-batches: this rank's share of the sequences of a step."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(VOCAB, (SEQUENCES, T + 1), generator=generator)[rank::ranks]
-    return [(part[:, :-1], part[:, 1:], "state") for part in ids.chunk(2)]
-
-
-class Training:
-    """A Toy and its layout, as rank `rank` of `ranks`."""
-
-    def __init__(self, rank=0, ranks=1, **options):
-        self.rank, self.ranks = rank, ranks
-        self.model = Toy()
-        self.optimizers = self.model.setup_optimizers()
-        self.layout = Layout(self.model, self.optimizers, **options)
-        self.losses, self.norms, self.started = [], [], []
-
-    def step(self, number, clip=0.0, poison=False):
-        """One training step. poison: a NaN in one gradient, and the step is skipped."""
-        batches = micro_batches(number, self.rank, self.ranks)
-        scale = self.ranks / (SEQUENCES * T)
-        self.layout.overlap = self.layout.overlap and not poison
-        loss, _ = accumulate_gradients(self.model, batches, scale, 2, self.layout)
-        if poison:
-            grad = self.model.head.grad
-            grad = grad.to_local() if self.layout.sharded else grad
-            grad[0, 0] = torch.nan
-        self.started.append(self.layout.started)
-        loss, grad_norm = self.layout.reduce(loss)
-        self.losses.append(loss)
-        self.norms.append(grad_norm)
-        if grad_norm == grad_norm:
-            self.layout.apply(clip, grad_norm)
-        self.layout.zero_grad()
-
-    def run(self, steps=4, clip=0.5):
-        for number in range(steps):
-            self.step(number, clip)
-        return self
-
-    def parameters(self):
-        whole = self.layout.whole_model()
-        return {name: value.clone() for name, value in whole.state_dict().items()}
-
-    def result(self):
-        return {"parameters": self.parameters(), "losses": self.losses, "norms": self.norms}
+from toy import KINDS, SEQUENCES, WIDTH, T, Toy, Training, micro_batches
 
 
 def local_gradients():
@@ -258,7 +152,8 @@ def full_memory_in_a_block(rank, ranks):
 def reloaded(rank, ranks, kind):
     """Saved after two steps and loaded into another model: two more steps on both."""
     first = Training(rank, ranks, kind=kind).run(2)
-    states = copy.deepcopy(first.layout.optimizer_state())
+    states = [None] * ranks
+    dist.all_gather_object(states, first.layout.optimizer_state())
     second = Training(rank, ranks, kind=kind)
     for optimizer in second.optimizers:
         for group in optimizer.param_groups:
@@ -336,15 +231,15 @@ def test_bfloat16_on_the_wire_is_near_float32(ranks, one, kind):
 
 def test_a_shard_is_all_that_a_rank_keeps_state_for(ranks):
     def elements(rank, kind):
-        states = [entry for state in rank[kind]["state"] for entry in state["state"].values()]
-        tensors = [value for entry in states for value in entry.values()]
+        pieces = [piece for state in rank[kind]["state"] for piece in state]
+        tensors = [value for piece in pieces for value in piece["values"].values()]
         return sum(tensor.numel() for tensor in tensors if tensor.ndim)
 
-    for rank in ranks:
-        # padding weighs much here: the one tall matrix becomes one for each rank
-        assert elements(rank, "zero2") < 0.75 * elements(rank, "replicated")
-    all_ranks = sum(elements(rank, "fsdp") for rank in ranks)
-    assert all_ranks == elements(ranks[0], "replicated"), "no element is padding, none is twice"
+    whole = elements(ranks[0], "replicated")
+    assert [elements(rank, "replicated") for rank in ranks[1:]] == [0] * (len(ranks) - 1)
+    for kind in ("zero2", "fsdp"):
+        assert all(elements(rank, kind) < 0.75 * whole for rank in ranks)
+        assert sum(elements(rank, kind) for rank in ranks) == whole, "no padding, nothing twice"
 
 
 @pytest.mark.parametrize("kind", ["replicated", "zero2"])
@@ -462,12 +357,20 @@ def test_unknown_kinds_and_dtypes_are_refused_in_one_line():
         Layout(Toy(), [], reduce_dtype="float16")
 
 
-def test_state_of_another_layout_is_refused_in_one_line():
+def state_dicts(layout):
+    """What formats 1 and 2 had of the optimizers of a rank."""
+    return [copy.deepcopy(optimizer.state_dict()) for optimizer in layout.optimizers]
+
+
+def test_older_state_of_another_layout_is_refused_in_one_line():
     training = Training()
-    states = training.layout.optimizer_state()
+    states = state_dicts(training.layout)
     states[0]["param_groups"][0]["params"] = [0, 1]
-    with pytest.raises(ValueError, match="resume with the version, ranks and layout that saved it"):
-        training.layout.load_optimizer_state(states)
+    with pytest.raises(UserError, match="resume with the version, ranks and layout that saved it"):
+        training.layout.load_optimizer_state([states])
+    training.layout.sharded = "a model"
+    with pytest.raises(UserError, match="without --parallel=fsdp: resume with the layout"):
+        training.layout.load_optimizer_state([states])
 
 
 def test_prepared_blocks_keep_plain_keys(monkeypatch):
@@ -593,7 +496,20 @@ def layout_of(*optimizers):
     return Layout(parameters, list(optimizers))
 
 
-@pytest.mark.parametrize("kind, shape, change", [
+def trained_layout(kind, shape):
+    """The layout of two parameters after a step."""
+    layout = new_layout(kind, shape)
+    for p in layout.model:
+        p.grad = torch.ones_like(p)
+    layout.optimizers[0].step()
+    return layout
+
+
+def new_layout(kind, shape):
+    return layout_of(kind([nn.Parameter(torch.ones(shape)) for _ in range(2)]))
+
+
+WRONG_VALUES = [
     (AdamW, (2, 3), lambda values: values.pop("v")),
     (AdamW, (2, 3), lambda values: values.update(v=torch.zeros(5))),
     (AdamW, (2, 3), lambda values: values.update(m=torch.zeros(2, 3), v=torch.zeros(2, 3))),
@@ -606,50 +522,77 @@ def layout_of(*optimizers):
     (Muon, (2, 3), lambda values: values.update(exp_avg=values.pop("momentum"))),
     (RowAdagrad, (4, 3), lambda values: values.update(squares=torch.zeros(4, 3))),
     (RowAdagrad, (4, 3), lambda values: values.update(squares=torch.zeros(4, dtype=torch.int64))),
+    (RowAdagrad, (4, 3), lambda values: values.update(squares=torch.zeros(()))),
+]
+NOT_OURS = "not that of this model .*its weights can still be loaded"
+
+
+@pytest.mark.parametrize("kind, shape, change", WRONG_VALUES)
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_no_state_of_a_parameter_is_refused_in_one_line(kind, shape, change, older):
+    trained = trained_layout(kind, shape)
+    states = state_dicts(trained) if older else copy.deepcopy(trained.optimizer_state())
+    new_layout(kind, shape).load_optimizer_state([states])
+    change(states[0]["state"][0] if older else states[0][0]["values"])
+    with pytest.raises(UserError, match=NOT_OURS):
+        new_layout(kind, shape).load_optimizer_state([states])
+
+
+@pytest.mark.parametrize("change, needle", [
+    (lambda pieces: pieces[0].update(name="2"), "a parameter 2 of another size"),
+    (lambda pieces: pieces[0].update(count=7), "a parameter 0 of another size"),
+    (lambda pieces: pieces[0].update(start=1), "a parameter 0 of another size"),
+    (lambda pieces: pieces[0].update(count=5), "expected to have the shape"),
+    (lambda pieces: pieces.append(pieces[0]), "12 of 6 units of 0 are there"),
+    (lambda pieces: pieces.append({**pieces[0], "count": 0}), None),
 ])
-def test_what_is_no_state_of_a_parameter_is_refused_in_one_line(kind, shape, change):
-    def layout():
-        parameters = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        return layout_of(kind(parameters))
-
-    trained = layout()
-    trained.optimizers[0].step()
-    states = copy.deepcopy(trained.optimizer_state())
-    layout().load_optimizer_state(states)
-    change(states[0]["state"][0])
-    with pytest.raises(UserError, match="not that of this model .*its weights can still be loaded"):
-        layout().load_optimizer_state(states)
+def test_pieces_that_do_not_make_up_a_parameter_are_refused_in_one_line(change, needle):
+    states = copy.deepcopy(trained_layout(AdamW, (2, 3)).optimizer_state())
+    change(states[0])
+    if needle is None:
+        new_layout(AdamW, (2, 3)).load_optimizer_state([states])
+        return
+    with pytest.raises(UserError, match=f"{needle}.*resume with the version"):
+        new_layout(AdamW, (2, 3)).load_optimizer_state([states])
 
 
-def test_a_setting_that_a_saved_group_lacks_is_that_of_this_run():
-    p = torch.nn.Parameter(torch.ones(3))
+def test_a_missing_piece_is_refused_and_a_parameter_without_any_begins_anew():
+    states = copy.deepcopy(trained_layout(AdamW, (2, 3)).optimizer_state())
+    half = {key: value[:3] for key, value in states[0][0]["values"].items() if value.ndim}
+    half["step"] = states[0][0]["values"]["step"]
+    states[0][0].update(count=3, values=half)
+    with pytest.raises(UserError, match="3 of 6 units of 0 are there"):
+        new_layout(AdamW, (2, 3)).load_optimizer_state([states])
+    del states[0][0]
+    layout = trained_layout(AdamW, (2, 3))
+    layout.load_optimizer_state([states])
+    first, second = layout.model
+    assert first not in layout.optimizers[0].state
+    assert layout.optimizers[0].state[second]["step"] == 1
+
+
+def test_settings_are_those_of_this_run():
+    p = nn.Parameter(torch.ones(3))
     layout = layout_of(AdamW([p], eps=1e-7))
-    states = copy.deepcopy(layout.optimizer_state())
-    del states[0]["param_groups"][0]["eps"]
-    layout.load_optimizer_state(states)
     p.grad = torch.ones(3)
     layout.optimizers[0].step()
+    layout.load_optimizer_state([layout.optimizer_state()])
+    layout.load_optimizer_state([state_dicts(layout_of(AdamW([p], eps=1.0)))])
     assert layout.optimizers[0].param_groups[0]["eps"] == 1e-7
 
 
-def test_optimizer_state_of_another_model_is_refused_and_a_step_moves_to_its_device():
+def test_optimizer_state_of_another_model_is_refused():
     def optimizers_of(*shapes):
-        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
         for p in parameters:
             p.grad = torch.ones_like(p)
         return AdamW(parameters)
 
     saved = optimizers_of((2,), (3,))
     saved.step()
-    state = layout_of(saved).optimizer_state()
-    with pytest.raises(UserError, match=r"not that of this model .*shape \(3,\)"):
-        layout_of(optimizers_of((3,), (2,))).load_optimizer_state(state)
+    states = [layout_of(saved).optimizer_state()]
+    with pytest.raises(UserError, match=NOT_OURS):
+        layout_of(optimizers_of((3,), (2,))).load_optimizer_state(states)
+    two = layout_of(optimizers_of((2,), (3,)), optimizers_of((2,), (3,)))
     with pytest.raises(UserError, match="state of 1 optimizers, this run has 2"):
-        layout_of(*[optimizers_of((2,), (3,)) for _ in range(2)]).load_optimizer_state(state)
-
-    elsewhere = torch.nn.Parameter(torch.ones(2, device="meta"))  # stands for another device
-    optimizer = AdamW([elsewhere])
-    optimizer.state[elsewhere].update(step=torch.tensor(3.0), m=torch.ones(2), v=torch.ones(2))
-    assert optimizer._state_of(elsewhere)["step"].device.type == "meta"
+        two.load_optimizer_state(states)

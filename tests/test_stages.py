@@ -227,7 +227,7 @@ def refrain(tmp_path_factory):
     return folder
 
 
-def test_two_ranks_train_what_one_rank_trains_and_one_cannot_resume_from_two(stages, refrain):
+def test_two_ranks_train_what_one_rank_trains_in_every_layout(stages, refrain):
     command = (f"--data={refrain}", *TINY, "--dtype=float32", "--num_iterations=10")
     one = stages.fork_record("scripts.base_train", *command, "--model_tag=one")
     two = stages.record(
@@ -240,11 +240,6 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_resume_from_two(sta
     assert meta["world_size"] == 2
     assert meta["files"].keys() == {
         "model_000010.pt", "optim_000010_rank0.pt", "optim_000010_rank1.pt"}
-
-    # one rank has no use for the optimizer states of two
-    named = ("--model_tag=two", "--resume_from_checkpoint=10")
-    refusal = stages.refusal("scripts.base_train", *command, *named)
-    assert "2 ranks" in refusal and "has 1" in refusal
 
     # every rank holds all of the optimizer state, in place of a share
     replicated = stages.fork_record(
@@ -268,6 +263,30 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_resume_from_two(sta
         assert row["tokens"] == 2 * 2 * 2 * 128
     trained_as = [stages.folder("mid", tag) for tag in ("two", "two-2")]
     assert losses_of(trained_as[0]) == pytest.approx(losses_of(trained_as[1]), abs=1e-4)
+
+
+# What each part of a run trains with: the ranks, the layout, and after how many steps it is stopped
+PARTS = [(2, "zero2", 3), (3, "fsdp", 3), (1, "replicated", 3), (2, "fsdp", None)]
+
+
+def test_a_run_may_change_ranks_and_layout_wherever_it_is_resumed(stages, refrain):
+    # docs/traps.md: rank-count-on-resume, resume-forgets
+    command = (
+        "scripts.base_train", f"--data={refrain}", "--depth=1", "--max_seq_len=128", "--compile=0",
+        "--total_batch_size=1536", "--dtype=float32", "--num_iterations=12", "--eval_every=0")
+    quiet = stages.fork_record(*command, "--model_tag=quiet")
+    for ranks, parallel, steps in PARTS:
+        options = {"faults": {str(steps): "interrupt"}, "status": 130} if steps else {}
+        stages.fork(
+            *command, "--model_tag=moved", "--resume", f"--parallel={parallel}", ranks=ranks,
+            **options)
+    folders = [stages.folder("base", tag) for tag in ("moved", "quiet")]
+    moved, never = [losses_of(folder) for folder in folders]
+    assert list(moved) == list(range(1, 13)) and moved == pytest.approx(never, abs=1e-4)
+    metas = [meta_of(folder, 12) for folder in folders]
+    assert [meta["world_size"] for meta in metas] == [2, 1]
+    assert metas[0]["val_bpb"] == pytest.approx(metas[1]["val_bpb"], abs=1e-4)
+    assert quiet["val_bpb"] > 0 and meta_of(folders[0], 6)["world_size"] == 3
 
 
 # ------------------------------------------------------------------------------------------------
