@@ -49,7 +49,7 @@ def our_step(config, device, compute_dtype):
     network.init_weights()
     network.compute_dtype = compute_dtype
     prepare(network.train(), compile)
-    layout = Layout(network.setup_optimizers())
+    layout = Layout(network, network.setup_optimizers())
 
     def step(ids):
         inputs, targets = ids[:, :-1], ids[:, 1:]
