@@ -323,9 +323,10 @@ def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro
     tokens = max_seq_len * ranks  # of one sequence on every rank
     if total_batch_size:
         if total_batch_size % tokens:
+            below = max(1, total_batch_size // tokens) * tokens
             raise UserError(
                 f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = "
-                f"{max_seq_len} x {ranks}")
+                f"{max_seq_len} x {ranks}: {below} is one, or leave it out")
         sequences = total_batch_size // tokens
     else:
         sequences = max(1, wanted // tokens)
@@ -336,7 +337,7 @@ def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro
         if sequences % micro_batch_size:
             raise UserError(
                 f"device_batch_size={micro_batch_size} does not divide the {sequences} sequences "
-                "that a rank has per step")
+                f"that a rank has per step: {largest_divisor(sequences, micro_batch_size)} does")
     else:
         micro_batch_size = largest_divisor(sequences, limit)
     return Batch(sequences * tokens, micro_batch_size, sequences // micro_batch_size)

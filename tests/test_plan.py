@@ -394,12 +394,13 @@ def test_what_does_not_divide_is_refused_with_both_numbers():
     with pytest.raises(UserError) as refused:
         choose_batch(1, 512, 3, 32, 4096)
     assert str(refused.value) == (
-        "total_batch_size=4096 is not a multiple of max_seq_len x ranks = 512 x 3")
+        "total_batch_size=4096 is not a multiple of max_seq_len x ranks = 512 x 3: 3072 is one, or "
+        "leave it out")
     for total_batch_size in (None, 43 * 512):
         with pytest.raises(UserError) as refused:
             choose_batch(43 * 512, 512, 1, 32, total_batch_size, 8)
         assert str(refused.value) == (
-            "device_batch_size=8 does not divide the 43 sequences that a rank has per step")
+            "device_batch_size=8 does not divide the 43 sequences that a rank has per step: 1 does")
 
 
 def test_the_largest_divisor_is_found():
@@ -684,7 +685,7 @@ def test_a_plan_says_its_decisions_in_numbered_lines():
         VOCAB_SIZE, None)
     lines = plan.describe("gpt", 8)
     assert lines[0] == "1) budget: target_param_data_ratio=20"
-    assert lines[1].startswith("2) shape: model gpt, depth 20, context 2048 (524,288 tokens at ")
+    assert lines[1].startswith("2) shape: model gpt, depth 20, context 2048 (about 7.1 h by ")
     assert lines[2] == (
         "3) batch: 524,288 tokens a step = 16 sequences x 2048 tokens x 8 ranks x 2 passes")
     assert lines[3] == "4) layout: zero2 on 8 ranks"
