@@ -24,7 +24,7 @@ from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT, MIN_CHUNK_TOKENS
 from nanochat.metrics import finish_stage
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import build_on_meta
+from nanochat.memory import build_on_meta
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
 # settings
