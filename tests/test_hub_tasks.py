@@ -202,6 +202,9 @@ def test_a_slice_takes_every_step_th_row(cache):
     task = GSM8K("train", start=3, stop=30, step=9)
     questions = [task[i]["messages"][0]["content"] for i in range(len(task))]
     assert questions == [f"What is {i} + {i}?" for i in (3, 12, 21)]
+    assert len(GSM8K("train", stop=8)) == 8 and len(GSM8K("train", stop=8).rows) == 14
+    assert len(GSM8K("train", stop=99)) == len(GSM8K("train")) == 40
+    assert len(GSM8K("train", stop=-30)) == 10 and len(GSM8K("train", stop=0)) == 0
 
 
 def test_another_number_of_rows_than_the_documented_one_is_said(cache, capsys):
