@@ -266,14 +266,14 @@ class _Progress:
 # ----------------------------------------------------------------------------------------------
 # rows
 
-def load_rows(name, config, split, columns=None, fetch=True):
+def load_rows(name, config, split, columns=None, fetch=True, most=None):
     """The Rows of a split of a data set. As fetch_split(), and UserError for a missing column.
 
-    columns: their names; None: all.
+    columns: their names; None: all. most: rows that are needed, from the first on; None: all.
     """
     paths = fetch_split(name, config, split, fetch)
     try:
-        return Rows(paths, columns)
+        return Rows(paths, columns, most)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
     if _read_index(paths[0].parent) is None:
@@ -283,22 +283,30 @@ def load_rows(name, config, split, columns=None, fetch=True):
     print0(f"{name} {config} {split} is damaged ({reason})")
     paths = fetch_split(name, config, split, fetch, verify=True)
     try:
-        return Rows(paths, columns)
+        return Rows(paths, columns, most)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{name} {config} {split} is damaged as the hub has it, too ({reason})") from error
 
 
 class Rows:
-    """The rows of parquet files as a sequence of dicts, with some of their columns (None: all).
+    """The rows of parquet files as a sequence of dicts.
 
-    All are read at once and stay in memory as Arrow has them, much smaller than objects of Python.
+    They stay in memory as Arrow has them, which is much smaller than objects of Python.
+
+    columns: those that a row has; None: all. most: rows that are needed, from the first on: the row
+    groups that hold them are read; None: all. total: rows of the files.
     """
 
-    def __init__(self, paths, columns):
-        tables = [_read_table(path, columns) for path in paths]
-        batches = [batch for table in tables for batch in table.to_batches()]
-        self.batches = [batch for batch in batches if batch.num_rows]
+    def __init__(self, paths, columns=None, most=None):
+        self.total = sum(pq.read_metadata(path).num_rows for path in paths)
+        most = self.total if most is None else most
+        self.batches = []
+        rows = 0
+        for path in paths:
+            table = _read_table(path, columns, most - rows)
+            rows += table.num_rows
+            self.batches += [batch for batch in table.to_batches() if batch.num_rows]
         self.ends = list(itertools.accumulate(batch.num_rows for batch in self.batches))
         if not self.batches:
             raise UserError(f"{paths[0].parent} has no rows: fetch or copy it again")
@@ -315,14 +323,23 @@ class Rows:
         return row
 
 
-def _read_table(path, columns):
-    """The Arrow table of a parquet file. UserError where it lacks a column."""
+def _read_table(path, columns, most):
+    """The row groups of a parquet file that hold its first `most` rows, an Arrow table.
+
+    UserError where the file lacks a column.
+    """
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         for column in columns or ():
             if column not in names:
                 raise UserError(f"{path} has no column {column!r}, only {names}")
-        return file.read(columns=columns and list(columns))
+        groups = []
+        for index in range(file.num_row_groups):
+            if most <= 0:
+                break
+            groups.append(index)
+            most -= file.metadata.row_group(index).num_rows
+        return file.read_row_groups(groups, columns=columns and list(columns))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
 prepare(model, checked.compile, checkpoint_activations)
 T = model.config.max_seq_len
+matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
@@ -123,7 +124,6 @@ plan = make_chat_plan(
 for line in plan.describe(T, world_size):
     print0(line)
 total_batch_size, micro_batch_size, grad_accum_steps = plan.batch
-matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- loader
 loader_state = None

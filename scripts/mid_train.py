@@ -76,6 +76,7 @@ start, model, tokenizer = start_chat("mid_train", "mid", settings, compute, mode
 meta = start.meta
 prepare(model, checked.compile, checkpoint_activations)
 T = model.config.max_seq_len
+matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
@@ -103,7 +104,6 @@ plan = make_chat_plan(
 for line in plan.describe(T, world_size):
     print0(line)
 total_batch_size, micro_batch_size, grad_accum_steps = plan.batch
-matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- loader
 loader_state = None

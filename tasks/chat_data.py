@@ -24,6 +24,7 @@ from nanochat.hub import HubError, on_first_rank
 from nanochat.metrics import finish_stage
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
+from tasks.common import HubTask
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.own_text import subject_tasks
@@ -167,8 +168,8 @@ def main():
     start = time.time()
     tasks = [*midtraining_tasks(), *finetuning_tasks(), *(make() for make in HELD_OUT.values())]
     rows = {
-        f"{task.name} {task.config} {task.split}": len(task.rows)
-        for task in tasks if hasattr(task, "rows")
+        f"{task.name} {task.config} {task.split}": task.rows.total
+        for task in tasks if isinstance(task, HubTask)
     }
     finish_stage("chat_data", time.time() - start, settings, rows=rows)
 

@@ -159,14 +159,15 @@ class HubTask(Task):
         if split not in self.documented:
             raise UserError(f"split is {' or '.join(self.documented)}, not {split!r}")
         self.split = split
-        self.rows = load_rows(self.name, self.config, split, self.columns, fetch)
+        most = self.stop if (self.stop or 0) > 0 else None
+        self.rows = load_rows(self.name, self.config, split, self.columns, fetch, most)
         self._compare_rows(self.documented[split])
 
     def _compare_rows(self, documented):
         """Warn where a split is not of the size that it is known to have."""
-        if abs(len(self.rows) - documented) > self.tolerance * documented:
+        if abs(self.rows.total - documented) > self.tolerance * documented:
             warn_once(
-                f"{self.name} {self.config} {self.split} has {len(self.rows):,} rows where "
+                f"{self.name} {self.config} {self.split} has {self.rows.total:,} rows where "
                 f"{documented:,} are documented: figures do not compare with those of others")
 
     def num_examples(self):

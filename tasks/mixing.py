@@ -17,6 +17,7 @@ MAX_SHARE = 0.5        # and at most half of it
 MAX_READINGS = 1000    # and an epoch, which takes a CPU more than an hour, has none more often
 MAX_EPOCH = 2_000_000  # conversations in an epoch, for the sake of memory
 SAMPLED = 300          # conversations whose mean length is that of all
+SAMPLED_FOR_BATCH = 3000   # where a batch follows from it: within 5 % (dev/LOG.md)
 
 
 def check_share(custom, share):
@@ -122,12 +123,12 @@ def planned_draws(tokenizer, mixture, tokens):
     return tokens / mean_tokens(tokenizer, mixture)
 
 
-def mean_tokens(tokenizer, mixture, most=None):
-    """The mean length of a mixture's conversations in tokens, which SAMPLED of them tell.
+def mean_tokens(tokenizer, mixture, most=None, sampled=SAMPLED):
+    """The mean length of a mixture's conversations in tokens, which `sampled` of them tell.
 
     most: tokens of a sequence, to which a longer conversation is cut.
     """
-    step = max(1, len(mixture) // SAMPLED)
+    step = max(1, len(mixture) // sampled)
     lengths = [
         len(tokenizer.render_conversation(mixture[i])[0])
         for i in range(0, len(mixture), step)
@@ -137,7 +138,8 @@ def mean_tokens(tokenizer, mixture, most=None):
 
 def mixture_tokens(tokenizer, mixture, max_seq_len):
     """About how many tokens a pass over a mixture has, with conversations cut to a sequence."""
-    return int(len(mixture) * mean_tokens(tokenizer, mixture, max_seq_len + 1))
+    mean = mean_tokens(tokenizer, mixture, max_seq_len + 1, SAMPLED_FOR_BATCH)
+    return int(len(mixture) * mean)
 
 
 def times_each(lines, portions, drawn):

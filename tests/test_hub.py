@@ -197,6 +197,9 @@ def test_a_split_is_fetched_once_and_read_by_row(server):
             rows[outside]
     assert load_rows(NAME, "main", "train")[100]["choices"] == {
         "text": ["100", "0"], "label": ["A", "B"]}
+    some = load_rows(NAME, "main", "train", most=120)
+    assert len(some) == 200 and some.total == 280, "two row groups"
+    assert len(load_rows(NAME, "main", "train", most=251)) == 280
     assert whole_split()
     assert len(server.requests) == 3, "a listing and two files; what is there is not asked for"
 

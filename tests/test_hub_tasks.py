@@ -18,6 +18,7 @@ from nanochat import hub
 from nanochat.common import UserError, compute_cleanup, compute_init, warn_once
 from nanochat.execution import use_tool
 from nanochat.hub import HubError, cache_folder
+from nanochat.plan import make_chat_plan
 from nanochat.tokenizer import Tokenizer
 from stage_runs import TINY_CHAT, last_json, meta_of, rank_variables
 from tasks import chat_data, smoltalk
@@ -32,6 +33,7 @@ from tasks.chat_data import (
 )
 from tasks.common import TaskMixture, canonical_number
 from tasks.gsm8k import GSM8K, result_of, solution_parts
+from tasks.identity import Identity
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
@@ -200,6 +202,9 @@ def test_a_slice_takes_every_step_th_row(cache):
     task = GSM8K("train", start=3, stop=30, step=9)
     questions = [task[i]["messages"][0]["content"] for i in range(len(task))]
     assert questions == [f"What is {i} + {i}?" for i in (3, 12, 21)]
+    assert len(GSM8K("train", stop=8)) == 8 and len(GSM8K("train", stop=8).rows) == 14
+    assert len(GSM8K("train", stop=99)) == len(GSM8K("train")) == 40
+    assert len(GSM8K("train", stop=-30)) == 10 and len(GSM8K("train", stop=0)) == 0
 
 
 def test_another_number_of_rows_than_the_documented_one_is_said(cache, capsys):
@@ -375,8 +380,8 @@ def real_cache(base_dir, monkeypatch):
     if not REAL:
         pytest.skip("NANOCHAT_TEST_DATA is not set")
     shutil.copytree(Path(REAL) / "hf", base_dir / "hub")
-    conversations = base_dir / "hub" / "local" / "chat-sft-mix" / "default"
-    shutil.copytree(conversations, cache_folder("HuggingFaceTB/smol-smoltalk", "default", "x").parent)
+    conversations = cache_folder("local/chat-sft-mix", "default", "train")
+    shutil.copytree(conversations, cache_folder(SmolTalk.name, "default", "train"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return base_dir
 
@@ -421,3 +426,30 @@ def test_real_conversations_all_teach_something(real_cache):
         assert sum(tokenizer.render_conversation(conversation)[1]) > 1
         roles.update(message["role"] for message in conversation["messages"])
     assert roles["user"] == roles["assistant"] > 800 and roles["system"] > 5
+
+
+# ----------------------------------------------------------------------------------------------
+# the page
+
+def test_the_page_has_every_data_set_and_its_documented_rows():
+    page = (ROOT / "docs" / "chat-data.md").read_text(encoding="utf-8")
+    for task in (SmolTalk, MMLU, GSM8K, ARC):
+        assert f"`{task.name}`" in page
+    wanted = [
+        *(MMLU.documented[split] for split in ("auxiliary_train", "dev", "test")),
+        *GSM8K.documented.values(),
+        *(rows[split] for rows in ROWS.values() for split in ("train", "test")),
+        SmolTalk.documented["train"],
+        len(Identity("train")),
+    ]
+    assert [rows for rows in wanted if f" {rows:,}" not in page] == []
+    for setting in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE=1", "python -m tasks.chat_data"):
+        assert setting in page
+
+
+def test_the_decisions_that_the_page_shows_are_those_of_eight_ranks():
+    page = (ROOT / "docs" / "chat-data.md").read_text(encoding="utf-8")
+    names = "device_batch_size", "total_batch_size", "minutes", "num_iterations"
+    meta = {"total_batch_size": 524_288}
+    plan = make_chat_plan(dict.fromkeys(names), "cuda", 2048, 8, meta, lambda: 4_010_000)
+    assert "\n".join(plan.describe(2048, 8)) in page

@@ -15,6 +15,7 @@ from tasks.mixing import (
     check_share,
     divide_epoch,
     mix_with_own,
+    mixture_tokens,
     planned_draws,
     planned_tokens,
     say_times,
@@ -138,6 +139,15 @@ def test_the_number_of_conversations_ahead_follows_from_the_budget():
 
     mixture = Numbers(0, 1000)
     assert planned_draws(OneTokenEach(), mixture, 600) == 300, "two tokens each"
+
+
+def test_the_tokens_of_a_mixture_are_about_what_its_conversations_hold():
+    lengths = [1 + (i * 7919) % 97 for i in range(20_000)]
+    tokenizer = SimpleNamespace(render_conversation=lambda length: ([0] * length, None))
+    assert mixture_tokens(tokenizer, lengths, 200) == pytest.approx(sum(lengths), rel=0.03)
+    cut = sum(min(length, 51) for length in lengths)
+    assert mixture_tokens(tokenizer, lengths, 50) == pytest.approx(cut, rel=0.03)
+    assert mixture_tokens(tokenizer, [5, 5, 7], 50) == 17
 
 
 @pytest.mark.parametrize("lines, times, words", [
