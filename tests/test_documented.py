@@ -70,7 +70,6 @@ LATER = {
     "tasks.mmlu": "evaluations that others can compare",
     "tasks.humaneval": "evaluations that others can compare",
     "tasks.smoltalk": "conversations from the hub",
-    "launch_6x_amd_xtx.sh": "training on AMD",
     "scripts.simple_train_benchmark": "training benchmarks",
     "scripts.transformer_benchmark": "training benchmarks",
     "scripts.multigpu_benchmark": "training benchmarks",
@@ -85,6 +84,7 @@ LATER = {
 FILES = [
     "speedrun.sh",
     "serve_r1.sh",
+    "launch_6x_amd_xtx.sh",
     "compose.yaml",
     "chat.py",
     "emergency_training.sh",
@@ -533,6 +533,8 @@ def run_here(server, tmp_path_factory):
             return run_script(words, DRY_RUN="1", **dict(re.findall(r"(GPUS)=(\d)", command)))
         if script == "serve_r1.sh":
             return run_script([*words, "--dry-run"])
+        if script == "launch_6x_amd_xtx.sh":
+            return run_script([*words, "--dry_run=1"])
         if script == "chat.py":
             return run_script([sys.executable, *words[1:], "--help"])
         if script == "emergency_training.sh":
