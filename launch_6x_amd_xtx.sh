@@ -167,8 +167,9 @@ if [ -n "$dry_run" ]; then
     exec env "${variables[@]}" DRY_RUN=1 bash "$root/speedrun.sh"
 fi
 
-# probe_peers: whether an all-reduce between the cards works. On some boards transfers between cards
-# hang; RCCL then takes the way through the CPU's memory where NCCL_P2P_DISABLE is 1.
+# probe_peers: whether an all-reduce between the cards works, in one line, "REMEDY: DETAIL". On some
+# boards transfers between cards hang; RCCL takes the way through the CPU's memory where
+# NCCL_P2P_DISABLE is 1. In a subshell, so that speedrun.sh sees the caller's environment.
 probe_peers() {
     local program="
 import importlib.util, sys
@@ -176,15 +177,15 @@ if importlib.util.find_spec('nanochat.selftest'):
     from nanochat.selftest import peer_to_peer_probe
     finding = peer_to_peer_probe(int(sys.argv[1]))
     print(finding.remedy or 'works', finding.detail, sep=': ')"
-    say "testing transfers between $gpus cards, which takes a minute"
-    finding="$(cd "$root" && python -c "$program" "$gpus")"
+    source "$root/scripts/setup.sh" >&2 || exit 1
+    say "testing transfers between $gpus cards, which takes up to two minutes" >&2
+    cd "$root"
+    python -c "$program" "$gpus" || true    # training would say what is wrong
 }
 
-source "$root/scripts/setup.sh" || exit 1
 if [ "$gpus" -gt 1 ] && [ -z "$user_p2p" ]; then
-    finding=""
-    probe_peers
-    if [ -n "$finding" ]; then say "$finding"; fi
+    finding="$(probe_peers)"
+    if [ -n "$finding" ]; then say "transfers between cards: $finding"; fi
     case "$finding" in
         *NCCL_P2P_DISABLE=1:*)
             export NCCL_P2P_DISABLE=1

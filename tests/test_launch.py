@@ -3,6 +3,7 @@
 rocm-smi, torchrun and python are fakes: no card is needed, and none is seen.
 """
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -229,6 +230,24 @@ def test_a_user_who_has_decided_about_peer_to_peer_is_not_asked(machine):
     done = launch(machine, TORCH_SEES="6", NCCL_P2P_DISABLE="0", PROBE="export NCCL_P2P_DISABLE=1:")
     assert done.returncode == 0 and ["probe"] not in calls_of(machine)
     assert environment_of_training(machine)["NCCL_P2P_DISABLE"] == "0"
+
+
+def test_a_set_up_that_fails_ends_the_launcher(machine):
+    (machine.folder / "scripts" / "setup.sh").write_text(
+        'echo "setup: no compiler" >&2; return 1\n', encoding="utf-8")
+    done = launch(machine, TORCH_SEES="6")
+    assert done.returncode == 1 and done.stderr == "setup: no compiler\n" and done.stdout == ""
+
+
+def test_the_closing_lines_are_those_of_speedrun_for_the_callers_environment(machine):
+    fakes = machine.folder / ".venv" / "bin"
+    fakes.mkdir(parents=True)
+    for name in ("python", "torchrun"):
+        shutil.copy(machine.folder / "bin" / name, fakes)
+    setup = machine.folder / "scripts" / "setup.sh"
+    setup.write_text(f'export PATH="{fakes}:$PATH"\n', encoding="utf-8")
+    done = launch(machine, TORCH_SEES="6")
+    assert "source .venv/bin/activate" in done.stdout
 
 
 def test_one_card_has_no_peer(machine):
