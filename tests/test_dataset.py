@@ -679,7 +679,7 @@ def test_the_first_shards_stay_readable_while_more_are_fetched(hub, base, monkey
         seen.append(len(parquet_paths()))
         replace(source, target)
 
-    monkeypatch.setattr(sources.os, "replace", looking)
+    monkeypatch.setattr(os, "replace", looking)
     hub.script = {"shard_00001.parquet": [404]}
     assert list(download_fineweb(3)) == ["shard_00001.parquet"]
     assert len(parquet_paths()) == 2, "also where some of the others could not be fetched"
