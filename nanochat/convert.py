@@ -4,6 +4,8 @@ Documents are written as they are read, so that text of any size fits the memory
 for validation, the last 5 % of the characters are. Which those are is known when all are written:
 they are then moved to a file of their own.
 """
+import contextlib
+import fcntl
 import json
 import shutil
 import tempfile
@@ -11,7 +13,15 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_write, fraction, get_base_dir, print0
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    fraction,
+    get_base_dir,
+    get_dist_info,
+    print0,
+    where_offered,
+)
 from nanochat.encoding import NoText, find_encoding
 from nanochat.shards import (
     COPY_AGAIN,
@@ -35,6 +45,7 @@ from nanochat.userfiles import (
 )
 
 REPORT_SECONDS = 2.0        # between two lines that say how far the reading is
+HEAD_START_SECONDS = 0.5    # of the first rank of a machine before the others
 OLD_SECONDS = 2 * 24 * 3600  # after which nobody writes to a draft any more
 
 
@@ -55,9 +66,41 @@ def convert_user_files(path, chosen, others):
     say_unreadable(path, others)
     say_left_aside(path, chosen)
 
-    # write to a draft, which becomes the folder when it is whole
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_old_drafts(folder.parent)
+    with _one_at_a_time(folder, path):
+        if not folder.exists():
+            _convert(folder, path, chosen)
+    return folder
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder, path):
+    """A lock for the conversion to `folder`: of several ranks, one converts, and the others wait.
+
+    The first rank of a machine is the first to try, for rank 0 says how far the reading is. Where
+    the file system has no locks, all convert, and the fastest is taken.
+    """
+    if get_dist_info()[2] > 0:
+        time.sleep(HEAD_START_SECONDS)
+    lock = folder.parent / f"{folder.name}.lock"
+    with open(lock, "w", encoding="utf-8") as file:
+        with where_offered("flock", "each rank converts the text"):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print0(f"waiting for another process to read {path}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # whoever waits for this file finds the folder; if there is none, two may convert
+            lock.unlink(missing_ok=True)
+
+
+def _convert(folder, path, chosen):
+    """Write to a draft, which becomes `folder` when it is whole."""
+    files = chosen.files
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
     try:
         train_rows, val_rows = _write_draft(draft, path, chosen)
@@ -72,7 +115,6 @@ def convert_user_files(path, chosen, others):
         f"{path}: {len(files)} files of {size:,} bytes, {train_rows:,} documents to train on, "
         f"{val_rows:,} for validation{origin}, in {folder}"
     )
-    return folder
 
 
 def _remove_old_drafts(folder):
@@ -83,7 +125,7 @@ def _remove_old_drafts(folder):
 
 
 def _rename_folder(draft, folder):
-    """Rename a folder, unless another rank was faster, with the same result."""
+    """Rename a folder, unless another process was faster, with the same result."""
     try:
         draft.rename(folder)
     except OSError:

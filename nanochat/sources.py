@@ -247,6 +247,7 @@ def download_fineweb(shards, workers=4):
     folder = get_base_dir() / "base_data"
     folder.mkdir(exist_ok=True)
     names = [f"shard_{i:05d}.parquet" for i in (*range(shards), LAST_SHARD)]
+    readable = _is_beginning(folder, names)
     pinned = {"source": "fineweb", "files": names[:-1], "validation": names[-1]}
     index = json.dumps(pinned, indent=1)
     todo = [name for name in names if not (folder / name).exists()]
@@ -254,7 +255,6 @@ def download_fineweb(shards, workers=4):
         atomic_write(folder / "index.json", index)
         return {}
 
-    readable = _is_beginning(folder, names)
     hub_token()  # a bad one is refused before the first download
     endpoint = hub_endpoint()
     stop = threading.Event()

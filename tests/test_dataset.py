@@ -372,6 +372,35 @@ def test_what_a_killed_conversion_has_left_is_removed_after_days(tmp_path, base)
     assert not old.exists() and recent.exists()
 
 
+def test_of_several_processes_one_converts_and_the_others_take_what_it_has_made(
+        tmp_path, base, monkeypatch):
+    path = jsonl_file(tmp_path / "a.jsonl", words(9))
+    conversions, waiting = [], threading.Event()
+    convert_it, lock = convert._convert, convert.fcntl.flock
+
+    def counted(*arguments):
+        conversions.append(arguments)
+        waiting.wait(60)  # until the other has met the lock
+        convert_it(*arguments)
+
+    def noted(file, flags):
+        if not flags & convert.fcntl.LOCK_NB:
+            waiting.set()
+        lock(file, flags)
+
+    monkeypatch.setattr(convert, "_convert", counted)
+    monkeypatch.setattr(convert.fcntl, "flock", noted)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(parquet_paths(path))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(conversions) == 1 and waiting.is_set()
+    assert len(found) == 2 and found[0] == found[1]
+
+
 def test_a_long_conversion_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert, "REPORT_SECONDS", 0)
     open_dataset(jsonl_file(tmp_path / "a.jsonl", words(9)))
@@ -650,7 +679,7 @@ def test_the_first_shards_stay_readable_while_more_are_fetched(hub, base, monkey
         seen.append(len(parquet_paths()))
         replace(source, target)
 
-    monkeypatch.setattr(sources.os, "replace", looking)
+    monkeypatch.setattr(os, "replace", looking)
     hub.script = {"shard_00001.parquet": [404]}
     assert list(download_fineweb(3)) == ["shard_00001.parquet"]
     assert len(parquet_paths()) == 2, "also where some of the others could not be fetched"

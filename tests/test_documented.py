@@ -70,7 +70,6 @@ LATER = {
     "scripts.chat_rl": "reinforcement learning",
     "scripts.base_eval": "evaluations that others can compare: CORE",
     "tasks.humaneval": "evaluations that others can compare",
-    "launch_6x_amd_xtx.sh": "training on AMD",
     "scripts.simple_train_benchmark": "training benchmarks",
     "scripts.transformer_benchmark": "training benchmarks",
     "scripts.multigpu_benchmark": "training benchmarks",
@@ -85,6 +84,7 @@ LATER = {
 FILES = [
     "speedrun.sh",
     "serve_r1.sh",
+    "launch_6x_amd_xtx.sh",
     "compose.yaml",
     "chat.py",
     "emergency_training.sh",
@@ -485,7 +485,7 @@ def test_what_the_page_calls_missing_is_missing():
         missing = re.match(r"not yet: `([^`]+)`", right)
         if missing:
             named.append(missing[1])
-    assert len(named) > 5
+    assert named
     assert [name for name in named if is_here(name)] == []
     assert set(named) <= LATER.keys()
 
@@ -533,6 +533,8 @@ def run_here(server, tmp_path_factory):
             return run_script(words, DRY_RUN="1", **dict(re.findall(r"(GPUS)=(\d)", command)))
         if script == "serve_r1.sh":
             return run_script([*words, "--dry-run"])
+        if script == "launch_6x_amd_xtx.sh":
+            return run_script([*words, "--dry_run=1"])
         if script == "chat.py":
             return run_script([sys.executable, *words[1:], "--help"])
         if script == "emergency_training.sh":

@@ -5,8 +5,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
-from nanochat import heartbeat
+from nanochat import common, heartbeat
+from nanochat.common import UserError, is_one_machine, require_alike
 from nanochat.heartbeat import Heartbeat, Peer
 
 LONG = 30.0  # seconds, after which a test gives up
@@ -184,3 +186,52 @@ def test_a_rank_that_does_not_connect_is_not_waited_for_without_end():
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_store_on_this_machine_is_named_as_the_others_know_it(host):
     assert heartbeat.own_address((host, 29500)) == host
+
+
+# ------------------------------------------------------------------------------------------------
+# joining
+
+RANK = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("device, backend", [("cuda:1", "nccl"), ("cpu", "gloo")])
+def test_a_rank_joins_with_its_device_and_more_time_than_a_save_takes(
+        monkeypatch, device, backend):
+    joined, watched = [], []
+    for name, value in RANK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group",
+        lambda name, **options: joined.append({"backend": name, **options}))
+    monkeypatch.setattr(heartbeat, "start", lambda *arguments: watched.append(arguments))
+    common._join_process_group(torch.device(device))
+    [options] = joined
+    assert options["backend"] == backend
+    assert options["device_id"] == (torch.device(device) if backend == "nccl" else None)
+    assert options["timeout"].total_seconds() > 60 * 30, "the watchdog of a step ends earlier"
+    assert watched == [(3, 4, False, ("gpu1", 29500))]
+
+
+def test_ranks_are_on_one_machine_where_torchrun_says_so(monkeypatch):
+    assert is_one_machine()
+    for name, value in RANK.items():
+        monkeypatch.setenv(name, value)
+    assert not is_one_machine()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert is_one_machine()
+
+
+def test_what_must_be_alike_is_compared_among_the_ranks(monkeypatch):
+    require_alike("the run", "d4", "look")
+    theirs = []
+
+    def reduced(*numbers):
+        theirs.append(numbers)
+        return [max(pair) for pair in zip(*theirs)]
+
+    monkeypatch.setattr(common, "all_reduce_max", reduced)
+    require_alike("the run", ("d4", 3), "look")
+    require_alike("the run", ("d4", 3), "look")
+    with pytest.raises(UserError, match="the ranks differ in the run, rank 0 has .*'d5'.*: look"):
+        require_alike("the run", ("d5", 3), "look")

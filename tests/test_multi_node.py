@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import sys
 import time
 
 import pytest
+from torch.distributed.run import parse_args
 
 from conftest import ROOT, last_json
 from nanochat.checkpoint import complete_steps
@@ -165,6 +167,17 @@ def two_nodes(stages, *words):
             if node.poll() is None:
                 node.terminate()
                 node.wait()
+
+
+def test_the_documented_command_is_one_that_torchrun_reads_as_that_of_two_machines():
+    page = (ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8")
+    command = re.search(r"^(torchrun .*?[^\\])$", page, re.M | re.S)[1]
+    words = shlex.split(command.replace("\\\n", " "))
+    given = parse_args(words[1:])
+    assert (given.nnodes, given.nproc_per_node, given.rdzv_backend) == ("2", "8", "c10d")
+    assert given.rdzv_endpoint == "gpu1:29500" and given.rdzv_id == "run7"
+    assert given.module and given.training_script == "scripts.base_train"
+    assert given.training_script_args[-1] == "--depth=20"
 
 
 def texts_of(paths):

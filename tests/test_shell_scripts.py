@@ -17,6 +17,7 @@ def test_all_are_found():
         "serve_r1.sh",
         "speedrun.sh",
         "emergency_training.sh",
+        "launch_6x_amd_xtx.sh",
         "scripts/setup.sh",
         "scripts/supervise.sh",
         "tests/run.sh",

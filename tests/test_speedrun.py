@@ -9,12 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, last_json
+from speedrun_fakes import (
+    Sandbox,
+    environment_of,
+    is_alive,
+    is_resumed,
+    module_of,
+    modules,
+    speedrun,
+)
 
 TRAINING = ("base_train", "mid_train", "chat_sft")
 MODEL_STAGES = (*TRAINING, "base_loss", "chat_eval")
@@ -28,28 +36,6 @@ ON_A_CPU = [
     "scripts.chat_eval",
     "nanochat.report",
 ]
-DIALS = (
-    "MINUTES", "DATA", "CUSTOM", "NAME", "GPUS", "DRY_RUN", "WSL_DISTRO_NAME", "DEPTH", "STAGES",
-    "DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE")
-
-
-def environment_of(**variables):
-    """This process's environment without the dials of speedrun.sh, and with `variables`."""
-    inherited = {name: value for name, value in os.environ.items() if name not in DIALS}
-    return {**inherited, "GPU_FILES": "", **variables}
-
-
-def speedrun(script_folder, cwd=None, **variables):
-    """The finished process of `script_folder`/speedrun.sh, called from `cwd`."""
-    return subprocess.run(
-        ["bash", str(script_folder / "speedrun.sh")],
-        cwd=cwd or script_folder,
-        env=environment_of(**variables),
-        timeout=60,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
 
 
 def dry_run(base, **variables):
@@ -58,11 +44,6 @@ def dry_run(base, **variables):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert not (base / "unused").exists(), "a dry run leaves nothing behind"
     return [shlex.split(line) for line in done.stdout.splitlines()]
-
-
-def module_of(words):
-    """Of a command, its module; the only other word is "wait"."""
-    return words[words.index("-m") + 1] if "-m" in words else words[0]
 
 
 def stage_of(words):
@@ -150,8 +131,8 @@ def test_one_gpu_needs_no_torchrun_and_a_budget_of_time_is_shared_out(tmp_path):
     assert set(minutes_of(commands)) == set(TRAINING)
 
 
-# 20 tokens of 4.8 characters for each of 12 x depth x width^2 + 65,536 x width weights, by shards of
-# 250 million, and 3.5 %
+# 20 tokens of 4.8 characters for each of 12 x depth x width^2 + 65,536 x width weights, by shards
+# of 250 million, and 3.5 %
 @pytest.mark.parametrize("depth, shards", [("1", 2), ("12", 54), ("20", 190), ("32", 694)])
 def test_a_given_depth_reaches_the_pretraining_and_the_shards_that_it_needs(
         tmp_path, depth, shards):
@@ -229,123 +210,9 @@ def test_bad_minutes_are_one_line_and_status_2(tmp_path, minutes):
 # --------------------------------------------------------------------------------------------------
 # whole runs, with a python that only writes down what it was asked to do
 
-FAKE_PYTHON = r"""#!/usr/bin/env bash
-if [ "$1" = -c ]; then
-    case "$2" in
-        *tag_setting*) echo "${TAGS:-- -}" ;;    # this run's models are the newest
-        *) echo "${TORCH_SEES:-0}" ;;            # how many GPUs there are
-    esac
-    exit
-fi
-printf '%q ' "$@" >>"$CALLS"
-echo >>"$CALLS"
-record() {
-    echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" \
-        >>"$NANOCHAT_BASE_DIR/metrics.jsonl"
-}
-case " $* " in
-    *" ${FAIL_AT:-nowhere} "*) echo "2 shards are missing" >&2; exit 1 ;;
-    *" ${WAIT_AT:-nowhere} "*) while [ ! -e "$NANOCHAT_BASE_DIR/arrived" ]; do sleep 0.05; done ;;
-esac
-case "$2" in
-    "${WAIT_IN:-nowhere}")
-        trap 'echo "the stage saves"; exit 1' INT TERM   # as torchrun ends, whatever its ranks did
-        touch "$NANOCHAT_BASE_DIR/waiting"
-        while :; do sleep 0.05; done ;;
-    "${STOP_IN:-nowhere}")
-        if [ -n "${RECORDED:-}" ]; then record "$@"; fi
-        exit "${STATUS:-1}" ;;
-    nanochat.report) echo '{"stage": "speedrun"}' ;;
-    *) record "$@" ;;
-esac
-"""
-
-# Runs the module in the fake python, once whatever the ranks: `torchrun ... -m MODULE [--] ...`
-FAKE_TORCHRUN = r"""#!/usr/bin/env bash
-echo "$2 ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:?the ranks would be killed while they save}" \
-    >/dev/null || exit 1
-echo "$2" >>"$CALLS.ranks"
-shift 2
-exec python "$@"
-"""
-
-
-class Sandbox:
-    """A copy of speedrun.sh beside an empty set-up, and the fake python and torchrun."""
-
-    def __init__(self, folder):
-        self.folder, self.base, self.calls = folder, folder / "base", folder / "calls"
-        self.ranks = folder / "calls.ranks"
-        (folder / "scripts").mkdir()
-        (folder / "bin").mkdir()
-        for name in ("speedrun.sh", "scripts/supervise.sh"):
-            (folder / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
-        (folder / "scripts" / "setup.sh").write_text("", encoding="utf-8")
-        for name, text in (("python", FAKE_PYTHON), ("torchrun", FAKE_TORCHRUN)):
-            tool = folder / "bin" / name
-            tool.write_text(text, encoding="utf-8")
-            tool.chmod(0o755)
-
-    def variables(self, **others):
-        return {
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-            "CALLS": str(self.calls),
-            "NANOCHAT_BASE_DIR": str(self.base),
-            **others,
-        }
-
-    def states(self):
-        """The state files of the runs that have not finished."""
-        return sorted(self.base.glob("speedrun.*.state"))
-
-    def run(self, status=0, cwd=None, **variables):
-        """(what was asked of python, the finished process)."""
-        self.calls.write_text("", encoding="utf-8")
-        self.ranks.write_text("", encoding="utf-8")
-        done = speedrun(self.folder, cwd, **self.variables(**variables))
-        assert done.returncode == status, done.stdout + done.stderr
-        lines = self.calls.read_text(encoding="utf-8").splitlines()
-        return [shlex.split(line) for line in lines], done
-
-    def start(self, output=subprocess.PIPE, **variables):
-        """The process of speedrun.sh."""
-        self.calls.write_text("", encoding="utf-8")
-        return subprocess.Popen(
-            ["bash", "speedrun.sh"],
-            cwd=self.folder,
-            env=environment_of(**self.variables(**variables)),
-            text=True,
-            stdout=output,
-            stderr=output,
-        )
-
-    def wait_for_call(self, process, module):
-        """Wait until a running speedrun.sh has asked for a module."""
-        while module not in self.calls.read_text(encoding="utf-8"):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-
-    @contextmanager
-    def waiting_in(self, module, output=subprocess.PIPE, **variables):
-        """The process of speedrun.sh, once its stage `module` waits for a signal."""
-        with self.start(output, WAIT_IN=module, **variables) as process:
-            while not (self.base / "waiting").exists():
-                assert process.poll() is None
-                time.sleep(0.05)
-            yield process
-
-
 @pytest.fixture
 def sandbox(tmp_path):
     return Sandbox(tmp_path)
-
-
-def modules(calls):
-    return [words[1] for words in calls]
-
-
-def is_resumed(words):
-    return "--resume" in words
 
 
 def test_a_whole_run_ends_with_its_record_and_forgets_its_state(sandbox):
@@ -667,13 +534,6 @@ def test_a_download_whose_script_was_killed_is_stopped_by_the_next_call(sandbox)
     download = int(re.search(r"^background (\d+)$", state.read_text(encoding="utf-8"), re.M)[1])
     _, done = sandbox.run(TORCH_SEES="2")
     assert f"stopping process {download}" in done.stdout and not is_alive(download)
-
-
-def is_alive(process):
-    """Whether a process runs; one that has ended may still be listed as a zombie."""
-    listed = subprocess.run(
-        ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
-    return listed != "" and not listed.startswith("Z")
 
 
 # --------------------------------------------------------------------------------------------------
