@@ -23,6 +23,7 @@ from nanochat.common import UserError, print0
 from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
 from nanochat.hardware import DEVICES, cpu_name, is_out_of_memory, synchronize
+from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import MEMORY_SHARE, build_on_meta, largest_divisor, memory
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
@@ -186,19 +187,24 @@ def check_choices(settings, **choices):
 
 
 def optimizers_of(network, optimizer):
-    """The optimizers, without state, for one of OPTIMIZERS."""
+    """The optimizers, without state, for one of OPTIMIZERS. Hashed tables keep their own, which
+    alone takes sparse gradients."""
+    usual = network.setup_optimizers()
     if optimizer == "muon":
-        return network.setup_optimizers()
-    return [AdamW(network.parameters(), lr=1e-4)]
+        return usual
+    own = [one for one in usual if not isinstance(one, (Muon, AdamW))]
+    kept = {p for one in own for group in one.param_groups for p in group["params"]}
+    others = [p for p in network.parameters() if p not in kept]
+    return [AdamW(others, lr=1e-4), *own]
 
 
 def planned_memory(case, micro_batch_size, dtype_bytes, ranks, device_type, optimizer):
     """The Memory (plan.py) of a Case on one device. ranks: among which the optimizer is divided."""
     model = build_on_meta(MODEL_CLASSES[case.model_class], case.config)
     needed = memory(model, micro_batch_size, dtype_bytes, ranks, device_type)
-    if optimizer == "adamw":
-        parameters = sum(p.numel() for p in model.parameters())
-        needed = needed._replace(optimizer=8 * parameters // ranks)
+    if optimizer == "adamw":  # two moments of a matrix, where Muon has one
+        matrices = sum(p.numel() for p in model.parameters_by_role()["matrix"])
+        needed = needed._replace(optimizer=needed.optimizer + 4 * matrices // ranks)
     return needed
 
 

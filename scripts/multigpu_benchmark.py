@@ -14,6 +14,7 @@ communication that no computation hides, waiting for the slowest rank included.
 docs/benchmarks.md explains each column and has the documented table.
 """
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -187,11 +188,14 @@ def run_ranks(ranks):
                f"--nproc_per_node={ranks}", str(Path(__file__).resolve()), "--", *words]
     found = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(RESULT):
-                found.append(json.loads(line))
-            else:
-                print(f"  {line}", end="", file=sys.stderr, flush=True)
+        try:
+            for line in process.stdout:
+                if line.startswith(RESULT):
+                    found.append(json.loads(line))
+                else:
+                    print(f"  {line}", end="", file=sys.stderr, flush=True)
+        finally:
+            process.terminate()  # it ends its ranks; nothing where all have ended
     if found:
         return found[0]
     problem = f"{ranks} ranks ended without a result, their own error stands above"
@@ -228,6 +232,9 @@ check_choices(settings, optimizer=OPTIMIZERS, parallel=KINDS, dtype=("", "float3
 started = time.perf_counter()
 raise_malloc_thresholds()
 device_type = choose_device_type(device_type)
+if device_type == "mps":
+    raise UserError("device_type=mps is a single device: measure it with transformer_benchmark, "
+                    "or several ranks with --device_type=cpu")
 on_gpu = device_type == "cuda"
 warmup = default_warmup(device_type) if warmup is None else warmup
 iterations = iterations or default_iterations(device_type)
@@ -244,6 +251,7 @@ if is_rank:
     report_rank(case)
     raise SystemExit
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended, too
 available = torch.cuda.device_count() if on_gpu else available_cpus()
 counts = rank_counts(gpus, scaling_test, available, "GPUs" if on_gpu else "cores")
 print0(f"{case.name}: {case.config.depth} layers, width {case.config.width}, {case.batch_size} x "

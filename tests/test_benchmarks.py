@@ -427,6 +427,16 @@ def test_transformer_benchmark_measures_a_shape(stages, tiny, optimizer):
     assert len(table) == 3 and {line.count("|") for line in table} == {12}
 
 
+@pytest.mark.parametrize("model", ["lookup", "portable"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_transformer_benchmark_measures_variants(stages, tmp_path, model, optimizer):
+    path = write(tmp_path, TINY_SHAPE + f"model = '{model}'\n")
+    record = stages.fork_record("scripts.transformer_benchmark", f"--config={path}", *QUICK_STEPS,
+                                f"--optimizer={optimizer}")
+    [row] = record["rows"]
+    assert row["class"] == model and abs(row["loss"] - math.log(300)) < 1
+
+
 def test_a_size_that_runs_out_of_memory_or_does_not_fit_does_not_end_the_others(stages):
     record = stages.fork_record("tests.small_sizes", *QUICK_STEPS)
     small, medium, large, xl = record["rows"]
