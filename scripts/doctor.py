@@ -22,6 +22,7 @@ import time
 
 from nanochat.configurator import configure, require
 from nanochat.doctor import MARK, PROBES
+from nanochat.environment import gpu_variables, this_system
 from nanochat.metrics import finish_stage
 from nanochat.probes import Check, exports_of, problem, relevant_variables
 
@@ -152,9 +153,19 @@ def table(checks):
     return lines
 
 
-def settings_to_use(plan, exports):
-    """Lines: the command that trains here, the plan that it would make, variables to set first."""
+def own_variables():
+    """{name: value} of the variables that every stage sets here by itself."""
+    wanted = gpu_variables(this_system(), {})
+    return {name: value for name, value in wanted.items() if os.environ.get(name) == value}
+
+
+def settings_to_use(plan, exports, own):
+    """Lines: variables to export, the command that trains here, and the plan that it would make.
+
+    own: what own_variables() gives, of which nothing has to be exported.
+    """
     lines = [f"export {name}={value}" for name, value in exports.items()]
+    lines += [f"(set by itself: {name}={value})" for name, value in own.items()]
     launcher = "python"
     if plan.get("ranks", 1) > 1:
         launcher = f"torchrun --standalone --nproc_per_node={plan['ranks']}"
@@ -188,7 +199,8 @@ def main(settings):
     exports = exports_of(checks)
     print("\n" + "\n".join(table(checks)) + "\n")
     print("settings to use")
-    print("\n".join("  " + line for line in settings_to_use(numbers.get("plan", {}), exports)))
+    use = settings_to_use(numbers.get("plan", {}), exports, own_variables())
+    print("\n".join("  " + line for line in use))
     problems = [check for check in checks if check.status == "problem"]
     stops = [check for check in problems if check.stops]
     if stops:

@@ -111,7 +111,8 @@ def doctor_commands(setup):
 def text_commands(setup):
     vocabulary = setup.pick(VOCAB_SIZE, VOCAB_SIZE, 430)
     if setup.data:
-        return [Command(["scripts.tok_train", f"--data={setup.data}", f"--vocab_size={vocabulary}"])]
+        words = ["scripts.tok_train", f"--data={setup.data}", f"--vocab_size={vocabulary}"]
+        return [Command(words)]
     source = ["-n", str(SHARDS)] if setup.online else []
     characters = setup.pick(1_000_000_000, 100_000_000, 1_000_000)
     return [
@@ -206,7 +207,7 @@ def layout_commands(setup):
 
 def resume_commands(setup):
     depth = setup.pick(12, 12, 1)
-    count = setup.pick(60, 40, 300)
+    count = setup.pick(60, 40, 150)
     options = [f"--depth={depth}", "--model=gpt", f"--num_iterations={count}"]
     words = train(setup, "killed", *options)
     return [
@@ -375,6 +376,10 @@ STEPS = [
 # --------------------------------------------------------------------------------------------------
 # running
 
+# the last line of a traceback, of torchrun's ranks as well
+RAISED = re.compile(r"(?:\[rank\d+\]: ?)?[\w.]*(?:Error|Exception)\b")
+
+
 class Failed(Exception):
     """Why a step has no figures."""
 
@@ -390,12 +395,12 @@ def last_record(path):
 def reason_of(text):
     """The line of a failed command's output that says why, at most 200 characters of it.
 
-    Our own "error: ...", else the last line of a traceback, else the last words. (torchrun adds a
-    page of its own below.)
+    Our own "error: ...", else the last line of a traceback, else the last line with a letter.
+    (torchrun adds a page of its own below.)
     """
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     ours = [line for line in lines if line.startswith("error: ")]
-    raised = [line for line in lines if re.match(r"(?:\[rank\d+\]: )?[\w.]*(?:Error|Exception)\b", line)]
+    raised = [line for line in lines if RAISED.match(line)]
     return ([*ours[:1], *raised[:1], *lines[-1:]] or ["without a word"])[0][:200]
 
 
@@ -539,7 +544,9 @@ def main(settings):
         raise UserError("short and tiny are two sizes: choose one of them")
     started = time.monotonic()
     wanted = chosen_steps(steps)
-    size = "short" if short else "tiny" if tiny else "full"
+    size = "full"
+    for name, chosen in (("short", short), ("tiny", tiny)):
+        size = name if chosen else size
     count = 8 if dry_run else count_gpus()
     ranks = gpus or count or (2 if tiny else 0)
     if not ranks or not (count or tiny):
@@ -548,8 +555,8 @@ def main(settings):
     folder = Path(out).absolute() if out else get_base_dir() / "gpu_checklist"
     setup = Setup(size, ranks, str(Path(data).absolute()) if data else "", size == "full")
     limit = sum(step.limit(size) for step in wanted) / 60
-    print(f"{len(wanted)} steps on {ranks} {'GPUs' if count else 'ranks of the CPU'}, at most {limit:.0f} minutes, in {folder}",
-          flush=True)
+    where = f"{ranks} GPU{'s' * (ranks > 1)}" if count else f"{ranks} ranks of the CPU"
+    print(f"{len(wanted)} steps on {where}, at most {limit:.0f} minutes, in {folder}", flush=True)
     if dry_run:
         for step in wanted:
             lines = [shlex.join(command.line()[1:]) for command in step.commands(setup)]

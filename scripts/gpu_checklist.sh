@@ -5,8 +5,8 @@
 #   bash scripts/gpu_checklist.sh --short        # twelve minutes
 #   bash scripts/gpu_checklist.sh --dry_run=1    # prints the commands
 #
-# Where the active Python has torch, as in a container, that one is used; else scripts/setup.sh makes
-# the environment first.
+# Where the active Python has torch, as in a container, that one is used; else scripts/setup.sh
+# makes the environment first.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

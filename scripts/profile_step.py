@@ -59,8 +59,8 @@ DEFAULTS = {  # depth, vocab_size, max_seq_len, device_batch_size
 LABEL = "nanochat "  # begins the names of the ranges that are marked below
 
 # The first pattern that a name contains says its kind. Names of kernels: cuBLAS (nvjet since
-# Hopper, gemm, cutlass, xmma), hipBLASLt (Cijk), FlashAttention, cuDNN (sdpa), NCCL and RCCL (nccl);
-# on a CPU torch's and oneDNN's operations.
+# Hopper, gemm, cutlass, xmma), hipBLASLt (Cijk), FlashAttention, cuDNN (sdpa), NCCL and RCCL
+# (nccl); on a CPU torch's and oneDNN's operations.
 KINDS = {
     "communication": r"nccl|rccl|gloo|c10d|all_?reduce|reduce_?scatter|all_?gather|all_?to_?all",
     "attention": r"flash|fmha|sdpa|scaled_dot_product|attention",

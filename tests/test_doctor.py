@@ -426,10 +426,11 @@ def test_a_table_wraps_and_puts_the_remedy_below():
 
 def test_several_gpus_train_under_torchrun():
     plan = {"ranks": 6, "lines": ["1) budget"]}
-    lines = doctor.settings_to_use(plan, {"NCCL_P2P_DISABLE": "1"})
-    assert lines[0] == "export NCCL_P2P_DISABLE=1"
-    assert lines[1] == "torchrun --standalone --nproc_per_node=6 -m scripts.base_train"
-    assert doctor.settings_to_use({}, {}) == ["python -m scripts.base_train"]
+    own = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    lines = doctor.settings_to_use(plan, {"NCCL_P2P_DISABLE": "1"}, own)
+    assert lines[0] == "export NCCL_P2P_DISABLE=1" and "PYTORCH_ALLOC_CONF" in lines[1]
+    assert lines[2] == "torchrun --standalone --nproc_per_node=6 -m scripts.base_train"
+    assert doctor.settings_to_use({}, {}, {}) == ["python -m scripts.base_train"]
 
 
 # --------------------------------------------------------------------------------------------------
