@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.hardware import (
-    DEVICES,
     allowed_cores,
     available_cpus,
     cgroup_quota,
@@ -29,6 +28,7 @@ from nanochat.hardware import (
     cpu_name,
     find_unseen_gpu,
     instruction_set,
+    known_device,
     limit_spinning,
     measure_matmul_flops,
     peak_flops,
@@ -325,10 +325,11 @@ def probe_matmul():
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         name = torch.cuda.get_device_name(index)
-        rate = measure_matmul_flops(device, where.dtype)
+        with torch.cuda.device(index):  # for which synchronize() waits
+            rate = measure_matmul_flops(device, where.dtype)
         kind = str(where.dtype).removeprefix("torch.")
         rates[f"{kind} {index}"] = rate
-        peak = peak_flops(name) if kind == "bfloat16" else None
+        peak = peak_flops(name, kind)
         check = check_rate("matmul", rate, peak, f"GFLOP/s in {kind} on device {index}", 0.5)
         checks.append(check)
     return checks, {"flops_per_second": rates}
@@ -351,8 +352,8 @@ def probe_bandwidth():
     peak = None
     if where.device.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [device for device in DEVICES.values() if device.title in name]
-        peak = known[0].bandwidth if known else None
+        known = known_device(name)
+        peak = known and known.bandwidth
     check = check_rate("bandwidth", rate, peak, "GB/s of memory, read and written", 0.6)
     return [check], {"bytes_per_second": rate}
 

@@ -201,6 +201,13 @@ OPTIMIZERS = {
 }
 
 
+class Flops(NamedTuple):
+    """Training FLOPs of a token by three conventions, so that shares of a peak can be compared."""
+    weights: int    # of the weights alone: 6 N
+    causal: int     # with attention to the positions up to a token's own, which is what is computed
+    square: int     # with attention to all positions, as PaLM (arXiv 2204.02311) and nanochat count
+
+
 class GPT(nn.Module):
     """The decoder: embedding, blocks, head.
 
@@ -457,6 +464,12 @@ class GPT(nn.Module):
         return matrices + self.config.vocab_size * self.config.width
 
     def flops_per_token(self, T):
-        """Training FLOPs of a token in a context of T: forward 2 and backward 4 for each weight,
-        and 6 * depth * width * T for attention (causal: half of 12)."""
-        return 6 * self.matmul_parameters() + 6 * self.config.depth * self.config.width * T
+        """Training FLOPs of a token in a context of T, attention counted as it is: causal."""
+        return self.flops(T).causal
+
+    def flops(self, T):
+        """The Flops of a token in a context of T: forward 2 and backward 4 for each weight, and
+        6 * depth * width * T for causal attention, half of the 12 for every pair of positions."""
+        weights = 6 * self.matmul_parameters()
+        attention = 6 * self.config.depth * self.config.width * T
+        return Flops(weights, weights + attention, weights + 2 * attention)

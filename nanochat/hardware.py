@@ -116,9 +116,10 @@ def instruction_set():
 
 def memory_gb():
     """The machine's memory in GiB, None where the system does not tell."""
-    if not hasattr(os, "sysconf"):
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, others no such name
         return None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return round(memory / 2**30, 1)
 
 

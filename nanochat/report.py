@@ -483,9 +483,35 @@ def accuracy_blocks(run):
                    "is 0 %, the answer has to be produced and not chosen.")
 
 
+def is_of_a_gpu(record):
+    """Whether a training stage ran on a GPU that has a data sheet, or could have one."""
+    return "mfu_square" in record and bool(record.get("machine", {}).get("gpus"))
+
+
+def mfu_cells(record, on_gpu):
+    """The cells of a training stage's share of the peak; none in a report of a CPU."""
+    if not on_gpu:
+        return []
+    return [percent(record.get("mfu")), percent(record.get("mfu_square"))]
+
+
+def mfu_words(training):
+    """What the shares of the peak are of: a paragraph. training: {stage: record}."""
+    peaks = {}
+    for record in training.values():
+        if record.get("peak_flops_per_second"):
+            peaks[record["peak_flops_per_second"]] = record.get("dtype", "unknown dtype")
+    if not peaks:
+        return "The peak of this GPU is unknown, and so is mfu, the share of it that was achieved."
+    named = " and ".join(f"{si(peak, 'FLOP/s')} ({dtype})" for peak, dtype in peaks.items())
+    return (f"mfu is the share of the data sheet's dense peak, {named}. Causal counts attention as "
+            "it is computed; square counts every pair of positions, as most publications do.")
+
+
 def training_blocks(run):
     if not run.training:
         return
+    on_gpu = any(is_of_a_gpu(record) for record in run.training.values())
     rows = []
     for name, record in run.training.items():
         rows.append((
@@ -496,6 +522,7 @@ def training_blocks(run):
             si(record.get("tokens_per_second")),
             si(record.get("flops_per_second"), "FLOP/s"),
             percent(matmul_share(record)),
+            *mfu_cells(record, on_gpu),
         ))
     header = [
         "stage",
@@ -506,6 +533,8 @@ def training_blocks(run):
         "achieved",
         "of the matmul rate",
     ]
+    if on_gpu:
+        header += ["mfu, causal", "mfu, square"]
     peaks = {record.get("matmul_flops_per_second") for record in run.training.values()} - {None}
     here = " and ".join(si(peak, "FLOP/s") for peak in sorted(peaks))
     measured = f" ({here} here)" if here else ""
@@ -517,6 +546,8 @@ def training_blocks(run):
     yield ("text", "Tokens per second are the median over steady steps: compilation and the first "
                    "steps do not count. The matmul rate is what one large matrix product reached "
                    f"on this machine{measured}, not a peak from a data sheet.")
+    if on_gpu:
+        yield ("text", mfu_words(run.training))
 
 
 def validation_documents(record):

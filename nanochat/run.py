@@ -66,6 +66,11 @@ class StopRequest:
         print0("stopping after this step; once more stops at once")
 
 
+def peak_memory(device):
+    """Most bytes of tensors that a GPU has held, None for another device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def core_seconds():
     """(seconds that the threads of this process ran, seconds that they waited for a core).
 
@@ -104,6 +109,18 @@ def busy_line(before, after, step, progress, planned_steps):
             "(stop the other programs, or give it more minutes)")
 
 
+def dtype_name(compute):
+    """Of what the device multiplies, such as "bfloat16"."""
+    return str(compute.dtype).removeprefix("torch.")
+
+
+def data_sheet_peak(compute):
+    """Dense FLOP/s of a device in the compute dtype, None where no data sheet is known."""
+    if compute.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(compute.device), dtype_name(compute))
+
+
 class Run:
     """A training run: its clock and budget, its checkpoints, its guard and its record.
 
@@ -111,6 +128,7 @@ class Run:
     save_minutes, hang_minutes, logger, compile, and those of resume_hint(). compute: what
     compute_init() returned. start: a Start (start.py). meta: the run's entry in every meta file.
     horizon: a Horizon (plan.py); with neither steps nor minutes over() is told the progress.
+    flops: of a token, the model's Flops (gpt.py). matmul_flops: measured, of one device.
 
     planned_steps: how many the plan expects within the minutes, or None.
 
@@ -119,10 +137,11 @@ class Run:
     """
 
     def __init__(self, stage, settings, compute, folder, start, meta, horizon, total_batch_size,
-                 flops_per_token, matmul_flops, planned_steps=None):
+                 flops, matmul_flops, planned_steps=None):
         self.stage, self.settings, self.compute, self.folder = stage, settings, compute, folder
         self.meta, self.horizon, self.total_batch_size = meta, horizon, total_batch_size
-        self.flops_per_token, self.matmul_flops = flops_per_token, matmul_flops
+        self.flops, self.matmul_flops = flops, matmul_flops
+        self.peak = data_sheet_peak(compute)
         self.planned_steps = planned_steps if horizon.minutes else None
 
         # where the run stands
@@ -290,12 +309,23 @@ class Run:
     def _show(self, loss, lr, grad_norm):
         seconds = statistics.median(self.durations[-SPEED_STEPS:])
         speed = self.total_batch_size / seconds
-        flops = speed * self.flops_per_token / self.compute.world_size
+        flops = speed * self.flops.causal / self.compute.world_size
         share = 100 * flops / self.matmul_flops
+        mfu, mfu_square = self._mfu(speed)
+        of_peak = f"mfu {100 * mfu:.1f} % ({100 * mfu_square:.1f} % square) | " if mfu else ""
         print0(
             f"step {self.step:5d} | {100 * self.progress:3.0f} % | loss {loss:.4f} | "
             f"lr {lr:.2g} | norm {grad_norm:.2f} | {speed:,.0f} tok/s | "
-            f"{share:.0f} % of matmul rate | {self._seconds_left(seconds) / 60:.1f} min left")
+            f"{share:.0f} % of matmul rate | {of_peak}"
+            f"{self._seconds_left(seconds) / 60:.1f} min left")
+
+    def _mfu(self, speed):
+        """The share of the data sheet's peak at a speed in tokens/s: (with causal attention, with
+        square attention), or (None, None) where no peak is known."""
+        if not self.peak:
+            return None, None
+        peak = self.peak * self.compute.world_size
+        return speed * self.flops.causal / peak, speed * self.flops.square / peak
 
     def say_where_busy(self, at_the_end=False):
         """One line where other processes take the cores: once on the way, and at the end."""
@@ -375,9 +405,8 @@ class Run:
         faulthandler.cancel_dump_traceback_later()
         steady = self.durations[WARM_STEPS:] or self.durations or [math.inf]
         speed = self.total_batch_size / statistics.median(steady)
-        flops = speed * self.flops_per_token
-        on_gpu = self.compute.device.type == "cuda"
-        peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+        flops = speed * self.flops.causal
+        mfu, mfu_square = self._mfu(speed)
         ranks = self.compute.world_size
         finish_stage(
             self.stage,
@@ -388,12 +417,17 @@ class Run:
             train_seconds=self.elapsed,
             tokens_per_second=speed,
             flops_per_second=flops,
-            flops_per_second_of_weights=speed * 6 * model.matmul_parameters(),
+            flops_per_second_square=speed * self.flops.square,
+            flops_per_second_of_weights=speed * self.flops.weights,
             matmul_flops_per_second=self.matmul_flops * ranks,
             share_of_matmul_rate=flops / ranks / self.matmul_flops,
-            mfu=flops / ranks / peak if peak else None,
+            mfu=mfu,
+            mfu_square=mfu_square,
+            peak_flops_per_second=self.peak and self.peak * ranks,
+            device=self.compute.device.type,
+            dtype=dtype_name(self.compute),
             ranks=ranks,
-            peak_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
+            peak_memory=peak_memory(self.compute.device),
             checkpoint=str(self.folder),
             parameters=sum(p.numel() for p in model.parameters()),
             config=self.meta["config"],

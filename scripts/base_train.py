@@ -55,7 +55,7 @@ from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 # settings
 data: str = None             # parquet, or your own txt, md, jsonl, json, csv; None: nanochat's
 model_tag: str = None        # name of the checkpoint folder; None: dN for depth N, or the data's
-model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: lookup on a CPU
+model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: gpt on CUDA
 depth: int = None            # layers; width is 64 x depth. None: 20 on a GPU, by speed on a CPU
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, by speed on a CPU
@@ -225,7 +225,7 @@ micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 # ---- the run
 run = Run(
     "base_train", settings, compute, folder, start, meta, plan.horizon, total_batch_size,
-    model.flops_per_token(max_seq_len), matmul_flops, plan.steps)
+    model.flops(max_seq_len), matmul_flops, plan.steps)
 run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
 counted_tokens = meta.get("counted", 0)

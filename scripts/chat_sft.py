@@ -136,7 +136,7 @@ if own:
 
 run = Run(
     "chat_sft", settings, compute, start.folder, start, meta, horizon, total_batch_size,
-    model.flops_per_token(T), matmul_flops)
+    model.flops(T), matmul_flops)
 run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
 

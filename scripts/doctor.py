@@ -24,7 +24,7 @@ from nanochat.configurator import configure, require
 from nanochat.doctor import MARK, PROBES
 from nanochat.environment import gpu_variables, this_system
 from nanochat.metrics import finish_stage
-from nanochat.probes import Check, exports_of, problem, relevant_variables
+from nanochat.probes import Check, exports_of, note, problem, relevant_variables
 
 # settings
 all = False          # every part; so does no option
@@ -36,6 +36,7 @@ seconds = 60.0       # limit of the whole
 
 ENDING = 6.0         # seconds of the whole that are for the table and the last line
 WIDTH = 100          # columns of the table
+NEED_TORCH = ("matmul", "bandwidth", "exchange", "plan", "compiler", "selftests")
 
 
 def chosen_probes(settings):
@@ -72,11 +73,16 @@ class Worker:
                 self.lines.put(json.loads(line.removeprefix(MARK)))
         self.lines.put(None)  # it has ended
 
-    def answer(self, name, limit):
-        """(the Checks of a probe, its numbers, whether the process can take the next one)."""
+    def answer(self, name, limit, cut):
+        """(the Checks of a probe, its numbers, whether the process can take the next one).
+
+        limit: seconds to wait. cut: whether that is less than the probe's own limit.
+        """
         try:
             answer = self.lines.get(timeout=limit)
         except queue.Empty:
+            if cut:
+                return [unfinished(name, f"not finished in the {limit:.0f} seconds left")], {}, False
             hangs = problem(
                 name, f"no answer within {limit:.0f} seconds",
                 "run it again; if it stays so, restart the machine or its driver",
@@ -109,6 +115,11 @@ class Worker:
         self.errors.close()
 
 
+def unfinished(name, detail):
+    """The Check of a probe that the limit of the whole has cut off."""
+    return note(name, detail, "give it more --seconds, or only its part (--memory, --cuda)")
+
+
 def examine(names, limit, command):
     """Run probes, each within its own limit and all within `limit` seconds.
 
@@ -116,21 +127,24 @@ def examine(names, limit, command):
     """
     deadline = time.monotonic() + limit
     worker = None
+    torch_is_broken = False
     for position, name in enumerate(names):
         left = deadline - time.monotonic()
         if left < 1:
-            yield name, [problem(
-                name, f"not examined: {limit:.0f} seconds were over",
-                "give it more --seconds, or only this part (--memory, --cuda)")], {}
+            yield name, [unfinished(name, f"not examined: {limit:.0f} seconds were over")], {}
+            continue
+        if torch_is_broken and name in NEED_TORCH:
+            yield name, [], {}
             continue
         if worker is None:
             others = ",".join(names[position:])
             worker = Worker([*command, others, device_type, dtype])
-        own_limit = min(PROBES[name].seconds, left)
-        checks, numbers, usable = worker.answer(name, own_limit)
+        own_limit = PROBES[name].seconds
+        checks, numbers, usable = worker.answer(name, min(own_limit, left), left < own_limit)
         if not usable:
             worker.end()
             worker = None
+            torch_is_broken = torch_is_broken or name == "torch"
         yield name, checks, numbers
     if worker:
         worker.end()

@@ -109,7 +109,7 @@ print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a 
 
 run = Run(
     "mid_train", settings, compute, start.folder, start, meta, horizon, total_batch_size,
-    model.flops_per_token(T), matmul_flops)
+    model.flops(T), matmul_flops)
 del start  # what was read is mapped from files that the run may delete
 run.checkpoints.save_tokenizer(tokenizer)
 

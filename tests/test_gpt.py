@@ -94,6 +94,15 @@ def test_the_documented_depth_20_has_561_million_parameters():
     assert model.flops_per_token(2048) == 6 * model.matmul_parameters() + 6 * 20 * 1280 * 2048
 
 
+def test_flops_of_a_token_by_both_conventions_are_the_published_ones():
+    flops = meta_model(20, vocab_size=32768).flops(2048)
+    assert flops.weights / 1e9 == pytest.approx(2.61, abs=0.005)
+    assert flops.causal / 1e9 == pytest.approx(2.93, abs=0.005)
+    assert flops.square / 1e9 == pytest.approx(3.24, abs=0.005)
+    # nanochat's own 3.49 GF a token at a vocabulary of 65,536
+    assert meta_model(20).flops(2048).square / 1e9 == pytest.approx(3.49, abs=0.005)
+
+
 def test_depth_alone_decides_the_heads():
     shapes = {}
     for depth in (1, 4, 12, 13, 32):

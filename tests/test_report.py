@@ -279,6 +279,30 @@ def test_unknown_throughputs_say_unknown(base_dir):
     assert line.count("unknown") == 2
 
 
+GPU_FIELDS = {"machine": {"gpus": ["NVIDIA H100 80GB HBM3"]}, "mfu": 0.44, "mfu_square": 0.487,
+              "peak_flops_per_second": 7.912e15, "dtype": "bfloat16"}
+
+
+def test_the_share_of_a_gpus_peak_stands_by_both_conventions_with_the_peak(base_dir):
+    # docs/traps.md: wrong-throughput
+    write(base_dir, [training(base_dir, "base_train", **GPU_FIELDS)])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "| mfu, causal | mfu, square |" in text and "| 44.0 % | 48.7 % |" in text
+    assert "7.91 PFLOP/s (bfloat16)" in text
+
+
+def test_the_share_of_an_unknown_gpus_peak_is_unknown_and_a_cpu_has_none(base_dir):
+    # docs/traps.md: wrong-throughput
+    unknown = {**GPU_FIELDS, "mfu": None, "mfu_square": None, "peak_flops_per_second": None}
+    for fields, says in ((unknown, True), ({}, False)):
+        write(base_dir, [training(base_dir, "base_train", **fields)])
+        report.write_report(base_dir)
+        text = (base_dir / "report.md").read_text(encoding="utf-8")
+        assert ("| unknown | unknown |" in text) == says
+        assert ("The peak of this GPU is unknown" in text) == says
+
+
 @pytest.mark.parametrize(
     "number, unit, expected",
     [

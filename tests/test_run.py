@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import complete_steps
+from nanochat.gpt import Flops
 from nanochat.guard import ROLL_BACKS, SKIPS
 from nanochat.plan import Horizon
-from nanochat.run import Run, StopRequest, busy_line, core_seconds
+from nanochat.run import Run, StopRequest, busy_line, core_seconds, data_sheet_peak
 
 COMPUTE = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float32)
 SETTINGS = {
@@ -63,7 +64,7 @@ def make_run(tmp_path, monkeypatch):
         meta = {"step": step, "elapsed": elapsed, "config": {}, **meta}
         run = Run(
             "test", {**SETTINGS, **dict(settings)}, COMPUTE, tmp_path / "run", start, meta,
-            horizon, total_batch_size=100, flops_per_token=10, matmul_flops=1e9)
+            horizon, total_batch_size=100, flops=Flops(9, 10, 11), matmul_flops=1e9)
         runs.append(run)
         return run
 
@@ -340,7 +341,6 @@ def test_a_run_resumed_from_an_earlier_step_may_be_stopped_before_its_first(
 
 
 def test_a_finished_run_marks_its_last_step(make_run, model, capsys, base_dir):
-    model.matmul_parameters = lambda: 9
     run = make_run(Horizon(2, None))
     take_steps(run, 2)
     assert run.over() and run.last_save_is_due()
@@ -350,6 +350,8 @@ def test_a_finished_run_marks_its_last_step(make_run, model, capsys, base_dir):
     row = json.loads(capsys.readouterr().out.split("\n")[-2])
     assert row["steps"] == 2 and row["tokens"] == 200 and row["val_bpb"] == 1.5
     assert row["tokens_per_second"] == 100 and row["flops_per_second"] == 1000
+    assert row["flops_per_second_square"] == 1100 and row["flops_per_second_of_weights"] == 900
+    assert row["mfu"] is row["mfu_square"] is row["peak_flops_per_second"] is None
     meta = json.loads((run.folder / "meta_000002.json").read_text(encoding="utf-8"))
     assert meta["finished"] and meta["val_bpb"] == 1.25
 
@@ -361,6 +363,38 @@ def test_a_line_of_progress_has_the_norm_and_the_share_of_the_matmul_rate(make_r
     run.record(2.0, 0.02, 1.5)
     line = capsys.readouterr().out
     assert "loss 2.0000 | lr 0.02 | norm 1.50" in line and "% of matmul rate" in line
+
+
+def compute_with(**more):
+    return SimpleNamespace(**{**vars(COMPUTE), **more})
+
+
+def test_the_peak_is_that_of_the_device_and_its_dtype_or_unknown(monkeypatch):
+    """docs/traps.md: wrong-throughput"""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gpu = {"device": torch.device("cuda", 0)}
+    assert data_sheet_peak(compute_with(**gpu, dtype=torch.bfloat16)) == 989e12
+    assert data_sheet_peak(compute_with(**gpu)) is None, "the compute dtype is float32"
+    assert data_sheet_peak(COMPUTE) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    assert data_sheet_peak(compute_with(**gpu, dtype=torch.bfloat16)) is None
+
+
+def test_the_share_of_the_peak_is_shown_and_published_by_both_conventions(
+        make_run, model, capsys, base_dir):
+    """docs/traps.md: wrong-throughput"""
+    run = make_run(Horizon(2, None))
+    run.peak, run.compute = 1000.0, compute_with(world_size=2, dtype=torch.bfloat16)
+    take_steps(run, 2)  # of 100 tokens, and of 1000 or 1100 FLOPs a second
+    run._show(2.0, 0.02, 1.0)
+    assert "| mfu 50.0 % (55.0 % square) |" in capsys.readouterr().out
+    assert run.over()
+    save(run, model)
+    run.exit_unless_finished()
+    run.finish(model, 1.0)
+    row = json.loads(capsys.readouterr().out.split("\n")[-2])
+    assert (row["mfu"], row["mfu_square"]) == (0.5, 0.55)
+    assert row["peak_flops_per_second"] == 2000 and row["dtype"] == "bfloat16"
 
 
 # ------------------------------------------------------------------------------------------------

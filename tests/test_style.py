@@ -608,7 +608,7 @@ def test_paths_are_read_from_a_page_and_from_a_tree():
     assert tree_paths(readme) == ["run.sh", "core/", "core/a.py", "core/b.py", "core/c.py", "docs/"]
 
 
-@pytest.mark.parametrize("page", ["docs/glossary.md", "docs/traps.md"])
+@pytest.mark.parametrize("page", ["docs/glossary.md", "docs/traps.md", "docs/gpu.md"])
 def test_a_page_names_files_that_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     paths = sorted(named_paths(text))
@@ -625,7 +625,7 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
     _report(missing + unnamed)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/numerical_stability.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/numerical_stability.md", "docs/gpu.md"])
 def test_a_page_runs_modules_that_exist(page):
     modules = sorted(named_modules((ROOT / page).read_text(encoding="utf-8")))
     assert modules

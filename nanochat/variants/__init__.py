@@ -9,7 +9,7 @@ from nanochat.variants.portable import PortableGPT
 
 MODEL_CLASSES = {
     "gpt": GPT,                   # the documented model, everywhere the reference
-    "lookup": LookupGPT,          # with tables of pairs, triples and values: the CPU's default
+    "lookup": LookupGPT,          # with tables of pairs, triples and values: for minutes of time
     "lookup_ngrams": NGramGPT,    # and with counts of the training text mixed into its prediction
     "portable": PortableGPT,      # shaped like Qwen3, for runtimes that others wrote
 }
@@ -20,8 +20,11 @@ TRAINABLE = [name for name in MODEL_CLASSES if name not in WITH_COUNTS.values()]
 
 
 def default_model(device_type):
-    """The class that pretraining takes on a device: lookups pay on a CPU (dev/LOG.md)."""
-    return "lookup" if device_type == "cpu" else "gpt"
+    """The class that pretraining takes on a device: lookups pay on a CPU (dev/LOG.md).
+
+    On MPS as well, whose budget and shapes are the CPU's: minutes, and few layers.
+    """
+    return "gpt" if device_type == "cuda" else "lookup"
 
 
 def name_of(model):
