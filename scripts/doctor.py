@@ -82,7 +82,8 @@ class Worker:
             answer = self.lines.get(timeout=limit)
         except queue.Empty:
             if cut:
-                return [unfinished(name, f"not finished in the {limit:.0f} seconds left")], {}, False
+                late = unfinished(name, f"not finished in the {limit:.0f} seconds left")
+                return [late], {}, False
             hangs = problem(
                 name, f"no answer within {limit:.0f} seconds",
                 "run it again; if it stays so, restart the machine or its driver",
