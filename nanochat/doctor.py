@@ -215,7 +215,19 @@ def probe_packages():
 
 
 def probe_disk():
-    folder = get_base_dir()
+    try:
+        folder = get_base_dir()
+        rate = write_rate(folder)
+        free = shutil.disk_usage(folder).free
+    except (UserError, OSError) as error:
+        return [problem(
+            "disk", f"no checkpoint can be written: {error}",
+            "set NANOCHAT_BASE_DIR to a folder with room that you can write", stops=True)], {}
+    return [check_disk(folder, free, rate, None)], {"free": free, "bytes_per_second": rate}
+
+
+def write_rate(folder):
+    """Bytes/s of writing a file to a folder, fsync included."""
     block = os.urandom(1_000_000)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="doctor.") as file:
         begin = time.perf_counter()
@@ -225,9 +237,7 @@ def probe_disk():
                 break
         file.flush()
         os.fsync(file.fileno())
-        rate = file.tell() / (time.perf_counter() - begin)
-    free = shutil.disk_usage(folder).free
-    return [check_disk(folder, free, rate, None)], {"free": free, "bytes_per_second": rate}
+        return file.tell() / (time.perf_counter() - begin)
 
 
 def probe_network():

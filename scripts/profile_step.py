@@ -109,10 +109,16 @@ def covered(pieces):
 
 
 class Labels:
-    """Marked ranges, none of which overlaps another."""
+    """Marked ranges. Those of one label may overlap, as on several streams of a GPU."""
 
     def __init__(self, ranges):
-        self.ranges = sorted(ranges, key=lambda piece: piece.begin)
+        self.ranges = []
+        for piece in sorted(ranges, key=lambda piece: piece.begin):
+            last = self.ranges[-1] if self.ranges else None
+            if last and last.name == piece.name and piece.begin <= last.end:
+                self.ranges[-1] = last._replace(end=max(last.end, piece.end))
+            else:
+                self.ranges.append(piece)
         self.begins = [piece.begin for piece in self.ranges]
 
     def at(self, moment):

@@ -470,6 +470,13 @@ def test_the_disk_is_measured_where_checkpoints_go(base_dir):
     assert os.listdir(base_dir) == []
 
 
+def test_a_folder_that_cannot_be_written_stops_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
+    [check], _ = probing.probe_disk()
+    assert check.stops and "NANOCHAT_BASE_DIR" in check.remedy
+
+
 def test_without_a_network_the_remedy_is_other_text(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     [check], numbers = probing.probe_network()

@@ -307,6 +307,16 @@ def test_the_account_adds_up_by_kind_and_overlap_counts_once():
     assert covered([piece for piece in pieces if piece.own]) == 30
 
 
+def test_ranges_of_one_label_may_overlap_on_several_streams():
+    labels = profile_step.Labels([
+        Piece(LABEL + "optimizer", 0, 100, 0),
+        Piece(LABEL + "optimizer", 10, 20, 0),
+        Piece(LABEL + "loss", 200, 210, 0),
+    ])
+    assert [labels.at(moment) for moment in (5, 50, 100, 150, 205, 220, -1)] == [
+        "optimizer", "optimizer", "optimizer", "", "loss", "", ""]
+
+
 def test_a_marked_method_still_does_what_it_did():
     owner = types.SimpleNamespace(double=lambda x: 2 * x)
     profile_step.mark(owner, "double", "loss")
