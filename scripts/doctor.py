@@ -233,7 +233,7 @@ def main(settings):
         "variables": relevant_variables(os.environ),
     }
     elapsed = time.perf_counter() - started
-    if not stops:
+    if numbers.get("torch") and not stops:
         finish_stage("doctor", elapsed, settings, **record)
     else:  # the record of a stage names the devices, which might hang here
         print(json.dumps({"stage": "doctor", "seconds": elapsed, "settings": settings, **record}))

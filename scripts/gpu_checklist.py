@@ -18,6 +18,7 @@ succeeded, else 1. The last line is JSON.
 """
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ short = False        # the steps in twelve minutes
 tiny = False         # the smallest of everything, also without a GPU
 dry_run = False      # print the commands
 steps = ""           # names of steps, apart by commas; empty: all
+minutes: float = None  # of the whole: what there is no time for is skipped. None: no such limit
 gpus: int = None     # how many to use. None: all; without a GPU two ranks on the CPU
 data: str = None     # text to train on. None: FineWeb-Edu where its hub answers, else local text
 out: str = None      # folder. None: gpu_checklist in $NANOCHAT_BASE_DIR
@@ -48,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 32_768  # for which the expected figures are; a run of its own would take 65,536
 SHARDS = 8           # of FineWeb-Edu: 0.4 billion tokens
 SEEDS = (1, 2, 3)
+SHORTEST = 20        # seconds for which a step is worth starting
 HEARTBEAT = 15       # seconds between two lines of a command that takes long
 
 
@@ -481,6 +484,17 @@ def run_step(step, commands, folder, seconds):
     return row
 
 
+def skipped(step, reason):
+    """The line of results.jsonl for a step that is not run."""
+    return {
+        "step": step.name,
+        "status": "skipped",
+        "error": reason,
+        "expected": step.expect,
+        "seconds": 0,
+    }
+
+
 def chosen_steps(names):
     """The Steps of a setting such as "doctor,profile"; all for ""."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -503,6 +517,16 @@ def cell(value):
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def latest_rows(text):
+    """The last line of each step in a results.jsonl, in the order of STEPS. A step that was skipped
+    later keeps what it had."""
+    found = {}
+    for row in map(json.loads, text.splitlines()):
+        if row["status"] != "skipped" or row["step"] not in found:
+            found[row["step"]] = row
+    return [found[step.name] for step in STEPS if step.name in found]
 
 
 def summary(rows, heading):
@@ -540,6 +564,7 @@ def count_gpus():
 
 def main(settings):
     require(settings, 1, "gpus")
+    require(settings, 0, "minutes")
     if short and tiny:
         raise UserError("short and tiny are two sizes: choose one of them")
     started = time.monotonic()
@@ -568,21 +593,24 @@ def main(settings):
     (folder / "base").mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(wanted, start=1):
         print(f"[{number}/{len(wanted)}] {step.name}", flush=True)
+        left = 60 * minutes - (time.monotonic() - started) if minutes else math.inf
         if ranks < step.least_gpus:
-            reason = f"needs {step.least_gpus} GPUs"
-            row = {"step": step.name, "status": "skipped", "expected": step.expect, "seconds": 0,
-                   "error": reason}
+            row = skipped(step, f"needs {step.least_gpus} GPUs")
+        elif left < SHORTEST:
+            row = skipped(step, f"{minutes:g} minutes were over")
         else:
             # the models of the steps before, which are of no use and fill the disk
             shutil.rmtree(folder / "base" / "base_checkpoints", ignore_errors=True)
-            row = run_step(step, step.commands(setup), folder, step.limit(size))
+            row = run_step(step, step.commands(setup), folder, min(left, step.limit(size)))
         if row.get("figures", {}).get("hub") == "offline":
             setup = setup._replace(online=False)
         rows.append(row)
         with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"  {row['status']} {row.get('error', '')}", flush=True)
-    table = summary(rows, heading_of(rows, setup))
+    # with what earlier calls have measured in this folder
+    latest = latest_rows((folder / "results.jsonl").read_text(encoding="utf-8"))
+    table = summary(latest, heading_of(latest, setup))
     (folder / "summary.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table + "\n")
     finish_stage("gpu_checklist", time.monotonic() - started, settings, steps=rows)

@@ -191,6 +191,9 @@ def test_a_run_is_stopped_once_it_has_trained_some_steps(run):
         run(Fake("pass", kill_tag="other"))
 
 
+SETTINGS = {"gpus": None, "minutes": None}
+
+
 def step_of(name, code, figures=lambda records: {"n": records[0]["n"]}, least_gpus=1):
     limits = (60, 60, 60)
     return Step(name, lambda setup: [Fake(code)], figures, limits, "nothing", least_gpus)
@@ -208,7 +211,7 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, base_dir, monkeypa
     monkeypatch.setattr(checklist, "count_gpus", lambda: 1)
     monkeypatch.setattr(checklist, "out", str(tmp_path / "out"))
     with pytest.raises(SystemExit) as ended:
-        checklist.main({"gpus": None})
+        checklist.main(SETTINGS)
     assert ended.value.code == 1
     lines = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -219,17 +222,38 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, base_dir, monkeypa
     assert last_json(printed)["steps"] == rows
 
 
+def test_a_second_call_adds_to_the_table_of_the_first(monkeypatch):
+    monkeypatch.setattr(checklist, "STEPS", [step_of(name, "") for name in ("a", "b", "c")])
+    rows = [("c", "ok", 1), ("a", "failed", 2), ("a", "ok", 3), ("c", "skipped", 4),
+            ("b", "skipped", 5), ("gone", "ok", 6)]
+    lines = [json.dumps({"step": step, "status": status, "n": n}) for step, status, n in rows]
+    assert [row["n"] for row in checklist.latest_rows("\n".join(lines))] == [3, 5, 1]
+
+
+def test_what_there_is_no_time_for_is_skipped(tmp_path, base_dir, monkeypatch, capsys):
+    monkeypatch.setattr(checklist, "STEPS", [step_of("one", SLOW), step_of("two", RECORD)])
+    monkeypatch.setattr(checklist, "SHORTEST", 1)
+    monkeypatch.setattr(checklist, "count_gpus", lambda: 1)
+    monkeypatch.setattr(checklist, "out", str(tmp_path / "out"))
+    monkeypatch.setattr(checklist, "minutes", 2 / 60)
+    with pytest.raises(SystemExit):
+        checklist.main(SETTINGS)
+    slow, late = last_json(capsys.readouterr().out)["steps"]
+    assert slow["status"] == "failed" and "no end after" in slow["error"]
+    assert late["status"] == "skipped" and late["error"] == "0.0333333 minutes were over"
+
+
 def test_bad_input_is_refused(monkeypatch):
     with pytest.raises(UserError, match="nonsense does not exist: choose from doctor, text"):
         checklist.chosen_steps("doctor,nonsense")
     assert [step.name for step in checklist.chosen_steps("models, doctor")] == ["doctor", "models"]
     monkeypatch.setattr(checklist, "count_gpus", lambda: 0)
     with pytest.raises(UserError, match="scripts.doctor"):
-        checklist.main({"gpus": None})
+        checklist.main(SETTINGS)
     monkeypatch.setattr(checklist, "short", True)
     monkeypatch.setattr(checklist, "tiny", True)
     with pytest.raises(UserError, match="choose one"):
-        checklist.main({"gpus": None})
+        checklist.main(SETTINGS)
 
 
 def script(*words, base):
