@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
+from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
-from nanochat.hardware import DEVICES, cpu_name, synchronize
+from nanochat.hardware import DEVICES, cpu_name, is_out_of_memory, synchronize
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import MEMORY_SHARE, build_on_meta, largest_divisor, memory
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
@@ -104,15 +105,17 @@ def case_of_size(name, batch_size=None, seq_len=None):
     return Case(name, "gpt", config, batch_size or size.batch_size)
 
 
-def case_of_file(path, assignments, batch_size=None, seq_len=None):
-    """(the Case of a config file, names in the file that a benchmark does not use).
+def case_of_file(path, batch_size=None, seq_len=None):
+    """The Case of a config file: a `model` of nanochat/variants, and fields of its config.
 
-    assignments: [(name, value)] as configurator.read_config() gives them: a `model` of
-    nanochat/variants, and fields of its config, of which `depth` is needed; the others follow from
-    it. batch_size, seq_len: in place of the file's device_batch_size and max_seq_len, which are
-    else 8 and 1024. UserError for a model or a shape that cannot be.
+    `depth` is needed, the other fields follow from it. batch_size, seq_len: in place of the file's
+    device_batch_size and max_seq_len, which are else 8 and 1024. Prints what in the file a
+    benchmark does not use. UserError for a model or a shape that cannot be, and for FP8.
     """
-    given = {name: value for name, value in assignments if value is not None}
+    if not Path(path).is_file():
+        raise UserError(f"config={path} does not exist: name a file of lines like depth = 12")
+    given = {name: value for name, value in read_config(path) if value is not None}
+    refuse_fp8(given.pop("fp8", None))
     model_class = given.pop("model", "gpt")
     if model_class not in TRAINABLE:
         raise UserError(f"{path}: model={model_class} does not exist: choose from "
@@ -120,24 +123,42 @@ def case_of_file(path, assignments, batch_size=None, seq_len=None):
     config_class = MODEL_CLASSES[model_class].config_class
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     shape = {name: given.pop(name) for name in list(given) if name in fields}
-    batch_size = batch_size or given.pop("device_batch_size", 8)
+    of_file = given.pop("device_batch_size", 8)
+    case = Case(Path(path).stem, model_class, None, batch_size or of_file)
     if seq_len:
         shape["max_seq_len"] = seq_len
 
-    wrong = [f"{name}={value}" for name, value in shape.items()
-             if not is_possible(value, fields[name])]
-    if not isinstance(batch_size, int) or batch_size < 1:
-        wrong.append(f"device_batch_size={batch_size}")
+    wrong = wrong_fields(case, shape, fields)
+    if not wrong:
+        config = config_with(config_class, shape)
+        if is_consistent(config):
+            if given:
+                print0(f"of {path}, not used here: {', '.join(sorted(given))}")
+            return case._replace(config=config)
+        wrong = [f"width={config.width}, heads={config.heads}, kv_heads={config.kv_heads}"]
+    raise UserError(f"{path} does not describe a {model_class}: {', '.join(wrong)}")
+
+
+def wrong_fields(case, shape, fields):
+    """What in the shape, {name: value}, and in the batch of a file cannot be, as words."""
+    wrong = [
+        f"{name}={value}" for name, value in shape.items() if not is_possible(value, fields[name])
+    ]
+    if not isinstance(case.batch_size, int) or case.batch_size < 1:
+        wrong.append(f"device_batch_size={case.batch_size}")
     if "depth" not in shape:
         wrong.append("no depth")
     if "width" in shape and "heads" not in shape:
         wrong.append(f"width={shape['width']} without heads")
-    if not wrong:
-        config = config_with(config_class, shape)
-        if is_consistent(config):
-            return Case(Path(path).stem, model_class, config, batch_size), sorted(given)
-        wrong = [f"width={config.width}, heads={config.heads}, kv_heads={config.kv_heads}"]
-    raise UserError(f"{path} does not describe a {model_class}: {', '.join(wrong)}")
+    return wrong
+
+
+def refuse_fp8(recipe):
+    """UserError for a recipe of FP8, as --fp8 or a config file may name one."""
+    if recipe and recipe != "none":
+        raise UserError(
+            f"fp8={recipe}: training in FP8 needs nanochat/fp8.py, which is not written yet: leave "
+            "fp8 out, or measure FP8's matrix products with scripts.simple_train_benchmark")
 
 
 def config_with(config_class, shape):
@@ -210,6 +231,16 @@ def problem_of(row):
     """Why a benchmark's row has no speed: "skipped" before, "failed" while it was measured. None
     where it has one."""
     return row.get("skipped") or row.get("failed")
+
+
+def attempt(measure, *arguments):
+    """(what measure(*arguments) returns, whether it ran out of memory). Other errors are raised."""
+    try:
+        return measure(*arguments), False
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None, True
 
 
 def free_memory(device):

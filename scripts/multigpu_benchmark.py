@@ -27,9 +27,10 @@ import torch.distributed as dist
 
 from nanochat.benchmark import (
     OPTIMIZERS,
-    SIZES,
     Progress,
     Training,
+    attempt,
+    case_of_file,
     case_of_size,
     check_choices,
     check_loss,
@@ -64,11 +65,12 @@ from nanochat.common import (
     print0,
 )
 from nanochat.configurator import configure, require
-from nanochat.hardware import available_cpus, is_out_of_memory, raise_malloc_thresholds
+from nanochat.hardware import available_cpus, raise_malloc_thresholds
 from nanochat.metrics import finish_stage
 
 # settings
-model = ""                # small to 13b, as in transformer_benchmark. Empty: 7b, small without a GPU
+model = ""                # small to 13b. Empty: 7b, without a GPU small
+config = ""               # measure the shape in this config file, in place of a model
 gpus: int = None          # ranks, one for each GPU. None: all there are; on a CPU its cores
 scaling_test = False      # measure 1, 2, 4 and 8 ranks, up to gpus, and the efficiency
 batch_size: int = None    # sequences of a step and rank. None: as documented for the size
@@ -101,8 +103,9 @@ def measure_steps(training, name):
         # 1. a step as training takes it
         dist.barrier()
         step = training.step()
-        loss = loss or step.loss  # later ones are of ranks that have not exchanged parameters
         check_loss(step.loss)
+        if loss is None:
+            loss = step.loss  # later ones are of ranks that have not exchanged all parameters
         seconds += all_reduce_max(step.seconds)
 
         # 2. the same without communication
@@ -163,14 +166,11 @@ def run_rank(case):
 def report_rank(case):
     """Measure, and report the result as one line. Memory that runs out is a result."""
     rank = get_dist_info()[1]
-    try:
-        result = run_rank(case)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+    result, out_of_memory = attempt(run_rank, case)
+    if out_of_memory:
         problem = f"rank {rank} ran out of memory: take a smaller --batch-size"
         print(json.dumps({"ranks": compute.world_size, "failed": problem}), flush=True)
-        raise SystemExit(1) from None
+        raise SystemExit(1)
     if rank == 0:
         print(json.dumps({"ranks": compute.world_size, **result}), flush=True)
     compute_cleanup()
@@ -181,7 +181,7 @@ def report_rank(case):
 
 def run_ranks(ranks):
     """Start that many ranks and return what they report, a dict with their number."""
-    options = {**settings, "model": model, "is_rank": True}
+    options = {**settings, "is_rank": True}
     words = [f"--{key}={value}" for key, value in options.items() if value not in ("", None)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={ranks}", str(Path(__file__).resolve()), "--", *words]
@@ -201,9 +201,9 @@ def run_ranks(ranks):
 def describe(row):
     """A line of the Markdown table."""
     if problem_of(row):
-        return f"| {model} x {row['ranks']} | {problem_of(row)} | | | | | | | |"
+        return f"| {case.name} x {row['ranks']} | {problem_of(row)} | | | | | | | |"
     cells = [
-        f"{model} x {row['ranks']}",
+        f"{case.name} x {row['ranks']}",
         f"{row['tokens_per_second']:,.0f}",
         percent(row["spread"]),
         percent(row["efficiency"]),
@@ -231,9 +231,14 @@ device_type = choose_device_type(device_type)
 on_gpu = device_type == "cuda"
 warmup = default_warmup(device_type) if warmup is None else warmup
 iterations = iterations or default_iterations(device_type)
-model = model.lower() or ("7b" if on_gpu else "small")
-[name] = chosen_sizes(model, False, False)
-case = case_of_size(name, batch_size, seq_len)
+if model and config:
+    raise UserError(f"model={model} and config={config}: leave one of them out")
+if config:
+    case = case_of_file(config, batch_size, seq_len)
+else:
+    usual = "7b" if on_gpu else "small"
+    [name] = chosen_sizes(model.lower() or usual, False, False)
+    case = case_of_size(name, batch_size, seq_len)
 if is_rank:
     compute = compute_init(device_type, dtype)
     report_rank(case)
@@ -241,8 +246,7 @@ if is_rank:
 
 available = torch.cuda.device_count() if on_gpu else available_cpus()
 counts = rank_counts(gpus, scaling_test, available, "GPUs" if on_gpu else "cores")
-size = SIZES[name]
-print0(f"{name}: {size.depth} layers, width {size.width}, {case.batch_size} x "
+print0(f"{case.name}: {case.config.depth} layers, width {case.config.width}, {case.batch_size} x "
        f"{case.config.max_seq_len} tokens a rank, {parallel}, optimizer {optimizer}; "
        f"{warmup} + {iterations} steps, torch {torch.__version__}")
 
@@ -266,13 +270,16 @@ if not measured:
     if "skipped" in row:
         raise UserError(row["skipped"])
     raise SystemExit(f"error: {row['failed']}")
+first = measured[0]
+peak = f"{tera(first['peak_flops'])} TFLOPS" if first["peak_flops"] else "unknown"
+print0(f"on {first['device']}, {first['dtype']}; peak of one in {first['dtype']}: {peak}")
 finish_stage(
     "multigpu_benchmark",
     time.perf_counter() - started,
     settings,
-    model=name,
-    device=measured[0]["device"],
-    dtype=measured[0]["dtype"],
+    model=case.name,
+    device=first["device"],
+    dtype=first["dtype"],
     warmup=warmup,
     iterations=iterations,
     rows=rows,

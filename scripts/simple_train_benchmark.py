@@ -25,6 +25,7 @@ from nanochat.adamw import AdamW
 from nanochat.benchmark import (
     OPTIMIZERS,
     Progress,
+    attempt,
     check_choices,
     check_loss,
     default_iterations,
@@ -46,14 +47,14 @@ from nanochat.benchmark import (
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.gpt import MLP, GPTConfig, norm
-from nanochat.hardware import is_out_of_memory, raise_malloc_thresholds, synchronize
+from nanochat.hardware import raise_malloc_thresholds, synchronize
 from nanochat.metrics import finish_stage
 from nanochat.muon import Muon
 from nanochat.parallel import prepare
 
 # settings
 dtypes = "fp32,tf32,fp16,bf16,fp8"  # of the matrix products
-sizes = ""                # their n, such as 4096,8192. Empty: 1024 to 16384, or 256 to 2048 on a CPU
+sizes = ""                # their n, as 4096,8192. Empty: 1024 to 16384, or 256 to 2048 on a CPU
 seconds = 0.5             # to measure each product for
 copy_megabytes: int = None  # size of the copied tensor. None: 1024 on a GPU, 256 elsewhere
 mlp_layers = 4            # of the MLP; 0: do not train one
@@ -104,16 +105,20 @@ def product(name, n):
     return lambda: torch.matmul(a, b, out=out)
 
 
+def time_product(name, n):
+    return measure_calls(product(name, n), device, seconds)
+
+
 def measure_product(name, n):
     """The row of one product."""
     row = {"what": "matmul", "dtype": name, "size": n}
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
-        times = measure_calls(product(name, n), device, seconds)
-    except (RuntimeError, MemoryError) as error:
-        # a build of torch may lack a product that the device has
-        reason = "out of memory" if is_out_of_memory(error) else str(error).split("\n")[0][:100]
-        return {**row, "skipped": reason}
+        times, out_of_memory = attempt(time_product, name, n)
+    except RuntimeError as error:  # a build of torch may lack a product that the device has
+        return {**row, "skipped": str(error).split("\n")[0][:100]}
+    if out_of_memory:
+        return {**row, "skipped": "out of memory"}
     flops = 2 * n**3 / times.median
     peak = peak_of(title, name)
     return {
@@ -234,9 +239,10 @@ def measure_mlp():
     peak = peak_of(title, dtype_name)
     memory = peak_memory(device)
     print0(f"MLP of {mlp_layers} layers, width {mlp_width}, {weights / 1e6:.1f} M weights, "
-           f"{batch_size} rows, {dtype_name}, {optimizer}: {batch_size / steps.median:,.0f} rows/s, "
-           f"{tera(flops)} TFLOPS, spread {percent(steps.spread)}, of peak "
-           f"{percent(share_of(flops, peak))}, memory {gigabytes(memory)}")
+           f"{batch_size} rows, {dtype_name}, {optimizer}: "
+           f"{batch_size / steps.median:,.0f} rows/s, {tera(flops)} TFLOPS, spread "
+           f"{percent(steps.spread)}, of peak {percent(share_of(flops, peak))}, memory "
+           f"{gigabytes(memory)}")
     return {
         "what": "mlp",
         "dtype": dtype_name,
@@ -299,9 +305,16 @@ for name, row in best.items():
 # ---- copying, and the MLP in the precision that training has
 if on_gpu:
     torch.set_float32_matmul_precision("high")  # as compute_init() has set it
-rows.append(measure_copy())
+parts = {"copy": measure_copy}
 if mlp_layers:
-    rows.append(measure_mlp())
+    parts["mlp"] = measure_mlp
+for what, measure in parts.items():
+    row, out_of_memory = attempt(measure)
+    if out_of_memory:
+        print0(f"{what}: out of memory: take a smaller --copy-megabytes, --mlp-width or "
+               "--batch-size")
+        row = {"what": what, "skipped": "out of memory"}
+    rows.append(row)
 finish_stage(
     "simple_train_benchmark",
     time.perf_counter() - started,

@@ -26,6 +26,7 @@ from nanochat.benchmark import (
     OPTIMIZERS,
     Progress,
     Training,
+    attempt,
     case_of_file,
     case_of_size,
     check_choices,
@@ -42,6 +43,7 @@ from nanochat.benchmark import (
     peak_of,
     percent,
     problem_of,
+    refuse_fp8,
     reset_peak_memory,
     share_of,
     summarize,
@@ -49,8 +51,8 @@ from nanochat.benchmark import (
     throughput,
 )
 from nanochat.common import UserError, compute_init, print0
-from nanochat.configurator import configure, read_config, require
-from nanochat.hardware import is_out_of_memory, measure_matmul_flops, raise_malloc_thresholds
+from nanochat.configurator import configure, require
+from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.metrics import finish_stage
 
 # settings
@@ -78,22 +80,7 @@ def choose_cases():
     if model or full or large_models:
         raise UserError(f"config={config} is a shape of its own: leave model, full and "
                         "large_models out")
-    if not Path(config).is_file():
-        raise UserError(f"config={config} does not exist: name a file of lines like depth = 12")
-    assignments = read_config(config)
-    refuse_fp8(dict(assignments).get("fp8"))
-    case, unused = case_of_file(config, assignments, batch_size, seq_len)
-    if unused:
-        print0(f"of {config}, not used here: {', '.join(unused)}")
-    return [case]
-
-
-def refuse_fp8(recipe):
-    """UserError for a recipe of FP8, as --fp8 or a config file may name one."""
-    if recipe and recipe != "none":
-        raise UserError(
-            f"fp8={recipe}: training in FP8 needs nanochat/fp8.py, which is not written yet: leave "
-            "fp8 out, or measure FP8's matrix products with scripts.simple_train_benchmark")
+    return [case_of_file(config, batch_size, seq_len)]
 
 
 def measure(case, micro_batch_size):
@@ -122,14 +109,12 @@ def run_case(case):
         case, free, compute.dtype.itemsize, 1, compute.device.type, optimizer)
     if micro_batch_size == 0:
         return {**row, "skipped": does_not_fit(case, needed, free)}
-    try:
-        training, steps = measure(case, micro_batch_size)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return {**row, "failed": f"{case.name} ran out of memory, although "
+    result, out_of_memory = attempt(measure, case, micro_batch_size)
+    if out_of_memory:
+        return {**row, "failed": f"{case.name} ran out of memory, although only "
                 f"{needed.total / 1e9:.1f} GB were planned: take a smaller --batch-size"}
 
+    training, steps = result
     times = summarize([step.seconds for step in steps])
     tokens = case.batch_size * case.config.max_seq_len
     rates = throughput(training.network, tokens, times.median)
@@ -173,6 +158,7 @@ def describe(row):
     return f"| {' | '.join(cells)} |"
 
 
+LARGE_UPDATE = 0.3  # share of a step above which a line says why
 HEAD = """\
 | Model | Params | with its own head | Batch x length | Tokens/sec | spread | TFLOPS (6N) | \
 with attention | of peak | in the update | Memory |
@@ -213,6 +199,11 @@ if all(problem_of(row) for row in rows):
     if "skipped" in row:
         raise UserError(row["skipped"])
     raise SystemExit(f"error: {row['failed']}")
+dominated = [row["model"] for row in rows if row.get("update_share", 0) > LARGE_UPDATE]
+if dominated and optimizer == "muon":
+    print0(f"{', '.join(dominated)}: over {100 * LARGE_UPDATE:.0f} % of a step is Muon's update, "
+           "because so few tokens share it; training has far more tokens a step, and the "
+           "documented figures had AdamW: --optimizer=adamw")
 finish_stage(
     "transformer_benchmark",
     time.perf_counter() - started,

@@ -71,9 +71,6 @@ LATER = {
     "tasks.humaneval": "evaluations that others can compare",
     "tasks.smoltalk": "conversations from the hub",
     "launch_6x_amd_xtx.sh": "training on AMD",
-    "scripts.simple_train_benchmark": "training benchmarks",
-    "scripts.transformer_benchmark": "training benchmarks",
-    "scripts.multigpu_benchmark": "training benchmarks",
     "docs/llada.md": "model families",
     "nanochat.variants.mla": "model families",
     "nanochat.variants.deepseek": "model families",
@@ -100,6 +97,9 @@ FILES = [
     "scripts/chat_cli.py",
     "scripts/chat_web.py",
     "scripts/chat_eval.py",
+    "scripts/simple_train_benchmark.py",
+    "scripts/transformer_benchmark.py",
+    "scripts/multigpu_benchmark.py",
     "tests/test_rustbpe.py",
     "tests/test_engine.py",
 ]
@@ -485,7 +485,7 @@ def test_what_the_page_calls_missing_is_missing():
         missing = re.match(r"not yet: `([^`]+)`", right)
         if missing:
             named.append(missing[1])
-    assert len(named) > 5
+    assert named
     assert [name for name in named if is_here(name)] == []
     assert set(named) <= LATER.keys()
 
