@@ -16,6 +16,8 @@ attention, arXiv 2305.13245), D head dimension, S = window.end cached tokens.
 """
 import functools
 import importlib.util
+import re
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -104,6 +106,7 @@ CUDNN_VERSION = 91501
 # How far a kernel may be from the maths kernel in float32, relative to the norm: several times the
 # rounding of the dtype (a GPU multiplies float32 as TF32).
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+IS_NO_REASON = r"not used because|runtime disabled|^\s*$"  # among torch's warnings
 MATHS_IS_SLOW = "many times slower than a fused kernel, and memory for T x T scores"
 
 
@@ -115,18 +118,20 @@ class Gpu(NamedTuple):
     has_fa3: bool       # whether FlashAttention-3 can be imported and torch can activate it
 
 
-def kernel_order(gpu):
-    """Names of KERNELS for a Gpu, the best first; "math" always works and is the last.
+def kernel_order(gpu, dtype=torch.bfloat16):
+    """Names of KERNELS for a Gpu and a dtype, the best first; "math" always works and is the last.
 
     >>> kernel_order(Gpu(False, (8, 9), 92600, False))[0]
     'flash'
     """
+    too_old = not gpu.hip and gpu.capability < (8, 0)
+    if dtype == torch.float32 or too_old:
+        return ["efficient", "math"]  # the others are of half precision, and of Ampere and later
     if gpu.hip:
         return ["flash", "efficient", "math"]  # AOTriton's or CK's; cuDNN is NVIDIA's
     order = ["flash", "efficient", "cudnn", "math"]
     if gpu.capability in ((9, 0), (10, 0)) and gpu.cudnn >= CUDNN_VERSION:
-        order.remove("cudnn")
-        order.insert(0, "cudnn")
+        order = ["cudnn", "flash", "efficient", "math"]
     if gpu.capability == (9, 0) and gpu.has_fa3:
         order.insert(0, "fa3")
     return order
@@ -162,7 +167,7 @@ def choose_kernel(device, dtype):
     """
     if device.type != "cuda":
         return Choice(running_kernel(device, dtype), {})
-    order = kernel_order(this_gpu(device))
+    order = kernel_order(this_gpu(device), dtype)
     choice = first_that_works(order, functools.partial(kernel_problem, device, dtype))
     grouped = not kernel_problem(device, dtype, choice.name, grouped=True)
     use_kernels([name for name in order if name not in choice.dropped], grouped)
@@ -288,12 +293,14 @@ def kernel_problem(device, dtype, name, grouped=False):
     kernel = KERNELS[name]
     case = small_case(device, dtype)
     exact = Case(*(x.float() for x in case))
-    try:
-        activate(kernel.activated)
-        with sdpa_kernel([kernel.backend]):
-            found, ran = run_case(case, grouped)
-    except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
-        return first_line(str(error))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            activate(kernel.activated)
+            with sdpa_kernel([kernel.backend]):
+                found, ran = run_case(case, grouped)
+        except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+            return reason_not_to_run(str(error), [str(warning.message) for warning in said])
     if KERNELS.get(ran, kernel).backend != kernel.backend:
         return f"torch ran {ran} in its place"
     with sdpa_kernel([SDPBackend.MATH]):
@@ -310,7 +317,12 @@ def difference(found, wanted, tolerance):
     return ""
 
 
-def first_line(message):
-    """The first line of an error that says something, at most 120 characters of it."""
-    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
-    return (lines or ["no reason given"])[0][:120]
+def reason_not_to_run(error, said):
+    """One line of at most 120 characters: the reason that torch's warnings give, else the error.
+
+    said: the warnings. Torch goes through all kernels in them, those that are switched off as well.
+    """
+    reasons = [warning.partition(" (Triggered")[0] for warning in said]
+    telling = [reason for reason in reasons if not re.search(IS_NO_REASON, reason)]
+    words = " ".join((telling or [error])[0].split())
+    return words[:120] or "no reason given"

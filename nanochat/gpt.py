@@ -230,7 +230,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.depth))
         self.head = Head(config.width, self.vocab_size_padded)
         self.compute_dtype = torch.float32  # of the activations
-        self.compile_loss = False  # parallel.prepare() sets it on a GPU
+        self.compile_loss = False  # parallel.prepare() sets it on a GPU,
+        self.compiled_enter = None  # and this, to enter() compiled
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
@@ -324,11 +325,14 @@ class GPT(nn.Module):
             layer_caches = kv_cache.layers
 
         # 2. through the blocks
+        compiled = self.training and kv_cache is None
+        enter = self.enter
+        if compiled and self.compiled_enter:
+            enter = self.compiled_enter
         recent = self.recent_tokens(idx, kv_cache, window)
-        x = self.enter(idx, recent)
+        x = enter(idx, recent)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         inputs = self.block_inputs(idx, x)
-        compiled = self.training and kv_cache is None
         for block, layer_cache, more in zip(self.blocks, layer_caches, inputs):
             # _call_impl is __call__ (hooks included) without torch.compile: inference has many
             # shapes, and each would be compiled

@@ -71,7 +71,9 @@ def prepare(model, compile=True):
                "minute when not")
         for block in model.blocks:
             block.compile(dynamic=False)
-        model.compile_loss = model.device.type == "cuda"  # a CPU gains nothing by it
+        if model.device.type == "cuda":  # a CPU gains nothing by it
+            model.compile_loss = True
+            model.compiled_enter = torch.compile(model.enter, dynamic=False)
     return model
 
 

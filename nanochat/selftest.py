@@ -1,12 +1,9 @@
 """Does this device compute what it should? Small tests of every fast path against a plain one.
 
-    python -m nanochat.selftest                    # on the device that training would take
-    python -m nanochat.selftest --device_type=cpu
-
 GPUs, their compilers and wheels have been wrong in ways that nothing reports: attention with NaNs,
 a fused optimizer that diverges, compiled code with other numbers (docs/traps.md). So a training
 script on a GPU runs these before its first step, in seconds besides compiling, and takes the plain
-path where the fast one errs; scripts/doctor.py prints them all. On a CPU training starts without.
+path where the fast one errs; the doctor prints them all. On a CPU training starts without.
 
 `check_device` is what a training script calls, `run_selftests` what the doctor calls, and
 `peer_to_peer_probe` is for several GPUs.
@@ -27,15 +24,9 @@ import torch.distributed as dist
 from nanochat.adamw import AdamW
 from nanochat.attention import TOLERANCES, choose_kernel
 from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init, print0
-from nanochat.configurator import configure
 from nanochat.gpt import Block, GPTConfig
 from nanochat.hardware import COMPILE_ERRORS, reason_of, synchronize
 from nanochat.loss import softcap_cross_entropy
-from nanochat.metrics import finish_stage
-
-device_type = ""    # cuda, mps or cpu; empty: what training would take
-dtype = ""          # float32 or bfloat16; empty: what training would take
-all_reduce = ""     # nccl or gloo: be one process of peer_to_peer_probe(), and nothing else
 
 ADAMW_TOLERANCE = 1e-3   # of the norm of an update: both are computed in float32
 FAILS = "cannot run:"    # begins the detail of a Finding whose test raised an error
@@ -200,7 +191,11 @@ def run_selftests(device, dtype, compile=True):
 
     compile: whether to test what is compiled, which takes seconds to a minute.
     """
-    tests = {**EAGER, **(COMPILED if compile else {})}
+    tests = dict(EAGER)
+    if compile:
+        tests.update(COMPILED)
+        if device.type == "mps":
+            del tests["compiled loss"]  # prepare() compiles the loss on a GPU only
     return [run_test(name, test, device, dtype) for name, test in tests.items()]
 
 
@@ -334,7 +329,7 @@ def run_all_reduce(devices, backend, seconds, variables):
         output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         outputs.append(output)
         processes.append(subprocess.Popen(
-            [sys.executable, "-m", "nanochat.selftest", f"--all_reduce={backend}"],
+            [sys.executable, "-m", "nanochat.selftest", backend],
             env={**os.environ, **variables, **{name: str(n) for name, n in ranks.items()}},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -393,31 +388,5 @@ def all_reduce_process(backend):
     compute_cleanup()
 
 
-# ------------------------------------------------------------------------------------------------
-
-def main():
-    settings = configure(globals())
-    if all_reduce:
-        if all_reduce not in PROBE_NUMBERS:
-            raise UserError(f"all_reduce={all_reduce}: choose from {', '.join(PROBE_NUMBERS)}")
-        all_reduce_process(all_reduce)
-        return
-    began = time.perf_counter()
-    compute = compute_init(device_type, dtype)
-    findings = run_selftests(compute.device, compute.dtype)
-    for finding in findings:
-        word = "ok" if finding.ok else "WRONG"
-        print0(f"{finding.name:15} {word:6} {finding.detail}")
-        if finding.remedy:
-            print0(f"{'':15} {'':6} {finding.remedy}")
-    finish_stage(
-        "selftest",
-        time.perf_counter() - began,
-        settings,
-        device=compute.device.type,
-        findings=[finding._asdict() for finding in findings],
-    )
-
-
 if __name__ == "__main__":
-    main()
+    all_reduce_process(sys.argv[1])  # a process that run_all_reduce() has started

@@ -17,6 +17,7 @@ import time
 
 import torch
 
+from nanochat.attention import choose_kernel
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
@@ -48,6 +49,7 @@ def our_step(config, device, compute_dtype):
     network = MODEL_CLASSES[model](config).to(device)
     network.init_weights()
     network.compute_dtype = compute_dtype
+    choose_kernel(device, compute_dtype)
     prepare(network.train(), compile)
     layout = Layout(network.setup_optimizers())
 

@@ -18,6 +18,7 @@ from nanochat.attention import (
     fused_name,
     kernel_order,
     kernel_problem,
+    reason_not_to_run,
     running_kernel,
     small_case,
     use_kernels,
@@ -55,6 +56,13 @@ def test_each_nvidia_gpu_has_its_best_kernel(gpu, best):
     order = kernel_order(gpu)
     assert order[0] == best and order[-1] == "math"
     assert set(KERNELS) - {"fa3"} <= set(order)
+
+
+def test_float32_and_old_gpus_have_the_memory_efficient_kernel():
+    wanted = ["efficient", "math"]
+    for gpu in (cuda(9, 0, has_fa3=True), cuda(8, 0), Gpu(True, (11, 0), 0, False)):
+        assert kernel_order(gpu, torch.float32) == wanted
+    assert kernel_order(cuda(7, 5)) == kernel_order(cuda(7, 0), torch.float16) == wanted
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (9, 4), (9, 5), (10, 0), (11, 0)])
@@ -133,6 +141,21 @@ def test_the_fused_kernel_of_a_cpu_passes_the_probe(dtype):
 
 def test_a_kernel_that_is_not_there_has_a_reason():
     assert kernel_problem(CPU, torch.float32, "cudnn").startswith("No viable backend")
+
+
+def test_the_reason_is_the_one_that_torch_warns_of():
+    said = [
+        "Memory efficient kernel not used because: (Triggered internally at a.cpp:1.)",
+        "Memory Efficient attention has been runtime disabled. (Triggered internally at a.cpp:2.)",
+        "Flash attention kernel not used because: (Triggered internally at a.cpp:3.)",
+        "Flash attention was not compiled for gfx1100. (Triggered internally at a.cpp:4.)",
+    ]
+    assert reason_not_to_run("No available kernel.", said) == (
+        "Flash attention was not compiled for gfx1100.")
+    assert reason_not_to_run("No available kernel.\nAborting", said[:3]) == (
+        "No available kernel. Aborting")
+    assert reason_not_to_run("", []) == "no reason given"
+    assert len(reason_not_to_run("x" * 999, [])) == 120
 
 
 @pytest.mark.parametrize("wrong", [

@@ -135,6 +135,15 @@ def test_a_test_that_the_device_cannot_run_is_a_finding(monkeypatch):
     assert "aten::x" in findings[1].detail and "--device_type=cpu" in findings[1].remedy
 
 
+def test_on_mps_only_what_runs_there_is_tested(monkeypatch):
+    for table in (EAGER, COMPILED):
+        for name in table:
+            monkeypatch.setitem(table, name, lambda device, dtype: device.type)
+    assert len(run_selftests(torch.device("cuda"), torch.bfloat16)) == 5
+    assert len(run_selftests(torch.device("mps"), torch.float32)) == 4
+    assert len(run_selftests(torch.device("mps"), torch.float32, compile=False)) == 3
+
+
 # -------------------------------------------------------------------------------- at the start
 
 @pytest.mark.parametrize("wrong, wants, wanted", [

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, noise
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.parallel import Layout, accumulate_gradients
+from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.variants import MODEL_CLASSES
 from nanochat.variants.lookup import (
     HASHED_ROWS_MAX,
@@ -150,6 +150,53 @@ def test_one_compiled_graph_serves_all_blocks_of_every_class(model_class):
         model(noise(sequences, 16), noise(sequences, 16)).backward()
     torch.compiler.reset()
     assert len(graphs) == 2
+
+
+@every_class
+def test_on_a_gpu_the_loss_and_the_entrance_are_compiled_for_training_alone(
+        model_class, monkeypatch):
+    compiled = []
+
+    def compile(function, **options):
+        compiled.append((function.__name__, options))
+        return lambda *inputs: pytest.fail("inference ran what was compiled for training")
+
+    monkeypatch.setattr("nanochat.parallel.compile_problem", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr(torch, "compile", compile)
+    model = make_model(model_class)
+    assert not prepare(model).compile_loss and compiled == []
+
+    with monkeypatch.context() as gpu:
+        gpu.setattr(GPT, "device", torch.device("cuda"))
+        prepare(model)
+        assert model.compile_loss and compiled == [("enter", {"dynamic": False})]
+    model.eval()(noise(1, 5))
+    model.log_probs(noise(1, 5), noise(1, 5))
+    with pytest.raises(pytest.fail.Exception):
+        model.train()(noise(1, 5))
+
+
+@every_class
+def test_the_compiled_entrance_of_every_class_is_one_graph_and_changes_nothing(model_class):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model, idx = make_model(model_class), noise(2, 16)
+    for module in model.modules():
+        if isinstance(module, HashedEmbedding):
+            module.sparse = False  # as on a GPU
+    wanted = model.features(idx)[0]
+    model.compiled_enter = torch.compile(
+        model.enter, dynamic=False, backend=count, fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(model.features(idx)[0], wanted)
+    torch.compiler.reset()
+    assert len(graphs) == 1
 
 
 # -------------------------------------------------------------------------------- lookup
