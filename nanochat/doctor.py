@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import UserError, get_base_dir
+from nanochat.configurator import declared_values
 from nanochat.hardware import (
     allowed_cores,
     available_cpus,
@@ -74,6 +75,7 @@ OPTIONAL = {
     "transformers": "transformers",
     "triton": "triton",
 }
+BASE_TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "base_train.py"
 OLDEST_PYTHON = (3, 10)
 IMPORT_SECONDS = 12
 DISK_BYTES = 64_000_000
@@ -406,35 +408,23 @@ def probe_exchange():
 # --------------------------------------------------------------------------------------------------
 # the plan
 
-# What base_train's settings are where the user gives none
-SETTINGS = {
-    "depth": None,
-    "max_seq_len": None,
-    "kv_heads": None,
-    "device_batch_size": None,
-    "total_batch_size": None,
-    "weight_decay": None,
-    "keep": 3,
-}
-
-
 def probe_plan():
     """What base_train would choose here with no setting at all."""
     import torch
-    from nanochat.plan import Machine, choose_budget, make_plan, speed_of
+    from nanochat.plan import choose_budget, make_plan, speed_of, this_machine
     from nanochat.variants import MODEL_CLASSES, default_model
     where = compute()
     kind = where.device.type
     ranks = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
-    size = torch.cuda.mem_get_info()[1] if kind == "cuda" else None
     flops = measure_matmul_flops(where.device, where.dtype)
-    machine = Machine(kind, ranks, size, where.dtype.itemsize, flops)
+    machine = this_machine(where, flops)._replace(ranks=ranks)
     name = default_model(kind)
     vocab_size = VOCAB_SIZES.get(kind, VOCAB_SIZES["cpu"])
     model_class = MODEL_CLASSES[name]
-    budget = choose_budget(SETTINGS, kind)
+    settings = declared_values(BASE_TRAIN)
+    budget = choose_budget(settings, kind)
     speed = speed_of(model_class, vocab_size, where)
-    plan = make_plan(SETTINGS, budget, machine, model_class, vocab_size, speed)
+    plan = make_plan(settings, budget, machine, model_class, vocab_size, speed)
     free = shutil.disk_usage(get_base_dir()).free
     checks = []
     if plan.disk > free:

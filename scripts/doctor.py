@@ -174,10 +174,11 @@ def own_variables():
     return {name: value for name, value in wanted.items() if os.environ.get(name) == value}
 
 
-def settings_to_use(plan, exports, own):
+def settings_to_use(where, plan, exports, own):
     """Lines: variables to export, the command that trains here, and the plan that it would make.
 
-    own: what own_variables() gives, of which nothing has to be exported.
+    where, plan: numbers of the probes "torch" and "plan", {} where they have failed. own: what
+    own_variables() gives, of which nothing has to be exported.
     """
     lines = [f"export {name}={value}" for name, value in exports.items()]
     lines += [f"(set by itself: {name}={value})" for name, value in own.items()]
@@ -187,6 +188,7 @@ def settings_to_use(plan, exports, own):
     lines.append(f"{launcher} -m scripts.base_train")
     if plan:
         lines.append("which would choose by itself:")
+        lines.append(f"  device {where['device']}, {where['dtype']}, model {plan['model']}")
         lines += ["  " + line for line in plan["lines"]]
     return lines
 
@@ -214,7 +216,8 @@ def main(settings):
     exports = exports_of(checks)
     print("\n" + "\n".join(table(checks)) + "\n")
     print("settings to use")
-    use = settings_to_use(numbers.get("plan", {}), exports, own_variables())
+    where, plan = numbers.get("torch", {}), numbers.get("plan", {})
+    use = settings_to_use(where, plan, exports, own_variables())
     print("\n".join("  " + line for line in use))
     problems = [check for check in checks if check.status == "problem"]
     stops = [check for check in problems if check.stops]

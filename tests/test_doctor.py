@@ -419,6 +419,13 @@ def test_options_choose_the_parts():
     assert "memory" not in chosen(cuda=True) and "memory" in chosen(cuda=True, memory=True)
 
 
+def test_the_plan_is_that_of_base_trains_own_settings():
+    from nanochat.configurator import declared_values
+    values = declared_values(probing.BASE_TRAIN)
+    assert values["depth"] is None and values["keep"] == 3 and values["compile"] is True
+    assert values["learning_rate"] == 0.02 and "settings" not in values
+
+
 def test_a_table_wraps_and_puts_the_remedy_below():
     check = doctor.problem("disk", "word " * 40, "set NANOCHAT_BASE_DIR to a folder with room")
     lines = doctor.table([check])
@@ -427,12 +434,13 @@ def test_a_table_wraps_and_puts_the_remedy_below():
 
 
 def test_several_gpus_train_under_torchrun():
-    plan = {"ranks": 6, "lines": ["1) budget"]}
+    plan = {"ranks": 6, "model": "gpt", "lines": ["1) budget"]}
+    where = {"device": "cuda", "dtype": "bfloat16"}
     own = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    lines = doctor.settings_to_use(plan, {"NCCL_P2P_DISABLE": "1"}, own)
+    lines = doctor.settings_to_use(where, plan, {"NCCL_P2P_DISABLE": "1"}, own)
     assert lines[0] == "export NCCL_P2P_DISABLE=1" and "PYTORCH_ALLOC_CONF" in lines[1]
     assert lines[2] == "torchrun --standalone --nproc_per_node=6 -m scripts.base_train"
-    assert doctor.settings_to_use({}, {}, {}) == ["python -m scripts.base_train"]
+    assert doctor.settings_to_use({}, {}, {}, {}) == ["python -m scripts.base_train"]
 
 
 # --------------------------------------------------------------------------------------------------
