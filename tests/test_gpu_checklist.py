@@ -92,14 +92,20 @@ def test_three_seeds_decide_and_one_does_not(gains, words):
     assert checklist.verdict(gains).startswith(words)
 
 
-def test_memory_stands_beside_the_plan():
+def test_memory_stands_beside_the_plan_and_what_the_log_warns_of(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "attention kernel: cudnn\nWARNING: compiled loss: off\n[0/1] Recompiling function f\n",
+        encoding="utf-8")
     record = {
         "tokens_per_second": 8000.0, "ranks": 8, "mfu": 0.48, "peak_memory": 50e9,
-        "planned_memory": 40e9}
+        "planned_memory": 40e9, "log": str(log)}
     figures = checklist.depth_figures([record])
     assert figures["tokens/s of a device"] == 1000 and figures["peak / planned"] == 1.25
+    assert figures["attention"] == "cudnn"
+    assert figures["warnings"] == figures["recompilations"] == 1
     without = {**record, "peak_memory": None, "mfu": None}
-    assert list(checklist.depth_figures([without])) == ["tokens/s of a device"]
+    assert list(checklist.run_figures(without)) == ["tokens/s of a device"]
 
 
 def test_bits_per_byte_are_compared_by_seed():
@@ -146,6 +152,7 @@ class Fake:
 
     def __init__(self, code, kill_tag=""):
         self.code, self.kill_tag, self.words = code, kill_tag, ["fake"]
+        self.variables = {"TORCH_LOGS": "recompiles"}
 
     def line(self):
         return [sys.executable, "-c", self.code]
@@ -172,8 +179,11 @@ def run(tmp_path):
 
 
 def test_a_command_gives_its_last_json_line(run):
-    assert run(Fake(RECORD)) == {"stage": "x", "n": 1}
-    assert run(Fake("print(1)")) == {}
+    record = run(Fake(RECORD))
+    assert record.pop("log").endswith("log") and record == {"stage": "x", "n": 1}
+    assert list(run(Fake("print(1)"))) == ["log"]
+    shown = run(Fake("import os, json; print(json.dumps({'it': os.environ['TORCH_LOGS']}))"))
+    assert shown["it"] == "recompiles"
 
 
 def test_a_command_that_fails_or_hangs_is_told(run):
