@@ -22,7 +22,7 @@ from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
 from nanochat.common import UserError, print0
 from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
-from nanochat.hardware import DEVICES, cpu_name, is_out_of_memory, peak_memory, synchronize
+from nanochat.hardware import cpu_name, is_out_of_memory, known_device, synchronize
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import MEMORY_SHARE, build_on_meta, largest_divisor, memory
@@ -274,17 +274,6 @@ def cgroup_room():
     return int(limit) - int(used) if limit.isdecimal() else math.inf
 
 
-def reset_peak_memory(device):
-    """From here on peak_memory() counts again."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # not Linux, or a sandbox that refuses
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # man 5 proc
-
-
 # --------------------------------------------------------------------------------------------------
 # peaks
 
@@ -298,11 +287,6 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name()
-
-
-def known_device(name):
-    """The Device of DEVICES whose title is in a device's name, else None."""
-    return next((device for device in DEVICES.values() if device.title in name), None)
 
 
 def peak_of(name, dtype):

@@ -70,6 +70,18 @@ def _declared(path):
     return found
 
 
+def declared_values(path):
+    """{name: value} of a script's settings as they stand in its source, which is not run."""
+    values = {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if _is_configure_call(getattr(node, "value", None)):
+            break
+        setting = _setting(node)
+        if setting:
+            values[setting[0]] = ast.literal_eval(node.value)
+    return values
+
+
 # --------------------------------------------------------------------------------------------------
 # what the command line says
 

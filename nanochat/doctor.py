@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import UserError, get_base_dir
+from nanochat.configurator import declared_values
 from nanochat.hardware import (
-    DEVICES,
     allowed_cores,
     available_cpus,
     cgroup_quota,
@@ -29,6 +29,7 @@ from nanochat.hardware import (
     cpu_name,
     find_unseen_gpu,
     instruction_set,
+    known_device,
     limit_spinning,
     measure_matmul_flops,
     peak_flops,
@@ -74,6 +75,7 @@ OPTIONAL = {
     "transformers": "transformers",
     "triton": "triton",
 }
+BASE_TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "base_train.py"
 OLDEST_PYTHON = (3, 10)
 IMPORT_SECONDS = 12
 DISK_BYTES = 64_000_000
@@ -215,7 +217,19 @@ def probe_packages():
 
 
 def probe_disk():
-    folder = get_base_dir()
+    try:
+        folder = get_base_dir()
+        rate = write_rate(folder)
+        free = shutil.disk_usage(folder).free
+    except (UserError, OSError) as error:
+        return [problem(
+            "disk", f"no checkpoint can be written: {error}",
+            "set NANOCHAT_BASE_DIR to a folder with room that you can write", stops=True)], {}
+    return [check_disk(folder, free, rate, None)], {"free": free, "bytes_per_second": rate}
+
+
+def write_rate(folder):
+    """Bytes/s of writing a file to a folder, fsync included."""
     block = os.urandom(1_000_000)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="doctor.") as file:
         begin = time.perf_counter()
@@ -225,9 +239,7 @@ def probe_disk():
                 break
         file.flush()
         os.fsync(file.fileno())
-        rate = file.tell() / (time.perf_counter() - begin)
-    free = shutil.disk_usage(folder).free
-    return [check_disk(folder, free, rate, None)], {"free": free, "bytes_per_second": rate}
+        return file.tell() / (time.perf_counter() - begin)
 
 
 def probe_network():
@@ -325,10 +337,11 @@ def probe_matmul():
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         name = torch.cuda.get_device_name(index)
-        rate = measure_matmul_flops(device, where.dtype)
+        with torch.cuda.device(index):  # for which synchronize() waits
+            rate = measure_matmul_flops(device, where.dtype)
         kind = str(where.dtype).removeprefix("torch.")
         rates[f"{kind} {index}"] = rate
-        peak = peak_flops(name) if kind == "bfloat16" else None
+        peak = peak_flops(name, kind)
         check = check_rate("matmul", rate, peak, f"GFLOP/s in {kind} on device {index}", 0.5)
         checks.append(check)
     return checks, {"flops_per_second": rates}
@@ -351,8 +364,8 @@ def probe_bandwidth():
     peak = None
     if where.device.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [device for device in DEVICES.values() if device.title in name]
-        peak = known[0].bandwidth if known else None
+        known = known_device(name)
+        peak = known and known.bandwidth
     check = check_rate("bandwidth", rate, peak, "GB/s of memory, read and written", 0.6)
     return [check], {"bytes_per_second": rate}
 
@@ -395,35 +408,23 @@ def probe_exchange():
 # --------------------------------------------------------------------------------------------------
 # the plan
 
-# What base_train's settings are where the user gives none
-SETTINGS = {
-    "depth": None,
-    "max_seq_len": None,
-    "kv_heads": None,
-    "device_batch_size": None,
-    "total_batch_size": None,
-    "weight_decay": None,
-    "keep": 3,
-}
-
-
 def probe_plan():
     """What base_train would choose here with no setting at all."""
     import torch
-    from nanochat.plan import Machine, choose_budget, make_plan, speed_of
+    from nanochat.plan import choose_budget, make_plan, speed_of, this_machine
     from nanochat.variants import MODEL_CLASSES, default_model
     where = compute()
     kind = where.device.type
     ranks = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
-    size = torch.cuda.mem_get_info()[1] if kind == "cuda" else None
     flops = measure_matmul_flops(where.device, where.dtype)
-    machine = Machine(kind, ranks, size, where.dtype.itemsize, flops)
+    machine = this_machine(where, flops)._replace(ranks=ranks)
     name = default_model(kind)
     vocab_size = VOCAB_SIZES.get(kind, VOCAB_SIZES["cpu"])
     model_class = MODEL_CLASSES[name]
-    budget = choose_budget(SETTINGS, kind)
+    settings = declared_values(BASE_TRAIN)
+    budget = choose_budget(settings, kind)
     speed = speed_of(model_class, vocab_size, where)
-    plan = make_plan(SETTINGS, budget, machine, model_class, vocab_size, speed)
+    plan = make_plan(settings, budget, machine, model_class, vocab_size, speed)
     free = shutil.disk_usage(get_base_dir()).free
     checks = []
     if plan.disk > free:

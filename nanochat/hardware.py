@@ -1,6 +1,8 @@
 """One table of peaks, and what this machine is. An unknown device is visibly unknown, never
 guessed."""
+import contextlib
 import functools
+import gc
 import os
 import platform
 import re
@@ -450,6 +452,18 @@ def device_memory(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return None
+
+
+def reset_peak_memory(device):
+    """From here on peak_memory() counts again."""
+    import torch
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not Linux, or a sandbox that refuses
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # man 5 proc
 
 
 def peak_memory(device):

@@ -554,8 +554,8 @@ def check_exchange(works, detail, remedy, on_gpu):
     if remedy.startswith("export "):
         name, _, value = remedy.removeprefix("export ").partition("=")
         export = {name: value}
-        remedy += (" (or repair peer-to-peer copies: iommu=pt on the kernel's command line, ACS off "
-                   "in the firmware)")
+        remedy += (" (or repair peer-to-peer copies: iommu=pt on the kernel's command line, ACS "
+                   "off in the firmware)")
     return problem("exchange", detail, remedy, export)
 
 

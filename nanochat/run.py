@@ -66,6 +66,11 @@ class StopRequest:
         print0("stopping after this step; once more stops at once")
 
 
+def peak_memory(device):
+    """Most bytes of tensors that a GPU has held, None for another device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def core_seconds():
     """(seconds that the threads of this process ran, seconds that they waited for a core).
 

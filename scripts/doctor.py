@@ -22,8 +22,9 @@ import time
 
 from nanochat.configurator import configure, require
 from nanochat.doctor import MARK, PROBES
+from nanochat.environment import gpu_variables, this_system
 from nanochat.metrics import finish_stage
-from nanochat.probes import Check, exports_of, problem, relevant_variables
+from nanochat.probes import Check, exports_of, note, problem, relevant_variables
 
 # settings
 all = False          # every part; so does no option
@@ -35,6 +36,7 @@ seconds = 60.0       # limit of the whole
 
 ENDING = 6.0         # seconds of the whole that are for the table and the last line
 WIDTH = 100          # columns of the table
+NEED_TORCH = ("matmul", "bandwidth", "exchange", "plan", "compiler", "selftests")
 
 
 def chosen_probes(settings):
@@ -71,11 +73,17 @@ class Worker:
                 self.lines.put(json.loads(line.removeprefix(MARK)))
         self.lines.put(None)  # it has ended
 
-    def answer(self, name, limit):
-        """(the Checks of a probe, its numbers, whether the process can take the next one)."""
+    def answer(self, name, limit, cut):
+        """(the Checks of a probe, its numbers, whether the process can take the next one).
+
+        limit: seconds to wait. cut: whether that is less than the probe's own limit.
+        """
         try:
             answer = self.lines.get(timeout=limit)
         except queue.Empty:
+            if cut:
+                late = unfinished(name, f"not finished in the {limit:.0f} seconds left")
+                return [late], {}, False
             hangs = problem(
                 name, f"no answer within {limit:.0f} seconds",
                 "run it again; if it stays so, restart the machine or its driver",
@@ -108,6 +116,11 @@ class Worker:
         self.errors.close()
 
 
+def unfinished(name, detail):
+    """The Check of a probe that the limit of the whole has cut off."""
+    return note(name, detail, "give it more --seconds, or only its part (--memory, --cuda)")
+
+
 def examine(names, limit, command):
     """Run probes, each within its own limit and all within `limit` seconds.
 
@@ -115,21 +128,24 @@ def examine(names, limit, command):
     """
     deadline = time.monotonic() + limit
     worker = None
+    torch_is_broken = False
     for position, name in enumerate(names):
         left = deadline - time.monotonic()
         if left < 1:
-            yield name, [problem(
-                name, f"not examined: {limit:.0f} seconds were over",
-                "give it more --seconds, or only this part (--memory, --cuda)")], {}
+            yield name, [unfinished(name, f"not examined: {limit:.0f} seconds were over")], {}
+            continue
+        if torch_is_broken and name in NEED_TORCH:
+            yield name, [], {}
             continue
         if worker is None:
             others = ",".join(names[position:])
             worker = Worker([*command, others, device_type, dtype])
-        own_limit = min(PROBES[name].seconds, left)
-        checks, numbers, usable = worker.answer(name, own_limit)
+        own_limit = PROBES[name].seconds
+        checks, numbers, usable = worker.answer(name, min(own_limit, left), left < own_limit)
         if not usable:
             worker.end()
             worker = None
+            torch_is_broken = torch_is_broken or name == "torch"
         yield name, checks, numbers
     if worker:
         worker.end()
@@ -152,15 +168,27 @@ def table(checks):
     return lines
 
 
-def settings_to_use(plan, exports):
-    """Lines: the command that trains here, the plan that it would make, variables to set first."""
+def own_variables():
+    """{name: value} of the variables that every stage sets here by itself."""
+    wanted = gpu_variables(this_system(), {})
+    return {name: value for name, value in wanted.items() if os.environ.get(name) == value}
+
+
+def settings_to_use(where, plan, exports, own):
+    """Lines: variables to export, the command that trains here, and the plan that it would make.
+
+    where, plan: numbers of the probes "torch" and "plan", {} where they have failed. own: what
+    own_variables() gives, of which nothing has to be exported.
+    """
     lines = [f"export {name}={value}" for name, value in exports.items()]
+    lines += [f"(set by itself: {name}={value})" for name, value in own.items()]
     launcher = "python"
     if plan.get("ranks", 1) > 1:
         launcher = f"torchrun --standalone --nproc_per_node={plan['ranks']}"
     lines.append(f"{launcher} -m scripts.base_train")
     if plan:
         lines.append("which would choose by itself:")
+        lines.append(f"  device {where['device']}, {where['dtype']}, model {plan['model']}")
         lines += ["  " + line for line in plan["lines"]]
     return lines
 
@@ -188,7 +216,9 @@ def main(settings):
     exports = exports_of(checks)
     print("\n" + "\n".join(table(checks)) + "\n")
     print("settings to use")
-    print("\n".join("  " + line for line in settings_to_use(numbers.get("plan", {}), exports)))
+    where, plan = numbers.get("torch", {}), numbers.get("plan", {})
+    use = settings_to_use(where, plan, exports, own_variables())
+    print("\n".join("  " + line for line in use))
     problems = [check for check in checks if check.status == "problem"]
     stops = [check for check in problems if check.stops]
     if stops:

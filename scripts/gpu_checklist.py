@@ -18,6 +18,7 @@ succeeded, else 1. The last line is JSON.
 """
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ short = False        # the steps in twelve minutes
 tiny = False         # the smallest of everything, also without a GPU
 dry_run = False      # print the commands
 steps = ""           # names of steps, apart by commas; empty: all
+minutes: float = None  # of the whole: what there is no time for is skipped. None: no such limit
 gpus: int = None     # how many to use. None: all; without a GPU two ranks on the CPU
 data: str = None     # text to train on. None: FineWeb-Edu where its hub answers, else local text
 out: str = None      # folder. None: gpu_checklist in $NANOCHAT_BASE_DIR
@@ -48,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 32_768  # for which the expected figures are; a run of its own would take 65,536
 SHARDS = 8           # of FineWeb-Edu: 0.4 billion tokens
 SEEDS = (1, 2, 3)
+SHORTEST = 20        # seconds for which a step is worth starting
 HEARTBEAT = 15       # seconds between two lines of a command that takes long
 
 
@@ -65,11 +68,13 @@ class Setup(NamedTuple):
 class Command(NamedTuple):
     """A module with its arguments. ranks: processes under torchrun; 1 is none.
 
-    kill_tag: the model tag of a run that gets SIGTERM after a few steps, or "".
+    kill_tag: the model tag of a run that gets SIGTERM after a few steps, or "". variables: of the
+    environment, besides those that are set.
     """
     words: list
     ranks: int = 1
     kill_tag: str = ""
+    variables: dict = {}
 
     def line(self):
         """The words of the process."""
@@ -88,7 +93,8 @@ class Step(NamedTuple):
     """A step: its commands, how to read their last JSON lines, and what to expect.
 
     commands(setup) -> Commands. figures(records) -> {name: number or text}; records: a dict for
-    each command, {} where it printed none. seconds: the limit of the whole step, full, short, tiny.
+    each command, its last JSON line with "log", the path of all that it printed. seconds: the limit
+    of the whole step, full, short, tiny.
     """
     name: str
     commands: object
@@ -111,7 +117,8 @@ def doctor_commands(setup):
 def text_commands(setup):
     vocabulary = setup.pick(VOCAB_SIZE, VOCAB_SIZE, 430)
     if setup.data:
-        return [Command(["scripts.tok_train", f"--data={setup.data}", f"--vocab_size={vocabulary}"])]
+        words = ["scripts.tok_train", f"--data={setup.data}", f"--vocab_size={vocabulary}"]
+        return [Command(words)]
     source = ["-n", str(SHARDS)] if setup.online else []
     characters = setup.pick(1_000_000_000, 100_000_000, 1_000_000)
     return [
@@ -126,7 +133,11 @@ def profile_commands(setup):
         ["--depth=20", "--device_batch_size=32", f"--vocab_size={VOCAB_SIZE}"],
         ["--depth=1", "--device_batch_size=2", "--max_seq_len=64", "--vocab_size=512",
          "--compile=0", "--warm_steps=3", "--steps=1"])
-    return [Command(["scripts.profile_step", *shape])]
+    commands = [Command(["scripts.profile_step", *shape])]
+    if setup.size == "full":
+        lookup = ["--model=lookup", "--depth=12", f"--vocab_size={VOCAB_SIZE}"]
+        commands.append(Command(["scripts.profile_step", *lookup]))
+    return commands
 
 
 def kernel_commands(setup):
@@ -175,7 +186,8 @@ def depth_commands(depth):
         count = setup.pick(20, 6, 5)
         tag = f"depth{depth}"
         options = [f"--depth={depth_here}", "--model=gpt", f"--num_iterations={count}"]
-        return [Command(train(setup, tag, *options), ranks=setup.gpus)]
+        words = train(setup, tag, *options)
+        return [Command(words, ranks=setup.gpus, variables={"TORCH_LOGS": "recompiles"})]
     return commands
 
 
@@ -206,7 +218,7 @@ def layout_commands(setup):
 
 def resume_commands(setup):
     depth = setup.pick(12, 12, 1)
-    count = setup.pick(60, 40, 300)
+    count = setup.pick(60, 40, 150)
     options = [f"--depth={depth}", "--model=gpt", f"--num_iterations={count}"]
     words = train(setup, "killed", *options)
     return [
@@ -238,12 +250,15 @@ def text_figures(records):
 
 
 def profile_figures(records):
-    [record] = records
-    figures = {"tokens/s": record["tokens_per_second"], "ms a step": record["step_ms"]}
-    for kind, milliseconds in record["kinds_ms"].items():
-        if milliseconds:
-            figures[f"{kind} ms"] = milliseconds
-    figures["idle ms"] = record["idle_ms"]
+    figures = {}
+    for record in records:
+        name = f"{record['settings']['model']} "
+        figures[f"{name}tokens/s"] = record["tokens_per_second"]
+        figures[f"{name}ms a step"] = record["step_ms"]
+        for kind, milliseconds in record["kinds_ms"].items():
+            if milliseconds:
+                figures[f"{name}{kind} ms"] = milliseconds
+        figures[f"{name}idle ms"] = record["idle_ms"]
     return figures
 
 
@@ -284,8 +299,9 @@ def multigpu_figures(records):
 def run_figures(record):
     """Of one training run: speed of a device, and its memory beside what was planned."""
     figures = {"tokens/s of a device": record["tokens_per_second"] / record["ranks"]}
-    if record.get("mfu"):
-        figures["mfu"] = record["mfu"]
+    for name in ("mfu", "mfu_square"):
+        if record.get(name):
+            figures[name] = record[name]
     if record.get("peak_memory"):
         figures["peak GB"] = record["peak_memory"] / 1e9
         figures["planned GB"] = record["planned_memory"] / 1e9
@@ -295,7 +311,14 @@ def run_figures(record):
 
 def depth_figures(records):
     [record] = records
-    return run_figures(record)
+    text = Path(record["log"]).read_text(encoding="utf-8", errors="replace")
+    figures = run_figures(record)
+    kernel = re.search(r"^attention kernel: (.*)", text, re.MULTILINE)
+    if kernel:
+        figures["attention"] = kernel[1]
+    figures["warnings"] = len(re.findall(r"^WARNING", text, re.MULTILINE))
+    figures["recompilations"] = text.count("Recompiling function")
+    return figures
 
 
 def model_figures(records):
@@ -346,7 +369,7 @@ STEPS = [
     Step("doctor", doctor_commands, doctor_figures, (90, 65, 150),
          "no problem; bf16 at 0.8 of the peak (H100, H200: 790 TFLOP/s), NVLink 350 GB/s and more"),
     Step("text", text_commands, text_figures, (600, 50, 120), "a tokenizer"),
-    Step("profile", profile_commands, profile_figures, (240, 70, 120),
+    Step("profile", profile_commands, profile_figures, (360, 70, 120),
          "H100, depth 20, 65,536 tokens: 430 to 455 ms; loss below 20 ms without its products, "
          "idle below 3 %"),
     Step("kernels", kernel_commands, kernel_figures, (180, 40, 120),
@@ -360,9 +383,11 @@ STEPS = [
     Step("multigpu", multigpu_commands, multigpu_figures, (420, 60, 240),
          "efficiency 0.9 and more (documented: 0.69 on 8)", least_gpus=2),
     Step("depth12", depth_commands(12), depth_figures, (240, 60, 120),
-         "peak within 10 % of the plan; H100: 400 k tokens/s (an estimate)"),
+         "peak within 10 % of the plan, no warning, no recompilation; H100: 400 k tokens/s (an "
+         "estimate)"),
     Step("depth20", depth_commands(20), depth_figures, (300, 105, 120),
-         "peak within 10 % of the plan; H100: 148 k tokens/s, edge 155 k"),
+         "peak within 10 % of the plan; H100: 148 k tokens/s, edge 155 k; mfu 0.438, mfu_square "
+         "0.485"),
     Step("models", model_commands, model_figures, (1800, 140, 240),
          "open: decides whether lookup becomes the default of a GPU"),
     Step("layouts", layout_commands, layout_figures, (420, 110, 240),
@@ -374,6 +399,10 @@ STEPS = [
 
 # --------------------------------------------------------------------------------------------------
 # running
+
+# the last line of a traceback, of torchrun's ranks as well
+RAISED = re.compile(r"(?:\[rank\d+\]: ?)?[\w.]*(?:Error|Exception)\b")
+
 
 class Failed(Exception):
     """Why a step has no figures."""
@@ -390,12 +419,12 @@ def last_record(path):
 def reason_of(text):
     """The line of a failed command's output that says why, at most 200 characters of it.
 
-    Our own "error: ...", else the last line of a traceback, else the last words. (torchrun adds a
-    page of its own below.)
+    Our own "error: ...", else the last line of a traceback, else the last line with a letter.
+    (torchrun adds a page of its own below.)
     """
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     ours = [line for line in lines if line.startswith("error: ")]
-    raised = [line for line in lines if re.match(r"(?:\[rank\d+\]: )?[\w.]*(?:Error|Exception)\b", line)]
+    raised = [line for line in lines if RAISED.match(line)]
     return ([*ours[:1], *raised[:1], *lines[-1:]] or ["without a word"])[0][:200]
 
 
@@ -418,7 +447,7 @@ def run_command(command, log, base, deadline):
 
     deadline: of time.monotonic(), at which it is killed.
     """
-    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base)}
+    environment = {**os.environ, **command.variables, "NANOCHAT_BASE_DIR": str(base)}
     killed = False
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -450,7 +479,7 @@ def run_command(command, log, base, deadline):
     if process.returncode:
         reason = reason_of(log.read_text(encoding="utf-8", errors="replace"))
         raise Failed(f"exit status {process.returncode}: {reason} ({log})")
-    return last_record(log)
+    return {**last_record(log), "log": str(log)}
 
 
 def run_step(step, commands, folder, seconds):
@@ -476,6 +505,17 @@ def run_step(step, commands, folder, seconds):
     return row
 
 
+def skipped(step, reason):
+    """The line of results.jsonl for a step that is not run."""
+    return {
+        "step": step.name,
+        "status": "skipped",
+        "error": reason,
+        "expected": step.expect,
+        "seconds": 0,
+    }
+
+
 def chosen_steps(names):
     """The Steps of a setting such as "doctor,profile"; all for ""."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -498,6 +538,16 @@ def cell(value):
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def latest_rows(text):
+    """The last line of each step in a results.jsonl, in the order of STEPS. A step that was skipped
+    later keeps what it had."""
+    found = {}
+    for row in map(json.loads, text.splitlines()):
+        if row["status"] != "skipped" or row["step"] not in found:
+            found[row["step"]] = row
+    return [found[step.name] for step in STEPS if step.name in found]
 
 
 def summary(rows, heading):
@@ -535,11 +585,14 @@ def count_gpus():
 
 def main(settings):
     require(settings, 1, "gpus")
+    require(settings, 0, "minutes")
     if short and tiny:
         raise UserError("short and tiny are two sizes: choose one of them")
     started = time.monotonic()
     wanted = chosen_steps(steps)
-    size = "short" if short else "tiny" if tiny else "full"
+    size = "full"
+    for name, chosen in (("short", short), ("tiny", tiny)):
+        size = name if chosen else size
     count = 8 if dry_run else count_gpus()
     ranks = gpus or count or (2 if tiny else 0)
     if not ranks or not (count or tiny):
@@ -548,8 +601,8 @@ def main(settings):
     folder = Path(out).absolute() if out else get_base_dir() / "gpu_checklist"
     setup = Setup(size, ranks, str(Path(data).absolute()) if data else "", size == "full")
     limit = sum(step.limit(size) for step in wanted) / 60
-    print(f"{len(wanted)} steps on {ranks} {'GPUs' if count else 'ranks of the CPU'}, at most {limit:.0f} minutes, in {folder}",
-          flush=True)
+    where = f"{ranks} GPU{'s' * (ranks > 1)}" if count else f"{ranks} ranks of the CPU"
+    print(f"{len(wanted)} steps on {where}, at most {limit:.0f} minutes, in {folder}", flush=True)
     if dry_run:
         for step in wanted:
             lines = [shlex.join(command.line()[1:]) for command in step.commands(setup)]
@@ -561,21 +614,24 @@ def main(settings):
     (folder / "base").mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(wanted, start=1):
         print(f"[{number}/{len(wanted)}] {step.name}", flush=True)
+        left = 60 * minutes - (time.monotonic() - started) if minutes else math.inf
         if ranks < step.least_gpus:
-            reason = f"needs {step.least_gpus} GPUs"
-            row = {"step": step.name, "status": "skipped", "expected": step.expect, "seconds": 0,
-                   "error": reason}
+            row = skipped(step, f"needs {step.least_gpus} GPUs")
+        elif left < SHORTEST:
+            row = skipped(step, f"{minutes:g} minutes were over")
         else:
             # the models of the steps before, which are of no use and fill the disk
             shutil.rmtree(folder / "base" / "base_checkpoints", ignore_errors=True)
-            row = run_step(step, step.commands(setup), folder, step.limit(size))
+            row = run_step(step, step.commands(setup), folder, min(left, step.limit(size)))
         if row.get("figures", {}).get("hub") == "offline":
             setup = setup._replace(online=False)
         rows.append(row)
         with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(f"  {row['status']} {row.get('error', '')}", flush=True)
-    table = summary(rows, heading_of(rows, setup))
+    # with what earlier calls have measured in this folder
+    latest = latest_rows((folder / "results.jsonl").read_text(encoding="utf-8"))
+    table = summary(latest, heading_of(latest, setup))
     (folder / "summary.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table + "\n")
     finish_stage("gpu_checklist", time.monotonic() - started, settings, steps=rows)

@@ -26,6 +26,7 @@ max_seq_len: int = None      # context in tokens. None: 2048 on a GPU, else 256
 device_batch_size: int = None  # sequences. None: 16 on a GPU, else 4
 vocab_size: int = None       # None: 65536 on a GPU, else 4096
 seconds = 1.0                # for each measurement
+compile = True               # measure the compiled loss as well
 device_type = ""             # cuda, mps or cpu; empty: what training would choose
 dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
 
@@ -94,11 +95,11 @@ def measure_loss(compute, tokens, width, vocabulary):
     def products():
         part @ w.T, dz @ w, dz.T @ part
 
-    measured = {
-        "eager": measure_calls(lambda: loss(False), device, seconds).median,
-        "compiled": measure_calls(lambda: loss(True), device, seconds).median,
-        "products": measure_calls(products, device, seconds).median * tokens / len(part),
-    }
+    measured = {"eager": measure_calls(lambda: loss(False), device, seconds).median}
+    if compile:
+        measured["compiled"] = measure_calls(lambda: loss(True), device, seconds).median
+    one_chunk = measure_calls(products, device, seconds).median
+    measured["products"] = one_chunk * tokens / len(part)
     for name, taken in measured.items():
         print(f"  cross-entropy {name:<9} {1e3 * taken:9.2f} ms for {tokens:,} tokens", flush=True)
     return {name: 1e3 * taken for name, taken in measured.items()}

@@ -44,12 +44,10 @@ from nanochat.benchmark import (
     fitting_micro_batch,
     free_memory,
     gigabytes,
-    peak_memory,
     peak_of,
     percent,
     problem_of,
     rank_counts,
-    reset_peak_memory,
     share_of,
     summarize,
     tera,
@@ -66,7 +64,12 @@ from nanochat.common import (
     print0,
 )
 from nanochat.configurator import configure, require
-from nanochat.hardware import available_cpus, raise_malloc_thresholds
+from nanochat.hardware import (
+    available_cpus,
+    peak_memory,
+    raise_malloc_thresholds,
+    reset_peak_memory,
+)
 from nanochat.metrics import finish_stage
 
 # settings

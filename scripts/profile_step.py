@@ -29,10 +29,14 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nanochat.benchmark import Case, Training, peak_memory, reset_peak_memory
+from nanochat.benchmark import Case, Training
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.hardware import raise_malloc_thresholds
+from nanochat.hardware import (
+    peak_memory,
+    raise_malloc_thresholds,
+    reset_peak_memory,
+)
 from nanochat.metrics import finish_stage
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
@@ -59,8 +63,8 @@ DEFAULTS = {  # depth, vocab_size, max_seq_len, device_batch_size
 LABEL = "nanochat "  # begins the names of the ranges that are marked below
 
 # The first pattern that a name contains says its kind. Names of kernels: cuBLAS (nvjet since
-# Hopper, gemm, cutlass, xmma), hipBLASLt (Cijk), FlashAttention, cuDNN (sdpa), NCCL and RCCL (nccl);
-# on a CPU torch's and oneDNN's operations.
+# Hopper, gemm, cutlass, xmma), hipBLASLt (Cijk), FlashAttention, cuDNN (sdpa), NCCL and RCCL
+# (nccl); on a CPU torch's and oneDNN's operations.
 KINDS = {
     "communication": r"nccl|rccl|gloo|c10d|all_?reduce|reduce_?scatter|all_?gather|all_?to_?all",
     "attention": r"flash|fmha|sdpa|scaled_dot_product|attention",
@@ -109,10 +113,16 @@ def covered(pieces):
 
 
 class Labels:
-    """Marked ranges, none of which overlaps another."""
+    """Marked ranges. Those of one label may overlap, as on several streams of a GPU."""
 
     def __init__(self, ranges):
-        self.ranges = sorted(ranges, key=lambda piece: piece.begin)
+        self.ranges = []
+        for piece in sorted(ranges, key=lambda piece: piece.begin):
+            last = self.ranges[-1] if self.ranges else None
+            if last and last.name == piece.name and piece.begin <= last.end:
+                self.ranges[-1] = last._replace(end=max(last.end, piece.end))
+            else:
+                self.ranges.append(piece)
         self.begins = [piece.begin for piece in self.ranges]
 
     def at(self, moment):

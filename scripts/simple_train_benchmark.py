@@ -35,10 +35,8 @@ from nanochat.benchmark import (
     gigabytes,
     measure_calls,
     peak_bandwidth,
-    peak_memory,
     peak_of,
     percent,
-    reset_peak_memory,
     share_of,
     summarize,
     tera,
@@ -47,7 +45,12 @@ from nanochat.benchmark import (
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.gpt import MLP, GPTConfig, norm
-from nanochat.hardware import raise_malloc_thresholds, synchronize
+from nanochat.hardware import (
+    peak_memory,
+    raise_malloc_thresholds,
+    reset_peak_memory,
+    synchronize,
+)
 from nanochat.metrics import finish_stage
 from nanochat.muon import Muon
 from nanochat.parallel import prepare

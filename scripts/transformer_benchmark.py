@@ -39,12 +39,10 @@ from nanochat.benchmark import (
     fitting_micro_batch,
     free_memory,
     gigabytes,
-    peak_memory,
     peak_of,
     percent,
     problem_of,
     refuse_fp8,
-    reset_peak_memory,
     share_of,
     summarize,
     tera,
@@ -52,7 +50,12 @@ from nanochat.benchmark import (
 )
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
-from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
+from nanochat.hardware import (
+    measure_matmul_flops,
+    peak_memory,
+    raise_malloc_thresholds,
+    reset_peak_memory,
+)
 from nanochat.metrics import finish_stage
 
 # settings

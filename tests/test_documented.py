@@ -76,7 +76,7 @@ LATER = {
     "nanochat.variants.llada": "model families",
     "nanochat.fp8": "FP8",
     "requirements.txt": "nothing: pyproject.toml names the packages",
-    "optimize.sh": "nothing: each stage does by itself what it did",
+    "optimize.sh": "nothing: scripts.doctor takes its options",
 }
 FILES = [
     "speedrun.sh",
