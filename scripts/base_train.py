@@ -71,8 +71,9 @@ grad_clip = 0.0              # largest gradient norm; 0 does not clip
 warmdown = 0.6               # share of the run over which the learning rate decays
 device_type = ""             # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
-parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
+parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several ranks
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
+checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more
 compile = True               # compile the blocks
 eval_every: int = None       # steps between validations and samples; None: each quarter, or epoch
 save_every = 1000            # steps between checkpoints; the last step is always saved
@@ -198,13 +199,13 @@ elif meta["config"].get("ngrams"):
     if world_size > 1:
         for buffer in model.ngrams.buffers():
             torch.distributed.broadcast(buffer, 0)
-prepare(model, compile)
+prepare(model, compile, checkpoint_activations)
 parameters = sum(p.numel() for p in model.parameters())
 print0(f"{parameters:,} parameters, width {model.config.width}, vocabulary {vocab_size}")
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, plan.weight_decay)
-layout = Layout(optimizers, parallel, reduce_dtype)
+layout = Layout(model, optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())
@@ -234,18 +235,20 @@ loss_scale = 1 / (micro_batch_size * grad_accum_steps * max_seq_len)  # a mean o
 
 
 def evaluate(documents):
-    return evaluate_bpb(model, tokenizer, documents, device, rank=rank, world_size=world_size)
+    whole = layout.whole_model()
+    return evaluate_bpb(whole, tokenizer, documents, device, rank=rank, world_size=world_size)
 
 
 def save(val_bpb=None):
     run.save(
-        model, layout, loader_state,
+        layout, loader_state,
         val_bpb=val_bpb, best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
 
 
 def show_samples():
+    whole = layout.whole_model()
     if rank == 0:
-        samples = sample_texts(model, tokenizer, meta["prompts"], max_new_tokens=24)
+        samples = sample_texts(whole, tokenizer, meta["prompts"], max_new_tokens=24)
         run.log(samples=samples)
 
 
@@ -296,7 +299,7 @@ while not run.over():
     if accepted:
         run.record(loss, learning_rate * multiplier, grad_norm)
     else:
-        run.skip(model, layout)
+        run.skip(layout)
 
 # ---- the ending: save, validate, say
 if run.last_save_is_due():
@@ -307,7 +310,7 @@ best, bpb_of_best = run.checkpoints.better_than(few_bpb)
 if best is not None:
     print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {bpb_of_best:.4f}: "
            "that one is the model")
-    run.checkpoints.load(best, model, layout)
+    run.checkpoints.load(best, layout)
 val_bpb = evaluate(validation)
 run.log(val_bpb=val_bpb, documents=len(validation))
 show_samples()
