@@ -46,9 +46,18 @@ def peak_flops(device_name):
 
     device_name: torch's, such as "NVIDIA H100 80GB HBM3".
     """
-    for device in DEVICES.values():
-        if device.title in device_name:
-            return device.bf16
+    kind = device_kind(device_name)
+    return DEVICES[kind].bf16 if kind else None
+
+
+def device_kind(device_name):
+    """The name in DEVICES of the GPU that torch calls so, or None where the table has none.
+
+    By whole words: a GH200 is no H200.
+    """
+    for kind, device in DEVICES.items():
+        if re.search(rf"\b{device.title}\b", device_name):
+            return kind
     return None
 
 

@@ -22,7 +22,7 @@ Beside that there are three phases, and the largest counts:
 
 Gradients are counted in all of them, as is the case from the second micro-batch of a step on.
 Not counted: fragments of the allocator, the device's context (.5 to 1 GB) and the buffers of the
-collectives. plan.MEMORY_SHARE leaves 15 % of a device to them.
+collectives. MEMORY_SHARE leaves 15 % of a device to them.
 
 tests/test_memory.py holds the sum to 10 % of the bytes that torch's CPU allocator reports for real
 steps, on one process and on two ranks. No GPU has been asked yet (docs/gpu-checklist.md).
@@ -36,6 +36,8 @@ from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT, MIN_CHUNK_TOKENS
 from nanochat.parallel import BUCKET_BYTES, ReplicatedBucket, cut_into_buckets, unit_shape
 
 PARALLEL = ("replicated", "zero2", "fsdp")
+MEMORY_SHARE = 0.85  # of a device's memory that a plan uses; what is left: see above
+MAX_MICRO_BATCH = {"cpu": 16, "mps": 16, "cuda": 32}
 
 
 class Kept(NamedTuple):
@@ -87,6 +89,21 @@ class Memory(NamedTuple):
         passes = self.activations + self.gathered + max(self.logits, self.backward)
         return self.held + max(passes, self.update)
 
+    def describe(self):
+        """The kinds that are there at the peak, in GB."""
+        if self.peak == "update":
+            later = ("activations", "logits", "gathered", "backward")
+        elif self.peak == "loss":
+            later = ("update", "backward")
+        else:
+            later = ("update", "logits")
+        kinds = [
+            f"{name} {size / 1e9:.2f}"
+            for name, size in self._asdict().items()
+            if size and name not in later
+        ]
+        return ", ".join(kinds)
+
     @property
     def peak(self):
         """Where that is: "loss", "backward" or "update"."""
@@ -126,15 +143,16 @@ class Group(NamedTuple):
 
 
 def groups_of(model, ranks=1):
-    """The Groups of a model's optimizers."""
+    """The Groups of a model's parameters, as its optimizers have them."""
     groups = []
-    for optimizer in model.setup_optimizers():
-        for its_group in optimizer.param_groups:
-            alike = {}
-            for p in its_group["params"]:
-                alike.setdefault(unit_shape(p, optimizer.partition), []).append(p)
-            for unit, params in alike.items():
-                groups.append(group_of(params, optimizer.partition, unit, ranks))
+    for role, parameters in model.parameters_by_role().items():
+        # making the optimizers would import torch's compiler, which takes seconds
+        partition = model.optimizers[role].optimizer.partition
+        alike = {}
+        for p in parameters:
+            alike.setdefault(unit_shape(p, partition), []).append(p)
+        for unit, params in alike.items():
+            groups.append(group_of(params, partition, unit, ranks))
     return groups
 
 
@@ -175,7 +193,8 @@ def memory(model, micro_batch_size, dtype_bytes, ranks=1, device_type="cuda", *,
     groups = groups_of(model, ranks if parallel == "zero2" else 1)
 
     # 1. what is held
-    hashed = count(roles.get("hashed", [])) if device_type == "cpu" else 0
+    is_sparse = device_type == "cpu" and parallel != "fsdp"
+    hashed = count(roles.get("hashed", [])) if is_sparse else 0
     gradients = 4 * (whole - hashed) // sharding
     if hashed:
         row = 4 * config.width + 8  # its numbers, and which row it is
@@ -269,20 +288,57 @@ def update_bytes(groups, device_type, ranks, parallel, wire_bytes, gradients):
     applying = max(stacks, default=0) // shards
     if ranks == 1:
         return applying
+    if parallel == "fsdp":
+        return exchange_bytes(groups, ranks, muon)
 
     bucket = wire_bytes * max(group.largest for group in groups)
     if parallel == "replicated":
         return max(applying, bucket)
     padded = sum(group.padded for group in groups)
     sums = wire_bytes * padded // ranks
-    if parallel == "fsdp":
-        # slices of the gradients to their owners, and of the updates back
-        return applying + 8 * max(stacks, default=0) // (muon * ranks)
     in_flight = wire_bytes * padded + sums
     if device_type == "cpu":
         in_flight += wire_bytes * padded  # gloo sums into a copy of each bucket
     reducing = max(sums + bucket, in_flight - gradients)
     return max(reducing, applying + 4 * padded // ranks - gradients)
+
+
+def micro_batch_limit(model, device_memory, dtype_bytes, ranks, device_type, **options):
+    """How many sequences a device takes at a time; 0 where not even one fits.
+
+    device_memory: bytes, or None where it is not known (then the usual number). options: of
+    memory().
+    """
+    usual = MAX_MICRO_BATCH[device_type]
+    if not device_memory:
+        return usual
+    largest = 0
+    too_many = usual + 1
+    while too_many - largest > 1:
+        middle = (largest + too_many) // 2
+        if fits(model, middle, dtype_bytes, ranks, device_type, device_memory, **options):
+            largest = middle
+        else:
+            too_many = middle
+    return largest
+
+
+def fits(model, micro_batch_size, dtype_bytes, ranks, device_type, device_memory, **options):
+    """Whether training with that many sequences fits the device."""
+    needed = memory(model, micro_batch_size, dtype_bytes, ranks, device_type, **options).total
+    return needed <= MEMORY_SHARE * device_memory
+
+
+def exchange_bytes(groups, ranks, muon):
+    """fsdp: the largest bucket of matrices, as its owners see it (fsdp.py): Muon's stacks, gradients
+    twice, and the slices of the next bucket, to be sent and received."""
+    largest = 0
+    for group in groups:
+        if group.partition == "matrices":
+            matrix = torch.Size(group.unit).numel()
+            of_a_bucket = max(1, BUCKET_BYTES // 4 // matrix) * matrix
+            largest = max(largest, min(of_a_bucket, group.numel // ranks))
+    return (muon + 12) * largest
 
 
 # ------------------------------------------------------------------------------------------------
