@@ -23,10 +23,10 @@ from nanochat.common import UserError, print0
 from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
 from nanochat.hardware import DEVICES, cpu_name, is_out_of_memory, synchronize
-from nanochat.memory import build_on_meta, memory
+from nanochat.memory import MEMORY_SHARE, build_on_meta, memory
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import MEMORY_SHARE, largest_divisor
+from nanochat.plan import largest_divisor
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
 # --------------------------------------------------------------------------------------------------
@@ -187,16 +187,17 @@ def check_choices(settings, **choices):
             raise UserError(f"{name}={settings[name]} does not exist: choose {words}")
 
 
-def optimizers_of(network, optimizer):
-    """The optimizers, without state, for one of OPTIMIZERS. Hashed tables keep their own, which
-    alone takes sparse gradients."""
-    usual = network.setup_optimizers()
+def choose_optimizers(model, optimizer):
+    """Give a model the table of one of OPTIMIZERS. Hashed tables keep their own, which alone takes
+    sparse gradients."""
     if optimizer == "muon":
-        return usual
-    own = [one for one in usual if not isinstance(one, (Muon, AdamW))]
-    kept = {p for one in own for group in one.param_groups for p in group["params"]}
-    others = [p for p in network.parameters() if p not in kept]
-    return [AdamW(others, lr=1e-4), *own]
+        return
+    table = {}
+    for role, recipe in model.optimizers.items():
+        if recipe.optimizer is Muon:
+            recipe = recipe._replace(optimizer=AdamW, lr=0.05)  # 0.001, with the usual setting
+        table[role] = recipe
+    model.optimizers = table
 
 
 class Setup(NamedTuple):
@@ -210,8 +211,7 @@ class Setup(NamedTuple):
 def planned_memory(case, micro_batch_size, setup, compute):
     """The Memory (memory.py) of a Case on each of compute's devices. compute: a Compute."""
     model = build_on_meta(MODEL_CLASSES[case.model_class], case.config)
-    optimizers = optimizers_of(model, setup.optimizer)
-    model.setup_optimizers = lambda: optimizers  # which memory() counts
+    choose_optimizers(model, setup.optimizer)
     return memory(
         model,
         micro_batch_size,
@@ -522,7 +522,8 @@ class Training:
         }
         self.network = build_model(meta, compute.device).train()
         prepare(self.network, setup.compile, setup.checkpoint_activations)
-        optimizers = optimizers_of(self.network, setup.optimizer)
+        choose_optimizers(self.network, setup.optimizer)
+        optimizers = self.network.setup_optimizers()
         self.layout = Layout(self.network, optimizers, setup.parallel)
         self.device = compute.device
         self.random = torch.Generator(compute.device).manual_seed(compute.rank)

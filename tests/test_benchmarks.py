@@ -44,8 +44,7 @@ from nanochat.common import Compute, UserError
 from nanochat.configurator import configure
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import available_cpus
-from nanochat.memory import build_on_meta, communication
-from nanochat.plan import MEMORY_SHARE
+from nanochat.memory import MEMORY_SHARE, build_on_meta, communication
 
 SCRIPTS = ("simple_train_benchmark", "transformer_benchmark", "multigpu_benchmark")
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
