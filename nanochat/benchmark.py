@@ -174,8 +174,8 @@ def config_with(config_class, shape):
 # --------------------------------------------------------------------------------------------------
 # does it fit
 
-# muon: Muon and AdamW by role, as in training; adamw: AdamW for all parameters, as the documented
-# figures were measured
+# muon: Muon and AdamW by role, as in training; adamw: AdamW for all parameters, to compare
+# with the documented figures
 OPTIMIZERS = ("muon", "adamw")
 
 

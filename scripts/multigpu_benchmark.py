@@ -14,6 +14,7 @@ the communication that no computation hides, waiting for the slowest rank includ
 docs/benchmarks.md explains each column and has the documented table.
 """
 import contextlib
+import importlib
 import json
 import signal
 import subprocess
@@ -21,8 +22,9 @@ import sys
 import time
 from pathlib import Path
 
-if not __package__:  # run as a file
+if not __package__:  # run as a file: find nanochat, and set what torch reads when it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    importlib.import_module("scripts")
 
 import torch
 import torch.distributed as dist

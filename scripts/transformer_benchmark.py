@@ -8,17 +8,19 @@
     python3 /workspace/scripts/transformer_benchmark.py         # from any folder, not installed
 
 A step is forward, backward and update of the real model (nanochat/gpt.py) by its real optimizers,
-Muon and AdamW, on random tokens. The documented figures were measured with AdamW alone:
---optimizer=adamw. A size that does not fit the free memory is skipped with the planner's numbers.
-docs/benchmarks.md explains each column and has the documented table.
+Muon and AdamW, on random tokens. To compare with the documented figures, whose optimizer was
+most likely AdamW alone: --optimizer=adamw. A size that does not fit the free memory is skipped with
+the planner's numbers. docs/benchmarks.md explains each column and has the documented table.
 """
+import importlib
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-if not __package__:  # run as a file
+if not __package__:  # run as a file: find nanochat, and set what torch reads when it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    importlib.import_module("scripts")
 
 import torch
 
@@ -205,7 +207,7 @@ dominated = [row["model"] for row in rows if row.get("update_share", 0) > LARGE_
 if dominated and optimizer == "muon":
     print0(f"{', '.join(dominated)}: over {100 * LARGE_UPDATE:.0f} % of a step is Muon's update, "
            "because so few tokens share it; training has far more tokens a step, and the "
-           "documented figures had AdamW: --optimizer=adamw")
+           "documented figures hardly had Muon: compare with --optimizer=adamw")
 finish_stage(
     "transformer_benchmark",
     time.perf_counter() - started,

@@ -557,6 +557,13 @@ def run_file(script, nothing_installed, *words):
     return done.stdout
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_plain_file_sets_what_torch_reads_before_it_imports_torch(script):
+    """As `python -m scripts.NAME` does, by importing the package first."""
+    source = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
+    assert 0 < source.index('importlib.import_module("scripts")') < source.index("\nimport torch")
+
+
 def test_a_plain_file_needs_no_installation(nothing_installed):
     assert "--mlp_width=None" in run_file("simple_train_benchmark", nothing_installed, "--help")
 
