@@ -11,12 +11,14 @@
 What the device does not have, and what would take too long, is skipped with the reason.
 docs/benchmarks.md explains each number and has the documented ones.
 """
+import importlib
 import sys
 import time
 from pathlib import Path
 
-if not __package__:  # run as a file
+if not __package__:  # run as a file: find nanochat, and set what torch reads when it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    importlib.import_module("scripts")
 
 import torch
 import torch.nn as nn

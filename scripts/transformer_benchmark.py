@@ -8,23 +8,26 @@
     python3 /workspace/scripts/transformer_benchmark.py         # from any folder, not installed
 
 A step is forward, backward and update of the real model (nanochat/gpt.py) by its real optimizers,
-Muon and AdamW, on random tokens. The documented figures were measured with AdamW alone:
---optimizer=adamw. A size that does not fit the free memory is skipped with the planner's numbers.
-docs/benchmarks.md explains each column and has the documented table.
+Muon and AdamW, on random tokens. To compare with the documented figures, whose optimizer was
+most likely AdamW alone: --optimizer=adamw. A size that does not fit the free memory is skipped with
+the planner's numbers. docs/benchmarks.md explains each column and has the documented table.
 """
+import importlib
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-if not __package__:  # run as a file
+if not __package__:  # run as a file: find nanochat, and set what torch reads when it is imported
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    importlib.import_module("scripts")
 
 import torch
 
 from nanochat.benchmark import (
     OPTIMIZERS,
     Progress,
+    Setup,
     Training,
     attempt,
     case_of_file,
@@ -69,6 +72,7 @@ iterations: int = None    # steps that count. None: 20 on a GPU, 5 elsewhere
 warmup: int = None        # steps before them. None: 3 on a GPU, 2 elsewhere
 optimizer = "muon"        # muon: Muon and AdamW, as in training; adamw: AdamW for all parameters
 compile = True            # compile the blocks
+checkpoint_activations = False  # keep no activations, compute them again: less memory, slower
 device_type = ""          # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                # float32 or bfloat16; empty: what the hardware is good at
 fp8 = ""                  # FP8 in the matrix products; refused: training in FP8 is not here yet
@@ -88,7 +92,7 @@ def choose_cases():
 
 def measure(case, micro_batch_size):
     """(Training, its counted Steps) of a Case that fits."""
-    training = Training(case, compute, micro_batch_size, optimizer, compile, "auto")
+    training = Training(case, compute, micro_batch_size, setup)
     progress = Progress()
     steps = []
     for number in range(1, warmup + iterations + 1):
@@ -108,8 +112,7 @@ def run_case(case):
            "batch_size": case.batch_size}
     reset_peak_memory(compute.device)
     free = free_memory(compute.device)
-    micro_batch_size, needed = fitting_micro_batch(
-        case, free, compute.dtype.itemsize, 1, compute.device.type, optimizer)
+    micro_batch_size, needed = fitting_micro_batch(case, free, setup, compute)
     if micro_batch_size == 0:
         return {**row, "skipped": does_not_fit(case, needed, free)}
     result, out_of_memory = attempt(measure, case, micro_batch_size)
@@ -176,6 +179,7 @@ cases = choose_cases()
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype)
+setup = Setup(optimizer, "replicated", compile, checkpoint_activations)
 warmup = default_warmup(compute.device.type) if warmup is None else warmup
 iterations = iterations or default_iterations(compute.device.type)
 name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")
@@ -206,7 +210,7 @@ dominated = [row["model"] for row in rows if row.get("update_share", 0) > LARGE_
 if dominated and optimizer == "muon":
     print0(f"{', '.join(dominated)}: over {100 * LARGE_UPDATE:.0f} % of a step is Muon's update, "
            "because so few tokens share it; training has far more tokens a step, and the "
-           "documented figures had AdamW: --optimizer=adamw")
+           "documented figures hardly had Muon: compare with --optimizer=adamw")
 finish_stage(
     "transformer_benchmark",
     time.perf_counter() - started,
