@@ -12,7 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 # memory in bytes; bandwidth in bytes/s; bf16 and fp8 in dense FLOP/s, None: not published.
-# title: the part of torch's device name that identifies it. unified: the CPU shares the memory.
+# title: the words of torch's device name that identify it. unified: the CPU shares the memory.
 Device = namedtuple(
     "Device",
     "title memory bandwidth bf16 fp8 unified",
@@ -24,41 +24,67 @@ Device = namedtuple(
 DEVICES = {
     # NVIDIA H100 Tensor Core GPU data sheet; column SXM for "h100"
     "h100-pcie": Device("H100 PCIe", 80e9, 2.0e12, 756e12, 1513e12),
+    "h100-nvl":  Device("H100 NVL", 94e9, 3.9e12, 835e12, 1670e12),
     "h100":      Device("H100", 80e9, 3.35e12, 989e12, 1979e12),
+    # NVIDIA GH200 data sheet, with HBM3
+    "gh200":     Device("GH200", 96e9, 4.0e12, 989e12, 1979e12),
     # NVIDIA H200 data sheet
     "h200":      Device("H200", 141e9, 4.8e12, 989e12, 1979e12),
     # NVIDIA A100 80GB data sheet; it has no FP8
+    "a100-40gb": Device("A100-(?:SXM4|PCIE)-40GB", 40e9, 1.555e12, 312e12, None),
     "a100":      Device("A100", 80e9, 2.0e12, 312e12, None),
-    # AMD Instinct MI350X and MI300X data sheets
+    # NVIDIA DGX B200 data sheet, an eighth of it, half of what is given with sparsity
+    "b200":      Device("B200", 180e9, 8.0e12, 2250e12, 4500e12),
+    # NVIDIA L40S and L4 data sheets
+    "l40s":      Device("L40S", 48e9, 0.864e12, 362e12, 733e12),
+    "l4":        Device("L4", 24e9, 0.3e12, 121e12, 242e12),
+    # AMD Instinct MI355X, MI350X and MI300X data sheets
+    "mi355x":    Device("MI355X", 288e9, 8.0e12, 2516e12, 5033e12),
     "mi350x":    Device("MI350X", 288e9, 8.0e12, 2307e12, 4614e12),
     "mi300x":    Device("MI300X", 192e9, 5.3e12, 1307e12, 2615e12),
+    "mi300a":    Device("MI300A", 128e9, 5.3e12, 980e12, 1961e12, unified=True),
     # AMD Radeon RX 7900 XTX specifications; it has no FP8
     "7900-xtx":  Device("7900 XTX", 24e9, 0.96e12, 122.8e12, None),
     # NVIDIA Ada architecture paper, sums in float32
     "rtx-4090":  Device("RTX 4090", 24e9, 1.01e12, 165e12, 330e12),
+    # NVIDIA Ampere GA102 and Blackwell architecture papers, likewise
+    "rtx-3090":  Device("RTX 3090", 24e9, 0.936e12, 71e12, None),
+    "rtx-5090":  Device("RTX 5090", 32e9, 1.79e12, 209e12, 419e12),
     # NVIDIA DGX Spark data sheet: 1 PFLOP/s of sparse FP4 and nothing else is published
     "dgx-spark": Device("GB10", 128e9, 0.273e12, None, None, unified=True),
 }
 
 
-def peak_flops(device_name):
-    """Dense bf16 peak of a GPU in FLOP/s, or None where the table does not know it.
+# What follows the title of a device that is another one: an RTX 4090 D, an RTX 4090 Laptop GPU
+OTHER_DEVICE = r"(?! (?:D\b|Ti\b|Super\b|SUPER\b|Laptop|Max-Q))"
 
-    device_name: torch's, such as "NVIDIA H100 80GB HBM3".
+
+def known_device(device_name):
+    """The Device of DEVICES that torch calls so, or None where the table does not know it.
+
+    device_name: torch's, such as "NVIDIA H100 80GB HBM3". "NVIDIA GH200 480GB" is no H200.
     """
-    kind = device_kind(device_name)
-    return DEVICES[kind].bf16 if kind else None
+    for device in DEVICES.values():
+        if re.search(rf"\b{device.title}\b{OTHER_DEVICE}", device_name):
+            return device
+    return None
+
+
+def peak_flops(device_name, dtype_name="bfloat16"):
+    """Dense peak of a GPU in FLOP/s, or None where it is not known.
+
+    dtype_name: of what is multiplied; data sheets give nothing for float32 as torch multiplies it.
+    """
+    device = known_device(device_name)
+    if device is None or dtype_name != "bfloat16":
+        return None
+    return device.bf16
 
 
 def device_kind(device_name):
-    """The name in DEVICES of the GPU that torch calls so, or None where the table has none.
-
-    By whole words: a GH200 is no H200.
-    """
-    for kind, device in DEVICES.items():
-        if re.search(rf"\b{device.title}\b", device_name):
-            return kind
-    return None
+    """The name in DEVICES of the GPU that torch calls so, or None where the table has none."""
+    known = known_device(device_name)
+    return next((kind for kind, device in DEVICES.items() if device is known), None)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ Beside that there are three phases, and the largest counts:
 
     loss      activations of all layers, gathered parameters, logits
     backward  activations of all layers, gathered parameters, temporaries of one block
-    update    what reduces and applies gradients: buckets, Muon's stacks; no activations any more
+    update    what reduces and applies gradients: buckets, Muon's stacks; no activations any more.
+              fsdp: or a whole model in the activations' dtype, to evaluate, beside no gradients
 
 Gradients are counted in all of them, as is the case from the second micro-batch of a step on.
 Not counted: fragments of the allocator, the device's context (.5 to 1 GB) and the buffers of the
@@ -212,6 +213,8 @@ def memory(model, micro_batch_size, dtype_bytes, ranks=1, device_type="cuda", *,
     update = update_bytes(groups, device_type, ranks, parallel, wire_bytes, 4 * whole)
     if hashed:
         update = max(update, gradients - 4 * (whole - hashed))  # coalesced
+    if parallel == "fsdp":
+        update = max(update, dtype_bytes * whole - gradients)  # a whole copy, to evaluate
     return Memory(
         parameters=4 * (whole - tables + padding) // sharding,
         gradients=gradients,
