@@ -1,4 +1,5 @@
 """What memory.py computes, held to what torch's CPU allocator reports and to what ranks send."""
+import gc
 import os
 
 import pytest
@@ -29,10 +30,10 @@ CLASSES = ("gpt", "lookup", "portable")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # depth, vocabulary, context, sequences; and where the most memory is needed
 SIZES = {
-    "many logits": (4, 4096, 256, 4),
-    "few logits": (2, 128, 256, 16),
-    "a large head": (4, 8192, 128, 1),
-    "few tokens": (6, 1024, 64, 1),
+    "many logits": (3, 4096, 128, 4),
+    "few logits": (2, 128, 256, 8),
+    "a large head": (3, 8192, 128, 1),
+    "few tokens": (4, 512, 32, 1),
 }
 ACCUM = 2
 
@@ -109,6 +110,7 @@ class Training:
     def peak(self):
         """Bytes at the most crowded moment of a step, after one that made all state."""
         self.step()
+        gc.collect()  # of what fully_shard leaves in circles
         return self.held() + growth(self.step)
 
 
@@ -134,12 +136,12 @@ def test_the_peak_of_a_real_step_is_planned_within_a_tenth(name, dtype, size):
 
 def test_the_peak_is_in_the_loss_the_backward_pass_or_the_update():
     peaks = [planned("gpt", size, torch.float32).peak for size in SIZES.values()]
-    assert peaks == ["loss", "backward", "loss", "update"]
+    assert peaks == ["loss", "backward", "loss", "update"], peaks
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_checkpointed_activations_are_planned_within_a_tenth(name):
-    size = (4, 4096, 256, 8)
+    size = (4, 1024, 256, 4)
     found = Training(name, size, torch.float32, recompute=True).peak()
     smaller = planned(name, size, torch.float32, checkpoint_activations=True)
     assert smaller.total == pytest.approx(found, rel=0.1)
@@ -246,13 +248,13 @@ def test_a_variant_that_is_not_in_the_table_is_its_nearest_ancestor():
 
 RANKS = 2
 CASES = {  # of Training; kind, wire, recompute are the last three
-    "replicated": ("gpt", (6, 1024, 64, 1), "float32", "replicated", "float32", False),
-    "zero2": ("gpt", (6, 1024, 64, 1), "float32", "zero2", "float32", False),
-    "zero2, bfloat16": ("gpt", (5, 4096, 32, 1), "bfloat16", "zero2", "bfloat16", False),
-    "zero2, lookups": ("lookup", (4, 2048, 256, 2), "float32", "zero2", "float32", False),
-    "fsdp": ("gpt", (6, 1024, 64, 1), "float32", "fsdp", "float32", False),
-    "fsdp, bfloat16": ("gpt", (4, 2048, 128, 4), "bfloat16", "fsdp", "float32", False),
-    "fsdp, recomputing": ("gpt", (4, 4096, 256, 4), "float32", "fsdp", "float32", True),
+    "replicated": ("gpt", (4, 1024, 32, 1), "float32", "replicated", "float32", False),
+    "zero2": ("gpt", (4, 1024, 32, 1), "float32", "zero2", "float32", False),
+    "zero2, bfloat16": ("gpt", (3, 4096, 32, 1), "bfloat16", "zero2", "bfloat16", False),
+    "zero2, lookups": ("lookup", (3, 2048, 128, 2), "float32", "zero2", "float32", False),
+    "fsdp": ("gpt", (4, 1024, 32, 1), "float32", "fsdp", "float32", False),
+    "fsdp, bfloat16": ("gpt", (3, 2048, 128, 4), "bfloat16", "fsdp", "float32", False),
+    "fsdp, recomputing": ("gpt", (4, 1024, 256, 4), "float32", "fsdp", "float32", True),
 }
 
 
@@ -341,7 +343,7 @@ def test_zero2_divides_the_optimizer_and_fsdp_all_that_is_held():
     model = build_on_meta(GPT, GPTConfig.from_depth(12, 65536, 2048))
     alone = memory(model, 8, 2)
     zero2, fsdp = (memory(model, 8, 2, 8, parallel=kind) for kind in ("zero2", "fsdp"))
-    assert zero2.optimizer == pytest.approx(alone.optimizer / 8, rel=0.05)
+    assert zero2.optimizer == pytest.approx(alone.optimizer / 8, rel=0.1)  # padded
     assert zero2.gradients == alone.gradients and zero2.tables == alone.tables
     assert fsdp.held == pytest.approx(alone.held / 8, rel=0.01)
     assert fsdp.gathered > 0 == zero2.gathered
