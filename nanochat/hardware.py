@@ -33,15 +33,25 @@ DEVICES = {
     # NVIDIA H200 data sheet
     "h200":      Device("H200", 141e9, 4.8e12, 989e12, 1979e12),
     # NVIDIA A100 80GB data sheet; it has no FP8
+    "a100-40gb": Device("A100-(?:SXM4|PCIE)-40GB", 40e9, 1.555e12, 312e12, None),
     "a100":      Device("A100", 80e9, 2.0e12, 312e12, None),
+    # NVIDIA DGX B200 data sheet, an eighth of it, half of what is given with sparsity
+    "b200":      Device("B200", 180e9, 8.0e12, 2250e12, 4500e12),
+    # NVIDIA L40S and L4 data sheets
+    "l40s":      Device("L40S", 48e9, 0.864e12, 362e12, 733e12),
+    "l4":        Device("L4", 24e9, 0.3e12, 121e12, 242e12),
     # AMD Instinct MI355X, MI350X and MI300X data sheets
     "mi355x":    Device("MI355X", 288e9, 8.0e12, 2516e12, 5033e12),
     "mi350x":    Device("MI350X", 288e9, 8.0e12, 2307e12, 4614e12),
     "mi300x":    Device("MI300X", 192e9, 5.3e12, 1307e12, 2615e12),
+    "mi300a":    Device("MI300A", 128e9, 5.3e12, 980e12, 1961e12, unified=True),
     # AMD Radeon RX 7900 XTX specifications; it has no FP8
     "7900-xtx":  Device("7900 XTX", 24e9, 0.96e12, 122.8e12, None),
     # NVIDIA Ada architecture paper, sums in float32
     "rtx-4090":  Device("RTX 4090", 24e9, 1.01e12, 165e12, 330e12),
+    # NVIDIA Ampere GA102 and Blackwell architecture papers, likewise
+    "rtx-3090":  Device("RTX 3090", 24e9, 0.936e12, 71e12, None),
+    "rtx-5090":  Device("RTX 5090", 32e9, 1.79e12, 209e12, 419e12),
     # NVIDIA DGX Spark data sheet: 1 PFLOP/s of sparse FP4 and nothing else is published
     "dgx-spark": Device("GB10", 128e9, 0.273e12, None, None, unified=True),
 }

@@ -18,7 +18,8 @@ Beside that there are three phases, and the largest counts:
 
     loss      activations of all layers, gathered parameters, logits
     backward  activations of all layers, gathered parameters, temporaries of one block
-    update    what reduces and applies gradients: buckets, Muon's stacks; no activations any more
+    update    what reduces and applies gradients: buckets, Muon's stacks; no activations any more.
+              fsdp: or a whole model in the activations' dtype, to evaluate, beside no gradients
 
 Gradients are counted in all of them, as is the case from the second micro-batch of a step on.
 Not counted: fragments of the allocator, the device's context (.5 to 1 GB) and the buffers of the
@@ -49,6 +50,7 @@ class Kept(NamedTuple):
     eager: int            # in float32
     eager_bfloat16: int   # norms compute in float32 and keep that
     checkpointed: int     # what a block is recomputed from
+    backward: int         # what the backward pass of a block works with besides
     around: tuple         # once, not for each layer: embeddings, last norm, the loss's gradient
 
 
@@ -56,11 +58,10 @@ class Kept(NamedTuple):
 # tensors; compiled: as torch's partitioner divides a block, which saves what a matmul of the
 # backward pass reads and recomputes most of the rest. tests/test_memory.py counts again.
 KEPT = {
-    "GPT": Kept(18, 18, 22, 1, (12, 10)),
-    "LookupGPT": Kept(18, 19, 23, 2, (16, 14)),
-    "PortableGPT": Kept(18, 25, 33, 1, (12, 10)),
+    "GPT": Kept(18, 18, 22, 1, 11, (12, 10)),
+    "LookupGPT": Kept(18, 19, 23, 2, 11, (16, 14)),
+    "PortableGPT": Kept(18, 25, 33, 1, 6, (12, 10)),
 }
-BACKWARD_NUMBERS = 11    # of a token and channel, that the backward pass of a block works with
 MUON_BYTES = {"cpu": 20}  # for each number of the largest stack of matrices: gradients, X, A, B
 MUON_BYTES_DEFAULT = 14   # and the update before; all but gradients in bfloat16 on a GPU
 ADAGRAD_BYTES = 8         # for each number of a table with dense gradients: squares and update
@@ -86,8 +87,8 @@ class Memory(NamedTuple):
     @property
     def total(self):
         """The largest sum at any time."""
-        passes = self.activations + self.gathered + max(self.logits, self.backward)
-        return self.held + max(passes, self.update)
+        in_passes = self.activations + self.gathered + max(self.logits, self.backward)
+        return self.held + max(in_passes, self.update)
 
     def describe(self):
         """The kinds that are there at the peak, in GB."""
@@ -205,13 +206,22 @@ def memory(model, micro_batch_size, dtype_bytes, ranks=1, device_type="cuda", *,
     padding = sum(group.padded - group.numel for group in groups)
 
     # 2. what is there for a while
-    kept, recomputed = activation_bytes(
-        model, tokens, dtype_bytes, checkpoint_activations, compiled)
-    backward = BACKWARD_NUMBERS * tokens * config.width * dtype_bytes
-    gathered = gathered_bytes(model, dtype_bytes) if parallel == "fsdp" else 0
+    kept, backward = activation_bytes(
+        model, tokens, dtype_bytes, parallel, checkpoint_activations, compiled)
+    gathered = 0
+    if parallel == "fsdp":
+        block = max(count(block.parameters()) for block in model.blocks)
+        root = whole - count(model.blocks.parameters())
+        # embedding and head stay, and the next block comes while one is at work; of gradients
+        # there are those of a block, and as float32 while they are averaged
+        gathered = dtype_bytes * (root + block)
+        backward += (2 * dtype_bytes + 4) * block
     update = update_bytes(groups, device_type, ranks, parallel, wire_bytes, 4 * whole)
     if hashed:
         update = max(update, gradients - 4 * (whole - hashed))  # coalesced
+    if parallel == "fsdp":
+        update += 4 * block  # fully_shard keeps the buffer of its last reduction
+        update = max(update, dtype_bytes * whole - gradients)  # a whole copy, to evaluate
     return Memory(
         parameters=4 * (whole - tables + padding) // sharding,
         gradients=gradients,
@@ -220,13 +230,13 @@ def memory(model, micro_batch_size, dtype_bytes, ranks=1, device_type="cuda", *,
         logits=logits_bytes(config, tokens, dtype_bytes, device_type),
         tables=4 * tables // sharding,
         gathered=gathered,
-        backward=recomputed + backward,
+        backward=backward,
         update=update,
     )
 
 
-def activation_bytes(model, tokens, dtype_bytes, checkpoint_activations, compiled):
-    """(what all layers keep until the backward pass, what the layer at work keeps besides)."""
+def activation_bytes(model, tokens, dtype_bytes, parallel, checkpoint_activations, compiled):
+    """(what all layers keep until the backward pass, what the backward pass of one works with)."""
     kept = next(KEPT[c.__name__] for c in type(model).__mro__ if c.__name__ in KEPT)
     is_float32 = dtype_bytes == 4
     if compiled:
@@ -234,15 +244,19 @@ def activation_bytes(model, tokens, dtype_bytes, checkpoint_activations, compile
     else:
         numbers = kept.eager if is_float32 else kept.eager_bfloat16
     layers = model.config.depth
-    numbers_in_bytes = tokens * model.config.width * dtype_bytes
-    # matrices are cast for the multiplication, and the backward pass multiplies with the copies
-    casts = 0 if is_float32 else dtype_bytes * count(model.parameters_by_role()["matrix"])
+    number = tokens * model.config.width * dtype_bytes  # bytes of one for each token and channel
+    # matrices are cast for the multiplication, and the backward pass multiplies with the copies;
+    # fsdp gathers them in that dtype
+    casts = 0
+    if not is_float32 and parallel != "fsdp":
+        casts = dtype_bytes * count(model.parameters_by_role()["matrix"])
     around = tokens * model.config.width * kept.around[0 if is_float32 else 1]
 
-    whole = layers * numbers * numbers_in_bytes + casts
+    whole = layers * numbers * number + casts
+    backward = kept.backward * number
     if not checkpoint_activations:
-        return around + whole, 0
-    return around + layers * kept.checkpointed * numbers_in_bytes, whole // layers
+        return around + whole, backward
+    return around + layers * kept.checkpointed * number, backward + whole // layers
 
 
 def logits_bytes(config, tokens, dtype_bytes, device_type):
@@ -265,14 +279,6 @@ def logits_bytes(config, tokens, dtype_bytes, device_type):
     copies = 4 * head  # of the head's gradient, when the backward pass multiplies it
     features = tokens * config.width * dtype_bytes
     return 4 * head + features + max(temporaries, copies)
-
-
-def gathered_bytes(model, dtype_bytes):
-    """fsdp: embedding and head, the block at work and the next one, in the activations' dtype; and
-    the gradients of one block before they are reduced, in float32 as well."""
-    block = max(count(block.parameters()) for block in model.blocks)
-    root = count(model.parameters()) - sum(count(block.parameters()) for block in model.blocks)
-    return dtype_bytes * (root + 3 * block) + 4 * block
 
 
 def update_bytes(groups, device_type, ranks, parallel, wire_bytes, gradients):
@@ -330,8 +336,10 @@ def fits(model, micro_batch_size, dtype_bytes, ranks, device_type, device_memory
 
 
 def exchange_bytes(groups, ranks, muon):
-    """fsdp: the largest bucket of matrices, as its owners see it (fsdp.py): Muon's stacks, gradients
-    twice, and the slices of the next bucket, to be sent and received."""
+    """fsdp: the largest bucket of matrices, as its owners see it (fsdp.py).
+
+    Muon's stacks, gradients twice, and the slices of the next bucket, to be sent and received.
+    """
     largest = 0
     for group in groups:
         if group.partition == "matrices":

@@ -11,15 +11,15 @@ base_train uses the same functions (nanochat/memory.py, forecast.py, plan.py). M
 to the allocator of a CPU; speed is an estimate (docs/planning.md). The last line is JSON.
 """
 import time
-from pathlib import Path
 
 import torch
 
 from nanochat.common import UserError
 from nanochat.configurator import configure, require
 from nanochat.forecast import PRICES, RATES, Machine, assumed_machine, expected_speed, expected_step
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import DEVICES, device_kind, measure_matmul_flops, memory_gb as host_gib
-from nanochat.memory import PARALLEL, build_on_meta, communication, memory
+from nanochat.memory import KEPT, PARALLEL, build_on_meta, communication, memory
 from nanochat.metrics import finish_stage
 from nanochat.plan import (
     GPU_DEPTHS,
@@ -58,6 +58,14 @@ price_per_gpu_hour: float = None        # dollars; None: 3 for an H100, else no 
 forecasts = False            # print the tables of docs/planning.md instead
 
 TEXT_BYTES_PER_TOKEN = 1.92  # FineWeb-Edu, compressed: 4.8 characters, .1 GB a shard of 250 M
+# A review of an earlier version, by hand, for a vocabulary of 32,768: model, GPUs, depth,
+# sequences, and GB at the peak. It had 12 numbers a layer for each token and channel, where KEPT has 18.
+REVIEW = (
+    ("gpt", 1, 20, 4, 14.6), ("lookup", 1, 20, 2, 19.8), ("lookup", 6, 20, 6, 21.5),
+    ("lookup", 6, 26, 1, 27), ("lookup", 1, 20, 32, 63), ("lookup", 8, 20, 32, 50),
+    ("lookup", 1, 32, 4, 74), ("lookup", 1, 32, 8, 73), ("lookup", 8, 32, 8, 58),
+)
+REVIEW_NUMBERS = 12
 MACHINES = (("1 x 24 GB", "rtx-4090", 1), ("6 x 24 GB", "7900-xtx", 6), ("1 x 80 GB", "h100", 1),
             ("8 x 80 GB", "h100", 8))  # of docs/planning.md
 
@@ -200,14 +208,18 @@ def dollars(cost):
     return f"${cost:,.0f}" if cost else "-"
 
 
+def hours_text(hours):
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+
+
 def gb(size):
     return f"{size / 1e9:.2f}" if size else "-"
 
 
 def speed_table(rows, missing):
     """A line for each layout: batch, communication, speed, hours, cost."""
-    head = ["layout", "memory GB", "sequences x passes", "largest", "sent GB a step", "s", "tokens/s",
-            "hours", "cost"]
+    head = ["layout", "memory GB", "sequences x passes", "largest", "sent GB a step", "s",
+            "tokens/s", "hours", "cost"]
     lines = []
     for row in rows:
         lines.append([
@@ -218,7 +230,7 @@ def speed_table(rows, missing):
             gb(row["sent"]),
             f"{row['communication_seconds']:.3f} of {row['seconds_per_step']:.3f}",
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['hours']:.3g}",
+            hours_text(row["hours"]),
             dollars(row["cost"]),
         ])
     for kind, size in missing.items():
@@ -334,7 +346,7 @@ def plan_one(settings):
     print(f"Speed, hours and cost are an estimate, never measured by us: a step reaches "
           f"{100 * machine.step_share:.0f} % of the matmul rate{link}, none of it hidden.")
     print(f"Disk: {chosen['checkpoints'] / 1e9:.1f} GB of checkpoints, "
-          f"{chosen['text'] / 1e9:.1f} GB of text that is read once.")
+          f"{chosen['text'] / 1e9:.1f} GB of text, each read a single time.")
     print(reason_of(chosen, rows, missing, machine))
     command = command_of(machine, chosen, network, name)
     print(f"\n    {command}\n")
@@ -367,9 +379,9 @@ def forecast_rows(settings, name):
             first = [title, str(layers)]
             ways = arrangements(sized, machine, network, shape.total_batch_size)
             if not ways:
-                kind_, recompute = ("zero2" if count > 1 else "replicated"), True
-                needed = memory(network, 1, 2, count, parallel="fsdp" if count > 1 else kind_,
-                                checkpoint_activations=recompute)
+                smallest = "fsdp" if count > 1 else "replicated"
+                needed = memory(
+                    network, 1, 2, count, parallel=smallest, checkpoint_activations=True)
                 yield [*first, "does not fit", *["-"] * 6, gb(needed.total), "-", "-"]
                 continue
             row = figures(sized, budget, machine, network, ways[0])
@@ -385,8 +397,40 @@ def forecast_rows(settings, name):
                 gb(max(held["logits"], held["backward"])),
                 gb(row["memory_total"]),
                 f"{row['tokens_per_second'] / 1000:,.0f}k",
-                f"{row['hours']:.2g}",
+                hours_text(row["hours"]),
             ]
+
+
+def review_rows():
+    """Lines of the comparison with REVIEW: GB at equal numbers of sequences."""
+    for name, count, layers, sequences, reviewed in REVIEW:
+        config = MODEL_CLASSES[name].config_class.from_depth(layers, 32768, 2048)
+        network = build_on_meta(MODEL_CLASSES[name], config)
+        kind = "zero2" if count > 1 else "replicated"
+        ours = memory(network, sequences, 2, count, parallel=kind)
+        number = 2 * sequences * 2048 * config.width * layers  # bytes of one for all layers
+        fewer = (KEPT["GPT"].compiled - REVIEW_NUMBERS) * number
+        as_theirs = ours._replace(activations=ours.activations - fewer).total
+        yield [
+            f"{name}, depth {layers}, {count} GPUs, {sequences} sequences",
+            f"{reviewed:g}",
+            f"{ours.total / 1e9:.1f}",
+            f"{as_theirs / 1e9:.1f}",
+            f"{100 * (as_theirs / 1e9 / reviewed - 1):+.0f} %",
+        ]
+
+
+def documented_rows():
+    """Held by one of six GPUs: 1.879 B parameters, in GiB, as documented and as ours."""
+    network = build_on_meta(GPT, GPTConfig.from_depth(32, 65536, 2048))
+    documented = {"replicated": "28.0", "zero2": "14.8", "fsdp": "3.7 + 0.9"}
+    for kind, size in documented.items():
+        ours = memory(network, 1, 2, 6, parallel=kind, checkpoint_activations=True)
+        for_a_while = ""
+        if kind == "fsdp":
+            block = sum(p.numel() for p in network.blocks[0].parameters())
+            for_a_while = f" + {(ours.gathered + 8 * block) / 2**30:.1f}"
+        yield [kind, size, f"{ours.held / 2**30:.1f}{for_a_while}"]
 
 
 def print_forecasts(settings):
@@ -396,6 +440,9 @@ def print_forecasts(settings):
     for name in ("gpt", "lookup"):
         print(f"`--model={name}`\n")
         print(table(head, list(forecast_rows(settings, name))) + "\n")
+    head = ["", "review, GB", "here, GB", "here, with 12 numbers a layer", "difference"]
+    print(table(head, list(review_rows())) + "\n")
+    print(table(["layout", "documented, GiB", "here, GiB"], list(documented_rows())) + "\n")
 
 
 if __name__ == "__main__":
