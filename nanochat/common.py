@@ -26,7 +26,7 @@ def _error_hook(kind, error, trace):
     if not statuses:
         sys.__excepthook__(kind, error, trace)
         return
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()) or kind.__name__
     if kind is KeyboardInterrupt:
         message = "interrupted"
     print(f"error: {message}", file=sys.stderr, flush=True)
