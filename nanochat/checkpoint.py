@@ -302,6 +302,7 @@ KINDS_IF_PRESENT = {
     "extended": NUMBER,
     "rate_scale": NUMBER,
     "total_batch_size": int,
+    "device_batch_size": int,
     "prompts": list,
     "questions": list,
 }

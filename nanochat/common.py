@@ -25,7 +25,7 @@ EXIT_STATUS = {UserError: 2, OSError: 1, MemoryError: 1, KeyboardInterrupt: 130}
 def _error_hook(kind, error, trace):
     """An excepthook: one line on standard error for the exceptions in EXIT_STATUS."""
     statuses = [status for known, status in EXIT_STATUS.items() if issubclass(kind, known)]
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()) or kind.__name__
     heartbeat = sys.modules.get("nanochat.heartbeat")  # of a process that is one of several ranks
     if not statuses:
         if heartbeat:

@@ -200,8 +200,8 @@ class ShardedModel:
         fully_shard(self.model, mesh=mesh, mp_policy=policy)
 
         for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)  # gloo has sums only
+            if isinstance(module, FSDPModule) and dist.get_backend() == "gloo":
+                module.set_force_sum_reduction_for_comms(True)  # it has no averages
         if hasattr(self.model, "set_reduce_scatter_unused_params"):
             # an older torch wants every parameter to be used on every rank, or on none
             self.model.set_reduce_scatter_unused_params(True)

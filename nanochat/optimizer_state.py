@@ -147,9 +147,15 @@ def _check_values(values, shapes, name):
     if values.keys() != shapes.keys():
         raise other_model(f"a state of {name} with other keys")
     for key, value in values.items():
-        is_number = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if not is_number or tuple(value.shape) != shapes[key]:
+        if not _is_plain(value) or tuple(value.shape) != shapes[key]:
             raise other_model(f"{key} of {name}, expected to have the shape {shapes[key]}")
+
+
+def _is_plain(value):
+    """Whether a value is a tensor of floating-point numbers in memory, one after the other."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    return value.layout is torch.strided and not value.is_meta
 
 
 def load_state_dict(optimizer, saved):

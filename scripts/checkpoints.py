@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from nanochat.checkpoint import (
     complete_metas,
     damaged_files,
@@ -206,6 +208,18 @@ def safe_settings(settings):
     return {**SAFE, "learning_rate": settings["learning_rate"] / divisor}
 
 
+def ranks_here(saved_by, device_type):
+    """How many ranks a rescued run gets: as many as saved it, unless this machine has fewer GPUs.
+
+    Any number can resume any step. device_type: of the run's settings; empty: a GPU where there is.
+    """
+    gpus = torch.cuda.device_count() if device_type in ("", "cuda", None) else 0
+    if not gpus or gpus >= saved_by:
+        return saved_by
+    print0(f"the run had {saved_by} ranks, this machine has {gpus} GPUs: resuming with {gpus}")
+    return gpus
+
+
 def rescue(dir):
     """Resume, in this process, the stage that wrote `dir` from its newest undamaged step.
 
@@ -239,9 +253,9 @@ def rescue(dir):
         if value not in (None, ""):
             words.append(f"--{name}={value}")
 
-    # 2) as many ranks as saved the step
+    # 2) its ranks
     launcher = ["-m", f"scripts.{meta['stage']}"]
-    ranks = meta["world_size"]
+    ranks = ranks_here(meta["world_size"], before.get("device_type"))
     if ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launcher = [*torchrun, *launcher, "--"]

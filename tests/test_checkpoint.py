@@ -534,6 +534,7 @@ CHANGES = [
     ({"name": 7}, "name is of type int"),
     ({"own_identity": {}}, "own_identity is of type dict"),
     ({"own_identity": [1]}, "own_identity is no list of lists"),
+    ({"device_batch_size": "4"}, "device_batch_size is of type str"),
     ({"saved": float("inf")}, "saved is inf"),
     ({"world_size": 0}, "it was saved by 0 ranks"),
     ({"world_size": -8}, "it was saved by -8 ranks"),

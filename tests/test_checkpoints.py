@@ -145,6 +145,23 @@ def test_the_emergency_run_halves_the_rate_once_and_has_as_many_ranks(folder, me
     assert runs[2][1:8] == [*torchrun, "-m", "scripts.mid_train", "--"]
 
 
+@pytest.mark.parametrize("saved_by, device_type, gpus, ranks", [
+    (8, "", 0, 8),
+    (8, "", 6, 6),
+    (8, "cuda", 6, 6),
+    (2, "", 6, 2),
+    (2, "cpu", 1, 2),
+    (2, None, 1, 1),
+])
+def test_the_emergency_run_has_no_more_ranks_than_there_are_gpus(
+        monkeypatch, capsys, saved_by, device_type, gpus, ranks):
+    # docs/traps.md: rank-count-on-resume
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert checkpoints.ranks_here(saved_by, device_type) == ranks
+    said = f"the run had {saved_by} ranks, this machine has {gpus} GPUs" in capsys.readouterr().out
+    assert said == (ranks < saved_by)
+
+
 @pytest.mark.parametrize("change", [
     {"stage": "../../evil"},
     {"stage": "setup"},

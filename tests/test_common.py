@@ -102,6 +102,8 @@ def run_code(code):
 @pytest.mark.parametrize("error, status, line", [
     ('UserError("no such\\nthing: make one")', 2, "error: no such thing: make one\n"),
     ('OSError(28, "No space left on device")', 1, "error: [Errno 28] No space left on device\n"),
+    ('MemoryError("out of memory: take less")', 1, "error: out of memory: take less\n"),
+    ("MemoryError()", 1, "error: MemoryError\n"),
     ("KeyboardInterrupt()", 130, "error: interrupted\n"),
 ])
 def test_errors_end_with_one_line_and_their_status(error, status, line):

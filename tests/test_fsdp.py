@@ -2,7 +2,9 @@
 
 test_parallel.py has what the layouts have in common.
 """
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -43,7 +45,8 @@ class Training:
         model = model_of(name)
         model.compute_dtype = dtype
         self.model = prepare(model, **{"compile": False, **prepared})
-        self.optimizers = model.setup_optimizers(learning_rate=0.0005, weight_decay=0.1)
+        # without weight decay, which acts by the sign of an update, also of one that is all rounding
+        self.optimizers = model.setup_optimizers(learning_rate=0.0005)
         for group in self.optimizers[0].param_groups:
             group["eps"] = 1e-3  # so that no update is the sign of a gradient that is all rounding
         self.layout = Layout(model, self.optimizers, kind)
@@ -106,6 +109,7 @@ def worker(rank, ranks, port, folder):
         for kind in ("replicated", "zero2", "fsdp"):
             results[f"bytes {kind}"] = bytes_of_a_step(rank, ranks, kind)
     results["whole"] = whole(rank, ranks)
+    results["freed"] = whole_parameters_left(rank, ranks)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -135,6 +139,17 @@ def whole(rank, ranks):
         "loaded": again.weights(),
         "elements": sum(shard.numel() for shard in training.layout.sharded.shards.values()),
     }
+
+
+def whole_parameters_left(rank, ranks):
+    """How many of a model's parameters are still there, whole, after it was cut."""
+    model = model_of("lookup")
+    optimizers = model.setup_optimizers()
+    whole = [weakref.ref(p) for p in model.parameters()]
+    layout = Layout(model, optimizers, "fsdp")
+    gc.collect()
+    assert layout.sharded.model is model
+    return sum(p() is not None for p in whole)
 
 
 def broadcast(values):
@@ -215,6 +230,10 @@ def test_whole_weights_are_those_of_the_slices_with_plain_keys(ranks):
     assert [rank["whole"]["snapshot"] for rank in ranks[1:]] == [{}] * (len(ranks) - 1)
     elements = sum(rank["whole"]["elements"] for rank in ranks)
     assert elements == sum(value.numel() for value in plain.values()), "each is held once"
+
+
+def test_no_rank_keeps_whole_parameters(ranks):
+    assert [rank["freed"] for rank in ranks] == [0] * len(ranks)
 
 
 def test_a_step_moves_no_more_bytes_than_it_must(ranks):

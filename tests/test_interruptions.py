@@ -77,9 +77,11 @@ def test_a_batch_of_nan_is_skipped_and_the_run_is_the_one_that_never_had_it(stag
     assert same_weights(weights_of(folder, 8), weights_of(missing, 8))
 
 
-def test_nan_on_one_of_two_ranks_is_skipped_by_both(stages, base):
+@pytest.mark.parametrize("parallel", ["zero2", "fsdp"])
+def test_nan_on_one_of_two_ranks_is_skipped_by_both(stages, base, parallel):
     # docs/traps.md: nan-guards
-    command, folder = base("ranks", "--num_iterations=40", "--eval_every=0")
+    command, folder = base(
+        f"ranks-{parallel}", "--num_iterations=40", "--eval_every=0", f"--parallel={parallel}")
     row = stages.fork_record(*command, ranks=2, faults={"3": "nan", "30": "spike"})
     assert row["steps"] == 40
     skipped = [(row["step"], row["verdict"]) for row in rows_of(folder, "skipped")]
@@ -93,9 +95,13 @@ def test_a_rank_that_hangs_ends_the_run_and_says_where_it_was(stages, base):
     assert "Timeout" in err and "faults.py" in err and "in faulty" in err
 
 
-def test_diverged_weights_roll_back_to_the_last_good_step_at_half_the_learning_rate(stages, base):
-    command, folder = base("diverged", "--num_iterations=10", "--eval_every=0", "--save_every=3")
-    out, _ = stages.fork(*command, faults={"6": "diverge"})
+@pytest.mark.parametrize("ranks, parallel", [(1, "replicated"), (2, "fsdp")])
+def test_diverged_weights_roll_back_to_the_last_good_step_at_half_the_learning_rate(
+        stages, base, ranks, parallel):
+    command, folder = base(
+        f"diverged-{parallel}", "--num_iterations=10", "--eval_every=0", "--save_every=3",
+        f"--parallel={parallel}")
+    out, _ = stages.fork(*command, faults={"6": "diverge"}, ranks=ranks)
     assert "back to step 4" in out, "the one before LR decay is newer than that of step 3"
     verdicts = [row["verdict"] for row in rows_of(folder, "skipped")]
     assert verdicts == ["skip"] * 4 + ["roll back"]

@@ -516,6 +516,8 @@ WRONG_VALUES = [
     (AdamW, (2, 3), lambda values: values.update(step=torch.zeros(2))),
     (AdamW, (2, 3), lambda values: values.update(step=4)),
     (AdamW, (2, 3), lambda values: values.update(m="m")),
+    (AdamW, (2, 3), lambda values: values.update(m=torch.zeros(6, device="meta"))),
+    (AdamW, (2, 3), lambda values: values.update(m=torch.ones(6).to_sparse())),
     (AdamW, (2, 3), dict.clear),
     (Muon, (2, 3), lambda values: values.update(momentum=torch.zeros(3, 2, 3))),
     (Muon, (2, 3), lambda values: values.update(momentum=torch.zeros(2, 3))),
