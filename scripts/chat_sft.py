@@ -21,7 +21,7 @@ from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
-from tasks.chat_data import built_in_tasks, choose_origin, resumed_origin
+from tasks.chat_data import choose_origin, tasks_of_run
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.identity import Identity, check_name, choose_identity
@@ -107,8 +107,7 @@ who = choose_identity(name or meta.get("name"), own)
 meta.update(name=who.name, own_identity=who.own)
 if who.message:
     print0(who.message)
-wanted = choose_origin(chat_data, device.type, resumed_origin(start))
-meta["chat_data"], built_in = built_in_tasks("chat_sft", wanted, passages, own_text)
+built_in = tasks_of_run("chat_sft", chat_data, device.type, start, passages, own_text)
 mixture = TaskMixture([
     *built_in,
     *identity_tasks(Identity("train", who.name, who.own, passages is not None), passages),

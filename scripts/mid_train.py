@@ -23,7 +23,7 @@ from nanochat.schedule import set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
-from tasks.chat_data import built_in_tasks, choose_origin, resumed_origin
+from tasks.chat_data import choose_origin, tasks_of_run
 from tasks.common import TaskMixture
 from tasks.identity import NAME, Identity, check_name
 from tasks.mixing import mixture_tokens
@@ -91,8 +91,7 @@ meta["name"] = name or meta.get("name")
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
 identity = Identity("train", meta["name"] or NAME, quotes_text=passages is not None)
-wanted = choose_origin(chat_data, device.type, resumed_origin(start))
-meta["chat_data"], built_in = built_in_tasks("mid_train", wanted, passages, own_text)
+built_in = tasks_of_run("mid_train", chat_data, device.type, start, passages, own_text)
 mixture = TaskMixture([
     *built_in,
     *identity_tasks(identity, passages),

@@ -112,11 +112,27 @@ def choose_origin(chat_data, device_type, resumed=None):
     return Origin(HUB if device_type == "cuda" else LOCAL, False)
 
 
-def resumed_origin(start):
-    """The name of the origin that a resumed run has, None for one that begins. start: a Start."""
-    if not start.state:
-        return None
-    return start.meta.get("chat_data", LOCAL)  # runs of earlier versions knew no other
+def tasks_of_run(stage, chat_data, device_type, start, passages, own_text):
+    """The built-in tasks of a run, whose meta learns where they are from and how many rows they
+    have.
+
+    start: a Start (start.py). A resumed run must find the rows that it began with: its place is a
+    number of conversations. Others: as in choose_origin() and built_in_tasks().
+    """
+    resumed = None
+    if start.state:
+        resumed = start.meta.get("chat_data", LOCAL)  # runs of earlier versions knew no other
+    origin = choose_origin(chat_data, device_type, resumed)
+    name, tasks = built_in_tasks(stage, origin, passages, own_text)
+    rows = sum(map(len, tasks))
+    before = start.meta.get("chat_rows", rows) if resumed == HUB else rows
+    if before != rows:
+        raise UserError(
+            f"the run to resume began with {before:,} conversations, of which {rows:,} are there "
+            "now: bring the data sets back (docs/chat-data.md), or train another model without "
+            "--resume")
+    start.meta.update(chat_data=name, chat_rows=rows)
+    return tasks
 
 
 def built_in_tasks(stage, origin, passages, own_text):

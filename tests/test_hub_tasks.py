@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,7 @@ from tasks.chat_data import (
     choose_origin,
     finetuning_tasks,
     midtraining_tasks,
+    tasks_of_run,
 )
 from tasks.common import TaskMixture, canonical_number
 from tasks.gsm8k import GSM8K, result_of, solution_parts
@@ -274,6 +276,25 @@ def test_where_the_hub_is_out_of_reach_the_local_mixture_takes_its_place(cache, 
     assert "the hub's are not to be had: HuggingFaceTB/smol-smoltalk (default, train)" in out
     with pytest.raises(UserError, match="smol-smoltalk"):
         built_in_tasks("mid_train", HUB, None, "lookup")
+
+
+def test_a_resumed_run_must_find_the_rows_that_it_began_with(cache):
+    # docs/traps.md: resume-forgets
+    def tasks_of(start, device_type="cuda"):
+        return tasks_of_run("mid_train", "", device_type, start, None, "lookup")
+
+    begun = SimpleNamespace(state=None, meta={})
+    first = tasks_of(begun)
+    assert begun.meta == {"chat_data": "hub", "chat_rows": 306_120}
+    resumed = SimpleNamespace(state={"loader": ()}, meta=dict(begun.meta))
+    assert len(tasks_of(resumed, "cpu")) == len(first), "as it began, whatever the device"
+
+    put(("cais/mmlu", "all", "auxiliary_train"), [choice_row(i) for i in range(50)])
+    with pytest.raises(UserError, match="began with 306,120 conversations, of which 306,130"):
+        tasks_of(resumed)
+    earlier = SimpleNamespace(state={"loader": ()}, meta={})
+    assert type(tasks_of(earlier)[-1]).__name__ == "PyDoc", "a run of an earlier version"
+    assert earlier.meta["chat_data"] == "local"
 
 
 def _decide_on_ranks(rank, variables, base, failing, results):
