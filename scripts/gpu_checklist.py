@@ -455,6 +455,7 @@ def run_command(command, log, base, deadline):
             command.line(),
             cwd=ROOT,
             env=environment,
+            stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
