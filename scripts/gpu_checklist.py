@@ -443,38 +443,48 @@ def end_group(process, number):
         pass  # it has ended meanwhile
 
 
+def wait_for(process, command, base, deadline):
+    """Wait until a command ends; returns whether it was stopped for its kill_tag.
+
+    Failed at the deadline, of time.monotonic().
+    """
+    stopped = False
+    began = said = time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.2)
+        now = time.monotonic()
+        if now > deadline:
+            raise Failed(f"no end after {now - began:.0f} seconds")
+        if now - said > HEARTBEAT:
+            said = now
+            print(f"    ... {now - began:.0f} s", flush=True)
+        if command.kill_tag and not stopped and trained_steps(base, command.kill_tag) >= 3:
+            stopped = True
+            process.send_signal(signal.SIGTERM)
+    return stopped
+
+
 def run_command(command, log, base, deadline):
     """Run a Command with its output in a log; returns its record. Failed where it fails.
 
     deadline: of time.monotonic(), at which it is killed.
     """
-    environment = {**os.environ, **command.variables, "NANOCHAT_BASE_DIR": str(base)}
-    killed = False
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command.line(),
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **command.variables, "NANOCHAT_BASE_DIR": str(base)},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        began = said = time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.2)
-            now = time.monotonic()
-            if now > deadline:
-                end_group(process, signal.SIGKILL)
-                process.wait(10)
-                raise Failed(f"no end after {now - began:.0f} seconds, {log}")
-            if now - said > HEARTBEAT:
-                said = now
-                print(f"    ... {now - began:.0f} s", flush=True)
-            if command.kill_tag and not killed and trained_steps(base, command.kill_tag) >= 3:
-                killed = True
-                process.send_signal(signal.SIGTERM)
-    if killed:
+        try:
+            stopped = wait_for(process, command, base, deadline)
+        finally:  # also after Ctrl+C, which does not come to another session
+            end_group(process, signal.SIGKILL)
+            process.wait()
+    if stopped:
         return {"stopped_at": trained_steps(base, command.kill_tag)}
     if process.returncode:
         reason = reason_of(log.read_text(encoding="utf-8", errors="replace"))
