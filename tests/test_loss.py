@@ -140,6 +140,34 @@ def test_the_casts_around_a_chunk_change_nothing_but_the_dtype(dtype):
     assert torch.equal(dz, gradient.to(dtype)) and dz.dtype == dtype and others == ()
 
 
+def test_one_compiled_function_serves_all_chunks_and_batches(monkeypatch):
+    """docs/traps.md: compile-recompiles"""
+    graphs, compile = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, backend=count, **options))
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": V * 16})
+    torch.compiler.reset()
+    loss.compiled.cache_clear()
+    for tokens in (70, 70, 40):  # chunks of 16, and a last one of 6 or of 8
+        x, head = torch.randn(tokens, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+        targets, weights = torch.randint(V, (tokens,)), torch.randn(tokens)
+        found = softcap_cross_entropy(x, head, targets, weights, 15.0, compile_chunk=True)
+        wanted = (plain_losses(x, head, targets, 15.0) * weights).sum()
+        torch.testing.assert_close(found, wanted)
+        gradients = [torch.autograd.grad(total, (x, head)) for total in (found, wanted)]
+        for ours, theirs in zip(*gradients):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    loss.compiled.cache_clear()
+    torch.compiler.reset()
+    assert len(graphs) == 1
+
+
 COMPILED_EQUALS_EAGER = """
     import torch
     from nanochat.loss import chunk_softcap, compiled, in_float32
