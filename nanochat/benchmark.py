@@ -23,8 +23,10 @@ from nanochat.common import UserError, print0
 from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
 from nanochat.hardware import DEVICES, cpu_name, is_out_of_memory, synchronize
+from nanochat.memory import MEMORY_SHARE, build_on_meta, memory
+from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import MEMORY_SHARE, build_on_meta, largest_divisor, memory
+from nanochat.plan import largest_divisor
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
 # --------------------------------------------------------------------------------------------------
@@ -185,24 +187,44 @@ def check_choices(settings, **choices):
             raise UserError(f"{name}={settings[name]} does not exist: choose {words}")
 
 
-def optimizers_of(network, optimizer):
-    """The optimizers, without state, for one of OPTIMIZERS."""
+def choose_optimizers(model, optimizer):
+    """Give a model the table of one of OPTIMIZERS. Hashed tables keep their own, which alone takes
+    sparse gradients."""
     if optimizer == "muon":
-        return network.setup_optimizers()
-    return [AdamW(network.parameters(), lr=1e-4)]
+        return
+    table = {}
+    for role, recipe in model.optimizers.items():
+        if recipe.optimizer is Muon:
+            recipe = recipe._replace(optimizer=AdamW, lr=0.05)  # 0.001, with the usual setting
+        table[role] = recipe
+    model.optimizers = table
 
 
-def planned_memory(case, micro_batch_size, dtype_bytes, ranks, device_type, optimizer):
-    """The Memory (plan.py) of a Case on one device. ranks: among which the optimizer is divided."""
+class Setup(NamedTuple):
+    """How a Case is trained: one of OPTIMIZERS, a kind of Layout, and what prepare() does."""
+    optimizer: str = "muon"
+    parallel: str = "replicated"
+    compile: bool = True
+    checkpoint_activations: bool = False
+
+
+def planned_memory(case, micro_batch_size, setup, compute):
+    """The Memory (memory.py) of a Case on each of compute's devices. compute: a Compute."""
     model = build_on_meta(MODEL_CLASSES[case.model_class], case.config)
-    needed = memory(model, micro_batch_size, dtype_bytes, ranks, device_type)
-    if optimizer == "adamw":
-        parameters = sum(p.numel() for p in model.parameters())
-        needed = needed._replace(optimizer=8 * parameters // ranks)
-    return needed
+    choose_optimizers(model, setup.optimizer)
+    return memory(
+        model,
+        micro_batch_size,
+        compute.dtype.itemsize,
+        compute.world_size,
+        compute.device.type,
+        parallel=setup.parallel,
+        checkpoint_activations=setup.checkpoint_activations,
+        compiled=setup.compile,
+    )
 
 
-def fitting_micro_batch(case, free, dtype_bytes, ranks, device_type, optimizer):
+def fitting_micro_batch(case, free, setup, compute):
     """(sequences per pass that fit, their Memory): the largest divisor of the batch that does.
 
     free: bytes, None where they are not known: then all are said to fit. 0 sequences where not even
@@ -210,7 +232,7 @@ def fitting_micro_batch(case, free, dtype_bytes, ranks, device_type, optimizer):
     """
     size = case.batch_size
     while True:
-        needed = planned_memory(case, size, dtype_bytes, ranks, device_type, optimizer)
+        needed = planned_memory(case, size, setup, compute)
         if free is None or needed.total <= MEMORY_SHARE * free:
             return size, needed
         if size == 1:
@@ -220,7 +242,8 @@ def fitting_micro_batch(case, free, dtype_bytes, ranks, device_type, optimizer):
 
 def does_not_fit(case, needed, free):
     """One line that says by how much a Case is too large, and what would help."""
-    kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in needed._asdict().items())
+    sizes = {kind: size for kind, size in needed._asdict().items() if size}
+    kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sizes.items())
     return (f"{case.name} does not fit: one sequence of {case.config.max_seq_len} tokens needs "
             f"{needed.total / 1e9:.1f} GB ({kinds}), and {100 * MEMORY_SHARE:.0f} % of the "
             f"{free / 1e9:.1f} GB that are free are {MEMORY_SHARE * free / 1e9:.1f}: take a "
@@ -491,15 +514,17 @@ class Training:
     micro_batch_size: sequences per pass; less after a pass that ran out of memory.
     """
 
-    def __init__(self, case, compute, micro_batch_size, optimizer, compile, parallel):
+    def __init__(self, case, compute, micro_batch_size, setup):
         meta = {
             "model_class": case.model_class,
             "config": dataclasses.asdict(case.config),
             "dtype": str(compute.dtype).removeprefix("torch."),
         }
         self.network = build_model(meta, compute.device).train()
-        prepare(self.network, compile)
-        self.layout = Layout(optimizers_of(self.network, optimizer), parallel)
+        prepare(self.network, setup.compile, setup.checkpoint_activations)
+        choose_optimizers(self.network, setup.optimizer)
+        optimizers = self.network.setup_optimizers()
+        self.layout = Layout(self.network, optimizers, setup.parallel)
         self.device = compute.device
         self.random = torch.Generator(compute.device).manual_seed(compute.rank)
         self.shape = case.batch_size, case.config.max_seq_len + 1
@@ -622,8 +647,12 @@ def _copy_parts(output, input):
     allocated could be slow to compute with (denormal numbers)."""
     if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
         return  # in place: it holds numbers already
-    source = input.flatten()[:output.numel()]
-    output.view(-1, source.numel()).copy_(source)
+    source = input.detach().flatten()[:output.numel()]
+    if source.numel() == 0:
+        return
+    copies = output.numel() // source.numel()
+    filled = output.detach().view(-1)[:copies * source.numel()]
+    filled.view(copies, -1).copy_(source)
 
 
 @contextlib.contextmanager
@@ -652,11 +681,14 @@ def without_communication():
         "reduce_scatter_tensor": from_input,
         "all_gather_into_tensor": from_input,
         "all_to_all_single": from_input,
+        # what fully_shard of newer versions of torch calls
+        "reduce_scatter_single": from_input,
+        "all_gather_single": from_input,
     }
-    originals = {name: getattr(dist, name) for name in stands_for}
+    originals = {name: getattr(dist, name) for name in stands_for if hasattr(dist, name)}
     try:
-        for name, function in stands_for.items():
-            setattr(dist, name, function)
+        for name in originals:
+            setattr(dist, name, stands_for[name])
         yield skipped
     finally:
         for name, function in originals.items():

@@ -61,10 +61,10 @@ def meta_file(step):
 def save_checkpoint(dir, step, model, optimizer, meta, rank=0):
     """Save a step and return when it is complete. Every rank calls it: it contains a collective.
 
-    model: the module. optimizer: the state of this rank (a dict of tensors, numbers, lists and
-    dicts), or None. meta: a dict for JSON; load_model needs model_class, config, dtype and
-    tokenizer in it. OSError on every rank if one rank could not write its files or if the weights
-    are not finite.
+    model: the module, or on rank 0 the state dict of the whole model. optimizer: the state of this
+    rank (a dict of tensors, numbers, lists and dicts), or None. meta: a dict for JSON; load_model
+    needs model_class, config, dtype and tokenizer in it. OSError on every rank if one rank could
+    not write its files or if the weights are not finite.
     """
     begin_step(dir, step, rank)
     states = states_of_rank(step, model, optimizer, rank)
@@ -143,7 +143,7 @@ def states_of_rank(step, model, optimizer, rank):
     """{file name: state} of what a rank writes: rank 0 the weights, every rank its own state."""
     states = {}
     if rank == 0:
-        states[model_file(step)] = model.state_dict()
+        states[model_file(step)] = model if isinstance(model, dict) else model.state_dict()
     if optimizer is not None:
         states[optimizer_file(step, rank)] = optimizer
     return states

@@ -64,8 +64,9 @@ class AsyncSave:
     """A step that a thread writes from a snapshot while training continues.
 
     The arguments are those of save_checkpoint. The snapshot, in the memory of the host, is made
-    here; the thread writes the files of this rank. The collectives are in finish(), which the main
-    thread calls, so that no two collectives ever cross.
+    here (weights that are given as a dict are one already); the thread writes the files of this
+    rank. The collectives are in finish(), which the main thread calls, so that no two collectives
+    ever cross.
     """
 
     def __init__(self, dir, step, model, optimizer, meta, rank):
@@ -74,8 +75,10 @@ class AsyncSave:
         self.meta = dict(meta)
         self.rank = rank
         begin_step(dir, step, rank)
-        states = states_of_rank(step, model, optimizer, rank)
-        snapshot = tree_map_only(torch.Tensor, copy_to_host, states)
+        snapshot = states_of_rank(step, model, optimizer, rank)
+        for name, state in snapshot.items():
+            if state is not model:
+                snapshot[name] = tree_map_only(torch.Tensor, copy_to_host, state)
         self.hashes = {}
         self.error = f"the files of step {step} were not all written"  # until they are
         self.thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
@@ -195,10 +198,10 @@ class CheckpointManager:
             return None, bpb
         return step, read_meta(self.dir, step)["val_bpb"]
 
-    def load(self, step, model, layout):
-        """Load weights and optimizer states of `step` into a model and a layout in use."""
+    def load(self, step, layout):
+        """Load weights and optimizer states of `step` into a layout in use, and its model."""
         weights, state, _ = read_checkpoint(self.dir, step, self.rank)
-        model.load_state_dict(weights)
+        layout.load_weights(weights)
         layout.load_optimizer_state(state["optimizers"])
 
     def _prune(self):

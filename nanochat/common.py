@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 # What ends a program with one line in place of a traceback, and its exit status
-EXIT_STATUS = {UserError: 2, OSError: 1, KeyboardInterrupt: 130}
+EXIT_STATUS = {UserError: 2, OSError: 1, MemoryError: 1, KeyboardInterrupt: 130}
 
 
 def _error_hook(kind, error, trace):
@@ -37,7 +37,8 @@ def _error_hook(kind, error, trace):
 def install_error_hook():
     """Make a UserError end the process with one line and status 2.
 
-    A full disk (or another OSError) and Ctrl+C also end it with one line, and with 1 and 130.
+    A full disk (or another OSError), a MemoryError and Ctrl+C also end it with one line, and with
+    1, 1 and 130.
     What a terminal cannot encode or send ends nothing: see tolerate_characters().
     """
     sys.excepthook = _error_hook

@@ -54,9 +54,15 @@ def known_device(device_name):
 
     device_name: torch's, such as "NVIDIA H100 80GB HBM3". "NVIDIA GH200 480GB" is no H200.
     """
-    for device in DEVICES.values():
+    kind = device_kind(device_name)
+    return DEVICES[kind] if kind else None
+
+
+def device_kind(device_name):
+    """The name in DEVICES of the GPU that torch calls so, or None where the table has none."""
+    for kind, device in DEVICES.items():
         if re.search(rf"\b{device.title}\b{OTHER_DEVICE}", device_name):
-            return device
+            return kind
     return None
 
 

@@ -6,6 +6,8 @@ a X + b (X X^T) X + c (X X^T)^2 X push all singular values into about [.7, 1.2],
 enough, and need nothing but matmuls.
 
 The optimizer knows no ranks. It needs whole matrices: parallel.Layout gives each rank its share.
+Where no rank has a whole matrix (fsdp.py), step() comes apart: updates() makes the updates of whole
+matrices, apply() applies any piece of them.
 """
 import torch
 
@@ -65,8 +67,30 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Update the parameters from their gradients."""
         for group in self.param_groups:
-            update = orthogonalize(self._nesterov(group))  # K, m, n
-            self._apply(group, update)
+            params = group["params"]
+            m, n = params[0].shape[-2:]
+            counts = [p.numel() // (m * n) for p in params]
+            for p, update in zip(params, self.updates(group).split(counts)):
+                self.apply(group, (m, n), p, update.view_as(p))
+
+    @torch.no_grad()
+    def updates(self, group):
+        """The updates of a group's K matrices, (K, m, n); the parameters stay as they are."""
+        return orthogonalize(self._nesterov(group))
+
+    @torch.no_grad()
+    def apply(self, group, shape, piece, update):
+        """Apply an update to a piece of matrices of shape (m, n): whole ones, or any elements.
+
+        piece and update hold the same elements in the same order.
+        """
+        m, n = shape
+        taller = max(1, m / n)
+        decay = group["lr"] * group["weight_decay"]
+        if decay:
+            same_sign = update * piece > 0
+            piece.sub_(piece * same_sign, alpha=decay)
+        piece.sub_(update.to(piece.dtype), alpha=group["lr"] * taller ** 0.5)
 
     def _nesterov(self, group):
         """The gradients of a group as one stack (K, m, n), averaged with their momentum."""
@@ -89,26 +113,11 @@ class Muon(torch.optim.Optimizer):
         """
         m, n = p.shape[-2:]
         for group in self.param_groups:
-            if group["params"][0] is p:
+            if group["params"] and group["params"][0] is p:
                 # p itself may be a stack of several matrices
                 count = sum(q.numel() for q in group["params"]) // (m * n)
                 return state["momentum"].shape == (count, m, n)
         return False
-
-    def _apply(self, group, update):
-        params = group["params"]
-        m, n = params[0].shape[-2:]
-        taller = max(1, m / n)
-        lr = group["lr"] * taller ** 0.5
-        decay = group["lr"] * group["weight_decay"]
-
-        counts = [p.numel() // (m * n) for p in params]
-        for p, u in zip(params, update.split(counts)):
-            u = u.view_as(p)
-            if decay:
-                same_sign = u * p > 0
-                p.sub_(p * same_sign, alpha=decay)
-            p.sub_(u.to(p.dtype), alpha=lr)
 
 
 # The documented name. Nothing in here is distributed: parallel.Layout shards from outside.

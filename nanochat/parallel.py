@@ -1,7 +1,7 @@
 """Parallelism, applied from outside: who averages gradients, and who updates which parameters.
 
 The model is single-device code and the optimizers know no ranks. `prepare` compiles the model, and
-a `Layout` stands between the model and its optimizers. One training step is:
+a `Layout`, made after it, stands between the model and its optimizers. One training step is:
 
     loss, size = accumulate_gradients(model, micro_batches, scale, size, layout)
     loss, grad_norm = layout.reduce(loss)
@@ -23,20 +23,27 @@ contract, in phases:
 3. apply    The optimizers update what they hold, from the `.grad` of the tensors in their groups.
 4. gather   Ranks exchange updated parameters.
 
-Two kinds of layout fill in the phases:
+Three kinds of layout fill in the phases:
 
     kind         reduce           an optimizer holds          gather
     replicated   all-reduce       all parameters              nothing
     zero2        reduce-scatter   this rank's shards (1 / N)  all-gather (ZeRO-2, arXiv 1910.02054)
+    fsdp         reduce-scatter   this rank's shards (1 / N)  nothing: each block's parameters are
+                                                              gathered whenever it runs (fsdp.py)
 
 A shard is cut as the optimizer's `partition` allows: "elements" of the flattened bucket (AdamW),
 whole "rows" of a table (RowAdagrad), whole "matrices" (Muon). On one process nothing is
 communicated, copied or cut: the optimizers hold the parameters, and reduce() only measures.
 
-Ownership is block-cyclic over the parameters of a group: rank r owns slice r of every bucket, and a
-bucket is short beside a large group. Within a bucket the slices are contiguous, because that is
-what reduce-scatter and all-gather exchange without another copy. A finer cycle would balance
-nothing, since all slices of a bucket have the same number of units of the same shape.
+Under fsdp there are no buckets, nor is there a whole model between steps. Gradients are reduced in
+the backward pass of every micro-batch and add up in the shards; reduce() only measures them. In
+apply, Muon's matrices travel to their owners and back, all-to-all. Whoever wants whole weights asks
+the layout: whole_model() to evaluate and sample, whole_weights() to save, load_weights().
+
+Under zero2, ownership is block-cyclic over the parameters of a group: rank r owns slice r of every
+bucket, and a bucket is short beside a large group. Within a bucket the slices are contiguous,
+because that is what reduce-scatter and all-gather exchange without another copy. A finer cycle
+would balance nothing, since all slices of a bucket have the same number of units of the same shape.
 """
 import functools
 import math
@@ -44,8 +51,10 @@ import math
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError, all_reduce_max, get_dist_info, print0
+from nanochat.fsdp import ShardedModel
 from nanochat.hardware import compile_problem, empty_cache, is_out_of_memory
 
 BUCKET_BYTES = 32 * 2**20  # large enough for full bandwidth, small enough to overlap with backward
@@ -53,16 +62,20 @@ ALIGNMENT = 16             # elements: a parameter in a bucket begins where vect
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare(model, compile=True):
+def prepare(model, compile=True, checkpoint_activations=False):
     """Apply to a model, in place, what training wants from outside; returns the model.
 
-    Blocks are compiled one by one and in place, so state-dict keys stay plain and `block.forward`
-    stays the uncompiled function. A Layout may be made before or after; it needs only that modules
-    are called through `__call__`.
+    The order is: activation checkpointing, compiling, and then a Layout, which may shard the model.
+    State-dict keys stay plain, and `block.forward` stays uncompiled. Modules must be called through
+    `__call__`; the hooks of fully_shard then run outside of the compiled code, in which dynamo
+    enters no function of torch.nn or torch.distributed.
 
     Where this machine cannot compile, one line says why and what that costs, and the blocks stay
     as they are, on all ranks.
     """
+    if checkpoint_activations:
+        for block in model.blocks:
+            recompute_in_backward(block)
     if compile and can_compile(model.device):
         # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
         # running out of memory halves the size.
@@ -75,6 +88,21 @@ def prepare(model, compile=True):
             model.compile_loss = True
             model.compiled_enter = torch.compile(model.enter, dynamic=False)
     return model
+
+
+def recompute_in_backward(block):
+    """Keep no activations of a block but its inputs: the backward pass runs it again (arXiv
+    1604.06174). The gradients are the same to the bit; a step takes a third more arithmetic."""
+    forward = block.forward
+
+    def recomputed(*inputs, **more):
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **more)
+        # blocks draw no random numbers, whose state would have to be kept
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(forward, *inputs, **options, **more)
+
+    block.forward = recomputed
 
 
 def can_compile(device):
@@ -226,29 +254,32 @@ class ShardedBucket(ReplicatedBucket):
 
 
 BUCKETS = {"replicated": ReplicatedBucket, "zero2": ShardedBucket}
+KINDS = (*BUCKETS, "fsdp")
 
 
 # -------------------------------------------------------------------------------------------------
 # layout
 
 class Layout:
-    """Divides gradients and optimizer state among the ranks of the process group.
+    """Divides a model, its gradients and its optimizer state among the ranks of the process group.
 
-    optimizers: Muon, AdamW, RowAdagrad, without state. kind: replicated, zero2, or auto (zero2 on
-    several ranks). reduce_dtype: of the gradients while they travel, float32 or bfloat16.
+    optimizers: Muon, AdamW, RowAdagrad, without state. kind: replicated, zero2, fsdp, or auto
+    (zero2 on several ranks). reduce_dtype: of the gradients while they travel, float32 or bfloat16.
     UserError for another kind or dtype.
 
     For zero2 the optimizers' groups hold this rank's shards from here on, and the model's
-    parameters are views of the buckets: move the model to its device before, not after.
+    parameters are views of the buckets; for fsdp the model holds no more than its shards. Move the
+    model to its device before, not after.
     """
 
-    def __init__(self, optimizers, kind="auto", reduce_dtype="float32"):
-        if kind not in ("auto", *BUCKETS):
-            kinds = ", ".join(BUCKETS)
+    def __init__(self, model, optimizers, kind="auto", reduce_dtype="float32"):
+        if kind not in ("auto", *KINDS):
+            kinds = ", ".join(KINDS)
             raise UserError(f"parallel={kind} is unknown: choose from auto, {kinds}")
         if reduce_dtype not in WIRE_DTYPES:
             raise UserError(f"reduce_dtype={reduce_dtype}: choose from {', '.join(WIRE_DTYPES)}")
 
+        self.model = model
         self.optimizers = optimizers
         self.reduce_dtype = WIRE_DTYPES[reduce_dtype]
         self.rank, self.ranks = 0, 1
@@ -257,19 +288,46 @@ class Layout:
         self.kind = kind
         if kind == "auto":
             self.kind = "zero2" if self.ranks > 1 else "replicated"
-
-        self.params = self._held()  # the model's parameters, whoever holds them
         self.buckets = []           # in the order in which they start
+        self.sharded = None         # a ShardedModel
         self.overlap = False        # whether buckets start during the backward pass
         self.order_is_known = False
         self._begin_step()
         if self.ranks > 1:
+            for optimizer in optimizers:
+                assert not optimizer.state, "a layout cuts parameters before there is any state"
+            self._divide()
+
+    def _divide(self):
+        if self.kind == "fsdp":
+            self._shard()
+        else:
             self._make_buckets()
+
+    def _shard(self):
+        """Cut the model. Nothing may hold on to the whole parameters, lest they keep memory."""
+        named = {p: name for name, p in self.model.named_parameters()}
+        names = []
+        for optimizer in self.optimizers:
+            names.append([[named[p] for p in g["params"]] for g in optimizer.param_groups])
+            for group in optimizer.param_groups:
+                group["params"] = []
+        del named
+
+        dtype = getattr(self.model, "compute_dtype", torch.float32)
+        self.sharded = ShardedModel(self.model, dtype, self.reduce_dtype, self.rank, self.ranks)
+        for optimizer, names_of_groups in zip(self.optimizers, names):
+            if optimizer.partition == "matrices":
+                elements = BUCKET_BYTES // 4
+                self.sharded.divide_matrices(optimizer, names_of_groups, elements)
+                continue
+            for group, names_of_group in zip(optimizer.param_groups, names_of_groups):
+                shards = [self.sharded.shards[name] for name in names_of_group]
+                group["params"] = [shard for shard in shards if shard.numel()]
 
     def _make_buckets(self):
         bucket_class = BUCKETS[self.kind]
         for optimizer in self.optimizers:
-            assert not optimizer.state, "a layout cuts parameters before any optimizer state exists"
             for group in optimizer.param_groups:
                 buckets = self._buckets_of(group["params"], optimizer.partition, bucket_class)
                 group["params"] = [tensor for bucket in buckets for tensor in bucket.held()]
@@ -340,7 +398,7 @@ class Layout:
         """From the next step on, buckets start in the order in which rank 0 completed them."""
         others = [bucket for bucket in self.buckets if bucket not in self.completed]
         order = [self.buckets.index(bucket) for bucket in self.completed + others]
-        order = torch.tensor(order, device=self.params[0].device)
+        order = torch.tensor(order, device=self.buckets[0].params[0].device)
         dist.broadcast(order, src=0)
         self.buckets = [self.buckets[i] for i in order.tolist()]
         self.order_is_known = True
@@ -362,10 +420,12 @@ class Layout:
         same on every rank. Waits for the device.
         """
         self._finish_reductions()
+        if self.sharded:
+            self.sharded.take_gradients()
         for tensor in self._held():
             if tensor.grad is not None and tensor.grad.is_sparse:
                 tensor.grad = tensor.grad.coalesce()
-        norm_sq = sum(self._grad_norm_sq(optimizer, loss.device) for optimizer in self.optimizers)
+        norm_sq = self._grad_norm_sq(loss.device)
         if self.ranks > 1:
             if self.kind == "replicated":
                 norm_sq = norm_sq / self.ranks  # every rank holds all of it
@@ -374,17 +434,15 @@ class Layout:
             norm_sq, loss = both
         return loss.item(), norm_sq.sqrt().item()
 
-    def _grad_norm_sq(self, optimizer, device):
-        """Sum of the squares of all gradients that an optimizer holds here, 0-D."""
+    def _grad_norm_sq(self, device):
+        """Sum of the squares of all gradients that are held here, 0-D."""
+        if self.sharded:
+            return grad_norm_sq(self._held(), device)
         total = torch.zeros((), device=device)
-        for group in optimizer.param_groups:
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            if optimizer.partition == "matrices" and grads:
-                # measured as the one stack that Muon makes of them, so that the sum is
-                # rounded the same way however the matrices are stored
-                grads = [torch.cat([grad.flatten() for grad in grads])]
-            for grad in grads:
-                total = total + torch.linalg.vector_norm(stored_values(grad)).square()
+        for optimizer in self.optimizers:
+            as_one = optimizer.partition == "matrices"
+            for group in optimizer.param_groups:
+                total = total + grad_norm_sq(group["params"], device, as_one)
         return total
 
     @torch.no_grad()
@@ -406,7 +464,10 @@ class Layout:
         """Clip the averaged gradient, update what is held here, exchange the parameters."""
         self.clip(max_norm, grad_norm)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if self.sharded and optimizer.partition == "matrices":
+                self.sharded.update_matrices(optimizer)
+            else:
+                optimizer.step()
         self.gather()
 
     @torch.no_grad()
@@ -424,7 +485,7 @@ class Layout:
         if self.started:
             self._finish_reductions()  # other ranks wait for what has begun
         self._begin_step()
-        for tensor in self.params + self._held():
+        for tensor in (*self.model.parameters(), *self._held()):
             tensor.grad = None
 
     def memory_sufficed(self):
@@ -435,8 +496,38 @@ class Layout:
         self.overlap = any(optimizer.state for optimizer in self.optimizers)
 
     def _held(self):
+        """The tensors whose gradients this rank judges, clips and applies."""
+        if self.sharded:
+            return list(self.sharded.shards.values())
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"]]
+
+    # whole weights
+
+    def whole_model(self):
+        """A model to evaluate and to sample from, in which nothing communicates.
+
+        It is the model itself; under fsdp an unsharded copy in the compute dtype, for which all
+        ranks must ask. Whoever asked lets go of it before training continues.
+        """
+        return self.sharded.whole_model() if self.sharded else self.model
+
+    def whole_weights(self):
+        """A snapshot of the whole model's state dict in the memory of rank 0's host; {} elsewhere.
+
+        All ranks call it.
+        """
+        if self.sharded:
+            return self.sharded.whole_weights()
+        weights = self.model.state_dict() if self.rank == 0 else {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+
+    def load_weights(self, weights):
+        """Load the state dict of a whole model. All ranks call it with the same weights."""
+        if self.sharded:
+            self.sharded.load_weights(weights)
+        else:
+            self.model.load_state_dict(weights)
 
     # checkpoints
 
@@ -493,6 +584,21 @@ def own_settings(group):
     return {key: group[key] for key in ("initial_lr", "weight_decay") if key in group}
 
 
+def grad_norm_sq(tensors, device, as_one=False):
+    """Sum of the squares of the tensors' gradients, 0-D.
+
+    as_one: measured as one stack, which Muon makes of them, so that the sum is rounded the same way
+    however the matrices are stored.
+    """
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    if as_one and grads:
+        grads = [torch.cat([grad.flatten() for grad in grads])]
+    total = torch.zeros((), device=device)
+    for grad in grads:
+        total = total + torch.linalg.vector_norm(stored_values(grad)).square()
+    return total
+
+
 def stored_values(grad):
     """The numbers that a gradient stores, as a view: all, or the nonzero rows of a sparse one."""
     return grad.values() if grad.is_sparse else grad
@@ -510,7 +616,8 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
 
     A step that ran out of memory starts over at half the size. It cannot once a reduction has
     started, since other ranks would wait for it: then the error is raised. So buckets overlap with
-    the backward pass only when memory has sufficed before.
+    the backward pass only when memory has sufficed before. Under fsdp the ranks meet in every
+    block, and no step can start over: MemoryError, one line with the remedy.
     """
     while True:
         try:
@@ -520,6 +627,12 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if layout.sharded:
+                raise MemoryError(
+                    f"out of memory with {micro_batch_size} sequences at a time, and with "
+                    "--parallel=fsdp a step cannot start over with fewer: lower "
+                    "--device_batch_size, or give --checkpoint_activations"
+                ) from error
             if micro_batch_size == 1 or layout.started:
                 raise
 

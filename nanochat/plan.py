@@ -4,19 +4,11 @@ Everything is decided here, before the loop, by pure functions that return small
 that tests reach every combination without a process. `Plan.describe()` gives the decisions as
 numbered steps, each with its reason, and a training script prints them.
 
-Memory of one device has six terms, in bytes (`memory()`; tests/test_plan.py holds the first three
-and the activations to an account of the real tensors):
-
-    parameters   4 for each parameter of the network
-    gradients    4 for each of them; sparse ones of hashed tables count as activations
-    optimizer    matrices 4 (momentum), hashed tables 4 a row, all others 8 (two moments),
-                 divided by the ranks (ZeRO-2)
-    activations  ACTIVATIONS_PER_LAYER numbers for each token, layer and channel
-    logits       one chunk of logits, three times, and the head's gradient
-    tables       4 for each parameter of embeddings and hashed tables
+What a device holds and what ranks send is in memory.py; how fast a machine trains, forecast.py.
 """
 import functools
 import math
+import os
 import time
 from typing import NamedTuple
 
@@ -24,8 +16,15 @@ import torch
 
 from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
-from nanochat.hardware import device_memory
-from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT
+from nanochat.forecast import Machine, expected_step
+from nanochat.hardware import device_kind, device_memory, memory_gb
+from nanochat.memory import (
+    PARALLEL,
+    Memory,
+    build_on_meta,
+    memory,
+    micro_batch_limit,
+)
 from nanochat.variants import default_model
 from nanochat.variants.lookup import LookupGPT, usual_hashed_rows
 
@@ -35,15 +34,10 @@ GPU_PARAM_DATA_RATIO = 20.0    # tokens per matmul parameter on a GPU (Chinchill
 GPU_DEPTH, GPU_CONTEXT = 20, 2048
 NGRAM_TOKENS = 32_000_000      # tokens whose n-grams a CPU counts
 DOCUMENTED_VOCAB = 65536       # of the documented run at depth 20
-# Numbers that a layer keeps of each token for the backward pass, in units of the width. Counted
-# from autograd's saved tensors in float32 (tests/test_plan.py): 19 in GPT, 20 in LookupGPT, 26 in
-# PortableGPT; 19 in each with compiled blocks, which in bfloat16 keep the cast matrices as well.
-ACTIVATIONS_PER_LAYER = 22
-MEMORY_SHARE = 0.85            # of a device's memory that a plan uses; the rest is fragmentation
-MAX_MICRO_BATCH = {"cpu": 16, "mps": 16, "cuda": 32}
-# Of the measured matmul rate that a training step reaches, for an estimate of the hours. CPU:
-# dev/LOG.md, AVX2. GPU: an assumption that no machine of ours has tested.
-ASSUMED_SHARE = {"cpu": 0.5, "mps": 0.4, "cuda": 0.4}
+# What a run on GPUs may take where neither its depth nor a budget is given: a night. The documented
+# depth of 20 takes eight H100 some 2 hours, and one card of 24 GB 3 days, which nobody expects.
+GPU_HOURS = 12.0
+GPU_DEPTHS = range(4, 33, 2)   # that are chosen from, up to GPU_DEPTH where no minutes are given
 
 
 # ------------------------------------------------------------------------------------------------
@@ -92,7 +86,8 @@ def pretraining_defaults(settings):
         depth = settings["depth"] or GPU_DEPTH
         return {
             "model": "gpt",
-            "depth": GPU_DEPTH,
+            "depth": f"{GPU_DEPTH}, or less: what fits the memory and takes at most "
+                     f"{GPU_HOURS:g} hours; with --minutes what they pay for",
             "max_seq_len": GPU_CONTEXT,
             "target_param_data_ratio": GPU_PARAM_DATA_RATIO,
             "total_batch_size": gpu_shape(depth, DOCUMENTED_VOCAB).total_batch_size,
@@ -328,9 +323,10 @@ def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro
     tokens = max_seq_len * ranks  # of one sequence on every rank
     if total_batch_size:
         if total_batch_size % tokens:
+            below = max(1, total_batch_size // tokens) * tokens
             raise UserError(
                 f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = "
-                f"{max_seq_len} x {ranks}")
+                f"{max_seq_len} x {ranks}: {below} is one, or leave it out")
         sequences = total_batch_size // tokens
     else:
         sequences = max(1, wanted // tokens)
@@ -341,7 +337,7 @@ def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro
         if sequences % micro_batch_size:
             raise UserError(
                 f"device_batch_size={micro_batch_size} does not divide the {sequences} sequences "
-                "that a rank has per step")
+                f"that a rank has per step: {largest_divisor(sequences, micro_batch_size)} does")
     else:
         micro_batch_size = largest_divisor(sequences, limit)
     return Batch(sequences * tokens, micro_batch_size, sequences // micro_batch_size)
@@ -434,76 +430,166 @@ def chat_horizon(settings, device_type):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. memory
+# 6. the layout, and whether it fits
 
-class Memory(NamedTuple):
-    """Bytes on one device, by kind."""
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    tables: int
-
-    @property
-    def total(self):
-        return sum(self)
+class Arrangement(NamedTuple):
+    """How a model is trained on a machine."""
+    parallel: str                  # replicated, zero2 or fsdp
+    checkpoint_activations: bool
+    limit: int                     # sequences that fit a device, by estimate
+    batch: Batch
+    memory: Memory
+    tokens_per_second: float       # of all ranks, an estimate
 
 
-def build_on_meta(model_class, config):
-    """A model without memory, to count its parameters."""
-    with torch.device("meta"), NoInitialisers():
-        return model_class(config)
-
-
-def memory(model, micro_batch_size, dtype_bytes, ranks=1, device_type="cuda"):
-    """Memory of training a model (on any device, the meta device included). See the module's head.
-
-    micro_batch_size: sequences of max_seq_len per pass. dtype_bytes: of an activation.
-    """
-    config = model.config
-    numbers = {
-        role: sum(p.numel() for p in parameters)
-        for role, parameters in model.parameters_by_role().items()
+def options_of(settings):
+    """What of a run's settings concerns memory, as words for memory()."""
+    return {
+        "compiled": settings.get("compile", True),
+        "wire_bytes": 2 if settings.get("reduce_dtype") == "bfloat16" else 4,
     }
-    hashed = numbers.pop("hashed", 0)
-    tables = numbers.pop("embedding") + hashed
-    network = sum(numbers.values())
-    adam = network - numbers["matrix"] + tables - hashed
-    hashed_rows = hashed // config.width
-    tokens = micro_batch_size * config.max_seq_len
-    layers = ACTIVATIONS_PER_LAYER * config.width * config.depth
-    chunk = CHUNK_LOGITS.get(device_type, CHUNK_LOGITS_DEFAULT)
-    chunk = min(chunk, tokens * config.vocab_size)
-    sparse = device_type == "cpu"
-    return Memory(
-        parameters=4 * network,
-        gradients=4 * (network + tables - (hashed if sparse else 0)),
-        optimizer=(4 * numbers["matrix"] + 4 * hashed_rows + 8 * adam) // ranks,
-        activations=tokens * layers * dtype_bytes,
-        logits=3 * 4 * chunk + 4 * config.vocab_size * config.width,
-        tables=4 * tables,
-    )
 
 
-def micro_batch_limit(model, device_memory, dtype_bytes, ranks, device_type):
-    """How many sequences a device takes at a time, at least 1.
+def layouts_to_try(settings, ranks):
+    """Lists of (parallel, checkpoint_activations); a later list only where nothing earlier fits.
 
-    device_memory: bytes, or None where it is not known (then the usual number).
+    fsdp comes last: it moves the model in every micro-batch, zero2 once in a step.
     """
-    usual = MAX_MICRO_BATCH[device_type]
-    if not device_memory:
-        return usual
-    for sequences in range(usual, 1, -1):
-        if fits(model, sequences, dtype_bytes, ranks, device_type, device_memory):
-            return sequences
-    return 1
+    parallel = settings.get("parallel") or "auto"
+    if parallel not in ("auto", *PARALLEL):
+        raise UserError(
+            f"parallel={parallel} is unknown: choose from auto, {', '.join(PARALLEL)}")
+    kinds = [parallel]
+    if parallel == "auto":
+        kinds = ["zero2", "fsdp"] if ranks > 1 else ["replicated"]
+    given = settings.get("checkpoint_activations")
+    recomputing = (False, True) if given is None else (given,)
+    return [[(kind, recompute) for recompute in recomputing] for kind in kinds]
 
 
-def fits(model, micro_batch_size, dtype_bytes, ranks, device_type, device_memory):
-    """Whether training with that many sequences fits the device."""
-    needed = memory(model, micro_batch_size, dtype_bytes, ranks, device_type).total
-    return needed <= MEMORY_SHARE * device_memory
+def arrangements(settings, machine, model, wanted, total_batch_size=None, micro_batch_size=None):
+    """The Arrangements that fit, the fastest first, and those of a later list behind.
+
+    wanted, total_batch_size, micro_batch_size: as of choose_batch(). A micro-batch that is given is
+    taken where it fits the memory to the last byte.
+    """
+    size = machine.dtype_bytes, machine.ranks, machine.device_type
+    options = options_of(settings)
+    found = []
+    for alternatives in layouts_to_try(settings, machine.ranks):
+        fitting = []
+        for parallel, recompute in alternatives:
+            layout = {"parallel": parallel, "checkpoint_activations": recompute, **options}
+            limit = micro_batch_limit(model, machine.memory, *size, **layout)
+            if limit == 0 and not micro_batch_size:
+                continue
+            batch = choose_batch(
+                wanted, model.config.max_seq_len, machine.ranks, max(1, limit),
+                total_batch_size, micro_batch_size)
+            needed = memory(
+                model, batch.micro_batch_size, *size,
+                grad_accum_steps=batch.grad_accum_steps, **layout)
+            if machine.memory and needed.total > machine.memory:
+                continue
+            step = expected_step(
+                machine, model, batch, parallel, recompute, options["wire_bytes"])
+            speed = step.tokens_per_second
+            fitting.append(Arrangement(parallel, recompute, limit, batch, needed, speed))
+        # where two are as fast, the one without recomputation
+        found += sorted(fitting, key=lambda way: -way.tokens_per_second)
+    return found
+
+
+def arrange(settings, machine, model, wanted, total_batch_size=None, micro_batch_size=None):
+    """The best Arrangement; UserError with both numbers and a remedy where nothing fits."""
+    found = arrangements(settings, machine, model, wanted, total_batch_size, micro_batch_size)
+    if found:
+        return found[0]
+    raise UserError(what_would_fit(settings, machine, model, wanted, micro_batch_size))
+
+
+def what_would_fit(settings, machine, model, wanted, micro_batch_size):
+    """One line: how much is needed, how much there is, and the nearest thing that fits."""
+    size = machine.dtype_bytes, machine.ranks, machine.device_type
+    parallel, recompute = layouts_to_try(settings, machine.ranks)[-1][-1]
+    layout = {"parallel": parallel, "checkpoint_activations": recompute, **options_of(settings)}
+    sequences = micro_batch_size or 1
+    needed = memory(model, sequences, *size, **layout).total
+    count = f"{sequences} sequences" if sequences > 1 else "1 sequence"
+    recomputing = ", checkpoint_activations" if recompute else ""
+    words = (
+        f"depth {model.config.depth} takes {needed / 1e9:.1f} GB of a device ({parallel}"
+        f"{recomputing}, {count} at a time), and there are {machine.memory / 1e9:.1f} GB: ")
+
+    freed = {**settings, "parallel": "auto", "checkpoint_activations": None}
+    other = next(iter(arrangements(freed, machine, model, wanted)), None)
+    if other:
+        remedy = f"--device_batch_size={other.batch.micro_batch_size} would fit"
+        remedy += f" with --parallel={other.parallel}"
+        if other.checkpoint_activations:
+            remedy += " --checkpoint_activations"
+        return words + remedy
+    depth = largest_fitting_depth(freed, machine, model)
+    if depth:
+        return f"{words}--depth={depth} would fit" + ("" if machine.ranks > 1 else ", or more GPUs")
+    return f"{words}not even depth {GPU_DEPTHS[0]} fits; a shorter --max_seq_len needs less"
+
+
+def largest_fitting_depth(settings, machine, model):
+    """The largest depth of GPU_DEPTHS whose model of the same class fits, or None."""
+    config = model.config
+    for depth in reversed(GPU_DEPTHS):
+        if depth >= config.depth:
+            continue
+        smaller = build_on_meta(type(model), type(config).from_depth(
+            depth, config.vocab_size, config.max_seq_len))
+        if arrangements(settings, machine, smaller, 1):
+            return depth
+    return None
+
+
+def gpu_depth(settings, budget, machine, model_class, vocab_size, most=math.inf):
+    """(depth, reason) of a run on GPUs that is given none.
+
+    With minutes: the largest that they pay for, at GPU_PARAM_DATA_RATIO tokens for each matmul
+    parameter. Else the documented one, or the largest below that fits the memory and, trained as
+    long as the budget says, takes at most GPU_HOURS.
+    """
+    largest = GPU_DEPTHS[-1] if budget.kind == "minutes" else GPU_DEPTH
+    reason = ""
+    for depth in reversed([depth for depth in GPU_DEPTHS if depth <= largest]):
+        shape = gpu_shape(depth, vocab_size)
+        max_seq_len = settings["max_seq_len"] or shape.max_seq_len
+        kv_heads = settings["kv_heads"]
+        config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
+        if kv_heads and config.heads % kv_heads == 0:
+            config.kv_heads = kv_heads
+        model = build_on_meta(model_class, config)
+        found = arrangements(settings, machine, model, shape.total_batch_size)
+        if not found:
+            reason = f"depth {depth} does not fit the memory"
+            continue
+        hours, limit = hours_at(budget, model, found[0].tokens_per_second, most)
+        if hours <= limit:
+            return depth, f"about {hours:.2g} h by estimate" + (f"; {reason}" if reason else "")
+        reason = f"depth {depth} would take {hours:.2g} h, of {limit:.2g}"
+    return GPU_DEPTHS[0], f"the smallest; {reason}"
+
+
+def hours_at(budget, model, tokens_per_second, most):
+    """(how long a model's training takes, how long it may), in hours."""
+    ratio = GPU_PARAM_DATA_RATIO
+    limit = GPU_HOURS
+    if budget.kind == "minutes":
+        limit = budget.amount / 60
+    elif budget.kind == "target_param_data_ratio":
+        ratio = budget.amount
+    else:
+        return 0.0, limit  # steps or FLOPs that the user named
+    tokens = min(ratio * model.matmul_parameters(), most)
+    if budget.kind == "minutes" and tokens == most:
+        return math.inf, limit  # a text that is too short for a model of this size
+    return tokens / tokens_per_second / 3600, limit
 
 
 # ------------------------------------------------------------------------------------------------
@@ -513,6 +599,23 @@ def checkpoint_bytes(model):
     """Disk space of one step with its optimizer state, in bytes (n-gram counts come on top)."""
     whole = memory(model, 1, 4)
     return whole.parameters + whole.tables + whole.optimizer
+
+
+def check_disk(plan, keep, free, folder):
+    """None, or a warning where the checkpoints will not fit; UserError where not even one will.
+
+    keep: the setting. free: bytes of the disk that `folder` is on.
+    """
+    one = plan.disk / (keep + 2)
+    if free < one:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB of disk free, one checkpoint takes {one / 1e9:.2f}: "
+            "make room, or set NANOCHAT_BASE_DIR to a folder on a larger disk")
+    if free < plan.disk:
+        return (
+            f"warning: {folder} has {free / 1e9:.2f} GB of disk free, and {plan.disk / 1e9:.2f} GB "
+            f"of checkpoints are to stay: make room, or give --keep below {keep}")
+    return None
 
 
 def measure_step(model_class, config, device, dtype, tokens=512, repeats=2):
@@ -567,15 +670,6 @@ def tokens_within(budget, flops_per_token, tokens_per_second):
 # ------------------------------------------------------------------------------------------------
 # the whole plan
 
-class Machine(NamedTuple):
-    """What a plan needs to know of the hardware."""
-    device_type: str     # cuda, mps or cpu
-    ranks: int
-    memory: int          # bytes of a device, or None where it is not known
-    dtype_bytes: int     # of an activation
-    matmul_flops: float  # measured, of a device
-
-
 def this_machine(compute, matmul_flops):
     """The Machine that this process runs on, the same on all ranks, which all must call it.
 
@@ -589,7 +683,13 @@ def this_machine(compute, matmul_flops):
     dtype_bytes = compute.dtype.itemsize
     # likewise the slowest device's
     slowest = -all_reduce_max(-matmul_flops)[0]
-    return Machine(device.type, compute.world_size, memory, dtype_bytes, slowest)
+    kind = None
+    if device.type == "cuda":
+        kind = device_kind(torch.cuda.get_device_name(device))
+    elif device.type == "cpu" and memory_gb():
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.world_size))
+        memory = int(memory_gb() * 2**30 / ranks_here)
+    return Machine(device.type, compute.world_size, memory, dtype_bytes, slowest, kind)
 
 
 class Plan(NamedTuple):
@@ -604,25 +704,34 @@ class Plan(NamedTuple):
     hours: float             # of training, an estimate
     disk: int                # bytes of the checkpoints that stay
     reading: Reading = None  # where the text is known
+    parallel: str = "replicated"
+    checkpoint_activations: bool = False
+    tokens_per_second: float = None  # of all ranks
+    measured: bool = False           # whether that was
 
     def describe(self, model_name, ranks):
         """The decisions as numbered lines, each with its reason."""
-        b, s, m = self.batch, self.shape, self.memory
+        b, s = self.batch, self.shape
         if self.horizon.num_iterations:
             horizon = f"{self.horizon.num_iterations:,} steps"
         else:
             horizon = f"{self.horizon.minutes:g} minutes of training"
-        reading = [f"7) {self.reading.describe()}"] if self.reading else []
-        kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in m._asdict().items())
+        reading = [f"8) {self.reading.describe()}"] if self.reading else []
+        source = "measured here" if self.measured else "estimate, never measured by us"
+        layout = f"{self.parallel} on {ranks} ranks" if ranks > 1 else "one device"
+        if self.checkpoint_activations:
+            layout += ", blocks recomputed in the backward pass to save memory"
         return [
             f"1) budget: {self.budget.kind}={self.budget.amount:g}",
             f"2) shape: model {model_name}, depth {s.depth}, context {s.max_seq_len} ({s.reason})",
             f"3) batch: {b.total_batch_size:,} tokens a step = {b.micro_batch_size} sequences x "
             f"{s.max_seq_len} tokens x {ranks} ranks x {b.grad_accum_steps} passes",
-            f"4) horizon: {horizon}, about {self.hours:.2g} h; "
-            f"weight decay {self.weight_decay:.3g}",
-            f"5) memory of a device: about {m.total / 1e9:.2f} GB ({kinds})",
-            f"6) disk: about {self.disk / 1e9:.2f} GB of checkpoints",
+            f"4) layout: {layout}",
+            f"5) memory of a device: about {self.memory.total / 1e9:.2f} GB "
+            f"({self.memory.describe()})",
+            f"6) horizon: {horizon}, about {self.hours:.2g} h at {self.tokens_per_second:,.0f} "
+            f"tokens/s ({source}); weight decay {self.weight_decay:.3g}",
+            f"7) disk: about {self.disk / 1e9:.2f} GB of checkpoints",
             *reading,
         ]
 
@@ -648,7 +757,12 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
         return Shape(config["depth"], config["max_seq_len"], batch, reason)
     depth, max_seq_len = settings["depth"], settings["max_seq_len"]
     if machine.device_type == "cuda":
+        reason = None
+        if not depth:
+            depth, reason = gpu_depth(settings, budget, machine, model_class, vocab_size, most)
         shape = gpu_shape(depth, vocab_size)
+        if reason:
+            shape = shape._replace(reason=f"{reason}; {shape.reason}")
     elif not depends_on_speed(settings, machine, resumed):
         shape = Shape(depth, max_seq_len, settings["total_batch_size"], "as the settings say")
     else:
@@ -681,22 +795,22 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
         config = config_for(model_class, shape, vocab_size, settings["kv_heads"])
     model = build_on_meta(model_class, config)
     flops_per_token = model.flops_per_token(shape.max_seq_len)
-    tokens_per_second = expected_speed(machine, flops_per_token)
-    if depends_on_speed(settings, machine, resumed):
-        tokens_per_second = speed(shape.depth, shape.max_seq_len)
 
-    # 2. the batch
-    size = machine.dtype_bytes, machine.ranks, machine.device_type
-    limit = micro_batch_limit(model, machine.memory, *size)
-    batch = choose_batch(
+    # 2. the layout and the batch; the loader's position counts in micro-batches, so a resumed run
+    # keeps their size
+    best = arrange(
+        settings,
+        machine,
+        model,
         shape.total_batch_size,
-        shape.max_seq_len,
-        machine.ranks,
-        limit,
         shape.total_batch_size if resumed else settings["total_batch_size"],
-        # the loader's position counts in micro-batches, so a resumed run keeps their size
         settings["device_batch_size"] or (resumed or {}).get("device_batch_size"),
     )
+    batch = best.batch
+    tokens_per_second = best.tokens_per_second
+    measured = depends_on_speed(settings, machine, resumed)
+    if measured:
+        tokens_per_second = speed(shape.depth, shape.max_seq_len)
 
     # 3. how long, how often that reads the text, and how the weights decay
     parameters = model.matmul_parameters()
@@ -718,16 +832,21 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
         config = config_for(
             model_class, shape, vocab_size, settings["kv_heads"], reading.repeated())
         model = build_on_meta(model_class, config)
-    needed = memory(model, batch.micro_batch_size, *size)
+    needed = memory(
+        model,
+        batch.micro_batch_size,
+        machine.dtype_bytes,
+        machine.ranks,
+        machine.device_type,
+        parallel=best.parallel,
+        checkpoint_activations=best.checkpoint_activations,
+        grad_accum_steps=batch.grad_accum_steps,
+        **options_of(settings),
+    )
     disk = (settings["keep"] + 2) * checkpoint_bytes(model)
     return Plan(
-        budget, shape, batch, horizon, weight_decay, needed, steps, hours, disk, reading)
-
-
-def expected_speed(machine, flops_per_token):
-    """Training tokens per second of all ranks, from the measured rate of matmuls alone."""
-    flops = machine.matmul_flops * machine.ranks * ASSUMED_SHARE[machine.device_type]
-    return flops / flops_per_token
+        budget, shape, batch, horizon, weight_decay, needed, steps, hours, disk, reading,
+        best.parallel, best.checkpoint_activations, tokens_per_second, measured)
 
 
 def expected_steps(horizon, steps_per_hour):

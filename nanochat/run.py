@@ -10,7 +10,7 @@ The loop stays in each script and calls this, never the other way round:
         accepted = run.accepts(loss, grad_norm)
         if accepted:  ...                            # apply at this learning rate
         if accepted:  run.record(loss, lr, grad_norm)
-        else:  run.skip(model, layout)               # or roll back
+        else:  run.skip(layout)                      # or roll back
     run.exit_unless_finished()
 
 It imports no loader, no loss and no schedule, and knows no stage.
@@ -234,8 +234,8 @@ class Run:
             return True
         return wanted or self.elapsed - self.saved_at >= 60 * self.settings["save_minutes"]
 
-    def save(self, model, layout, loader_state, **fields):
-        """Begin to save this step; a thread writes it while training continues.
+    def save(self, layout, loader_state, **fields):
+        """Begin to save this step; a thread writes it while training continues. All ranks call it.
 
         fields: what the stage adds to the meta file.
         """
@@ -255,7 +255,7 @@ class Run:
             "finished": False,
             **fields,
         }
-        self.checkpoints.save(self.step, model, rank_state, meta)
+        self.checkpoints.save(self.step, layout.whole_weights(), rank_state, meta)
 
     # ---------------------------------------------------------------------- a step
 
@@ -271,7 +271,7 @@ class Run:
         self.verdict, self.reason = self.guard.verdict(loss, grad_norm)
         return self.verdict == "ok"
 
-    def skip(self, model, layout):
+    def skip(self, layout):
         """Instead of record(): leave this batch out, or roll back, or give the run up."""
         self._end_step()
         print0(f"step {self.step + 1}: {self.reason}: {self.verdict}")
@@ -284,7 +284,7 @@ class Run:
             return
         self.step = good_step
         self.lr_scale /= 2
-        self.checkpoints.load(good_step, model, layout)
+        self.checkpoints.load(good_step, layout)
         print0(f"back to step {good_step}, with other data and {self.lr_scale:g} times the "
                "learning rate")
 

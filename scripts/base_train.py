@@ -10,13 +10,14 @@ loop, the ending.
 """
 import itertools
 import math
+import shutil
 import time
 from dataclasses import asdict
 
 import torch
 
 from nanochat.checkpoint_manager import build_model, load_weights
-from nanochat.common import UserError, all_reduce_max, compute_init, print0
+from nanochat.common import UserError, all_reduce_max, compute_init, get_base_dir, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import measure_text, tokenizing_distributed_data_loader_with_state
 from nanochat.dataset import open_dataset
@@ -27,6 +28,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import (
     NGRAM_TOKENS,
+    check_disk,
     check_not_passed,
     choose_budget,
     config_for,
@@ -56,7 +58,7 @@ from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
 data: str = None             # parquet, or your own txt, md, jsonl, json, csv; None: nanochat's
 model_tag: str = None        # name of the checkpoint folder; None: dN for depth N, or the data's
 model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: gpt on CUDA
-depth: int = None            # layers; width is 64 x depth. None: 20 on a GPU, by speed on a CPU
+depth: int = None            # layers; width 64 x depth. None: by memory and hours, CPU: by speed
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, by speed on a CPU
 minutes: float = None        # budget: wall clock of the loop, compiling included. None: 5 on a CPU
@@ -72,8 +74,9 @@ grad_clip = 0.0              # largest gradient norm; 0 does not clip
 warmdown = 0.6               # share of the run over which the learning rate decays
 device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
-parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
+parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several ranks if it fits
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
+checkpoint_activations: bool = None  # recompute blocks in the backward pass; None: if it must be
 compile = True               # compile the blocks
 eval_every: int = None       # steps between validations and samples; None: each quarter, or epoch
 save_every = 1000            # steps between checkpoints; the last step is always saved
@@ -141,6 +144,9 @@ check_not_passed(budget, plan.horizon, resumed)
 reading = plan.reading
 for line in plan.describe(model_name, world_size) + reading.warnings():
     print0(line)
+disk_warning = check_disk(plan, keep, shutil.disk_usage(get_base_dir()).free, get_base_dir())
+if disk_warning:
+    print0(disk_warning)
 max_seq_len, total_batch_size = plan.shape.max_seq_len, plan.batch.total_batch_size
 micro_batch_size, grad_accum_steps = plan.batch.micro_batch_size, plan.batch.grad_accum_steps
 text_size.check_context(max_seq_len)
@@ -200,14 +206,14 @@ elif meta["config"].get("ngrams"):
     if world_size > 1:
         for buffer in model.ngrams.buffers():
             torch.distributed.broadcast(buffer, 0)
-prepare(model, checked.compile)
+prepare(model, checked.compile, plan.checkpoint_activations)
 parameters = sum(p.numel() for p in model.parameters())
 print0(f"{parameters:,} parameters, width {model.config.width}, vocabulary {vocab_size}")
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, plan.weight_decay)
 checked.set_up(optimizers)
-layout = Layout(optimizers, parallel, reduce_dtype)
+layout = Layout(model, optimizers, plan.parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())
@@ -237,18 +243,20 @@ loss_scale = 1 / (micro_batch_size * grad_accum_steps * max_seq_len)  # a mean o
 
 
 def evaluate(documents):
-    return evaluate_bpb(model, tokenizer, documents, device, rank=rank, world_size=world_size)
+    whole = layout.whole_model()
+    return evaluate_bpb(whole, tokenizer, documents, device, rank=rank, world_size=world_size)
 
 
 def save(val_bpb=None):
     run.save(
-        model, layout, loader_state,
+        layout, loader_state,
         val_bpb=val_bpb, best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
 
 
 def show_samples():
+    whole = layout.whole_model()
     if rank == 0:
-        samples = sample_texts(model, tokenizer, meta["prompts"], max_new_tokens=24)
+        samples = sample_texts(whole, tokenizer, meta["prompts"], max_new_tokens=24)
         run.log(samples=samples)
 
 
@@ -299,7 +307,7 @@ while not run.over():
     if accepted:
         run.record(loss, learning_rate * multiplier, grad_norm)
     else:
-        run.skip(model, layout)
+        run.skip(layout)
 
 # ---- the ending: save, validate, say
 if run.last_save_is_due():
@@ -310,7 +318,7 @@ best, bpb_of_best = run.checkpoints.better_than(few_bpb)
 if best is not None:
     print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {bpb_of_best:.4f}: "
            "that one is the model")
-    run.checkpoints.load(best, model, layout)
+    run.checkpoints.load(best, layout)
 val_bpb = evaluate(validation)
 run.log(val_bpb=val_bpb, documents=len(validation))
 show_samples()

@@ -44,8 +44,9 @@ data: str = None             # your own text, to look up; None: that of the mode
 own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
-parallel = "auto"            # replicated or zero2; auto: zero2 on several ranks
+parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several ranks
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
+checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more
 compile = True               # compile the blocks
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
@@ -71,7 +72,7 @@ checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("mid_train", "mid", settings, compute, model_source="base")
 meta = start.meta
-prepare(model, checked.compile)
+prepare(model, checked.compile, checkpoint_activations)
 T = model.config.max_seq_len
 
 # ---- batch and budget
@@ -83,7 +84,7 @@ matmul_flops = measure_matmul_flops(device, compute.dtype)
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
 checked.set_up(optimizers)
-layout = Layout(optimizers, parallel, reduce_dtype)
+layout = Layout(model, optimizers, parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())
@@ -115,8 +116,9 @@ run.checkpoints.save_tokenizer(tokenizer)
 
 
 def show_samples():
+    whole = layout.whole_model()
     if rank == 0:
-        run.log(samples=sample_chats(model, tokenizer, meta["questions"], 48, passages))
+        run.log(samples=sample_chats(whole, tokenizer, meta["questions"], 48, passages))
 
 
 def data_progress():
@@ -127,7 +129,7 @@ def data_progress():
 while not run.over(data_progress()):
     # once in a while: save, and show what the model says
     if run.save_due():
-        run.save(model, layout, loader_state)
+        run.save(layout, loader_state)
     if run.evaluation_due():
         show_samples()
 
@@ -153,11 +155,11 @@ while not run.over(data_progress()):
     if accepted:
         run.record(loss, learning_rate * run.lr_scale, grad_norm)
     else:
-        run.skip(model, layout)
+        run.skip(layout)
 
 # ---- the ending: save, sample, say
 if run.last_save_is_due():
-    run.save(model, layout, loader_state)
+    run.save(layout, loader_state)
 run.exit_unless_finished()
 show_samples()
 run.finish(model, time.perf_counter() - started, val_bpb=None)

@@ -9,11 +9,13 @@ It starts its ranks by itself, one for each GPU; without a GPU they are processe
 cores, which communicate by gloo. The model, the optimizers and the layout (nanochat/parallel.py)
 are those of training; the tokens are random.
 
-Each step is taken twice: as it is, and with all collectives left out. The difference is the
-communication that no computation hides, waiting for the slowest rank included.
+After the steps of training, as many are taken with all collectives left out. The difference is
+the communication that no computation hides, waiting for the slowest rank included.
 docs/benchmarks.md explains each column and has the documented table.
 """
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ import torch.distributed as dist
 from nanochat.benchmark import (
     OPTIMIZERS,
     Progress,
+    Setup,
     Training,
     attempt,
     case_of_file,
@@ -67,6 +70,7 @@ from nanochat.common import (
 from nanochat.configurator import configure, require
 from nanochat.hardware import available_cpus, raise_malloc_thresholds
 from nanochat.metrics import finish_stage
+from nanochat.parallel import KINDS
 
 # settings
 model = ""                # small to 13b. Empty: 7b, without a GPU small
@@ -77,47 +81,47 @@ batch_size: int = None    # sequences of a step and rank. None: as documented fo
 seq_len: int = None       # tokens of a sequence. None: as documented for the size
 iterations: int = None    # steps that count. None: 20 on a GPU, 5 elsewhere
 warmup: int = None        # steps before them. None: 3 on a GPU, 2 elsewhere
-parallel = "zero2"        # the layout: zero2 or replicated (nanochat/parallel.py)
+parallel = "zero2"        # the layout: replicated, zero2 or fsdp (nanochat/parallel.py)
 optimizer = "muon"        # muon: Muon and AdamW, as in training; adamw: AdamW for all parameters
 compile = True            # compile the blocks
+checkpoint_activations = False  # keep no activations, compute them again: less memory, slower
 device_type = ""          # cuda or cpu; empty: cuda where there is one, else cpu
 dtype = ""                # float32 or bfloat16; empty: what the hardware is good at
 is_rank = False           # set for the processes that the benchmark itself starts
 settings = configure(globals())
 
-KINDS = ("zero2", "replicated")
 RESULT = '{"ranks": '  # how the line begins with which a rank reports
 
 
 # --------------------------------------------------------------------------------------------------
 # one rank
 
-def measure_steps(training, name):
+def take_steps(training, count, label, context):
+    """Take that many steps, each inside of context().
+
+    Returns (the seconds of each on the slowest rank, the last Step, what context() yielded).
+    """
+    progress, seconds = Progress(), []
+    for number in range(1, count + 1):
+        dist.barrier()
+        with context() as yielded:
+            step = training.step()
+        seconds += all_reduce_max(step.seconds)
+        if get_dist_info()[1] == 0:
+            progress.say(f"{label}: step {number} of {count}, {seconds[-1]:.2f} s")
+    return seconds, step, yielded
+
+
+def measure_steps(training, label):
     """(seconds of the counted steps with, those without communication, a Skipped, the loss).
 
-    Seconds are those of the slowest rank.
+    Those without come last, for in them the ranks do not exchange what they need to train.
     """
-    progress, loss = Progress(), None
-    seconds, local_seconds = [], []
-    for number in range(1, warmup + iterations + 1):
-        # 1. a step as training takes it
-        dist.barrier()
-        step = training.step()
-        check_loss(step.loss)
-        if loss is None:
-            loss = step.loss  # later ones are of ranks that have not exchanged all parameters
-        seconds += all_reduce_max(step.seconds)
-
-        # 2. the same without communication
-        dist.barrier()
-        with without_communication() as skipped:
-            step = training.step()
-        local_seconds += all_reduce_max(step.seconds)
-        if get_dist_info()[1] == 0:
-            progress.say(f"{name} on {dist.get_world_size()} ranks: step {number} of "
-                         f"{warmup + iterations}, {seconds[-1]:.2f} s, without communication "
-                         f"{local_seconds[-1]:.2f} s")
-    return seconds[warmup:], local_seconds[warmup:], skipped, loss
+    seconds, step, _ = take_steps(training, warmup + iterations, label, contextlib.nullcontext)
+    check_loss(step.loss)
+    local_seconds, _, skipped = take_steps(
+        training, 1 + iterations, f"{label}, without communication", without_communication)
+    return seconds[warmup:], local_seconds[1:], skipped, step.loss
 
 
 def run_rank(case):
@@ -129,13 +133,13 @@ def run_rank(case):
         free //= ranks  # they share it
     if free:
         free = -all_reduce_max(-free)[0]  # the fullest device decides for all
-    sharded_among = ranks if parallel != "replicated" else 1
-    micro_batch_size, needed = fitting_micro_batch(
-        case, free, compute.dtype.itemsize, sharded_among, compute.device.type, optimizer)
+    setup = Setup(optimizer, parallel, compile, checkpoint_activations)
+    micro_batch_size, needed = fitting_micro_batch(case, free, setup, compute)
     if micro_batch_size == 0:
         return {"skipped": does_not_fit(case, needed, free)}
-    training = Training(case, compute, micro_batch_size, optimizer, compile, parallel)
-    seconds, local_seconds, skipped, loss = measure_steps(training, case.name)
+    training = Training(case, compute, micro_batch_size, setup)
+    seconds, local_seconds, skipped, loss = measure_steps(
+        training, f"{case.name} on {ranks} ranks")
 
     times, local_times = summarize(seconds), summarize(local_seconds)
     tokens = case.batch_size * case.config.max_seq_len * ranks
@@ -159,7 +163,7 @@ def run_rank(case):
         "share_of_peak": share_of(rates.flops_of_weights / ranks, peak),
         "memory_bytes": int(all_reduce_max(memory)[0]) if memory else None,
         "planned_bytes": needed.total,
-        "first_loss": loss,
+        "loss": loss,
     }
 
 
@@ -187,11 +191,14 @@ def run_ranks(ranks):
                f"--nproc_per_node={ranks}", str(Path(__file__).resolve()), "--", *words]
     found = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith(RESULT):
-                found.append(json.loads(line))
-            else:
-                print(f"  {line}", end="", file=sys.stderr, flush=True)
+        try:
+            for line in process.stdout:
+                if line.startswith(RESULT):
+                    found.append(json.loads(line))
+                else:
+                    print(f"  {line}", end="", file=sys.stderr, flush=True)
+        finally:
+            process.terminate()  # it ends its ranks; nothing where all have ended
     if found:
         return found[0]
     problem = f"{ranks} ranks ended without a result, their own error stands above"
@@ -228,6 +235,9 @@ check_choices(settings, optimizer=OPTIMIZERS, parallel=KINDS, dtype=("", "float3
 started = time.perf_counter()
 raise_malloc_thresholds()
 device_type = choose_device_type(device_type)
+if device_type == "mps":
+    raise UserError("device_type=mps is a single device: measure it with transformer_benchmark, "
+                    "or several ranks with --device_type=cpu")
 on_gpu = device_type == "cuda"
 warmup = default_warmup(device_type) if warmup is None else warmup
 iterations = iterations or default_iterations(device_type)
@@ -244,6 +254,7 @@ if is_rank:
     report_rank(case)
     raise SystemExit
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks are ended, too
 available = torch.cuda.device_count() if on_gpu else available_cpus()
 counts = rank_counts(gpus, scaling_test, available, "GPUs" if on_gpu else "cores")
 print0(f"{case.name}: {case.config.depth} layers, width {case.config.width}, {case.batch_size} x "

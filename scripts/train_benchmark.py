@@ -24,7 +24,7 @@ from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss import CHUNK_LOGITS, CHUNK_LOGITS_DEFAULT, MIN_CHUNK_TOKENS
 from nanochat.metrics import finish_stage
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import build_on_meta
+from nanochat.memory import build_on_meta
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
 # settings
@@ -51,7 +51,7 @@ def our_step(config, device, compute_dtype):
     network.compute_dtype = compute_dtype
     choose_kernel(device, compute_dtype)
     prepare(network.train(), compile)
-    layout = Layout(network.setup_optimizers())
+    layout = Layout(network, network.setup_optimizers())
 
     def step(ids):
         inputs, targets = ids[:, :-1], ids[:, 1:]

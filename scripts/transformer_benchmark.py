@@ -25,6 +25,7 @@ import torch
 from nanochat.benchmark import (
     OPTIMIZERS,
     Progress,
+    Setup,
     Training,
     attempt,
     case_of_file,
@@ -66,6 +67,7 @@ iterations: int = None    # steps that count. None: 20 on a GPU, 5 elsewhere
 warmup: int = None        # steps before them. None: 3 on a GPU, 2 elsewhere
 optimizer = "muon"        # muon: Muon and AdamW, as in training; adamw: AdamW for all parameters
 compile = True            # compile the blocks
+checkpoint_activations = False  # keep no activations, compute them again: less memory, slower
 device_type = ""          # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                # float32 or bfloat16; empty: what the hardware is good at
 fp8 = ""                  # FP8 in the matrix products; refused: training in FP8 is not here yet
@@ -85,7 +87,7 @@ def choose_cases():
 
 def measure(case, micro_batch_size):
     """(Training, its counted Steps) of a Case that fits."""
-    training = Training(case, compute, micro_batch_size, optimizer, compile, "auto")
+    training = Training(case, compute, micro_batch_size, setup)
     progress = Progress()
     steps = []
     for number in range(1, warmup + iterations + 1):
@@ -105,8 +107,7 @@ def run_case(case):
            "batch_size": case.batch_size}
     reset_peak_memory(compute.device)
     free = free_memory(compute.device)
-    micro_batch_size, needed = fitting_micro_batch(
-        case, free, compute.dtype.itemsize, 1, compute.device.type, optimizer)
+    micro_batch_size, needed = fitting_micro_batch(case, free, setup, compute)
     if micro_batch_size == 0:
         return {**row, "skipped": does_not_fit(case, needed, free)}
     result, out_of_memory = attempt(measure, case, micro_batch_size)
@@ -173,6 +174,7 @@ cases = choose_cases()
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype)
+setup = Setup(optimizer, "replicated", compile, checkpoint_activations)
 warmup = default_warmup(compute.device.type) if warmup is None else warmup
 iterations = iterations or default_iterations(compute.device.type)
 name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")

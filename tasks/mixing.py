@@ -8,7 +8,7 @@ share in any part of it.
 from typing import NamedTuple
 
 from nanochat.common import UserError
-from nanochat.plan import ASSUMED_SHARE
+from nanochat.forecast import ASSUMED_SHARE
 from tasks.common import Task, TaskMixture
 
 OWN_WEIGHT = 10        # an epoch has each of one's own conversations this often, beside ours,

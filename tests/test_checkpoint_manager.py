@@ -75,7 +75,7 @@ def test_optimizers_keep_the_learning_rate_and_weight_decay_of_this_run(folder, 
     state = read_checkpoint(folder, rank=0)[1]
     fresh = model.setup_optimizers(learning_rate=0.5, weight_decay=0.25)
     wanted = [group["initial_lr"] for optimizer in fresh for group in optimizer.param_groups]
-    Layout(fresh).load_optimizer_state(state["optimizers"])
+    Layout(model, fresh).load_optimizer_state(state["optimizers"])
     groups = [group for optimizer in fresh for group in optimizer.param_groups]
     assert [group["initial_lr"] for group in groups] == wanted
     assert fresh[1].param_groups[0]["weight_decay"] == 0.25
@@ -456,7 +456,7 @@ def test_a_roll_back_loads_weights_and_optimizers_in_place(folder, meta):
     run.finish()
     losses = []
     for _ in range(2):
-        run.load(2, model, Layout(optimizers))
+        run.load(2, Layout(model, optimizers))
         torch.manual_seed(3)
         losses.append([train_step(model, optimizers) for _ in range(3)])
     assert losses[0] == losses[1] and must_be_whole(folder) == [2]

@@ -288,12 +288,12 @@ def test_a_batch_that_does_not_fit_is_halved_with_the_same_gradients(model_class
     idx = noise(2, 8, 17)
     batches = [(ids[:, :-1], ids[:, 1:], "state") for ids in idx]
     whole = make_model(model_class)
-    layout = Layout(whole.setup_optimizers())
+    layout = Layout(whole, whole.setup_optimizers())
     loss, size = accumulate_gradients(whole, batches, 1 / 256, 8, layout)
     assert size == 8 and capsys.readouterr().out == ""
 
     halved = make_model(model_class)
-    layout = Layout(halved.setup_optimizers())
+    layout = Layout(halved, halved.setup_optimizers())
     again, size = accumulate_gradients(SmallMemory(halved, error), batches, 1 / 256, 8, layout)
     assert size == 2 and capsys.readouterr().out.count("\n") == 2
     torch.testing.assert_close(again, loss)
@@ -307,7 +307,8 @@ def test_another_error_than_a_full_memory_is_raised():
     model = make_model()
     model(idx[:, :-1], idx[:, 1:]).backward()
     with pytest.raises(RuntimeError, match="shape"):
-        accumulate_gradients(SmallMemory(model, RuntimeError("shape")), batches, 1, 8, Layout([]))
+        broken = SmallMemory(model, RuntimeError("shape"))
+        accumulate_gradients(broken, batches, 1, 8, Layout(model, []))
 
 
 def test_the_message_of_a_full_memory_is_known():

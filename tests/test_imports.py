@@ -18,9 +18,11 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "encoding": 1, "tables": 1,
     "gpt": 2, "dataloader": 2, "loss_eval": 2,
     "variants": 3,
-    "parallel": 4, "plan": 4, "checkpoint": 4, "checkpoint_manager": 4, "folders": 4,
-    "start": 4, "run": 4, "engine": 4, "passage_store": 4, "selftest": 4,
-    "server": 5, "report": 5, "doctor": 5, "benchmark": 5,
+    "fsdp": 4, "parallel": 4, "memory": 4, "forecast": 4, "plan": 4, "checkpoint": 4,
+    "checkpoint_manager": 4, "folders": 4, "start": 4, "run": 4, "engine": 4, "passage_store": 4,
+    "selftest": 4,
+    "server": 5, "report": 5, "doctor": 5,
+    "benchmark": 5,
 }
 TASKS, SCRIPTS = 6, 7
 SOURCES = [

@@ -20,8 +20,20 @@ from nanochat.common import UserError
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 
+KINDS = ("replicated", "zero2", "fsdp")
 VOCAB, WIDTH, T, SEQUENCES = 13, 8, 7, 12
 RARE = 3  # a token on which one parameter depends
+
+
+class Block(nn.Module):
+    """A part of the model that fsdp gathers by itself."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x, scale):
+        return x + scale * torch.tanh(x @ self.matrix.T)
 
 
 class Toy(nn.Module):
@@ -37,7 +49,7 @@ class Toy(nn.Module):
         self.table = nn.Embedding(11, WIDTH, sparse=True, _weight=normal(11, WIDTH).data)
         self.embed = normal(VOCAB, WIDTH)
         self.scales = normal(5)
-        self.matrices = nn.ParameterList(normal(WIDTH, WIDTH) for _ in range(5))
+        self.blocks = nn.ModuleList(Block(normal(WIDTH, WIDTH)) for _ in range(5))
         self.experts = normal(2, WIDTH, WIDTH)
         self.tall = normal(3 * WIDTH, WIDTH)
         self.rare = normal(1)
@@ -49,8 +61,8 @@ class Toy(nn.Module):
         x = self.embed[inputs] + self.table(inputs % 11)
         if (inputs == RARE).any():
             x = x + self.rare * (inputs == RARE)[..., None]
-        for scale, matrix in zip(self.scales, self.matrices):
-            x = x + scale * torch.tanh(x @ matrix.T)
+        for scale, block in zip(self.scales, self.blocks):
+            x = block(x, scale)
         for expert in self.experts:
             x = x + torch.tanh(x @ expert.T)
         x = x + torch.tanh(x @ self.tall.T).view(*x.shape, 3).sum(-1)
@@ -62,7 +74,8 @@ class Toy(nn.Module):
             {"params": [self.scales, self.rare, self.unused], "lr": 0.02},
             {"params": [self.head], "lr": 0.01},
         ], eps=1e-6)
-        muon = Muon([*self.matrices, self.experts, self.tall], lr=0.02, weight_decay=0.1)
+        matrices = [block.matrix for block in self.blocks]
+        muon = Muon([*matrices, self.experts, self.tall], lr=0.02, weight_decay=0.1)
         return [adamw, muon, RowAdagrad([self.table.weight], lr=0.05)]
 
 
@@ -80,7 +93,7 @@ class Training:
         self.rank, self.ranks = rank, ranks
         self.model = Toy()
         self.optimizers = self.model.setup_optimizers()
-        self.layout = Layout(self.optimizers, **options)
+        self.layout = Layout(self.model, self.optimizers, **options)
         self.losses, self.norms, self.started = [], [], []
 
     def step(self, number, clip=0.0, poison=False):
@@ -90,16 +103,15 @@ class Training:
         self.layout.overlap = self.layout.overlap and not poison
         loss, _ = accumulate_gradients(self.model, batches, scale, 2, self.layout)
         if poison:
-            self.model.head.grad[0, 0] = torch.nan
+            grad = self.model.head.grad
+            grad = grad.to_local() if self.layout.sharded else grad
+            grad[0, 0] = torch.nan
         self.started.append(self.layout.started)
         loss, grad_norm = self.layout.reduce(loss)
         self.losses.append(loss)
         self.norms.append(grad_norm)
         if grad_norm == grad_norm:
-            self.layout.clip(clip, grad_norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.layout.gather()
+            self.layout.apply(clip, grad_norm)
         self.layout.zero_grad()
 
     def run(self, steps=4, clip=0.5):
@@ -108,7 +120,8 @@ class Training:
         return self
 
     def parameters(self):
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
+        whole = self.layout.whole_model()
+        return {name: value.clone() for name, value in whole.state_dict().items()}
 
     def result(self):
         return {"parameters": self.parameters(), "losses": self.losses, "norms": self.norms}
@@ -157,7 +170,7 @@ def worker(rank, ranks, port, folder):
     results = {}
 
     results["auto"] = Training(rank, ranks).layout.kind
-    for kind in ("replicated", "zero2"):
+    for kind in KINDS:
         training = Training(rank, ranks, kind=kind).run()
         results[kind] = training.result() | {
             "started": training.started,
@@ -169,9 +182,11 @@ def worker(rank, ranks, port, folder):
         results[kind]["bfloat16"] = narrow.run().result()
 
     results["gradients"] = averaged_gradients(rank, ranks)
-    results["poisoned"] = poisoned(rank, ranks)
+    for kind in ("zero2", "fsdp"):
+        results[kind]["poisoned"] = poisoned(rank, ranks, kind)
+        results[kind]["reloaded"] = reloaded(rank, ranks, kind)
     results["memory"] = full_memory(rank, ranks)
-    results["reloaded"] = reloaded(rank, ranks)
+    results["fsdp"]["memory"] = full_memory_in_a_block(rank, ranks)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -189,9 +204,9 @@ def averaged_gradients(rank, ranks):
     return {name: p.grad for name, p in training.model.named_parameters()}
 
 
-def poisoned(rank, ranks):
+def poisoned(rank, ranks, kind):
     """Step 9 has a NaN on the last rank and is skipped; the others follow, with overlap."""
-    training = Training(rank, ranks)
+    training = Training(rank, ranks, kind=kind)
     for number in (0, 1):
         training.step(number, 0.5)
     training.step(9, poison=rank == ranks - 1)
@@ -226,22 +241,36 @@ def full_memory(rank, ranks):
     return found
 
 
-def reloaded(rank, ranks):
+def full_memory_in_a_block(rank, ranks):
+    """Under fsdp no rank can start over by itself: the line that it ends with."""
+    training = Training(rank, ranks, kind="fsdp")
+
+    def fail(block, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    training.model.blocks[3].register_forward_pre_hook(fail)
+    try:
+        accumulate_gradients(training.model, micro_batches(0, rank, ranks), 1, 2, training.layout)
+    except MemoryError as error:
+        return str(error)
+
+
+def reloaded(rank, ranks, kind):
     """Saved after two steps and loaded into another model: two more steps on both."""
-    first = Training(rank, ranks).run(2)
+    first = Training(rank, ranks, kind=kind).run(2)
     states = copy.deepcopy(first.layout.optimizer_state())
-    second = Training(rank, ranks)
+    second = Training(rank, ranks, kind=kind)
     for optimizer in second.optimizers:
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.1 if group.get("weight_decay") else 0.0
             group["initial_lr"] = 77.0
-    second.model.load_state_dict(first.parameters())
+    second.layout.load_weights(first.parameters())
     second.layout.load_optimizer_state(states)
     kept = {group["initial_lr"] for o in second.optimizers for group in o.param_groups}
     for training in (first, second):
         training.step(2)
         training.step(3)
-    pairs = zip(first.model.parameters(), second.model.parameters())
+    pairs = zip(first.parameters().values(), second.parameters().values())
     equal = all(torch.equal(a, b) for a, b in pairs)
     return {"kept": kept, "equal": equal}
 
@@ -268,7 +297,7 @@ def assert_near(ours, theirs, atol=1e-6, rtol=1e-5):
         torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=rtol, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["replicated", "zero2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gloo_ranks_equal_one_process(ranks, one, kind):
     """Nothing divides by the number of ranks; gloo has neither averages nor futures.
 
@@ -296,7 +325,7 @@ def test_a_reduced_gradient_is_the_average(ranks):
             torch.testing.assert_close(rank["gradients"][name], dense, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["replicated", "zero2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_on_the_wire_is_near_float32(ranks, one, kind):
     for rank in ranks:
         narrow = rank[kind]["bfloat16"]
@@ -314,6 +343,8 @@ def test_a_shard_is_all_that_a_rank_keeps_state_for(ranks):
     for rank in ranks:
         # padding weighs much here: the one tall matrix becomes one for each rank
         assert elements(rank, "zero2") < 0.75 * elements(rank, "replicated")
+    all_ranks = sum(elements(rank, "fsdp") for rank in ranks)
+    assert all_ranks == elements(ranks[0], "replicated"), "no element is padding, none is twice"
 
 
 @pytest.mark.parametrize("kind", ["replicated", "zero2"])
@@ -330,16 +361,17 @@ def test_buckets_start_in_the_order_in_which_gradients_come_the_same_on_all_rank
         order = rank["zero2"]["order"]
         assert order == ranks[0]["zero2"]["order"]
         assert order[0] == "head" and order[-1] in ("unused", "scales", "rare")
-        assert order.index("tall") < order.index("matrices.0") < order.index("embed")
+        assert order.index("tall") < order.index("blocks.0.matrix") < order.index("embed")
 
 
-def test_a_nan_on_one_rank_is_a_nan_on_all_and_a_skipped_step_leaves_nothing(ranks):
+@pytest.mark.parametrize("kind", ["zero2", "fsdp"])
+def test_a_nan_on_one_rank_is_a_nan_on_all_and_a_skipped_step_leaves_nothing(ranks, kind):
     """docs/traps.md: nan-guards"""
     never = Training().run(5)
     for rank in ranks:
-        poisoned = rank["poisoned"]
+        poisoned = rank[kind]["poisoned"]
         assert [norm != norm for norm in poisoned["norms"]] == [False] * 2 + [True] + [False] * 3
-        assert poisoned["clean"] and poisoned["dropped"] > 0
+        assert poisoned["clean"] and (poisoned["dropped"] > 0) == (kind == "zero2")
         assert_near(poisoned["parameters"], never.parameters())
 
 
@@ -350,9 +382,17 @@ def test_a_rank_starts_over_only_if_no_reduction_has_started(ranks):
         assert message == "CUDA out of memory." and started > 0
 
 
-def test_a_rank_continues_from_its_own_part_of_the_state(ranks):
+def test_a_rank_of_a_sharded_model_that_runs_out_of_memory_says_what_to_lower(ranks):
     for rank in ranks:
-        assert rank["reloaded"] == {"kept": {77.0}, "equal": True}
+        message = rank["fsdp"]["memory"]
+        assert "--device_batch_size" in message and "--checkpoint_activations" in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", ["zero2", "fsdp"])
+def test_a_rank_continues_from_its_own_part_of_the_state(ranks, kind):
+    for rank in ranks:
+        assert rank[kind]["reloaded"] == {"kept": {77.0}, "equal": True}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -415,11 +455,11 @@ class SmallMemory(nn.Module):
 
 
 def test_unknown_kinds_and_dtypes_are_refused_in_one_line():
-    kinds = "choose from auto, replicated, zero2"
+    kinds = "choose from auto, replicated, zero2, fsdp"
     with pytest.raises(ValueError, match=f"parallel=zero3 is unknown: {kinds}"):
-        Layout([], kind="zero3")
+        Layout(Toy(), [], kind="zero3")
     with pytest.raises(ValueError, match="reduce_dtype=float16: choose from float32, bfloat16"):
-        Layout([], reduce_dtype="float16")
+        Layout(Toy(), [], reduce_dtype="float16")
 
 
 def test_state_of_another_layout_is_refused_in_one_line():
@@ -516,7 +556,7 @@ def threads():
 compute_init("cpu", "float32")
 parameter = torch.nn.Parameter(torch.ones(4))
 optimizer = AdamW([parameter])
-layout = Layout([optimizer])
+layout = Layout(torch.nn.ParameterList([parameter]), [optimizer])
 loss = parameter.sum()
 loss.backward()
 layout.reduce(loss.detach())
@@ -546,6 +586,13 @@ def test_no_thread_of_the_process_group_outlives_it():
     assert during > 0 == after
 
 
+def layout_of(*optimizers):
+    """A layout of a model whose parameters are those of the optimizers."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = nn.ParameterList(p for group in groups for p in group["params"])
+    return Layout(parameters, list(optimizers))
+
+
 @pytest.mark.parametrize("kind, shape, change", [
     (AdamW, (2, 3), lambda values: values.pop("v")),
     (AdamW, (2, 3), lambda values: values.update(v=torch.zeros(5))),
@@ -565,7 +612,7 @@ def test_what_is_no_state_of_a_parameter_is_refused_in_one_line(kind, shape, cha
         parameters = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
         for p in parameters:
             p.grad = torch.ones_like(p)
-        return Layout([kind(parameters)])
+        return layout_of(kind(parameters))
 
     trained = layout()
     trained.optimizers[0].step()
@@ -578,7 +625,7 @@ def test_what_is_no_state_of_a_parameter_is_refused_in_one_line(kind, shape, cha
 
 def test_a_setting_that_a_saved_group_lacks_is_that_of_this_run():
     p = torch.nn.Parameter(torch.ones(3))
-    layout = Layout([AdamW([p], eps=1e-7)])
+    layout = layout_of(AdamW([p], eps=1e-7))
     states = copy.deepcopy(layout.optimizer_state())
     del states[0]["param_groups"][0]["eps"]
     layout.load_optimizer_state(states)
@@ -592,15 +639,15 @@ def test_optimizer_state_of_another_model_is_refused_and_a_step_moves_to_its_dev
         parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
         for p in parameters:
             p.grad = torch.ones_like(p)
-        return [AdamW(parameters)]
+        return AdamW(parameters)
 
     saved = optimizers_of((2,), (3,))
-    saved[0].step()
-    state = Layout(saved).optimizer_state()
+    saved.step()
+    state = layout_of(saved).optimizer_state()
     with pytest.raises(UserError, match=r"not that of this model .*shape \(3,\)"):
-        Layout(optimizers_of((3,), (2,))).load_optimizer_state(state)
+        layout_of(optimizers_of((3,), (2,))).load_optimizer_state(state)
     with pytest.raises(UserError, match="state of 1 optimizers, this run has 2"):
-        Layout(optimizers_of((2,), (3,)) * 2).load_optimizer_state(state)
+        layout_of(*[optimizers_of((2,), (3,)) for _ in range(2)]).load_optimizer_state(state)
 
     elsewhere = torch.nn.Parameter(torch.ones(2, device="meta"))  # stands for another device
     optimizer = AdamW([elsewhere])

@@ -253,9 +253,21 @@ def test_two_ranks_train_what_one_rank_trains_and_one_cannot_resume_from_two(sta
     replicated_losses = losses_of(stages.folder("base", "all"))
     assert replicated_losses == pytest.approx(losses[1], abs=1e-4)
 
-    row = stages.fork_record(
-        "scripts.mid_train", "--model_tag=two", *TINY_CHAT, "--num_iterations=2", ranks=2)
-    assert row["tokens"] == 2 * 2 * 2 * 128
+    # or the model itself is cut, too
+    sharded = stages.fork_record(
+        "scripts.base_train", *command, "--model_tag=cut", "--parallel=fsdp",
+        "--checkpoint_activations=1", ranks=2)
+    assert abs(sharded["val_bpb"] - two["val_bpb"]) < 1e-4
+    assert sharded["parameters"] == two["parameters"] and sharded["checkpoint"]
+    assert losses_of(stages.folder("base", "cut")) == pytest.approx(losses[1], abs=1e-4)
+
+    for parallel in ("zero2", "fsdp"):
+        row = stages.fork_record(
+            "scripts.mid_train", "--model_tag=two", *TINY_CHAT, "--num_iterations=2",
+            f"--parallel={parallel}", ranks=2)
+        assert row["tokens"] == 2 * 2 * 2 * 128
+    trained_as = [stages.folder("mid", tag) for tag in ("two", "two-2")]
+    assert losses_of(trained_as[0]) == pytest.approx(losses_of(trained_as[1]), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------

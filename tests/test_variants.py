@@ -37,7 +37,7 @@ def test_every_class_trains_and_its_loss_falls(model_class):
     model.init_weights()
     if model_class is MODEL_CLASSES["lookup_ngrams"]:
         model.ngrams.fill(torch.arange(7), torch.ones(7, dtype=torch.int32))  # counts of nothing
-    layout = Layout(model.setup_optimizers())
+    layout = Layout(model, model.setup_optimizers())
     idx = noise(4, 17)
     batches = [(idx[:, :-1], idx[:, 1:])]
     losses = []

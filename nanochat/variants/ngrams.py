@@ -286,8 +286,11 @@ def chunk_mixture(cap, z, targets, weights, log_gate, counted):
 
 
 class Gate(nn.Linear):
-    """From features and counts to the mixture weights."""
+    """From features and counts to the mixture weights, in the dtype of its input."""
     roles = {"weight": "scalar", "bias": "scalar"}
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 @dataclass

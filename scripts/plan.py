@@ -1,0 +1,412 @@
+"""
+What training a model takes on given hardware, before anything is allocated: memory by kind, the
+largest batch, communication, tokens/s, hours, disk and cost, for each layout; and which to take.
+
+    python -m scripts.plan                                     # this machine, what base_train does
+    python -m scripts.plan --depth=32 --gpus=6 --memory_gb=24
+    python -m scripts.plan --depth=20 --gpus=8 --device=h100 --price_per_gpu_hour=3
+    python -m scripts.plan --forecasts                         # the tables of docs/planning.md
+
+base_train uses the same functions (nanochat/memory.py, forecast.py, plan.py). Memory has been held
+to the allocator of a CPU; speed is an estimate (docs/planning.md). The last line is JSON.
+"""
+import time
+from pathlib import Path
+
+import torch
+
+from nanochat.common import UserError
+from nanochat.configurator import configure, require
+from nanochat.forecast import PRICES, RATES, Machine, assumed_machine, expected_speed, expected_step
+from nanochat.hardware import DEVICES, device_kind, measure_matmul_flops, memory_gb as host_gib
+from nanochat.memory import PARALLEL, build_on_meta, communication, memory
+from nanochat.metrics import finish_stage
+from nanochat.plan import (
+    GPU_DEPTHS,
+    GPU_PARAM_DATA_RATIO,
+    arrange,
+    arrangements,
+    checkpoint_bytes,
+    choose_budget,
+    choose_shape,
+    options_of,
+)
+from nanochat.roofline import look_up
+from nanochat.variants import MODEL_CLASSES, TRAINABLE, default_model
+
+depth: int = None            # layers; None: what base_train would take
+gpus = "auto"                # number of GPUs; auto: those here
+memory_gb = "auto"           # GB of one device; auto: as it has here, or as --device has
+device: str = None           # h100, rtx-4090, 7900-xtx, ... (the table in nanochat/hardware.py)
+model: str = None            # gpt, lookup, portable; None: what base_train would take
+vocab_size: int = None       # None: 65536 on GPUs, 4096 on a CPU
+kv_heads: int = None         # key/value heads; None: as many as query heads
+max_seq_len: int = None      # context in tokens; None: what base_train would take
+total_batch_size: int = None   # tokens per optimizer step; None: from depth
+device_batch_size: int = None  # sequences per device and pass; None: the largest divisor that fits
+parallel = "auto"            # replicated, zero2 or fsdp; auto: all three, and one is recommended
+checkpoint_activations: bool = None  # recompute blocks in the backward pass; None: if it must be
+reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
+compile = True               # compiled blocks
+minutes: float = None        # budget: wall clock
+num_iterations: int = None   # budget: optimizer steps
+target_flops: float = None   # budget: training FLOPs
+target_param_data_ratio: float = None   # budget: tokens per matmul parameter; None: 20
+keep = 3                     # newest checkpoints that stay, besides the best and that before decay
+link_gb_per_second: float = None        # between GPUs, of a collective; None: by the device
+price_per_gpu_hour: float = None        # dollars; None: 3 for an H100, else no cost is given
+forecasts = False            # print the tables of docs/planning.md instead
+
+TEXT_BYTES_PER_TOKEN = 1.92  # FineWeb-Edu, compressed: 4.8 characters, .1 GB a shard of 250 M
+MACHINES = (("1 x 24 GB", "rtx-4090", 1), ("6 x 24 GB", "7900-xtx", 6), ("1 x 80 GB", "h100", 1),
+            ("8 x 80 GB", "h100", 8))  # of docs/planning.md
+
+
+# --------------------------------------------------------------------------------------------------
+# the machine
+
+def whole_number(text, name):
+    """The number in a setting that may also be "auto", at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{name}={text} is neither auto nor a number of at least 1")
+    return int(text)
+
+
+def given_bytes():
+    """--memory_gb in bytes, or None for auto."""
+    if memory_gb == "auto":
+        return None
+    try:
+        size = float(memory_gb)
+    except ValueError:
+        size = 0
+    if not 0 < size < 1e6:
+        raise UserError(f"memory_gb={memory_gb} is neither auto nor a number of GB above 0")
+    return size * 1e9
+
+
+def device_of(size):
+    """The device that stands for any of so many bytes: of RATES, the first that is nearest."""
+    return min(RATES, key=lambda kind: abs(DEVICES[kind].memory - size))
+
+
+def find_machine():
+    """(the Machine that is asked for, [lines that say where its numbers come from])."""
+    size = given_bytes()
+    here = torch.cuda.device_count()
+    link = link_gb_per_second and 1e9 * link_gb_per_second
+    is_elsewhere = device or size or gpus != "auto"
+    if not is_elsewhere and not here:
+        return this_cpu()
+    count = whole_number(gpus, "gpus") if gpus != "auto" else max(1, here)
+    kind = device
+    if kind:
+        look_up(DEVICES, kind, "device")
+        about = f"{kind}: as --device says, by its data sheet"
+    elif here:
+        kind = device_kind(torch.cuda.get_device_name(0))
+        about = f"{torch.cuda.get_device_name(0)}: the GPU here"
+        size = size or torch.cuda.mem_get_info(0)[1]
+        if kind is None or DEVICES[kind].bf16 is None:
+            flops = measure_matmul_flops(torch.device("cuda"), torch.bfloat16)
+            return Machine("cuda", count, int(size), 2, flops, None, link), [about + ", measured"]
+    else:
+        if not size:
+            raise UserError(
+                f"gpus={count}, and no GPU is here: say which with --device, or its --memory_gb")
+        kind = device_of(size)
+        about = (f"{kind} is assumed: of the devices whose speed has a source, the first whose "
+                 f"memory is nearest to {size / 1e9:g} GB; --device names another")
+    machine = assumed_machine(kind, count, size, link)
+    return machine, [about]
+
+
+def this_cpu():
+    """The Machine of this CPU, and where its numbers come from."""
+    flops = measure_matmul_flops(torch.device("cpu"), torch.float32)
+    size = host_gib() and int(host_gib() * 2**30)
+    return Machine("cpu", 1, size, 4, flops), [
+        "no GPU is here: this CPU, matmul measured; half of it for a step is an estimate, and "
+        "base_train measures"]
+
+
+# --------------------------------------------------------------------------------------------------
+# the figures
+
+def hours_and_steps(budget, machine, network, way):
+    """(hours, steps) of a run with an Arrangement."""
+    batch = way.batch.total_batch_size
+    if budget.kind == "minutes":
+        hours = budget.amount / 60
+        return hours, hours * 3600 * way.tokens_per_second / batch
+    if budget.kind == "num_iterations":
+        steps = budget.amount
+    elif budget.kind == "target_flops":
+        steps = budget.amount / network.flops_per_token(network.config.max_seq_len) / batch
+    else:
+        steps = budget.amount * network.matmul_parameters() / batch
+    steps = max(1, round(steps))
+    return steps * batch / way.tokens_per_second / 3600, steps
+
+
+def figures(settings, budget, machine, network, way):
+    """What an Arrangement comes to, as a dict; bytes, seconds, hours, dollars."""
+    options = options_of(settings)
+    sent = communication(
+        network, machine.ranks, way.parallel,
+        grad_accum_steps=way.batch.grad_accum_steps,
+        dtype_bytes=machine.dtype_bytes,
+        wire_bytes=options["wire_bytes"])
+    step = expected_step(
+        machine, network, way.batch, way.parallel, way.checkpoint_activations,
+        options["wire_bytes"])
+    hours, steps = hours_and_steps(budget, machine, network, way)
+    price = price_per_gpu_hour or PRICES.get(machine.kind)
+    tokens = steps * way.batch.total_batch_size
+    return {
+        "parallel": way.parallel,
+        "checkpoint_activations": way.checkpoint_activations,
+        "micro_batch_size": way.batch.micro_batch_size,
+        "micro_batch_limit": way.limit,
+        "grad_accum_steps": way.batch.grad_accum_steps,
+        "total_batch_size": way.batch.total_batch_size,
+        "memory": way.memory._asdict(),
+        "memory_total": way.memory.total,
+        "peak": way.memory.peak,
+        "sent": sent.total,
+        "seconds_per_step": step.seconds,
+        "communication_seconds": step.communicating,
+        "tokens_per_second": step.tokens_per_second,
+        "steps": steps,
+        "hours": hours,
+        "checkpoints": (settings["keep"] + 2) * checkpoint_bytes(network),
+        "text": tokens * TEXT_BYTES_PER_TOKEN,
+        "cost": price and price * machine.ranks * hours,
+    }
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines)
+
+
+def layout_name(row):
+    return row["parallel"] + (", recomputing" if row["checkpoint_activations"] else "")
+
+
+def dollars(cost):
+    return f"${cost:,.0f}" if cost else "-"
+
+
+def gb(size):
+    return f"{size / 1e9:.2f}" if size else "-"
+
+
+def speed_table(rows, missing):
+    """A line for each layout: batch, communication, speed, hours, cost."""
+    head = ["layout", "memory GB", "sequences x passes", "largest", "sent GB a step", "s", "tokens/s",
+            "hours", "cost"]
+    lines = []
+    for row in rows:
+        lines.append([
+            layout_name(row),
+            gb(row["memory_total"]),
+            f"{row['micro_batch_size']} x {row['grad_accum_steps']}",
+            str(row["micro_batch_limit"]),
+            gb(row["sent"]),
+            f"{row['communication_seconds']:.3f} of {row['seconds_per_step']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['hours']:.3g}",
+            dollars(row["cost"]),
+        ])
+    for kind, size in missing.items():
+        lines.append([kind, f"{gb(size)}: no", *["-"] * 7])
+    return table(head, lines)
+
+
+def memory_table(rows):
+    """A line for each layout: bytes by kind."""
+    kinds = list(rows[0]["memory"])
+    lines = []
+    for row in rows:
+        sizes = [gb(row["memory"][kind]) for kind in kinds]
+        lines.append([layout_name(row), *sizes, gb(row["memory_total"]), row["peak"]])
+    return table(["GB of one device", *kinds, "at most", "at the"], lines)
+
+
+def command_of(machine, chosen, network, name):
+    """The command that trains so."""
+    start = "python -m scripts.base_train"
+    if machine.ranks > 1:
+        start = f"torchrun --standalone --nproc_per_node={machine.ranks} -m scripts.base_train --"
+    words = [
+        start, f"--model={name}", f"--depth={network.config.depth}",
+        f"--max_seq_len={network.config.max_seq_len}",
+        f"--total_batch_size={chosen['total_batch_size']}",
+        f"--device_batch_size={chosen['micro_batch_size']}", f"--parallel={chosen['parallel']}"]
+    if chosen["checkpoint_activations"]:
+        words.append("--checkpoint_activations")
+    for budget in ("minutes", "num_iterations", "target_flops", "target_param_data_ratio"):
+        if settings[budget] is not None:
+            words.append(f"--{budget}={settings[budget]}")
+    return " ".join(words)
+
+
+def reason_of(chosen, rows, missing, machine):
+    """One line: why this layout."""
+    if machine.ranks == 1:
+        reason = "one device has nothing to share"
+    elif chosen["parallel"] == "fsdp":
+        reason = "nothing else fits, although it moves the model in every pass"
+    else:
+        reason = "it fits, and it sends the model once in a step"
+    if chosen["checkpoint_activations"]:
+        reason += "; recomputing, for otherwise it does not fit or only with a slower batch"
+    return f"Recommended: {layout_name(chosen)}: {reason}."
+
+
+# --------------------------------------------------------------------------------------------------
+# one size on one machine
+
+def network_of(name, shape, vocabulary):
+    config = MODEL_CLASSES[name].config_class.from_depth(
+        shape.depth, vocabulary, shape.max_seq_len, settings["kv_heads"])
+    return build_on_meta(MODEL_CLASSES[name], config)
+
+
+def rows_of(settings, budget, machine, network, wanted):
+    """([figures of each layout that fits], {layout that does not: its bytes with 1 sequence})."""
+    kinds = ["replicated"] if machine.ranks == 1 else list(PARALLEL)
+    if settings["parallel"] != "auto":
+        kinds = [settings["parallel"]]
+    rows, missing = [], {}
+    for kind in kinds:
+        asked = {**settings, "parallel": kind}
+        found = arrangements(
+            asked, machine, network, wanted,
+            settings["total_batch_size"], settings["device_batch_size"])
+        if found:
+            rows.append(figures(settings, budget, machine, network, found[0]))
+        else:
+            missing[kind] = memory(
+                network, 1, machine.dtype_bytes, machine.ranks, machine.device_type,
+                parallel=kind, checkpoint_activations=True, **options_of(settings)).total
+    return rows, missing
+
+
+def plan_one(settings):
+    """Print the plan; returns its figures."""
+    # 1) the machine
+    machine, about = find_machine()
+    on_gpu = machine.device_type == "cuda"
+    name = settings["model"] or default_model(machine.device_type)
+    look_up(dict.fromkeys(TRAINABLE), name, "model")
+    vocabulary = settings["vocab_size"] or (65536 if on_gpu else 4096)
+    budget = choose_budget({**settings, "extend": None}, machine.device_type)
+
+    # 2) the size and the layouts
+    def speed(depth, max_seq_len):
+        config = MODEL_CLASSES[name].config_class.from_depth(depth, vocabulary, max_seq_len)
+        flops = build_on_meta(MODEL_CLASSES[name], config).flops_per_token(max_seq_len)
+        return expected_speed(machine, flops)
+
+    shape = choose_shape(settings, budget, machine, MODEL_CLASSES[name], vocabulary, speed)
+    network = network_of(name, shape, vocabulary)
+    best = arrange(
+        settings, machine, network, shape.total_batch_size,
+        settings["total_batch_size"], settings["device_batch_size"])
+    chosen = figures(settings, budget, machine, network, best)
+    rows, missing = rows_of(settings, budget, machine, network, shape.total_batch_size)
+
+    # 3) for people
+    parameters = sum(p.numel() for p in network.parameters())
+    size = f"{machine.memory / 1e9:.1f} GB" if machine.memory else "memory unknown"
+    print(f"{machine.ranks} x {machine.kind or machine.device_type}, {size} each, "
+          f"{machine.matmul_flops / 1e12:.3g} TFLOP/s in matmuls. {about[0]}")
+    print(f"{name}, depth {shape.depth} ({shape.reason}), {parameters / 1e6:,.0f} M parameters, "
+          f"context {shape.max_seq_len}, vocabulary {vocabulary:,}, "
+          f"{budget.kind}={budget.amount:g}\n")
+    print(speed_table(rows, missing) + "\n")
+    print(memory_table(rows) + "\n")
+    link = f", {machine.bandwidth / 1e9:g} GB/s between GPUs" if machine.ranks > 1 else ""
+    print(f"Speed, hours and cost are an estimate, never measured by us: a step reaches "
+          f"{100 * machine.step_share:.0f} % of the matmul rate{link}, none of it hidden.")
+    print(f"Disk: {chosen['checkpoints'] / 1e9:.1f} GB of checkpoints, "
+          f"{chosen['text'] / 1e9:.1f} GB of text that is read once.")
+    print(reason_of(chosen, rows, missing, machine))
+    command = command_of(machine, chosen, network, name)
+    print(f"\n    {command}\n")
+    return {
+        "device": machine.kind or machine.device_type,
+        "gpus": machine.ranks if on_gpu else 0,
+        "memory_bytes": machine.memory,
+        "model": name,
+        "depth": shape.depth,
+        "parameters": parameters,
+        "recommended": chosen,
+        "layouts": rows,
+        "too_large": missing,
+        "command": command,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# docs/planning.md
+
+def forecast_rows(settings, name):
+    """Lines of the table of one model: machines and depths."""
+    for title, kind, count in MACHINES:
+        machine = assumed_machine(kind, count)
+        for layers in (12, 20, 26, 32):
+            sized = {**settings, "depth": layers, "vocab_size": 32768}
+            budget = choose_budget({**sized, "extend": None}, "cuda")
+            shape = choose_shape(sized, budget, machine, MODEL_CLASSES[name], 32768, None)
+            network = network_of(name, shape, 32768)
+            first = [title, str(layers)]
+            ways = arrangements(sized, machine, network, shape.total_batch_size)
+            if not ways:
+                kind_, recompute = ("zero2" if count > 1 else "replicated"), True
+                needed = memory(network, 1, 2, count, parallel="fsdp" if count > 1 else kind_,
+                                checkpoint_activations=recompute)
+                yield [*first, "does not fit", *["-"] * 6, gb(needed.total), "-", "-"]
+                continue
+            row = figures(sized, budget, machine, network, ways[0])
+            held = row["memory"]
+            yield [
+                *first,
+                layout_name(row),
+                f"{row['micro_batch_size']} x {row['grad_accum_steps']}",
+                gb(held["parameters"] + held["tables"]),
+                gb(held["gradients"]),
+                gb(held["optimizer"]),
+                gb(held["activations"]),
+                gb(max(held["logits"], held["backward"])),
+                gb(row["memory_total"]),
+                f"{row['tokens_per_second'] / 1000:,.0f}k",
+                f"{row['hours']:.2g}",
+            ]
+
+
+def print_forecasts(settings):
+    """The tables of docs/planning.md."""
+    head = ["GPUs", "depth", "layout", "sequences x passes", "parameters", "gradients", "optimizer",
+            "activations", "loss", "GB in all", "tokens/s", "hours"]
+    for name in ("gpt", "lookup"):
+        print(f"`--model={name}`\n")
+        print(table(head, list(forecast_rows(settings, name))) + "\n")
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    settings = configure(globals())
+    require(settings, 1, "depth", "vocab_size", "max_seq_len", "total_batch_size",
+            "device_batch_size", "keep")
+    require(settings, 1e-3, "link_gb_per_second", "price_per_gpu_hour")
+    if forecasts:
+        print_forecasts(settings)
+        fields = {}
+    else:
+        fields = plan_one(settings)
+    finish_stage("plan", time.perf_counter() - started, settings, **fields)
