@@ -57,6 +57,7 @@ class Worker:
         self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
             command,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
@@ -129,26 +130,28 @@ def examine(names, limit, command):
     deadline = time.monotonic() + limit
     worker = None
     torch_is_broken = False
-    for position, name in enumerate(names):
-        left = deadline - time.monotonic()
-        if left < 1:
-            yield name, [unfinished(name, f"not examined: {limit:.0f} seconds were over")], {}
-            continue
-        if torch_is_broken and name in NEED_TORCH:
-            yield name, [], {}
-            continue
-        if worker is None:
-            others = ",".join(names[position:])
-            worker = Worker([*command, others, device_type, dtype])
-        own_limit = PROBES[name].seconds
-        checks, numbers, usable = worker.answer(name, min(own_limit, left), left < own_limit)
-        if not usable:
+    try:
+        for position, name in enumerate(names):
+            left = deadline - time.monotonic()
+            if left < 1:
+                yield name, [unfinished(name, f"not examined: {limit:.0f} seconds were over")], {}
+                continue
+            if torch_is_broken and name in NEED_TORCH:
+                yield name, [], {}
+                continue
+            if worker is None:
+                others = ",".join(names[position:])
+                worker = Worker([*command, others, device_type, dtype])
+            own_limit = PROBES[name].seconds
+            checks, numbers, usable = worker.answer(name, min(own_limit, left), left < own_limit)
+            if not usable:
+                worker.end()
+                worker = None
+                torch_is_broken = torch_is_broken or name == "torch"
+            yield name, checks, numbers
+    finally:
+        if worker:
             worker.end()
-            worker = None
-            torch_is_broken = torch_is_broken or name == "torch"
-        yield name, checks, numbers
-    if worker:
-        worker.end()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 32_768  # for which the expected figures are; a run of its own would take 65,536
 SHARDS = 8           # of FineWeb-Edu: 0.4 billion tokens
 SEEDS = (1, 2, 3)
+TRAIN_ON_TEXT = {"depth12", "depth20", "models", "layouts", "resume"}
 SHORTEST = 20        # seconds for which a step is worth starting
 HEARTBEAT = 15       # seconds between two lines of a command that takes long
 
@@ -442,43 +443,54 @@ def end_group(process, number):
         pass  # it has ended meanwhile
 
 
+def wait_for(process, command, base, deadline):
+    """Wait until a command ends; returns whether it was stopped for its kill_tag.
+
+    Failed at the deadline, of time.monotonic().
+    """
+    stopped = False
+    began = said = time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.2)
+        now = time.monotonic()
+        if now > deadline:
+            raise Failed(f"no end after {now - began:.0f} seconds")
+        if now - said > HEARTBEAT:
+            said = now
+            print(f"    ... {now - began:.0f} s", flush=True)
+        if command.kill_tag and not stopped and trained_steps(base, command.kill_tag) >= 3:
+            stopped = True
+            process.send_signal(signal.SIGTERM)
+    return stopped
+
+
 def run_command(command, log, base, deadline):
     """Run a Command with its output in a log; returns its record. Failed where it fails.
 
     deadline: of time.monotonic(), at which it is killed.
     """
-    environment = {**os.environ, **command.variables, "NANOCHAT_BASE_DIR": str(base)}
-    killed = False
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command.line(),
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **command.variables, "NANOCHAT_BASE_DIR": str(base)},
+            stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        began = said = time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.2)
-            now = time.monotonic()
-            if now > deadline:
-                end_group(process, signal.SIGKILL)
-                process.wait(10)
-                raise Failed(f"no end after {now - began:.0f} seconds, {log}")
-            if now - said > HEARTBEAT:
-                said = now
-                print(f"    ... {now - began:.0f} s", flush=True)
-            if command.kill_tag and not killed and trained_steps(base, command.kill_tag) >= 3:
-                killed = True
-                process.send_signal(signal.SIGTERM)
-    if command.kill_tag and not killed:
-        raise Failed(f"it ended before it could be stopped, exit status {process.returncode}")
-    if killed:
+        try:
+            stopped = wait_for(process, command, base, deadline)
+        finally:  # also after Ctrl+C, which does not come to another session
+            end_group(process, signal.SIGKILL)
+            process.wait()
+    if stopped:
         return {"stopped_at": trained_steps(base, command.kill_tag)}
     if process.returncode:
         reason = reason_of(log.read_text(encoding="utf-8", errors="replace"))
         raise Failed(f"exit status {process.returncode}: {reason} ({log})")
+    if command.kill_tag:
+        raise Failed(f"it ended before it could be stopped ({log})")
     return {**last_record(log), "log": str(log)}
 
 
@@ -524,6 +536,14 @@ def chosen_steps(names):
         if name not in known:
             raise UserError(f"steps={names}: {name} does not exist: choose from {', '.join(known)}")
     return [step for step in STEPS if not wanted or step.name in wanted]
+
+
+def with_text(wanted, has_tokenizer):
+    """The Steps, with that of the text before those that train on it, where there is none yet."""
+    names = {step.name for step in wanted}
+    if has_tokenizer or "text" in names or not names & TRAIN_ON_TEXT:
+        return wanted
+    return [step for step in STEPS if step.name == "text" or step.name in names]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -599,6 +619,8 @@ def main(settings):
         raise UserError("torch sees no GPU here: python -m scripts.doctor says why; --tiny runs "
                         "the checklist on a CPU")
     folder = Path(out).absolute() if out else get_base_dir() / "gpu_checklist"
+    base = folder / "base"
+    wanted = with_text(wanted, (base / "tokenizer").exists() or (base / "tokenizers").exists())
     setup = Setup(size, ranks, str(Path(data).absolute()) if data else "", size == "full")
     limit = sum(step.limit(size) for step in wanted) / 60
     where = f"{ranks} GPU{'s' * (ranks > 1)}" if count else f"{ranks} ranks of the CPU"
@@ -611,7 +633,7 @@ def main(settings):
 
     # one step after another; what fails is written down like what does not
     rows = []
-    (folder / "base").mkdir(parents=True, exist_ok=True)
+    base.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(wanted, start=1):
         print(f"[{number}/{len(wanted)}] {step.name}", flush=True)
         left = 60 * minutes - (time.monotonic() - started) if minutes else math.inf
@@ -621,7 +643,7 @@ def main(settings):
             row = skipped(step, f"{minutes:g} minutes were over")
         else:
             # the models of the steps before, which are of no use and fill the disk
-            shutil.rmtree(folder / "base" / "base_checkpoints", ignore_errors=True)
+            shutil.rmtree(base / "base_checkpoints", ignore_errors=True)
             row = run_step(step, step.commands(setup), folder, min(left, step.limit(size)))
         if row.get("figures", {}).get("hub") == "offline":
             setup = setup._replace(online=False)

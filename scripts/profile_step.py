@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nanochat.benchmark import Case, Training
+from nanochat.benchmark import Case, Setup, Training
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.hardware import (
@@ -48,7 +48,7 @@ max_seq_len: int = None      # context in tokens. None: 2048 on a GPU, else 256
 device_batch_size: int = None  # sequences of a step and device. None: 16 on a GPU, else 8
 steps = 3                    # under the profiler
 warm_steps = 5               # before them; the first two, which compile, count for no speed
-parallel = "auto"            # layout: replicated, zero2, ...; auto: as in training
+parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several ranks
 compile = True               # compile the blocks
 device_type = ""             # cuda, mps or cpu; empty: what training would choose
 dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
@@ -225,7 +225,11 @@ def main(settings):
     print0(f"{model}, {case.name}, width {config.width}, vocabulary {config.vocab_size:,}, "
            f"{case.batch_size} sequences of {config.max_seq_len} tokens on each of "
            f"{compute.world_size} x {compute.device.type}, {dtype_name}")
-    training = Training(case, compute, case.batch_size, "muon", compile, parallel)
+    kind = parallel
+    if parallel == "auto":
+        kind = "zero2" if compute.world_size > 1 else "replicated"
+    setup = Setup(parallel=kind, compile=compile)
+    training = Training(case, compute, case.batch_size, setup)
     reset_peak_memory(compute.device)
     durations = []
     for number in range(1, warm_steps + 1):

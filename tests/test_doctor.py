@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -406,6 +407,35 @@ def test_what_there_is_no_time_for_is_named(worker):
     assert found["network"].detail.startswith("not finished in the")
     assert found["memory"].detail == "not examined: 2 seconds were over"
     assert {found[name].status for name in ("network", "memory")} == {"note"}
+
+
+def test_no_process_of_a_probe_is_left(tmp_path):
+    code = "import os, subprocess, sys, time\n" + f"""
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+check = dict(status="ok", name="x", detail=f"{{os.getpid()}} {{child.pid}}")
+print({doctor.MARK!r} + __import__("json").dumps(dict(checks=[check], numbers={{}})), flush=True)
+time.sleep(60)
+"""
+    examination = doctor.examine(["machine"], 60, [sys.executable, "-c", code])
+    _, [check], _ = next(examination)
+    examination.close()
+    for pid in check.detail.split():
+        assert ends(int(pid)), f"{pid} is still running"
+
+
+def ends(pid):
+    """Whether a process has ended, or does within ten seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        if state.split()[0] == "Z":  # killed, and nobody has asked for its status
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_options_choose_the_parts():

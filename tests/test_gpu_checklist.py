@@ -71,6 +71,18 @@ def test_text_comes_from_the_hub_where_it_answers():
     assert first[2][:2] == ["scripts.tok_train", "--data=my.txt"]
 
 
+def test_a_step_that_trains_brings_its_text_where_there_is_none():
+    def names(steps, has_tokenizer):
+        wanted = checklist.with_text(checklist.chosen_steps(steps), has_tokenizer)
+        return [step.name for step in wanted]
+
+    assert names("depth12,profile", False) == ["text", "profile", "depth12"]
+    assert names("depth12", True) == ["depth12"]
+    assert names("profile", False) == ["profile"]
+    assert names("text,depth12", False) == ["text", "depth12"]
+    assert checklist.TRAIN_ON_TEXT <= {step.name for step in STEPS}
+
+
 def test_three_seeds_of_both_models_have_equal_minutes():
     [step] = [step for step in STEPS if step.name == "models"]
     commands = step.commands(SETUPS[0])
@@ -199,6 +211,8 @@ def test_a_run_is_stopped_once_it_has_trained_some_steps(run):
     assert run(Fake(STOPPED, kill_tag="killed")) == {"stopped_at": 4}
     with pytest.raises(Failed, match="before it could be stopped"):
         run(Fake("pass", kill_tag="other"))
+    with pytest.raises(Failed, match="exit status 2: error: no tokenizer"):
+        run(Fake("print('error: no tokenizer'); raise SystemExit(2)", kill_tag="other"))
 
 
 SETTINGS = {"gpus": None, "minutes": None}
@@ -287,7 +301,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(base_dir):
 
 def test_a_tiny_run_stops_and_resumes_a_training_run_here(text, base_dir):
     done = script(
-        "--tiny", "--gpus=1", "--steps=text,resume", f"--data={text}", "--out=here", base=base_dir)
+        "--tiny", "--gpus=1", "--steps=resume", f"--data={text}", "--out=here", base=base_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     tokenizer, resume = last_json(done.stdout)["steps"]
     assert tokenizer["figures"] == {"vocabulary": 430}
