@@ -87,8 +87,8 @@ class Memory(NamedTuple):
     @property
     def total(self):
         """The largest sum at any time."""
-        in_passes = self.activations + self.gathered + max(self.logits, self.backward)
-        return self.held + max(in_passes, self.update)
+        while_training = self.activations + self.gathered + max(self.logits, self.backward)
+        return self.held + max(while_training, self.update)
 
     def describe(self):
         """The kinds that are there at the peak, in GB."""

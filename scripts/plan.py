@@ -59,7 +59,7 @@ forecasts = False            # print the tables of docs/planning.md instead
 
 TEXT_BYTES_PER_TOKEN = 1.92  # FineWeb-Edu, compressed: 4.8 characters, .1 GB a shard of 250 M
 # A review of an earlier version, by hand, for a vocabulary of 32,768: model, GPUs, depth,
-# sequences, and GB at the peak. It had 12 numbers a layer for each token and channel, where KEPT has 18.
+# sequences, and GB at the peak. It had 12 numbers a layer for each token and channel, KEPT has 18.
 REVIEW = (
     ("gpt", 1, 20, 4, 14.6), ("lookup", 1, 20, 2, 19.8), ("lookup", 6, 20, 6, 21.5),
     ("lookup", 6, 26, 1, 27), ("lookup", 1, 20, 32, 63), ("lookup", 8, 20, 32, 50),

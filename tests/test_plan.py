@@ -28,8 +28,11 @@ from nanochat.plan import (
     Budget,
     Horizon,
     Reading,
+    arrange,
+    arrangements,
     chat_batch,
     chat_horizon,
+    check_disk,
     check_not_passed,
     checkpoint_bytes,
     choose_batch,
@@ -41,6 +44,7 @@ from nanochat.plan import (
     gpu_shape,
     gpu_weight_decay,
     is_overfitting,
+    gpu_depth,
     largest_divisor,
     make_chat_plan,
     make_plan,
@@ -56,13 +60,13 @@ GB = 10**9
 VOCAB_SIZE = 65536
 NAMES = (
     "depth", "max_seq_len", "kv_heads", "total_batch_size", "device_batch_size", "weight_decay",
-    "extend", *BUDGETS)
+    "extend", "checkpoint_activations", *BUDGETS)
 
 
 def settings_with(**given):
     """The settings of base_train as far as a plan reads them: all None, but for these."""
-    assert given.keys() <= {*NAMES, "keep"}
-    return {**dict.fromkeys(NAMES), "keep": 3, **given}
+    assert given.keys() <= {*NAMES, "keep", "parallel"}
+    return {**dict.fromkeys(NAMES), "keep": 3, "parallel": "auto", **given}
 
 
 # -------------------------------------------------------------------------------- 1. the budget
@@ -572,6 +576,132 @@ def test_a_deeper_model_takes_no_more_sequences_and_more_ranks_no_fewer():
 def test_where_the_memory_is_not_known_the_usual_number_of_sequences_is_taken(device_type):
     model = model_of("gpt")
     assert micro_batch_limit(model, None, 4, 1, device_type) == MAX_MICRO_BATCH[device_type]
+
+
+H100, RTX_4090, XTX = "h100", "rtx-4090", "7900-xtx"
+RATIO = Budget("target_param_data_ratio", 20.0)
+
+
+def network(depth, model_class=GPT, vocab_size=32768):
+    return build_on_meta(
+        model_class, model_class.config_class.from_depth(depth, vocab_size, 2048))
+
+
+def test_zero2_is_taken_where_it_fits_and_fsdp_only_where_nothing_else_does():
+    """fsdp moves the model in every micro-batch; recomputing comes before it."""
+    def chosen(depth, kind, gpus, model_class=GPT):
+        found = arrange(settings_with(), assumed_machine(kind, gpus), network(depth, model_class),
+                        2**20)
+        return found.parallel, found.checkpoint_activations
+
+    assert chosen(20, H100, 8) == ("zero2", False)
+    assert chosen(20, XTX, 6) == ("zero2", False)
+    assert chosen(32, XTX, 6) == ("zero2", True)
+    assert chosen(32, XTX, 6, LookupGPT) == ("fsdp", True)
+    assert chosen(20, RTX_4090, 1) == ("replicated", False)
+
+
+def test_recomputing_is_taken_where_it_is_faster_than_passes_of_few_tokens():
+    ways = arrangements(settings_with(), assumed_machine(RTX_4090, 1), network(20), 2**19)
+    assert [way.checkpoint_activations for way in ways] == [False, True]
+    assert ways[0].tokens_per_second > ways[1].tokens_per_second
+    assert ways[0].limit < ways[1].limit
+    for way in ways:
+        assert way.memory.total <= 0.85 * 24 * GB
+
+
+def test_given_layouts_are_kept_and_what_cannot_fit_is_refused_with_what_would():
+    machine = assumed_machine(XTX, 6)
+    kept = arrange(
+        settings_with(parallel="fsdp", checkpoint_activations=True), machine, network(12), 2**18)
+    assert kept.parallel == "fsdp" and kept.checkpoint_activations
+    for given, words in (
+        ({"parallel": "replicated"}, "--parallel=zero2 --checkpoint_activations"),
+        ({"checkpoint_activations": False, "parallel": "zero2"}, "--checkpoint_activations"),
+    ):
+        with pytest.raises(UserError) as refused:
+            arrange(settings_with(**given), machine, network(32), 2**20)
+        assert "and there are 24.0 GB: " in str(refused.value) and words in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        arrange(settings_with(checkpoint_activations=False), assumed_machine(RTX_4090, 1),
+                network(20), 2**19, None, 32)
+    words = str(refused.value)
+    assert "depth 20 takes " in words and "32 sequences at a time" in words
+    assert "--device_batch_size=" in words
+    with pytest.raises(UserError, match="--depth=26 would fit, or more GPUs"):
+        arrange(settings_with(), assumed_machine(RTX_4090, 1), network(32), 2**20)
+    with pytest.raises(UserError, match="parallel=zero3 is unknown: choose from auto, replicated"):
+        arrange(settings_with(parallel="zero3"), machine, network(12), 2**18)
+
+
+def test_a_cpu_refuses_what_its_memory_cannot_hold():
+    machine = Machine("cpu", 1, 4 * GB, 4, 5e10)
+    given = settings_with(depth=20, max_seq_len=2048, total_batch_size=4096)
+    with pytest.raises(UserError, match="depth 20 takes .* and there are 4.0 GB: --depth=8 would"):
+        make_plan(given, Budget("minutes", 5.0), machine, GPT, 65536, None)
+
+
+def depth_of(kind, gpus, budget=RATIO, vocab_size=32768, **given):
+    machine = assumed_machine(kind, gpus)
+    return gpu_depth(settings_with(**given), budget, machine, GPT, vocab_size)
+
+
+def test_a_gpu_run_without_a_depth_fits_its_memory_and_a_night():
+    assert depth_of(H100, 8)[0] == depth_of(H100, 8, vocab_size=VOCAB_SIZE)[0] == 20
+    for kind, gpus in ((RTX_4090, 1), (XTX, 1), (XTX, 6), (H100, 1)):
+        depth, reason = depth_of(kind, gpus)
+        assert 4 < depth < 20 and f"depth {depth + 2} would take " in reason
+        settings = settings_with()
+        plan = make_plan(settings, RATIO, assumed_machine(kind, gpus), GPT, 32768, None)
+        assert plan.shape.depth == depth and plan.hours <= 1.05 * GPU_HOURS
+        assert reason in plan.shape.reason
+    assert depth_of(XTX, 1)[0] < depth_of(XTX, 6)[0]
+
+
+def test_minutes_pay_for_a_depth():
+    depths = [depth_of(H100, 8, Budget("minutes", minutes))[0] for minutes in (5, 60, 140, 6000)]
+    assert depths == sorted(depths) and len(set(depths)) == 4
+    assert depths[-1] == GPU_DEPTHS[-1]
+    # with text for no more than that
+    short = gpu_depth(
+        settings_with(), Budget("minutes", 6000), assumed_machine(H100, 8), GPT, 32768, 10**9)
+    assert short[0] < depths[-1]
+
+
+def test_a_small_card_takes_a_smaller_model_for_want_of_memory():
+    machine = assumed_machine(H100, 1, 8 * GB)
+    depth, reason = gpu_depth(settings_with(), Budget("num_iterations", 10), machine, GPT, 32768)
+    assert depth < 20 and f"depth {depth + 2} does not fit the memory" in reason
+
+
+def test_the_anchors_of_the_assumed_rates():
+    """Tokens/s of a GPU at depth 20 and a vocabulary of 32,768, as forecast.RATES says."""
+    for kind, expected in ((H100, 148e3), (RTX_4090, 34.5e3), (XTX, 15e3)):
+        machine = assumed_machine(kind, 1)
+        step = expected_step(machine, network(20), Batch(2**19, 16, 16))
+        assert step.tokens_per_second == pytest.approx(expected, rel=0.03)
+
+
+def test_recomputing_and_slow_links_cost_time():
+    machine = assumed_machine(XTX, 6)
+    batch = Batch(6 * 2048 * 42, 7, 6)
+    plain = expected_step(machine, network(20), batch, "zero2")
+    again = expected_step(machine, network(20), batch, "zero2", True)
+    assert again.computing == pytest.approx(4 / 3 * plain.computing)
+    faster = expected_step(machine._replace(link=48e9), network(20), batch, "zero2")
+    assert plain.communicating == pytest.approx(4 * faster.communicating)
+    every_pass = expected_step(machine, network(20), batch, "fsdp")
+    assert every_pass.communicating > 3 * plain.communicating
+
+
+def test_too_little_disk_is_warned_of_or_refused():
+    plan = make_plan(
+        settings_with(depth=4), Budget("num_iterations", 10), MACHINES["cuda"], GPT, 4096, None)
+    one = plan.disk / 5
+    assert check_disk(plan, 3, 6 * one, "/x") is None
+    assert "warning: /x has " in check_disk(plan, 3, 4 * one, "/x")
+    with pytest.raises(UserError, match="set NANOCHAT_BASE_DIR to a folder on a larger disk"):
+        check_disk(plan, 3, 0.9 * one, "/x")
 
 
 # -------------------------------------------------------------------------------- 7. time and disk
