@@ -599,7 +599,8 @@ def what_would_fit(settings, machine, model, wanted, micro_batch_size):
         return words + remedy
     depth = largest_fitting_depth(freed, machine, model)
     if depth:
-        return f"{words}--depth={depth} would fit" + ("" if machine.ranks > 1 else ", or more GPUs")
+        one_gpu = machine.device_type == "cuda" and machine.ranks == 1
+        return f"{words}--depth={depth} would fit" + (", or more GPUs" if one_gpu else "")
     return f"{words}not even depth {GPU_DEPTHS[0]} fits; a shorter --max_seq_len needs less"
 
 
@@ -866,14 +867,14 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
 
     # 2. the layout and the batch; the loader's position counts in micro-batches, so a resumed run
     # keeps their size
-    best = arrange(
-        settings,
-        machine,
-        model,
+    given = (
         shape.total_batch_size,
         shape.total_batch_size if resumed else settings["total_batch_size"],
         settings["device_batch_size"] or (resumed or {}).get("device_batch_size"),
     )
+    if resumed and not arrangements(settings, machine, model, *given):
+        machine = machine._replace(memory=None)  # it has run, whatever the estimate says
+    best = arrange(settings, machine, model, *given)
     batch = best.batch
     tokens_per_second = best.tokens_per_second
     measured = depends_on_speed(settings, machine, resumed)

@@ -628,7 +628,7 @@ def test_given_layouts_are_kept_and_what_cannot_fit_is_refused_with_what_would()
     words = str(refused.value)
     assert "depth 20 takes " in words and "32 sequences at a time" in words
     assert "--device_batch_size=" in words
-    with pytest.raises(UserError, match="--depth=26 would fit, or more GPUs"):
+    with pytest.raises(UserError, match="--depth=28 would fit, or more GPUs"):
         arrange(settings_with(), assumed_machine(RTX_4090, 1), network(32), 2**20)
     with pytest.raises(UserError, match="parallel=zero3 is unknown: choose from auto, replicated"):
         arrange(settings_with(parallel="zero3"), machine, network(12), 2**18)
@@ -637,8 +637,17 @@ def test_given_layouts_are_kept_and_what_cannot_fit_is_refused_with_what_would()
 def test_a_cpu_refuses_what_its_memory_cannot_hold():
     machine = Machine("cpu", 1, 4 * GB, 4, 5e10)
     given = settings_with(depth=20, max_seq_len=2048, total_batch_size=4096)
-    with pytest.raises(UserError, match="depth 20 takes .* and there are 4.0 GB: --depth=8 would"):
+    with pytest.raises(UserError, match="depth 20 takes .* are 4.0 GB: --depth=12 would fit$"):
         make_plan(given, Budget("minutes", 5.0), machine, GPT, 65536, None)
+
+
+def test_a_resumed_run_is_not_refused_by_an_estimate():
+    meta = resumed_meta("gpt", 1)
+    machine = Machine("cuda", 1, 10**6, 2, 1e12)
+    plan = make_plan(
+        settings_with(), Budget("minutes", 4.0), machine, GPT, 280, None,
+        {**meta, "device_batch_size": 43})
+    assert plan.batch.micro_batch_size == 43
 
 
 def depth_of(kind, gpus, budget=RATIO, vocab_size=32768, **given):
