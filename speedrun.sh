@@ -193,6 +193,19 @@ shards_of() {
     }'
 }
 
+# planned_depth: the layers of the model that base_train will choose on this machine; without a
+# machine, those of the documented run.
+planned_depth() {
+    local words=("--gpus=$GPUS")
+    if [ -n "$DRY_RUN" ]; then
+        echo 20
+        return
+    fi
+    if [ -n "$MINUTES" ]; then words+=("--minutes=$(minutes_of base_train)"); fi
+    python -m scripts.plan "${words[@]}" |
+        python -c 'import json, sys; print(json.loads(sys.stdin.readlines()[-1])["depth"])'
+}
+
 # minutes_of STAGE: what a training stage gets of MINUTES. The two chat stages need two minutes even
 # where there are only three, and get a third of what comes on top. The other stages and start-up
 # are not in MINUTES: about a minute and a half on two slow cores.
@@ -261,15 +274,15 @@ fi
 # 1. Text: on a CPU what this machine's Python packages say, on GPUs FineWeb-Edu, or your own. The
 #    tokenizer learns from eight shards (2 billion characters); the rest comes meanwhile.
 fetch=(python -m nanochat.dataset --source=fineweb)
-if [ -z "$DATA" ] && [ "$GPUS" -gt 0 ]; then
-    shards="$(shards_of "${DEPTH:-20}")"    # the plan chooses no deeper model by itself
+shards=0 first=0
+if [ -z "$DATA" ] && [ "$GPUS" = 0 ]; then
+    stage dataset python -m nanochat.dataset --source=local
+elif [ -z "$DATA" ] && is_wanted dataset; then
+    if [ -z "$DEPTH" ]; then depth="$(planned_depth)"; fi
+    shards="$(shards_of "${DEPTH:-$depth}")"
     first=$((shards < 8 ? shards : 8))
     stage dataset "${fetch[@]}" -n "$first"
-    if is_wanted dataset && [ "$shards" -gt "$first" ]; then
-        background dataset_rest "${fetch[@]}" -n "$shards"
-    fi
-elif [ -z "$DATA" ]; then
-    stage dataset python -m nanochat.dataset --source=local
+    if [ "$shards" -gt "$first" ]; then background dataset_rest "${fetch[@]}" -n "$shards"; fi
 fi
 
 # 2. The tokenizer learns which byte sequences are common enough to become tokens.
@@ -277,7 +290,7 @@ stage tok_train python -m scripts.tok_train ${DATA:+"--data=$DATA"}
 stage tok_eval python -m scripts.tok_eval ${DATA:+"--data=$DATA"}
 
 # 3. Pretraining: the model learns to predict the next token of the text, which takes most time.
-if is_wanted dataset && [ "${shards:-0}" -gt "${first:-0}" ]; then wait_for dataset_rest; fi
+if [ "$shards" -gt "$first" ]; then wait_for dataset_rest; fi
 model_stage base_train ${DATA:+"--data=$DATA"} ${DEPTH:+"--depth=$DEPTH"} \
     ${DEVICE_BATCH_SIZE:+"--device_batch_size=$DEVICE_BATCH_SIZE"} \
     ${TOTAL_BATCH_SIZE:+"--total_batch_size=$TOTAL_BATCH_SIZE"} \

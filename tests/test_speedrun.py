@@ -131,6 +131,13 @@ def test_one_gpu_needs_no_torchrun_and_a_budget_of_time_is_shared_out(tmp_path):
     assert set(minutes_of(commands)) == set(TRAINING)
 
 
+def test_as_much_text_is_fetched_as_the_planned_depth_needs(sandbox):
+    calls, _ = sandbox.run(TORCH_SEES="1", PLANNED="12")
+    assert [*FETCH, "54"] in calls
+    _, done = sandbox.run(status=2, TORCH_SEES="1", PLAN_STATUS="2", NAME="another run")
+    assert "stage" not in done.stdout
+
+
 # 20 tokens of 4.8 characters for each of 12 x depth x width^2 + 65,536 x width weights, by shards
 # of 250 million, and 3.5 %
 @pytest.mark.parametrize("depth, shards", [("1", 2), ("12", 54), ("20", 190), ("32", 694)])
