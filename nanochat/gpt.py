@@ -179,7 +179,7 @@ class Block(nn.Module):
 # (parallel.py) and whose state_of() makes the state of a parameter (optimizer_state.py); (2) a row
 # in OPTIMIZERS, or in the table `optimizers` of the variant that alone has such parameters (see
 # lookup.py); (3) that row's name as the role of the parameter, in the table `roles` of the module
-# that owns it; (4) its bytes in plan.memory(), where they are not those of Adam; (5) its layer in
+# that owns it; (4) its bytes in memory.Group, where they are not those of Adam; (5) its layer in
 # tests/test_imports.py and a reference implementation in tests/test_optimizers.py.
 
 class Recipe(NamedTuple):

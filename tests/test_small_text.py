@@ -49,7 +49,7 @@ def test_the_record_counts_bytes_of_text_and_epochs_apart(overfitted, noise):
 
 def tokens_said(out):
     """The tokens of the text, of the plan's line."""
-    line = next(line for line in out.split("\n") if line.startswith("7) text: "))
+    line = next(line for line in out.split("\n") if line.startswith("8) text: "))
     return int(line.split(" tokens")[0].split(" ")[-1].replace(",", ""))
 
 
