@@ -22,6 +22,7 @@ The exchange is in ranges of elements of the flattened parameter, so that stacks
 heights that the ranks do not divide are no special case.
 """
 import copy
+import itertools
 import math
 
 import torch
@@ -105,7 +106,7 @@ class MatrixBucket:
         self.shape = shape
         self.group = group
         self.device = device
-        self.ranks = ranks
+        self.rank, self.ranks = rank, ranks
         self.matrices = sorted(matrices, key=lambda matrix: matrix.owner)  # as all-to-all sends
         self.owned = [matrix for matrix in self.matrices if matrix.owner == rank]
         self.here = [0] * ranks   # elements that this rank holds of the matrices of each owner
@@ -127,13 +128,13 @@ class MatrixBucket:
         """Wait for the slices; the whole gradients are then in the group."""
         self.work.wait()
         stack = torch.empty(len(self.owned), *self.shape, device=self.device)
-        of_ranks = self.received.split(self.there)
-        for holder, received in enumerate(of_ranks):
-            begin = 0
-            for matrix, whole in zip(self.owned, stack):
-                count = matrix.elements_of(holder)
-                whole.view(-1)[matrix.pieces[holder]] = received[begin:begin + count]
-                begin += count
+
+        # what a rank sent lies in the order of the matrices
+        for holder, received in enumerate(self.received.split(self.there)):
+            counts = [matrix.elements_of(holder) for matrix in self.owned]
+            for matrix, whole, piece in zip(self.owned, stack, received.split(counts)):
+                whole.view(-1)[matrix.pieces[holder]] = piece
+
         for p, gradient in zip(self.group["params"], stack):
             p.grad = gradient
         self.work = self.buffer = self.received = None
@@ -145,15 +146,13 @@ class MatrixBucket:
         """
         sent = []
         for holder in range(self.ranks):
-            sent += [
-                update.reshape(-1)[matrix.pieces[holder]]
-                for matrix, update in zip(self.owned, updates)
-            ]
+            for matrix, update in zip(self.owned, updates):
+                sent.append(update.reshape(-1)[matrix.pieces[holder]])
         sent.append(torch.empty(0, device=self.device))  # a rank may own nothing
         buffer = torch.cat(sent).to(dtype)
         received = buffer.new_empty(sum(self.here))
         dist.all_to_all_single(received, buffer, self.here, self.there)
-        counts = [matrix.mine.stop - matrix.mine.start for matrix in self.matrices]
+        counts = [matrix.elements_of(self.rank) for matrix in self.matrices]
         return received.split(counts)
 
 
@@ -186,6 +185,7 @@ class ShardedModel:
         self.buckets = {}  # of each optimizer of matrices
 
     def _shard(self):
+        """Let torch cut the model: its blocks, then what is left of it."""
         # imported here, for it takes a second that no other layout needs to spend
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -242,7 +242,8 @@ class ShardedModel:
         names: as in divide(). bucket_elements: of a bucket, for each rank; a single matrix may be
         larger. Returns {what stands for a matrix: its Segments}.
         """
-        count = 0
+        # 1. the ranks take turns as owners, from one group to the next, so that none has many more
+        turns = itertools.cycle(range(self.ranks))
         buckets = []
         for group, names_of_group in zip(optimizer.param_groups, names):
             matrices = []
@@ -250,12 +251,15 @@ class ShardedModel:
                 shape = self.params[name].shape
                 numel = shape[-2] * shape[-1]
                 for index in range(math.prod(shape) // numel):
-                    owner = count % self.ranks
+                    owner = next(turns)
                     matrices.append(Matrix(name, shape, index, owner, self.rank, self.ranks))
-                    count += 1
+
+            # 2. all matrices of a group have one shape; a bucket has as many for each rank
             size = self.ranks * max(1, bucket_elements // numel)
             for begin in range(0, len(matrices), size):
                 buckets.append(self._bucket(matrices[begin:begin + size], shape[-2:], group))
+
+        # 3. a bucket is a group of the optimizer, with the settings of the group that it is of
         optimizer.param_groups[:] = [bucket.group for bucket in buckets]
         self.buckets[optimizer] = buckets
         segments = {}
@@ -265,6 +269,7 @@ class ShardedModel:
         return segments
 
     def _bucket(self, matrices, shape, group):
+        """The MatrixBucket of some matrices of a group."""
         device = self.shards[matrices[0].name].device
         owned = sum(matrix.owner == self.rank for matrix in matrices)
         stand_ins = [torch.zeros((), device=device).expand(shape) for _ in range(owned)]
@@ -283,11 +288,15 @@ class ShardedModel:
             bucket.finish_gradients()
             if following:
                 following.start_gradients(self.shards, self.reduce_dtype)
+
+            # whole matrices, for which there is memory as long as a bucket takes
             updates = ()
             if bucket.owned:
                 updates = optimizer.updates(bucket.group)
             for p in bucket.group["params"]:
                 p.grad = None
+
+            # slices
             pieces = bucket.exchange_updates(updates, self.reduce_dtype)
             for matrix, update in zip(bucket.matrices, pieces):
                 values = self.shards[matrix.name].view(-1)[matrix.mine]

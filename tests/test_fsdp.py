@@ -45,7 +45,7 @@ class Training:
         model = model_of(name)
         model.compute_dtype = dtype
         self.model = prepare(model, **{"compile": False, **prepared})
-        # without weight decay, which acts by the sign of an update, also of one that is all rounding
+        # no weight decay: it acts by the sign of an update, also of one that is all rounding
         self.optimizers = model.setup_optimizers(learning_rate=0.0005)
         for group in self.optimizers[0].param_groups:
             group["eps"] = 1e-3  # so that no update is the sign of a gradient that is all rounding
