@@ -19,6 +19,7 @@ from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.forecast import Machine, expected_step
 from nanochat.hardware import device_kind, device_memory, memory_gb
 from nanochat.memory import (
+    MEMORY_SHARE,
     PARALLEL,
     Memory,
     build_on_meta,
@@ -398,6 +399,19 @@ def check_not_passed(budget, horizon, resumed):
             "where the run is resumed: give it more, or leave the budget out")
 
 
+def check_ranks(resumed, ranks):
+    """UserError where the ranks cannot share the batch of a run that is resumed, which stays.
+
+    resumed: the meta of the run.
+    """
+    max_seq_len = resumed["config"]["max_seq_len"]
+    sequences = resumed["total_batch_size"] // max_seq_len
+    if sequences % ranks:
+        raise UserError(
+            f"the run that is resumed has {sequences} sequences of {max_seq_len} tokens a step, "
+            f"which {ranks} ranks cannot share: resume it on {largest_divisor(sequences, ranks)}")
+
+
 # Of a chat stage on a GPU that is given neither steps nor minutes. Fewer updates teach too little
 # of what is new in it: a name, the tool, the form of a conversation. In batches that fill the
 # devices, eight GPUs would read the local conversations in 15 steps.
@@ -587,7 +601,8 @@ def what_would_fit(settings, machine, model, wanted, micro_batch_size):
     recomputing = ", checkpoint_activations" if recompute else ""
     words = (
         f"depth {model.config.depth} takes {needed / 1e9:.1f} GB of a device ({parallel}"
-        f"{recomputing}, {count} at a time), and there are {machine.memory / 1e9:.1f} GB: ")
+        f"{recomputing}, {count} at a time), and there are {machine.memory / 1e9:.1f} GB")
+    words += ": " if needed > machine.memory else f", of which {100 * MEMORY_SHARE:.0f} % are planned: "
 
     freed = {**settings, "parallel": "auto", "checkpoint_activations": None}
     other = next(iter(arrangements(freed, machine, model, wanted)), None)
@@ -641,7 +656,7 @@ def gpu_depth(settings, budget, machine, model_class, vocab_size, most=math.inf)
         hours, limit = hours_at(budget, model, found[0].tokens_per_second, most)
         if hours <= limit:
             return depth, f"about {hours:.2g} h by estimate" + (f"; {reason}" if reason else "")
-        reason = f"depth {depth} would take {hours:.2g} h, of {limit:.2g}"
+        reason = f"depth {depth} would take {hours:.2g} h, above {limit:.2g}"
     return GPU_DEPTHS[0], f"the smallest; {reason}"
 
 
@@ -867,12 +882,16 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
 
     # 2. the layout and the batch; the loader's position counts in micro-batches, so a resumed run
     # keeps their size
+    earlier_micro_batch = None
+    if resumed:
+        check_ranks(resumed, machine.ranks)
+        earlier_micro_batch = resumed.get("device_batch_size")
     given = (
         shape.total_batch_size,
         shape.total_batch_size if resumed else settings["total_batch_size"],
-        settings["device_batch_size"] or (resumed or {}).get("device_batch_size"),
+        settings["device_batch_size"] or earlier_micro_batch,
     )
-    if resumed and not arrangements(settings, machine, model, *given):
+    if earlier_micro_batch and not arrangements(settings, machine, model, *given):
         machine = machine._replace(memory=None)  # it has run, whatever the estimate says
     best = arrange(settings, machine, model, *given)
     batch = best.batch

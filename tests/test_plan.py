@@ -650,6 +650,39 @@ def test_a_resumed_run_is_not_refused_by_an_estimate():
     assert plan.batch.micro_batch_size == 43
 
 
+def test_an_estimate_decides_where_a_run_is_resumed_on_other_ranks():
+    """base_train then leaves out how many sequences a rank had: they need not fit."""
+    meta = {**resumed_meta("gpt", 1), "device_batch_size": None}
+    machine = Machine("cuda", 1, 10**6, 2, 1e12)
+    with pytest.raises(UserError, match="and there are 0.0 GB: "):
+        make_plan(settings_with(), Budget("minutes", 4.0), machine, GPT, 280, None, meta)
+
+
+@pytest.mark.parametrize("sequences, ranks, other", [(256, 6, 4), (252, 8, 7), (252, 5, 4)])
+def test_a_run_is_resumed_on_ranks_that_can_share_its_batch(sequences, ranks, other):
+    meta = resumed_meta("gpt", 1)
+    max_seq_len = meta["config"]["max_seq_len"]
+    meta = {**meta, "total_batch_size": sequences * max_seq_len, "device_batch_size": None}
+
+    def plan(ranks):
+        machine = Machine("cuda", ranks, 24 * GB, 2, 1e12)
+        return make_plan(settings_with(), Budget("minutes", 4.0), machine, GPT, 280, None, meta)
+
+    with pytest.raises(UserError) as refused:
+        plan(ranks)
+    assert str(refused.value) == (
+        f"the run that is resumed has {sequences} sequences of {max_seq_len} tokens a step, which "
+        f"{ranks} ranks cannot share: resume it on {other}")
+    assert plan(other).batch.total_batch_size == meta["total_batch_size"]
+
+
+def test_what_fits_only_without_a_margin_is_refused_with_the_margin():
+    """The last number is above the first, so that the line must say why."""
+    config = GPTConfig.from_depth(12, 65536, 1_000_000)
+    with pytest.raises(UserError, match=r"takes 73.3 GB .* 80.0 GB, of which 85 % are planned: "):
+        arrange(settings_with(), assumed_machine(H100, 1), build_on_meta(GPT, config), 2**18)
+
+
 def depth_of(kind, gpus, budget=RATIO, vocab_size=32768, **given):
     machine = assumed_machine(kind, gpus)
     return gpu_depth(settings_with(**given), budget, machine, GPT, vocab_size)
