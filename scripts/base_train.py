@@ -146,7 +146,8 @@ speed = speed_of(model_class, vocab_size, compute)
 known = resumed
 if resumed and resumed["world_size"] != world_size:
     known = {**resumed, "device_batch_size": None}  # which need not divide what a rank has now
-plan = make_plan(settings, budget, machine, model_class, vocab_size, speed, known, text_size)
+planned = {**settings, "compile": checked.compile}  # uncompiled blocks take more memory
+plan = make_plan(planned, budget, machine, model_class, vocab_size, speed, known, text_size)
 check_not_passed(budget, plan.horizon, resumed)
 reading = plan.reading
 for line in plan.describe(model_name, world_size) + reading.warnings():
