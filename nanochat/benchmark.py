@@ -22,7 +22,14 @@ from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
 from nanochat.common import UserError, print0
 from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
-from nanochat.hardware import cpu_name, is_out_of_memory, known_device, synchronize
+from nanochat.hardware import (
+    CGROUPS,
+    cpu_name,
+    is_out_of_memory,
+    known_device,
+    memory_limit,
+    synchronize,
+)
 from nanochat.memory import MEMORY_SHARE, build_on_meta, memory
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
@@ -280,15 +287,19 @@ def free_memory(device):
     return min(1024 * available, cgroup_room())
 
 
-def cgroup_room():
-    """Bytes that a container's limit leaves (version 2 of cgroups), infinite without a limit."""
-    group = Path("/sys/fs/cgroup")
+def cgroup_room(root=CGROUPS):
+    """Bytes that a container's limit leaves, infinite without a limit, and with one of version 1.
+
+    What the kernel may drop of its file cache does not count as used.
+    """
+    limit = memory_limit(root)
     try:
-        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
-        used = (group / "memory.current").read_text(encoding="utf-8").strip()
-    except OSError:
+        used = int((root / "memory.current").read_text(encoding="utf-8"))
+        lines = (root / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
         return math.inf
-    return int(limit) - int(used) if limit.isdecimal() else math.inf
+    cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
+    return limit - used + sum(cached) if limit else math.inf
 
 
 # --------------------------------------------------------------------------------------------------

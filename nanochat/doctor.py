@@ -22,6 +22,7 @@ from typing import NamedTuple
 from nanochat.common import UserError, get_base_dir
 from nanochat.configurator import declared_values
 from nanochat.hardware import (
+    CGROUPS,
     allowed_cores,
     available_cpus,
     cgroup_quota,
@@ -32,6 +33,7 @@ from nanochat.hardware import (
     known_device,
     limit_spinning,
     measure_matmul_flops,
+    memory_limit,
     peak_flops,
     synchronize,
     torch_build,
@@ -54,7 +56,6 @@ from nanochat.probes import (
     check_rate,
     check_variables,
     gigabytes,
-    memory_limit,
     note,
     ok,
     parse_meminfo,
@@ -110,7 +111,7 @@ def probe_machine():
     before = read_text("/proc/stat")
     time.sleep(0.5)
     after = read_text("/proc/stat")
-    quota = cgroup_quota(read_text("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    quota = cgroup_quota(read_text("/proc/self/cgroup"), CGROUPS)
     checks = [ok("CPU", f"{cpu_name()}, {instruction_set()}")]
     busy = busy_shares(before, after) if before and after else None
     checks += check_cpus(os.cpu_count(), len(allowed_cores()), quota, busy)
@@ -141,13 +142,10 @@ def gpu_states():
 
 
 def probe_memory():
-    limits = [
-        read_text("/sys/fs/cgroup/memory.max"),
-        read_text("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     meminfo = parse_meminfo(read_text("/proc/meminfo"))
     if not meminfo and hasattr(os, "sysconf"):
         meminfo = {"MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    limit = memory_limit(limits)
+    limit = memory_limit()
     states, processes = gpu_states()
     checks = check_memory(meminfo, limit) + check_gpu_memory(states, processes)
     return checks, {

@@ -140,6 +140,27 @@ def memory_gb():
     return round(memory / 2**30, 1)
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups of version 2 and 1
+
+
+def memory_limit(root=CGROUPS):
+    """The fewest bytes that a container's limits allow, None for none.
+
+    root: where the cgroups are mounted. Without a limit the files say "max", or a number above
+    2^60. Source: the Linux kernel's Documentation/admin-guide/cgroup-v2.rst.
+    """
+    texts = [_text_of(root / name).strip() for name in MEMORY_LIMITS]
+    limits = [int(text) for text in texts if text.isdecimal()]
+    return min((limit for limit in limits if limit < 2**60), default=None)
+
+
+def host_memory():
+    """Bytes of the machine's memory that its processes may use, None where that is not known."""
+    sizes = [(memory_gb() or 0) * 2**30, memory_limit()]
+    return min((int(size) for size in sizes if size), default=None)
+
+
 def cpu_quota(text):
     """CPUs that a cgroup's cpu.max allows, rounded down but at least 1; None without a limit.
 
@@ -182,7 +203,7 @@ def available_cpus():
     A thread for each core of the machine would then wait for its turn most of the time.
     """
     allowed = len(allowed_cores())
-    quota = cgroup_quota(_text_of(Path("/proc/self/cgroup")), Path("/sys/fs/cgroup"))
+    quota = cgroup_quota(_text_of(Path("/proc/self/cgroup")), CGROUPS)
     return min(allowed, quota or allowed)
 
 

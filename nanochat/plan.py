@@ -17,7 +17,7 @@ import torch
 from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
 from nanochat.forecast import Machine, expected_step
-from nanochat.hardware import device_kind, device_memory, memory_gb
+from nanochat.hardware import device_kind, device_memory, host_memory
 from nanochat.memory import (
     MEMORY_SHARE,
     PARALLEL,
@@ -602,7 +602,8 @@ def what_would_fit(settings, machine, model, wanted, micro_batch_size):
     words = (
         f"depth {model.config.depth} takes {needed / 1e9:.1f} GB of a device ({parallel}"
         f"{recomputing}, {count} at a time), and there are {machine.memory / 1e9:.1f} GB")
-    words += ": " if needed > machine.memory else f", of which {100 * MEMORY_SHARE:.0f} % are planned: "
+    share = "" if needed > machine.memory else f", of which {100 * MEMORY_SHARE:.0f} % are planned"
+    words += share + ": "
 
     freed = {**settings, "parallel": "auto", "checkpoint_activations": None}
     other = next(iter(arrangements(freed, machine, model, wanted)), None)
@@ -770,9 +771,9 @@ def this_machine(compute, matmul_flops):
     kind = None
     if device.type == "cuda":
         kind = device_kind(torch.cuda.get_device_name(device))
-    elif device.type == "cpu" and memory_gb():
+    elif device.type == "cpu" and host_memory():
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.world_size))
-        memory = int(memory_gb() * 2**30 / ranks_here)
+        memory = host_memory() // ranks_here
     return Machine(device.type, compute.world_size, memory, dtype_bytes, slowest, kind)
 
 

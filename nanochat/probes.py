@@ -315,16 +315,6 @@ def parse_meminfo(text):
     return {name: int(number) * 1024 for name, number in found}
 
 
-def memory_limit(texts):
-    """The fewest bytes that limits of cgroups allow, None for none.
-
-    texts: of memory.max (version 2, "max" without a limit) and memory.limit_in_bytes (version 1, a
-    number above 2^60 without one). Source: the kernel's Documentation/admin-guide.
-    """
-    numbers = [_number(text) for text in texts]
-    return min((n for n in numbers if n is not None and n < 2**60), default=None)
-
-
 def busy_shares(before, after):
     """(share of the CPUs' time that was used, share stolen by the hypervisor) between two texts of
     /proc/stat; None where no time has passed, as in sandboxes that do not count it.

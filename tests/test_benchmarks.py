@@ -21,6 +21,7 @@ from nanochat.benchmark import (
     attempt,
     case_of_file,
     case_of_size,
+    cgroup_room,
     check_loss,
     chosen_sizes,
     does_not_fit,
@@ -255,6 +256,17 @@ def test_the_documented_sizes_fit_the_documented_gpu_as_they_were_run():
         case = case_of_size(name)
         size, needed = fitting_micro_batch(case, 288e9, Setup("adamw"), on_gpus(1))
         assert size == case.batch_size and needed.total < 250e9
+
+
+def test_a_container_leaves_what_its_limit_and_the_file_cache_leave(tmp_path):
+    def room(**files):
+        for name, text in files.items():
+            (tmp_path / f"memory.{name}").write_text(text, encoding="utf-8")
+        return cgroup_room(tmp_path)
+
+    assert room() == math.inf
+    assert room(max="max\n", current="700\n", stat="inactive_file 300\n") == math.inf
+    assert room(max="1000\n", stat="anon 400\ninactive_file 300\n") == 600
 
 
 def test_only_running_out_of_memory_is_forgiven():

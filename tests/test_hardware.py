@@ -18,6 +18,7 @@ from nanochat.hardware import (
     compile_problem,
     cpu_quota,
     known_device,
+    memory_limit,
     mps_problem,
     peak_flops,
     preferred_dtype,
@@ -70,6 +71,26 @@ def test_the_smallest_quota_of_all_enclosing_cgroups_counts(tmp_path, membership
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
     assert cgroup_quota(membership, tmp_path) == cpus
+
+
+@pytest.mark.parametrize("files, limit", [
+    ({}, None),
+    ({"memory.max": "max\n"}, None),
+    ({"memory.max": "4294967296\n"}, 2**32),
+    ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ({"memory.max": "2147483648\n", "memory/memory.limit_in_bytes": "4294967296\n"}, 2**31),
+])
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path, monkeypatch, files, limit):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert memory_limit(tmp_path) == limit
+    monkeypatch.setattr(hardware, "memory_limit", lambda: limit)
+    monkeypatch.setattr(hardware, "memory_gb", lambda: 3.0)
+    assert hardware.host_memory() == min(limit or 3 * 2**30, 3 * 2**30)
+    monkeypatch.setattr(hardware, "memory_gb", lambda: None)
+    assert hardware.host_memory() == limit
 
 
 def refused(*_):
