@@ -81,7 +81,6 @@ OLDEST_PYTHON = (3, 10)
 IMPORT_SECONDS = 12
 DISK_BYTES = 64_000_000
 DOWNLOAD_SECONDS = 3.0
-VOCAB_SIZES = {"cuda": 65_536, "cpu": 4_096}     # as tok_train chooses
 EXCHANGE_SECONDS = 20   # twice, where peer-to-peer copies hang
 
 
@@ -409,7 +408,7 @@ def probe_exchange():
 def probe_plan():
     """What base_train would choose here with no setting at all."""
     import torch
-    from nanochat.plan import choose_budget, make_plan, speed_of, this_machine
+    from nanochat.plan import USUAL_VOCAB, choose_budget, make_plan, speed_of, this_machine
     from nanochat.variants import MODEL_CLASSES, default_model
     where = compute()
     kind = where.device.type
@@ -417,7 +416,7 @@ def probe_plan():
     flops = measure_matmul_flops(where.device, where.dtype)
     machine = this_machine(where, flops)._replace(ranks=ranks)
     name = default_model(kind)
-    vocab_size = VOCAB_SIZES.get(kind, VOCAB_SIZES["cpu"])
+    vocab_size = USUAL_VOCAB[kind]
     model_class = MODEL_CLASSES[name]
     settings = declared_values(BASE_TRAIN)
     budget = choose_budget(settings, kind)

@@ -26,6 +26,7 @@ from nanochat.memory import (
     memory,
     micro_batch_limit,
 )
+from nanochat.parallel import WIRE_DTYPES
 from nanochat.variants import default_model
 from nanochat.variants.lookup import LookupGPT, usual_hashed_rows
 
@@ -35,6 +36,8 @@ GPU_PARAM_DATA_RATIO = 20.0    # tokens per matmul parameter on a GPU (Chinchill
 GPU_DEPTH, GPU_CONTEXT = 20, 2048
 NGRAM_TOKENS = 32_000_000      # tokens whose n-grams a CPU counts
 DOCUMENTED_VOCAB = 65536       # of the documented run at depth 20
+# Tokens of a vocabulary where it is not known yet, by device; a slow CPU takes fewer (tok_train).
+USUAL_VOCAB = {"cuda": DOCUMENTED_VOCAB, "mps": 4096, "cpu": 4096}
 # What a run on GPUs may take where neither its depth nor a budget is given: a night. The documented
 # depth of 20 takes eight H100 some 2 hours, and one card of 24 GB 3 days, which nobody expects.
 GPU_HOURS = 12.0
@@ -526,9 +529,12 @@ class Arrangement(NamedTuple):
 
 def options_of(settings):
     """What of a run's settings concerns memory, as words for memory()."""
+    reduce_dtype = settings.get("reduce_dtype") or "float32"
+    if reduce_dtype not in WIRE_DTYPES:
+        raise UserError(f"reduce_dtype={reduce_dtype}: choose from {', '.join(WIRE_DTYPES)}")
     return {
         "compiled": settings.get("compile", True),
-        "wire_bytes": 2 if settings.get("reduce_dtype") == "bfloat16" else 4,
+        "wire_bytes": WIRE_DTYPES[reduce_dtype].itemsize,
     }
 
 

@@ -11,25 +11,29 @@ base_train uses the same functions (nanochat/memory.py, forecast.py, plan.py). M
 to the allocator of a CPU; speed is an estimate (docs/planning.md). The last line is JSON.
 """
 import time
+from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError
-from nanochat.configurator import configure, require
-from nanochat.forecast import PRICES, RATES, Machine, assumed_machine, expected_speed, expected_step
+from nanochat.common import UserError, compute_init
+from nanochat.configurator import configure, declared_values, require
+from nanochat.forecast import PRICES, RATES, assumed_machine, expected_step
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import DEVICES, device_kind, measure_matmul_flops, memory_gb as host_gib
+from nanochat.hardware import DEVICES, measure_matmul_flops
 from nanochat.memory import KEPT, PARALLEL, build_on_meta, communication, memory
 from nanochat.metrics import finish_stage
 from nanochat.plan import (
-    GPU_DEPTHS,
-    GPU_PARAM_DATA_RATIO,
+    MOST_EPOCHS,
+    USUAL_VOCAB,
     arrange,
     arrangements,
     checkpoint_bytes,
     choose_budget,
     choose_shape,
+    depends_on_speed,
     options_of,
+    speed_of,
+    this_machine,
 )
 from nanochat.roofline import look_up
 from nanochat.variants import MODEL_CLASSES, TRAINABLE, default_model
@@ -99,43 +103,44 @@ def device_of(size):
 
 
 def find_machine():
-    """(the Machine that is asked for, [lines that say where its numbers come from])."""
+    """(the Machine that is asked for, where its numbers come from, its Compute if it is here)."""
     size = given_bytes()
-    here = torch.cuda.device_count()
     link = link_gb_per_second and 1e9 * link_gb_per_second
-    is_elsewhere = device or size or gpus != "auto"
-    if not is_elsewhere and not here:
-        return this_cpu()
-    count = whole_number(gpus, "gpus") if gpus != "auto" else max(1, here)
-    kind = device
-    if kind:
-        look_up(DEVICES, kind, "device")
-        about = f"{kind}: as --device says, by its data sheet"
-    elif here:
-        kind = device_kind(torch.cuda.get_device_name(0))
-        about = f"{torch.cuda.get_device_name(0)}: the GPU here"
-        size = size or torch.cuda.mem_get_info(0)[1]
-        if kind is None or DEVICES[kind].bf16 is None:
-            flops = measure_matmul_flops(torch.device("cuda"), torch.bfloat16)
-            return Machine("cuda", count, int(size), 2, flops, None, link), [about + ", measured"]
-    else:
-        if not size:
-            raise UserError(
-                f"gpus={count}, and no GPU is here: say which with --device, or its --memory_gb")
-        kind = device_of(size)
-        about = (f"{kind} is assumed: of the devices whose speed has a source, the first whose "
-                 f"memory is nearest to {size / 1e9:g} GB; --device names another")
-    machine = assumed_machine(kind, count, size, link)
-    return machine, [about]
+    if not (device or size) and (gpus == "auto" or torch.cuda.is_available()):
+        return machine_here(link)
+    count = 1 if gpus == "auto" else whole_number(gpus, "gpus")
+    if not (device or size):
+        raise UserError(
+            f"gpus={count}, and no GPU is here: say which with --device, or its --memory_gb")
+    if device:
+        look_up(DEVICES, device, "device")
+        about = f"{device}: as --device says, by its data sheet"
+        return assumed_machine(device, count, size, link), about, None
+    kind = device_of(size)
+    about = (f"{kind} is assumed: of the devices whose speed has a source, the first whose "
+             f"memory is nearest to {size / 1e9:g} GB; --device names another")
+    return assumed_machine(kind, count, size, link), about, None
 
 
-def this_cpu():
-    """The Machine of this CPU, and where its numbers come from."""
-    flops = measure_matmul_flops(torch.device("cpu"), torch.float32)
-    size = host_gib() and int(host_gib() * 2**30)
-    return Machine("cpu", 1, size, 4, flops), [
-        "no GPU is here: this CPU, matmul measured; half of it for a step is an estimate, and "
-        "base_train measures"]
+def machine_here(link):
+    """find_machine() of the machine here, as base_train sees it: on all GPUs, or one CPU."""
+    compute = compute_init()
+    flops = measure_matmul_flops(compute.device, compute.dtype)
+    dtype_name = str(compute.dtype).removeprefix("torch.")
+    machine = this_machine(compute, flops)._replace(link=link)
+    about = f"what is here, measured in {dtype_name}"
+    if machine.device_type == "cuda":
+        count = torch.cuda.device_count() if gpus == "auto" else whole_number(gpus, "gpus")
+        machine = machine._replace(ranks=count)
+        about = f"{torch.cuda.get_device_name(0)}: {about}"
+    return machine, about, compute
+
+
+def at_speed(machine, network, tokens_per_second):
+    """The Machine that trains a model as fast as it was measured to."""
+    flops_per_token = network.flops_per_token(network.config.max_seq_len)
+    flops = tokens_per_second * flops_per_token / machine.ranks / machine.step_share
+    return machine._replace(matmul_flops=flops)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,7 +253,13 @@ def memory_table(rows):
     return table(["GB of one device", *kinds, "at most", "at the"], lines)
 
 
-def command_of(machine, chosen, network, name):
+# Settings that are none of the plan's decisions: in the command only where they are given
+PASSED_ON = (
+    "kv_heads", "reduce_dtype", "compile", "keep", "minutes", "num_iterations", "target_flops",
+    "target_param_data_ratio")
+
+
+def command_of(settings, machine, chosen, network, name):
     """The command that trains so."""
     start = "python -m scripts.base_train"
     if machine.ranks > 1:
@@ -260,21 +271,24 @@ def command_of(machine, chosen, network, name):
         f"--device_batch_size={chosen['micro_batch_size']}", f"--parallel={chosen['parallel']}"]
     if chosen["checkpoint_activations"]:
         words.append("--checkpoint_activations")
-    for budget in ("minutes", "num_iterations", "target_flops", "target_param_data_ratio"):
-        if settings[budget] is not None:
-            words.append(f"--{budget}={settings[budget]}")
+    declared = declared_values(Path(__file__))
+    for key in PASSED_ON:
+        if settings[key] != declared[key]:
+            words.append(f"--{key}={settings[key]}")
     return " ".join(words)
 
 
-def reason_of(chosen, rows, missing, machine):
+def reason_of(settings, chosen, machine):
     """One line: why this layout."""
-    if machine.ranks == 1:
+    if settings["parallel"] != "auto":
+        reason = "as --parallel says"
+    elif machine.ranks == 1:
         reason = "one device has nothing to share"
     elif chosen["parallel"] == "fsdp":
         reason = "nothing else fits, although it moves the model in every pass"
     else:
         reason = "it fits, and it sends the model once in a step"
-    if chosen["checkpoint_activations"]:
+    if chosen["checkpoint_activations"] and settings["checkpoint_activations"] is None:
         reason += "; recomputing, for otherwise it does not fit or only with a slower batch"
     return f"Recommended: {layout_name(chosen)}: {reason}."
 
@@ -282,7 +296,7 @@ def reason_of(chosen, rows, missing, machine):
 # --------------------------------------------------------------------------------------------------
 # one size on one machine
 
-def network_of(name, shape, vocabulary):
+def network_of(settings, name, shape, vocabulary):
     config = MODEL_CLASSES[name].config_class.from_depth(
         shape.depth, vocabulary, shape.max_seq_len, settings["kv_heads"])
     return build_on_meta(MODEL_CLASSES[name], config)
@@ -311,21 +325,22 @@ def rows_of(settings, budget, machine, network, wanted):
 def plan_one(settings):
     """Print the plan; returns its figures."""
     # 1) the machine
-    machine, about = find_machine()
+    machine, about, compute = find_machine()
+    matmul_flops = machine.matmul_flops
     on_gpu = machine.device_type == "cuda"
     name = settings["model"] or default_model(machine.device_type)
     look_up(dict.fromkeys(TRAINABLE), name, "model")
-    vocabulary = settings["vocab_size"] or (65536 if on_gpu else 4096)
+    model_class = MODEL_CLASSES[name]
+    vocabulary = settings["vocab_size"] or USUAL_VOCAB[machine.device_type]
     budget = choose_budget({**settings, "extend": None}, machine.device_type)
 
-    # 2) the size and the layouts
-    def speed(depth, max_seq_len):
-        config = MODEL_CLASSES[name].config_class.from_depth(depth, vocabulary, max_seq_len)
-        flops = build_on_meta(MODEL_CLASSES[name], config).flops_per_token(max_seq_len)
-        return expected_speed(machine, flops)
-
-    shape = choose_shape(settings, budget, machine, MODEL_CLASSES[name], vocabulary, speed)
-    network = network_of(name, shape, vocabulary)
+    # 2) the size and the layouts; without CUDA the speed of a step is measured
+    speed = compute and speed_of(model_class, vocabulary, compute)
+    shape = choose_shape(settings, budget, machine, model_class, vocabulary, speed)
+    network = network_of(settings, name, shape, vocabulary)
+    measured = depends_on_speed(settings, machine)
+    if measured:
+        machine = at_speed(machine, network, speed(shape.depth, shape.max_seq_len))
     best = arrange(
         settings, machine, network, shape.total_batch_size,
         settings["total_batch_size"], settings["device_batch_size"])
@@ -336,19 +351,23 @@ def plan_one(settings):
     parameters = sum(p.numel() for p in network.parameters())
     size = f"{machine.memory / 1e9:.1f} GB" if machine.memory else "memory unknown"
     print(f"{machine.ranks} x {machine.kind or machine.device_type}, {size} each, "
-          f"{machine.matmul_flops / 1e12:.3g} TFLOP/s in matmuls. {about[0]}")
+          f"{matmul_flops / 1e12:.3g} TFLOP/s in matmuls. {about}")
     print(f"{name}, depth {shape.depth} ({shape.reason}), {parameters / 1e6:,.0f} M parameters, "
           f"context {shape.max_seq_len}, vocabulary {vocabulary:,}, "
           f"{budget.kind}={budget.amount:g}\n")
     print(speed_table(rows, missing) + "\n")
     print(memory_table(rows) + "\n")
     link = f", {machine.bandwidth / 1e9:g} GB/s between GPUs" if machine.ranks > 1 else ""
-    print(f"Speed, hours and cost are an estimate, never measured by us: a step reaches "
-          f"{100 * machine.step_share:.0f} % of the matmul rate{link}, none of it hidden.")
+    if measured:
+        print("Speed is measured here, in a few small steps without compiling.")
+    else:
+        print(f"Speed, hours and cost are an estimate, never measured by us: a step reaches "
+              f"{100 * machine.step_share:.0f} % of the matmul rate{link}, none of it hidden.")
     print(f"Disk: {chosen['checkpoints'] / 1e9:.1f} GB of checkpoints, "
-          f"{chosen['text'] / 1e9:.1f} GB of text, each read a single time.")
-    print(reason_of(chosen, rows, missing, machine))
-    command = command_of(machine, chosen, network, name)
+          f"{chosen['text'] / 1e9:.1f} GB of text, each read a single time. "
+          f"With less, base_train reads it {MOST_EPOCHS} times and ends before.")
+    print(reason_of(settings, chosen, machine))
+    command = command_of(settings, machine, chosen, network, name)
     print(f"\n    {command}\n")
     return {
         "device": machine.kind or machine.device_type,
@@ -375,7 +394,7 @@ def forecast_rows(settings, name):
             sized = {**settings, "depth": layers, "vocab_size": 32768}
             budget = choose_budget({**sized, "extend": None}, "cuda")
             shape = choose_shape(sized, budget, machine, MODEL_CLASSES[name], 32768, None)
-            network = network_of(name, shape, 32768)
+            network = network_of(sized, name, shape, 32768)
             first = [title, str(layers)]
             ways = arrangements(sized, machine, network, shape.total_batch_size)
             if not ways:

@@ -3,10 +3,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from conftest import ROOT, last_json
+from nanochat import doctor, plan as planning
+from nanochat.common import Compute
+from nanochat.configurator import declared_values
 from nanochat.forecast import RATES
 from nanochat.hardware import DEVICES, device_kind
+from scripts import plan as script
 
 
 def plan(tmp_path, *arguments):
@@ -42,6 +47,57 @@ def test_a_machine_without_a_gpu_is_planned_as_it_is(tmp_path):
     assert found["recommended"]["parallel"] == "replicated"
 
 
+def settings_with(**given):
+    return {**declared_values(ROOT / "scripts" / "plan.py"), **given}
+
+
+@pytest.mark.parametrize("speed, deep", [(1e3, 2), (2e4, 4)])
+def test_the_doctor_and_the_planner_choose_alike_for_the_machine_here(monkeypatch, speed, deep):
+    """base_train has the doctor's plan, but for its text and vocabulary."""
+    compute = Compute(False, 0, 0, 1, torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(planning, "measure_step", lambda *_: speed)
+    monkeypatch.setattr(doctor, "compute", lambda: compute)
+    monkeypatch.setattr(script, "compute_init", lambda: compute)
+    for module in (doctor, script):
+        monkeypatch.setattr(module, "measure_matmul_flops", lambda *_: 2e11)
+    _, theirs = doctor.probe_plan()
+    ours = script.plan_one(settings_with())
+    chosen = ours["recommended"]
+    assert ours["depth"] == theirs["depth"] == deep
+    assert chosen["micro_batch_size"] == theirs["device_batch_size"]
+    assert chosen["total_batch_size"] == theirs["total_batch_size"]
+    assert chosen["tokens_per_second"] == pytest.approx(speed)
+    assert (chosen["memory_total"], chosen["hours"]) == (theirs["memory"], theirs["hours"])
+
+
+def test_gpus_that_are_here_are_measured_and_not_taken_from_a_data_sheet(monkeypatch):
+    compute = Compute(False, 0, 0, 1, torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(script, "compute_init", lambda: compute)
+    monkeypatch.setattr(script, "measure_matmul_flops", lambda *_: 4e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(planning, "device_memory", lambda device: 25_300_000_000)
+    machine, about, _ = script.find_machine()
+    assert machine == planning.Machine("cuda", 4, 25_300_000_000, 4, 4e12, "rtx-3090")
+    assert about == "NVIDIA GeForce RTX 3090: what is here, measured in float32"
+    monkeypatch.setattr(script, "gpus", "2")
+    assert script.find_machine()[0].ranks == 2
+    monkeypatch.setattr(script, "device", "h100")
+    elsewhere, about, here = script.find_machine()
+    assert (elsewhere.kind, elsewhere.dtype_bytes, here) == ("h100", 2, None)
+
+
+def test_the_command_and_the_reason_say_what_was_given(tmp_path):
+    done = plan(tmp_path, "--depth=12", "--device=h100", "--gpus=8", "--parallel=fsdp",
+                "--kv_heads=2", "--reduce_dtype=bfloat16", "--num_iterations=9")
+    assert done.returncode == 0, done.stderr
+    assert "Recommended: fsdp: as --parallel says." in done.stdout
+    command = last_json(done.stdout)["command"]
+    assert command.endswith(
+        "--parallel=fsdp --kv_heads=2 --reduce_dtype=bfloat16 --num_iterations=9")
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--device=foo"], "device=foo is not in the table: choose from h100-pcie"),
     (["--device=dgx-spark"], "its peak in bf16 is not published"),
@@ -50,6 +106,7 @@ def test_a_machine_without_a_gpu_is_planned_as_it_is(tmp_path):
     (["--gpus=3"], "no GPU is here: say which with --device, or its --memory_gb"),
     (["--memory_gb=-1"], "memory_gb=-1 is neither auto nor a number of GB above 0"),
     (["--device=h100", "--model=no"], "model=no is not in the table"),
+    (["--device=h100", "--reduce_dtype=no"], "reduce_dtype=no: choose from float32, bfloat16"),
     (["--device=h100", "--parallel=no"], "parallel=no is unknown: choose from auto, replicated"),
     (["--depth=32", "--gpus=1", "--memory_gb=24"], "there are 24.0 GB: --depth=26 would fit"),
     (["--depth=32", "--gpus=6", "--memory_gb=24", "--parallel=replicated"],
