@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, all_reduce_max, print0
 from nanochat.configurator import read_config
 from nanochat.gpt import GPTConfig
 from nanochat.hardware import (
@@ -186,14 +186,6 @@ def config_with(config_class, shape):
 OPTIMIZERS = ("muon", "adamw")
 
 
-def check_choices(settings, **choices):
-    """UserError where a setting is none of its choices."""
-    for name, allowed in choices.items():
-        if settings[name] not in allowed:
-            words = " or ".join(word for word in allowed if word)
-            raise UserError(f"{name}={settings[name]} does not exist: choose {words}")
-
-
 def choose_optimizers(model, optimizer):
     """Give a model the table of one of OPTIMIZERS. Hashed tables keep their own, which alone takes
     sparse gradients."""
@@ -247,14 +239,16 @@ def fitting_micro_batch(case, free, setup, compute):
         size = largest_divisor(case.batch_size, size - 1)
 
 
-def does_not_fit(case, needed, free):
-    """One line that says by how much a Case is too large, and what would help."""
-    sizes = {kind: size for kind, size in needed._asdict().items() if size}
-    kinds = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sizes.items())
+def does_not_fit(case, needed, free, seq_len="--seq-len"):
+    """One line that says by how much a Case is too large, and what would help.
+
+    needed: the Memory of one sequence. seq_len: what the script calls that setting.
+    """
     return (f"{case.name} does not fit: one sequence of {case.config.max_seq_len} tokens needs "
-            f"{needed.total / 1e9:.1f} GB ({kinds}), and {100 * MEMORY_SHARE:.0f} % of the "
-            f"{free / 1e9:.1f} GB that are free are {MEMORY_SHARE * free / 1e9:.1f}: take a "
-            "smaller model or a shorter --seq-len, or end what else uses the memory")
+            f"{needed.total / 1e9:.1f} GB ({needed.describe()}), and "
+            f"{100 * MEMORY_SHARE:.0f} % of the {free / 1e9:.1f} GB that are free are "
+            f"{MEMORY_SHARE * free / 1e9:.1f}: take a smaller model or a shorter {seq_len}, or end "
+            "what else uses the memory")
 
 
 def problem_of(row):
@@ -285,6 +279,17 @@ def free_memory(device):
     except (OSError, ValueError):
         return None
     return min(1024 * available, cgroup_room())
+
+
+def memory_of_a_rank(compute):
+    """Bytes that are free for each rank, the same number on all of them, which all must call it;
+    None where that is not known."""
+    free = free_memory(compute.device)
+    if free is None:
+        return None
+    if compute.device.type == "cpu":
+        free //= compute.world_size  # they share it
+    return -all_reduce_max(-free)[0]  # the fullest device decides for all
 
 
 def cgroup_room(root=CGROUPS):

@@ -240,6 +240,14 @@ def configure(namespace, argv=None, aliases={}, defaults_here=None, texts=None):
     return settings
 
 
+def check_choices(settings, **choices):
+    """UserError where a setting is none of its choices."""
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            words = " or ".join(word for word in allowed if word)
+            raise UserError(f"{name}={settings[name]} does not exist: choose {words}")
+
+
 def require(settings, lowest, *names):
     """UserError where one of the named settings is a number below `lowest`. None passes."""
     for name in names:

@@ -28,6 +28,7 @@ from nanochat.hardware import (
     cgroup_quota,
     compile_problem,
     cpu_name,
+    device_kind,
     find_unseen_gpu,
     instruction_set,
     known_device,
@@ -262,11 +263,16 @@ def probe_network():
     return [ok("network", detail)], {"reachable": True, "bytes_per_second": rate}
 
 
+def asked_for():
+    """(device type, dtype) that the doctor was given, "" where it was given none."""
+    return [*sys.argv[2:4], "", ""][:2]
+
+
 @functools.cache
 def compute():
     """The Compute that training would use here; the CPU's where the GPU cannot be used."""
     from nanochat.common import compute_init
-    device_type, dtype = [*sys.argv[2:4], "", ""][:2]
+    device_type, dtype = asked_for()
     try:
         return compute_init(device_type, dtype)
     except UserError:
@@ -279,7 +285,8 @@ def probe_torch():
     sees_gpu = torch.cuda.is_available()
     checks = [ok("torch", f"{torch.__version__}, built for {build}")]
     states, _ = gpu_states()
-    if states and build.startswith("CUDA"):
+    is_nvidia = tool_output(GPU_QUERY) is not None
+    if states and is_nvidia and build.startswith("CUDA"):
         checks.append(check_nvidia_driver(states[0].driver, build, sees_gpu))
     if build.startswith("ROCm") or tool_output(("rocminfo",)) is not None:
         checks += check_agents(gpu_agents(), os.environ)
@@ -288,6 +295,8 @@ def probe_torch():
         what, _, remedy = unseen.partition("; ")
         checks.append(problem("device", what, remedy, stops=True))
     checks += device_checks()
+    if asked_for()[0] == "cpu":
+        checks = [check._replace(stops=False) for check in checks]  # of GPUs that are not used
     checks += check_variables(os.environ, build, available_cpus())
     numbers = {
         "torch": torch.__version__,
@@ -305,6 +314,11 @@ def device_checks():
     import torch
     where = compute()
     kind = str(where.dtype).removeprefix("torch.")
+    asked = asked_for()[0]
+    if asked and asked != where.device.type:
+        return [problem(
+            "device", f"--device_type={asked} is not available here",
+            f"leave it out: {where.device.type} is here", stops=True)]
     if where.device.type != "cuda":
         return [ok("device", f"{where.device.type}, {kind}")]
     checks = []
@@ -339,9 +353,17 @@ def probe_matmul():
         kind = str(where.dtype).removeprefix("torch.")
         rates[f"{kind} {index}"] = rate
         peak = peak_flops(name, kind)
-        check = check_rate("matmul", rate, peak, f"GFLOP/s in {kind} on device {index}", 0.5)
-        checks.append(check)
+        unit = f"GFLOP/s in {kind} on device {index}"
+        checks.append(check_rate("matmul", rate, peak, unit, least_share(name)))
     return checks, {"flops_per_second": rates}
+
+
+def least_share(device_name):
+    """Of its peak, what products reach on a GPU where nothing is wrong: half, or less where less
+    has been seen (44 % on an MI350X)."""
+    from nanochat.forecast import OTHER_RATE, RATES
+    usual = RATES.get(device_kind(device_name), OTHER_RATE).matmul
+    return min(0.5, 0.8 * usual)
 
 
 def probe_bandwidth():
@@ -464,7 +486,6 @@ PROBES = {
     "compiler": Probe(("cuda",), 30, probe_compiler, "compiler"),
     "selftests": Probe(("cuda",), 40, probe_selftests, "kernels that run, compared"),
 }
-
 
 
 def run(names):

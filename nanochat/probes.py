@@ -279,7 +279,8 @@ def parse_rocminfo(text):
 
 
 def check_agents(agents, environment):
-    """Which AMD GPUs torch will count; a list of Checks.
+    """Which AMD GPUs torch will count; a list of Checks. None of them stops training: where torch
+    sees no GPU, hardware.unseen_gpu() decides, and without one the CPU trains.
 
     A graphics unit that is a part of the CPU, beside cards, would become one more rank with little
     memory (docs/traps.md: nccl-channels). Alone it is what there is to train on.
@@ -289,8 +290,7 @@ def check_agents(agents, environment):
             "ROCm",
             "rocminfo lists no GPU",
             "load the amdgpu driver, and join the groups render and video "
-            "(sudo usermod -aG render,video $USER, then log in again)",
-            stops=True)]
+            "(sudo usermod -aG render,video $USER, then log in again)")]
     cards = [index for index, agent in enumerate(agents) if not agent.integrated]
     titles = ", ".join(f"{agent.name or 'GPU'} ({agent.target})" for agent in agents)
     if not cards or len(cards) == len(agents):

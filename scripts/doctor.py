@@ -20,7 +20,7 @@ import textwrap
 import threading
 import time
 
-from nanochat.configurator import configure, require
+from nanochat.configurator import check_choices, configure, require
 from nanochat.doctor import MARK, PROBES
 from nanochat.environment import gpu_variables, this_system
 from nanochat.metrics import finish_stage
@@ -34,8 +34,10 @@ device_type = ""     # cuda, mps or cpu; empty: what training would choose
 dtype = ""           # float32 or bfloat16; empty: what the hardware is good at
 seconds = 60.0       # limit of the whole
 
+USUAL_SECONDS = 60.0  # for which the limits of PROBES are: with more, each has more
 ENDING = 6.0         # seconds of the whole that are for the table and the last line
 WIDTH = 100          # columns of the table
+DEVICE_TYPES = ("", "cuda", "mps", "cpu")
 NEED_TORCH = ("matmul", "bandwidth", "exchange", "plan", "compiler", "selftests")
 
 
@@ -128,6 +130,7 @@ def examine(names, limit, command):
     command: what starts a process, without the probes' names. Yields (name, Checks, numbers).
     """
     deadline = time.monotonic() + limit
+    longer = max(1.0, (limit + ENDING) / USUAL_SECONDS)
     worker = None
     torch_is_broken = False
     try:
@@ -142,7 +145,7 @@ def examine(names, limit, command):
             if worker is None:
                 others = ",".join(names[position:])
                 worker = Worker([*command, others, device_type, dtype])
-            own_limit = PROBES[name].seconds
+            own_limit = PROBES[name].seconds * longer
             checks, numbers, usable = worker.answer(name, min(own_limit, left), left < own_limit)
             if not usable:
                 worker.end()
@@ -198,6 +201,7 @@ def settings_to_use(where, plan, exports, own):
 
 def main(settings):
     require(settings, 1, "seconds")
+    check_choices(settings, device_type=DEVICE_TYPES, dtype=("", "float32", "bfloat16"))
     started = time.perf_counter()
     names = chosen_probes(settings)
     print(f"doctor: {len(names)} probes, at most {seconds:.0f} seconds; nothing is changed here",

@@ -37,7 +37,6 @@ from nanochat.benchmark import (
     attempt,
     case_of_file,
     case_of_size,
-    check_choices,
     check_loss,
     chosen_sizes,
     default_iterations,
@@ -46,8 +45,8 @@ from nanochat.benchmark import (
     does_not_fit,
     efficiency,
     fitting_micro_batch,
-    free_memory,
     gigabytes,
+    memory_of_a_rank,
     peak_of,
     percent,
     problem_of,
@@ -67,7 +66,7 @@ from nanochat.common import (
     get_dist_info,
     print0,
 )
-from nanochat.configurator import configure, require
+from nanochat.configurator import check_choices, configure, require
 from nanochat.hardware import (
     available_cpus,
     peak_memory,
@@ -133,11 +132,7 @@ def run_rank(case):
     """What this rank has measured: a dict, the same on all ranks but for its own memory."""
     ranks = compute.world_size
     reset_peak_memory(compute.device)
-    free = free_memory(compute.device)
-    if free and compute.device.type == "cpu":
-        free //= ranks  # they share it
-    if free:
-        free = -all_reduce_max(-free)[0]  # the fullest device decides for all
+    free = memory_of_a_rank(compute)
     setup = Setup(optimizer, parallel, compile, checkpoint_activations)
     micro_batch_size, needed = fitting_micro_batch(case, free, setup, compute)
     if micro_batch_size == 0:

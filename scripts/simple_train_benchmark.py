@@ -28,7 +28,6 @@ from nanochat.benchmark import (
     OPTIMIZERS,
     Progress,
     attempt,
-    check_choices,
     check_loss,
     default_iterations,
     default_warmup,
@@ -45,7 +44,7 @@ from nanochat.benchmark import (
     to_fp8,
 )
 from nanochat.common import UserError, compute_init, print0
-from nanochat.configurator import configure, require
+from nanochat.configurator import check_choices, configure, require
 from nanochat.gpt import MLP, GPTConfig, norm
 from nanochat.hardware import (
     peak_memory,

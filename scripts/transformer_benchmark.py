@@ -32,7 +32,6 @@ from nanochat.benchmark import (
     attempt,
     case_of_file,
     case_of_size,
-    check_choices,
     check_loss,
     chosen_sizes,
     default_iterations,
@@ -52,7 +51,7 @@ from nanochat.benchmark import (
     throughput,
 )
 from nanochat.common import UserError, compute_init, print0
-from nanochat.configurator import configure, require
+from nanochat.configurator import check_choices, configure, require
 from nanochat.hardware import (
     measure_matmul_flops,
     peak_memory,

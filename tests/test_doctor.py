@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT, last_json
 from nanochat import doctor as probing
@@ -189,7 +190,8 @@ def test_an_integrated_gpu_beside_cards_is_to_be_hidden():
     assert statuses(check_agents(agents, {"ROCR_VISIBLE_DEVICES": "0"})) == ["ok"]
     assert statuses(check_agents(agents[1:], {})) == ["ok"]    # alone it is what there is
     [nothing] = check_agents([], {})
-    assert nothing.stops and "render" in nothing.remedy
+    assert nothing.status == "problem" and "render" in nothing.remedy
+    assert not nothing.stops, "the CPU trains"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,6 +294,11 @@ def test_a_rate_far_below_its_peak_is_a_problem():
     assert check_rate("matmul", 300e12, None, "GFLOP/s", 0.5).status == "ok"
 
 
+def test_products_of_an_mi350x_are_as_fast_as_they_have_been_seen():
+    assert probing.least_share("NVIDIA H100 80GB HBM3") == 0.5
+    assert 0.3 < probing.least_share("AMD Instinct MI350X") < 0.44
+
+
 # docs/traps.md: nccl-channels
 def test_where_peer_to_peer_copies_hang_their_variable_is_exported():
     remedy = "export NCCL_P2P_DISABLE=1"
@@ -355,6 +362,43 @@ def test_a_tool_that_fails_or_hangs_says_nothing(tools):
     assert probing.tool_output(("rocminfo",), limit=0.2) is None
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """Examine torch as the doctor was asked to: for a device type."""
+    def examine(device_type):
+        monkeypatch.setattr(sys, "argv", ["doctor", "torch", device_type, ""])
+        probing.compute.cache_clear()
+        return probing.probe_torch()[0]
+
+    yield examine
+    probing.compute.cache_clear()
+
+
+def stopping(checks):
+    return [check.name for check in checks if check.stops]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available here")
+def test_a_device_that_was_asked_for_and_is_not_there_stops_training(asked, tools):
+    [check] = [check for check in asked("cuda") if check.stops]
+    assert check.detail == "--device_type=cuda is not available here"
+    assert stopping(asked("cpu")) == stopping(asked("")) == []
+
+
+def test_a_gpu_that_torch_does_not_see_stops_nothing_on_the_cpu(asked, tools, monkeypatch):
+    monkeypatch.setattr(probing, "find_unseen_gpu", lambda: "this machine has a GPU; its driver")
+    assert stopping(asked("")) == ["device"] and stopping(asked("cpu")) == []
+
+
+def test_an_amd_driver_is_not_held_against_cudas_table(asked, tools, monkeypatch):
+    fake_tool(tools, "rocm-smi", ROCM_SMI)
+    monkeypatch.setattr(probing, "torch_build", lambda: "CUDA 12.8")
+    assert "driver" not in [check.name for check in asked("cpu")]
+    fake_tool(tools, "nvidia-smi", NVIDIA_SMI)
+    probing.tool_output.cache_clear()
+    assert "driver" in [check.name for check in asked("cpu")]
+
+
 # --------------------------------------------------------------------------------------------------
 # probes in other processes
 
@@ -394,6 +438,16 @@ def test_a_probe_that_hangs_or_crashes_is_reported_and_the_others_still_answer(w
     assert found["disk"].detail == "ended with exit status 1: OSError: Read-only file system"
     assert found["torch"].detail.startswith("ended with signal 11") and found["torch"].stops
     assert "matmul" not in found  # which needs torch
+
+
+def test_more_seconds_are_more_for_each_probe(worker, monkeypatch):
+    limits = []
+    monkeypatch.setattr(
+        doctor.Worker, "answer",
+        lambda self, name, limit, cut: limits.append((limit, cut)) or ([], {}, True))
+    for seconds in (60, 120):
+        list(doctor.examine(["machine"], seconds - doctor.ENDING, worker))
+    assert limits == [(12, False), (24, False)]
 
 
 def test_what_there_is_no_time_for_is_named(worker):
@@ -472,6 +526,14 @@ def test_several_gpus_train_under_torchrun():
 
 # --------------------------------------------------------------------------------------------------
 # here
+
+@pytest.mark.parametrize("word", ["--device_type=gpu", "--dtype=float16"])
+def test_a_device_that_does_not_exist_is_one_line(run_module, base_dir, word):
+    done = run_module("scripts.doctor", word, base=base_dir)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert f"{word.removeprefix('--')} does not exist: choose" in line
+
 
 def test_the_memory_part_examines_this_machine_and_ends_with_json(run_module, base_dir):
     done = run_module("scripts.doctor", "--memory", "--device_type=cpu", base=base_dir)
