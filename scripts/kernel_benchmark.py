@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from nanochat.attention import KERNELS, activate, attend, choose_kernel, kernel_problem
-from nanochat.benchmark import measure_calls
+from nanochat.benchmark import attempt, measure_calls
 from nanochat.common import compute_init
 from nanochat.configurator import configure, require
 from nanochat.loss import softcap_cross_entropy
@@ -68,7 +68,11 @@ def measure_attention(compute, shape):
             found[name] = reason
             print(f"  attention {name:<10} not here: {reason}", flush=True)
             continue
-        taken = time_attention(kernel, inputs, dy, device)
+        taken, out_of_memory = attempt(time_attention, kernel, inputs, dy, device)
+        if out_of_memory:
+            found[name] = "out of memory"
+            print(f"  attention {name:<10} out of memory", flush=True)
+            continue
         found[name] = 1e3 * taken
         print(f"  attention {name:<10} {1e3 * taken:9.3f} ms {flops / taken / 1e12:8.2f} TFLOP/s",
               flush=True)

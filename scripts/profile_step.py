@@ -29,7 +29,14 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nanochat.benchmark import Case, Setup, Training
+from nanochat.benchmark import (
+    Case,
+    Setup,
+    Training,
+    does_not_fit,
+    fitting_micro_batch,
+    memory_of_a_rank,
+)
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.hardware import (
@@ -229,7 +236,13 @@ def main(settings):
     if parallel == "auto":
         kind = "zero2" if compute.world_size > 1 else "replicated"
     setup = Setup(parallel=kind, compile=compile)
-    training = Training(case, compute, case.batch_size, setup)
+    free = memory_of_a_rank(compute)
+    micro_batch_size, needed = fitting_micro_batch(case, free, setup, compute)
+    if micro_batch_size == 0:
+        raise UserError(does_not_fit(case, needed, free, "--max_seq_len"))
+    if micro_batch_size < case.batch_size:
+        print0(f"  {micro_batch_size} sequences fit at a time")
+    training = Training(case, compute, micro_batch_size, setup)
     reset_peak_memory(compute.device)
     durations = []
     for number in range(1, warm_steps + 1):

@@ -230,6 +230,8 @@ def test_what_does_not_fit_is_said_with_the_numbers_of_the_plan():
     assert size == 0 and "\n" not in line
     for words in (f"{needed.total / 1e9:.1f} GB", "optimizer", "80.0 GB", "68.0", "--seq-len"):
         assert words in line
+    kinds = [float(size) for size in re.findall(r"[a-z] (\d+\.\d\d)", line)]
+    assert sum(kinds) == pytest.approx(needed.total / 1e9, abs=0.1), "those at the peak alone"
 
 
 def test_adamw_for_all_parameters_takes_two_moments_of_each():

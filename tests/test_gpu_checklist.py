@@ -381,6 +381,9 @@ def test_the_profile_of_a_step_accounts_for_its_time(stages):
     total = sum(record["kinds_ms"].values()) + record["idle_ms"]
     assert total == pytest.approx(record["profiled_step_ms"], rel=0.05)
     assert "must be at least 3" in stages.refusal("scripts.profile_step", "--warm_steps=2")
+    too_large = stages.refusal(
+        "scripts.profile_step", "--depth=400", "--device_batch_size=1", "--device_type=cpu")
+    assert "depth 400 does not fit: one sequence of 256 tokens needs " in too_large
 
 
 def test_the_kernels_that_a_machine_has_are_timed(stages):
