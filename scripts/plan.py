@@ -66,8 +66,9 @@ TEXT_BYTES_PER_TOKEN = 1.92  # FineWeb-Edu, compressed: 4.8 characters, .1 GB a 
 # sequences, and GB at the peak. It had 12 numbers a layer for each token and channel, KEPT has 18.
 REVIEW = (
     ("gpt", 1, 20, 4, 14.6), ("lookup", 1, 20, 2, 19.8), ("lookup", 6, 20, 6, 21.5),
-    ("lookup", 6, 26, 1, 27), ("lookup", 1, 20, 32, 63), ("lookup", 8, 20, 32, 50),
-    ("lookup", 1, 32, 4, 74), ("lookup", 1, 32, 8, 73), ("lookup", 8, 32, 8, 58),
+    ("lookup", 6, 20, 7, 22.8), ("lookup", 6, 26, 1, 27), ("lookup", 1, 20, 32, 63),
+    ("lookup", 8, 20, 32, 50), ("lookup", 1, 32, 4, 74), ("lookup", 1, 32, 8, 73),
+    ("lookup", 8, 32, 8, 58), ("lookup", 8, 32, 16, 84),
 )
 REVIEW_NUMBERS = 12
 MACHINES = (("1 x 24 GB", "rtx-4090", 1), ("6 x 24 GB", "7900-xtx", 6), ("1 x 80 GB", "h100", 1),
@@ -146,7 +147,7 @@ def at_speed(machine, network, tokens_per_second):
 # --------------------------------------------------------------------------------------------------
 # the figures
 
-def hours_and_steps(budget, machine, network, way):
+def hours_and_steps(budget, network, way):
     """(hours, steps) of a run with an Arrangement."""
     batch = way.batch.total_batch_size
     if budget.kind == "minutes":
@@ -173,7 +174,7 @@ def figures(settings, budget, machine, network, way):
     step = expected_step(
         machine, network, way.batch, way.parallel, way.checkpoint_activations,
         options["wire_bytes"])
-    hours, steps = hours_and_steps(budget, machine, network, way)
+    hours, steps = hours_and_steps(budget, network, way)
     price = price_per_gpu_hour or PRICES.get(machine.kind)
     tokens = steps * way.batch.total_batch_size
     return {
@@ -420,6 +421,21 @@ def forecast_rows(settings, name):
             ]
 
 
+def depth_rows(settings):
+    """Lines of what base_train takes without --depth: depth and hours for two vocabularies."""
+    for title, kind, count in (*MACHINES, ("1 x 7900 XTX", "7900-xtx", 1)):
+        machine = assumed_machine(kind, count)
+        budget = choose_budget({**settings, "extend": None}, "cuda")
+        cells = [title]
+        for vocabulary in (32768, 65536):
+            shape = choose_shape(settings, budget, machine, GPT, vocabulary, None)
+            network = network_of(settings, "gpt", shape, vocabulary)
+            way = arrange(settings, machine, network, shape.total_batch_size)
+            hours, _ = hours_and_steps(budget, network, way)
+            cells += [str(shape.depth), hours_text(hours)]
+        yield cells
+
+
 def review_rows():
     """Lines of the comparison with REVIEW: GB at equal numbers of sequences."""
     for name, count, layers, sequences, reviewed in REVIEW:
@@ -454,6 +470,8 @@ def documented_rows():
 
 def print_forecasts(settings):
     """The tables of docs/planning.md."""
+    head = ["GPUs", "depth at 32,768", "hours", "depth at 65,536", "hours"]
+    print(table(head, list(depth_rows(settings))) + "\n")
     head = ["GPUs", "depth", "layout", "sequences x passes", "parameters", "gradients", "optimizer",
             "activations", "loss", "GB in all", "tokens/s", "hours"]
     for name in ("gpt", "lookup"):
