@@ -53,6 +53,15 @@ PASS_TOKENS = 410
 PRICES = {"h100": 3.0}
 
 
+# Of a memory that the CPU shares: programs, the file cache and copies to be saved are in it, too
+UNIFIED_SHARE = 0.8
+
+
+def planned_share(kind):
+    """Of a device's memory, what a plan counts as the device's. kind: of DEVICES, or None."""
+    return UNIFIED_SHARE if kind and DEVICES[kind].unified else 1
+
+
 class Machine(NamedTuple):
     """What a plan needs to know of the hardware."""
     device_type: str     # cuda, mps or cpu
@@ -93,7 +102,8 @@ def assumed_machine(kind, gpus, memory=None, link=None):
             f"device={kind}: its peak in bf16 is not published, so nothing can be forecast; choose "
             f"from {', '.join(known)}")
     flops = device.bf16 * RATES.get(kind, OTHER_RATE).matmul
-    return Machine("cuda", gpus, int(memory or device.memory), 2, flops, kind, link)
+    size = int(memory or device.memory * planned_share(kind))
+    return Machine("cuda", gpus, size, 2, flops, kind, link)
 
 
 def expected_speed(machine, flops_per_token):

@@ -14,7 +14,8 @@ from collections import namedtuple
 from pathlib import Path
 
 # memory in bytes; bandwidth in bytes/s; bf16 and fp8 in dense FLOP/s, None: not published.
-# title: the words of torch's device name that identify it. unified: the CPU shares the memory.
+# title: a pattern for the words of torch's device name that identify it. unified: the CPU shares
+# the memory.
 Device = namedtuple(
     "Device",
     "title memory bandwidth bf16 fp8 unified",
@@ -59,6 +60,7 @@ DEVICES = {
 
 # What follows the title of a device that is another one: an RTX 4090 D, an RTX 4090 Laptop GPU
 OTHER_DEVICE = r"(?! (?:D\b|Ti\b|Super\b|SUPER\b|Laptop|Max-Q))"
+SLICE = re.compile(r"\bMIG\b")  # in the name of a part of a GPU: H100 80GB HBM3 MIG 1g.10gb
 
 
 def known_device(device_name):
@@ -71,6 +73,8 @@ def known_device(device_name):
 
 def device_kind(device_name):
     """The name in DEVICES of the GPU that torch calls so, or None where the table has none."""
+    if SLICE.search(device_name):
+        return None
     for kind, device in DEVICES.items():
         if re.search(rf"\b{device.title}\b{OTHER_DEVICE}", device_name):
             return kind

@@ -16,7 +16,7 @@ import torch
 
 from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
-from nanochat.forecast import Machine, expected_step
+from nanochat.forecast import Machine, expected_step, planned_share
 from nanochat.hardware import device_kind, device_memory, host_memory
 from nanochat.memory import (
     MEMORY_SHARE,
@@ -777,6 +777,7 @@ def this_machine(compute, matmul_flops):
     kind = None
     if device.type == "cuda":
         kind = device_kind(torch.cuda.get_device_name(device))
+        memory = int(memory * planned_share(kind))
     elif device.type == "cpu" and host_memory():
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.world_size))
         memory = host_memory() // ranks_here

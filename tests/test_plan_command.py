@@ -9,7 +9,7 @@ from conftest import ROOT, last_json
 from nanochat import doctor, plan as planning
 from nanochat.common import Compute
 from nanochat.configurator import declared_values
-from nanochat.forecast import RATES
+from nanochat.forecast import RATES, assumed_machine
 from nanochat.hardware import DEVICES, device_kind
 from scripts import plan as script
 
@@ -88,6 +88,15 @@ def test_gpus_that_are_here_are_measured_and_not_taken_from_a_data_sheet(monkeyp
     assert (elsewhere.kind, elsewhere.dtype_bytes, here) == ("h100", 2, None)
 
 
+def test_of_a_memory_that_the_cpu_shares_a_part_is_left_to_it(monkeypatch):
+    compute = Compute(False, 0, 0, 1, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GB10")
+    monkeypatch.setattr(planning, "device_memory", lambda device: 10**11)
+    assert planning.this_machine(compute, 9e13).memory == 8 * 10**10
+    assert assumed_machine("mi300a", 1).memory == int(0.8 * 128e9)
+    assert assumed_machine("h100", 1).memory == 80e9
+
+
 def test_the_command_and_the_reason_say_what_was_given(tmp_path):
     done = plan(tmp_path, "--depth=12", "--device=h100", "--gpus=8", "--parallel=fsdp",
                 "--kv_heads=2", "--reduce_dtype=bfloat16", "--num_iterations=9")
@@ -147,6 +156,8 @@ def test_every_assumed_rate_is_of_a_device_of_the_table():
     ("NVIDIA L40S", "l40s"),
     ("NVIDIA B200", "b200"),
     ("NVIDIA GB200", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
     ("NVIDIA GeForce RTX 3090 Ti", None),
     ("AMD Radeon RX 7900 XTX", "7900-xtx"),
 ])
