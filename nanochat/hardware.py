@@ -480,7 +480,8 @@ def compile_problem(device):
 def reason_of(message):
     """The line of a compiler's message that says what is wrong, at most 160 characters of it."""
     lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error: |No such file|not found|too short", line)]
+    words = r"error: |No such file|not found|too short"
+    telling = [line for line in lines if re.search(words, line)]
     return (telling or lines or ["no reason given"])[0][:160]
 
 
