@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat.checkpoint import digest_of
+from nanochat.start import FROM_PRETRAINING
 from stage_runs import (
     TINY,
     TINY_CHAT,
@@ -150,9 +152,19 @@ def test_eight_lines_win_against_the_built_in_identity(stages, trained, tmp_path
     assert score["accuracy"][str(mine)] > 0.7 and score["items"][str(mine)] == 8
 
 
+def forget(path, *keys):
+    """Make a meta file that of an earlier version, which had none of these keys."""
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        del meta[key]
+    meta["digest"] = digest_of(meta)
+    path.write_text(json.dumps(meta), encoding="utf-8")
+
+
 def test_the_model_keeps_the_name_that_midtraining_was_given_until_it_gets_another(
         stages, trained):
     shutil.copytree(stages.folder("base", "d1"), stages.folder("base", "ada"))
+    forget(stages.folder("base", "ada") / "meta_000010.json", *FROM_PRETRAINING)
     small = ("--model_tag=ada", *TINY_CHAT, "--num_iterations=2")
     stages.fork("scripts.mid_train", *small, "--name=Ada Lovelace")
     assert stages.fork_record("scripts.chat_sft", *small)["name"] == "Ada Lovelace"
