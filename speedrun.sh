@@ -115,6 +115,9 @@ done
 if [ -n "$given" ] && [ -z "$STAGES" ]; then
     refuse "STAGES=$given names no stage: choose from $known"
 fi
+if [ "$STAGES" = report ]; then
+    refuse "a report needs another stage: python -m nanochat.report writes that of the last run"
+fi
 
 # A GPU has one of these files, also where torch cannot use it. Training on the CPU beside an idle
 # GPU must be asked for.

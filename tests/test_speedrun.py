@@ -593,6 +593,7 @@ def test_arguments_are_refused_and_help_is_given():
     ({"GPUS": "-1"}, "GPUS=-1"),
     ({"DEPTH": "deep"}, "DEPTH=deep"),
     ({"DEVICE_BATCH_SIZE": "0"}, "DEVICE_BATCH_SIZE=0"),
+    ({"STAGES": "report"}, "python -m nanochat.report"),
     ({"STAGES": ", "}, "STAGES=,  names no stage"),
     ({"STAGES": "mid_train,chat_rl"}, "chat_rl, which is no stage: choose from dataset,"),
 ])
