@@ -303,6 +303,8 @@ KINDS_IF_PRESENT = {
     "rate_scale": NUMBER,
     "total_batch_size": int,
     "device_batch_size": int,
+    "parallel": str,
+    "checkpoint_activations": bool,
     "prompts": list,
     "questions": list,
 }

@@ -45,6 +45,8 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
 
 FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
+# What fitted the devices, for the chat stages. Checkpoints of earlier versions lack some of it.
+FROM_PRETRAINING = ("device_batch_size", "parallel", "checkpoint_activations")
 START_AGAIN = "check that all machines see the same folder, and give the command again"
 
 
@@ -389,7 +391,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         "model_class": name_of(model),
         "tokenizer": origin["tokenizer"],
         "total_batch_size": origin["total_batch_size"],
-        "device_batch_size": origin.get("device_batch_size"),
+        **{name: origin[name] for name in FROM_PRETRAINING if name in origin},
         "name": origin.get("name"),  # the model's, where the user chose one
     }
 
