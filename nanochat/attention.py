@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import config as compiler_config
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,6 +32,7 @@ class InUse:
     """What use_kernels() has set for this process; on a CPU and on MPS it stays as it is."""
     grouped = False   # whether causal_attention hands grouped heads to the kernel as they are
     context = None    # of sdpa_kernel, entered
+    tag_before = ""   # what the keys of compiled code began with
 
 
 IN_USE = InUse()
@@ -228,6 +230,9 @@ def use_kernels(names, grouped=False):
     """Set the order of SDPA's kernels for the process, the best first; others are not used.
 
     A later kernel takes over where an earlier one cannot (a prefill has a mask).
+
+    Torch keeps compiled code on disk under a key that does not tell the order (seen in 2.15): a run
+    would take the kernel of the run that compiled first. So the order becomes a part of the key.
     """
     use_torchs_own()
     activate(KERNELS[names[0]].activated)
@@ -235,6 +240,8 @@ def use_kernels(names, grouped=False):
     IN_USE.context = sdpa_kernel(backends, set_priority=True)
     IN_USE.context.__enter__()
     IN_USE.grouped = grouped
+    IN_USE.tag_before = compiler_config.cache_key_tag
+    compiler_config.cache_key_tag = f"{IN_USE.tag_before} attention={','.join(names)}"
 
 
 def use_torchs_own():
@@ -242,6 +249,7 @@ def use_torchs_own():
     if IN_USE.context is not None:
         IN_USE.context.__exit__(None, None, None)
         IN_USE.context = None
+        compiler_config.cache_key_tag = IN_USE.tag_before
     IN_USE.grouped = False
     activate("")
 

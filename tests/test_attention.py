@@ -284,3 +284,20 @@ def test_a_compiled_function_takes_the_chosen_kernel_without_a_break_in_its_grap
         torch.testing.assert_close(compiled(*inputs), causal_attention(*inputs))
         assert (fused in operations(compiled, *inputs)) == is_fused
     torch.compiler.reset()
+
+
+def test_compiled_code_on_disk_does_not_bring_back_another_kernel(tmp_path, monkeypatch):
+    """docs/traps.md: slow-attention-kernel"""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    tag = attention.compiler_config.cache_key_tag
+    inputs = small_case(CPU, torch.float32, kv_heads=4)[:3]
+    for names, is_fused in ((["flash", "math"], True), (["math"], False)):
+        torch.compiler.reset()  # as in the next process, which finds what is on disk
+        use_kernels(names)
+        compiled = torch.compile(causal_attention, fullgraph=True)
+        compiled(*inputs)
+        assert (fused in operations(compiled, *inputs)) == is_fused
+    torch.compiler.reset()
+    use_torchs_own()
+    assert attention.compiler_config.cache_key_tag == tag
