@@ -3,11 +3,13 @@ guessed."""
 import contextlib
 import functools
 import gc
+import getpass
 import os
 import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import zlib
 from collections import namedtuple
@@ -437,6 +439,45 @@ COMPILE_ERRORS = (
 )
 
 
+CUT_AFTER_SECONDS = 120  # since its last change; before, a compiler may be at work on it
+
+
+def kernel_cache():
+    """The folder in which torch keeps compiled kernels of the CPU (torch._inductor's cache_dir)."""
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    default = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
+
+
+def remove_cut_kernels(folder):
+    """Delete the kernels in a cache that a compiler left unfinished because it was killed.
+
+    torch would take each for finished, fail to load it, and never compile it again.
+    """
+    for path in folder.glob("*/*.so"):
+        with contextlib.suppress(OSError):
+            is_old = time.time() - path.stat().st_mtime > CUT_AFTER_SECONDS
+            if is_old and is_cut(path):
+                path.unlink()
+
+
+def is_cut(path):
+    """Whether a shared library lacks its end: the table of sections, which an ELF file ends with.
+
+    Source: the System V ABI, ELF header of 64-bit files: e_shoff, e_shentsize and e_shnum.
+    """
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return True
+    if header[:5] != b"\x7fELF\x02":
+        return False  # macOS has another format
+    offset, size, count = (
+        int.from_bytes(header[begin:end], "little") for begin, end in ((40, 48), (58, 60), (60, 62))
+    )
+    return path.stat().st_size < offset + size * count
+
+
 def compile_problem(device):
     """Why torch.compile does not work on `device`, as one line; None where it does.
 
@@ -457,6 +498,7 @@ def compile_problem(device):
         return x + number
 
     try:
+        remove_cut_kernels(kernel_cache())
         torch.compile(add, dynamic=False)(torch.zeros(64, device=device))
     except COMPILE_ERRORS as error:
         return reason_of(str(error))
@@ -466,7 +508,8 @@ def compile_problem(device):
 def reason_of(message):
     """The line of a compiler's message that says what is wrong, at most 160 characters of it."""
     lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error: |No such file|not found", line)]
+    words = r"error: |No such file|not found|too short"
+    telling = [line for line in lines if re.search(words, line)]
     return (telling or lines or ["no reason given"])[0][:160]
 
 
@@ -474,7 +517,7 @@ def synchronize(device):
     """Wait until the device has done all that it was given. A CPU has done it already."""
     import torch
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 

@@ -4,6 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import time
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +167,33 @@ def test_whatever_keeps_torch_from_compiling_is_a_reason(monkeypatch, error):
 
     monkeypatch.setattr(torch, "compile", fail)
     assert compile_problem(torch.device("cpu"))
+
+
+def test_a_kernel_that_a_killed_compiler_left_cut_is_compiled_again(tmp_path):
+    """torch would try to load it at every start, and training would run uncompiled for good."""
+    whole = Path(sysconfig.get_path("platlib")) / "torch" / "lib" / "libtorch_global_deps.so"
+    if not whole.exists():
+        pytest.skip("torch has no such library here")
+    content = whole.read_bytes()
+    old = time.time() - 10 * hardware.CUT_AFTER_SECONDS
+    files = {"whole": content, "cut": content[:4096], "header": content[:40], "empty": b"",
+             "new": b"", "other": b"\xcf\xfa\xed\xfe" + bytes(90)}
+    for name, bytes_of_file in files.items():
+        path = tmp_path / "2n" / f"{name}.main.so"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes_of_file)
+        if name != "new":
+            os.utime(path, (old, old))
+    hardware.remove_cut_kernels(tmp_path)
+    left = {path.name.split(".")[0] for path in tmp_path.glob("*/*")}
+    assert left == {"whole", "new", "other"}
+
+
+def test_the_cache_of_kernels_is_torchs_own(monkeypatch):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    assert str(hardware.kernel_cache()) == cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert str(hardware.kernel_cache()) == "/elsewhere"
 
 
 # The files of drivers, whether torch sees a GPU, its build, the environment, and what the line says
