@@ -358,25 +358,31 @@ def preferred_dtype(device_type):
 def mps_problem():
     """Why this machine's MPS device is not to be used, as one line; "" where it is right.
 
-    The forward and backward pass of a tiny model, of the operations that a GPT is made of, gives on
-    MPS what it gives on the CPU. selftest.py has more to say when a training begins.
+    The forward and backward pass of a tiny model, of the operations that a GPT is made of, and a
+    step of decoding give on MPS what they give on the CPU. selftest.py has more to say when a
+    training begins.
     """
     import torch
     if not torch.backends.mps.is_available():
         return "there is none"
-    try:
-        found = tiny_gradients(torch.device("mps"))
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return reason_of(str(error))
-    return gradient_problem(found, tiny_gradients(torch.device("cpu")))
+    tests = {"the gradient of a small model": tiny_gradients, "a step of decoding": tiny_decoding}
+    for name, test in tests.items():
+        try:
+            found = test(torch.device("mps"))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            return reason_of(str(error))
+        problem = difference_problem(name, found, test(torch.device("cpu")))
+        if problem:
+            return problem
+    return ""
 
 
-def gradient_problem(found, wanted, tolerance=1e-2):
-    """How far gradients are from those that are right, as one line, or "" where they are near."""
+def difference_problem(name, found, wanted, tolerance=1e-2):
+    """How far tensors are from those that are right, as one line, or "" where they are near."""
     for ours, theirs in zip(found, wanted):
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if not error <= tolerance:  # true of a NaN as well
-            return f"the gradient of a small model is off by {error:.2g} of its norm"
+            return f"{name} is off by {error:.2g} of its norm"
     return ""
 
 
@@ -398,6 +404,28 @@ def tiny_gradients(device):
     logits = y.transpose(1, 2).reshape(2 * 47, 32) @ table.T
     F.cross_entropy(logits, idx[:, 1:].flatten()).backward()
     return [table.grad.cpu(), matrix.grad.cpu()]
+
+
+def tiny_decoding(device):
+    """What decoding needs besides, on the CPU: [attention to a KV cache, rows of a hashed table].
+
+    Without gradients MPS has another attention kernel, and some versions of it were wrong for
+    inputs that are not contiguous, as a cache's are. Hashes exceed what 32 bits hold.
+    """
+    import torch
+    import torch.nn.functional as F
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn((2, 2, 3, 16), generator=generator).to(device)    # B, H, T, D
+    new = torch.randn((2, 20, 2, 16), generator=generator).to(device)  # B, S, H, D
+    positions = torch.arange(20, device=device)
+    with torch.no_grad():
+        cache = torch.zeros(3, 32, 2, 16, device=device)
+        cache[torch.tensor([[0], [2]], device=device), positions] = new
+        held = cache[::2, :20].transpose(1, 2)
+        visible = positions <= positions[17:, None]
+        y = F.scaled_dot_product_attention(q, held, held, attn_mask=visible)
+        rows = positions * 4099 * 1000003 % 131072
+    return [y.cpu(), rows.cpu().float()]
 
 
 # What torch.compile raises where a machine cannot compile: most are a RuntimeError, the others are

@@ -341,6 +341,7 @@ def test_a_finished_run_marks_its_last_step(make_run, model, capsys, base_dir):
     assert row["tokens_per_second"] == 100 and row["flops_per_second"] == 1000
     assert row["flops_per_second_square"] == 1100 and row["flops_per_second_of_weights"] == 900
     assert row["mfu"] is row["mfu_square"] is row["peak_flops_per_second"] is None
+    assert row["peak_memory"] is None, "that of a process is not what was planned"
     meta = json.loads((run.folder / "meta_000002.json").read_text(encoding="utf-8"))
     assert meta["finished"] and meta["val_bpb"] == 1.25
 
