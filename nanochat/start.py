@@ -378,20 +378,7 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         model_source, compute.device, "train", settings["model_tag"], settings["from_step"])
     print0(f"starting from {chosen_line(model_source, origin)}")
     model = model.for_chat()
-    meta = {
-        "stage": stage,
-        "run": new_run(),
-        "origin": [origin["dir"], origin["step"]],
-        "step": 0,
-        "elapsed": 0.0,
-        "dtype": origin["dtype"],
-        "config": asdict(model.config),
-        "model_class": name_of(model),
-        "tokenizer": origin["tokenizer"],
-        "total_batch_size": origin["total_batch_size"],
-        "device_batch_size": origin.get("device_batch_size"),
-        "name": origin.get("name"),  # the model's, where the user chose one
-    }
+    meta = meta_of_chat_run(stage, origin, model)
 
     # 2. an unfinished run that started with the same model
     if settings["resume"]:
@@ -406,6 +393,31 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     # 3. a run that begins, with a folder named after the model
     folder = free_folder(checkpoint_dir(source, origin["tag"]))
     return ChatStart(Start(FRESH, folder, None, None, meta), model, tokenizer)
+
+
+# How a model was trained, which says what fits a device; models of earlier versions do not say it
+TRAINED_WITH = ("device_batch_size", "parallel", "checkpoint_activations")
+
+
+def meta_of_chat_run(stage, origin, model):
+    """The meta of a run that starts with a model. origin: the meta of its checkpoint."""
+    meta = {
+        "stage": stage,
+        "run": new_run(),
+        "origin": [origin["dir"], origin["step"]],
+        "step": 0,
+        "elapsed": 0.0,
+        "dtype": origin["dtype"],
+        "config": asdict(model.config),
+        "model_class": name_of(model),
+        "tokenizer": origin["tokenizer"],
+        "total_batch_size": origin["total_batch_size"],
+        "name": origin.get("name"),  # the model's, where the user chose one
+    }
+    for key in TRAINED_WITH:
+        if origin.get(key) is not None:
+            meta[key] = origin[key]
+    return meta
 
 
 def resume_chat(stage, folder, compute, model):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from models import make_model
+from nanochat.checkpoint import problem_of
 from nanochat.common import UserError
 from nanochat.folders import Model, lock_folder
 from nanochat.plan import BUDGETS
@@ -11,6 +13,7 @@ from nanochat.start import (
     EXTENDED,
     FRESH,
     RESUMED,
+    TRAINED_WITH,
     Choice,
     Start,
     check_before_decay,
@@ -18,6 +21,7 @@ from nanochat.start import (
     choose_base_folder,
     choose_chat_run,
     data_to_resume,
+    meta_of_chat_run,
     place_of,
     resume_hint,
     unfinished_extension,
@@ -317,6 +321,22 @@ def test_a_chat_stage_resumes_the_newest_unfinished_run_that_started_from_the_sa
     own = choose_chat_run(models, ["/base/base_checkpoints/d6", 30], "17-4")
     assert own.tag == "d6", "only its record may be missing"
     assert choose_chat_run(models, origin, "17-4") is None
+
+
+def test_a_chat_run_knows_how_its_model_was_trained_where_that_is_known():
+    """A model of an earlier version does not say it; what the run saves must be readable."""
+    model = make_model()
+    old = {
+        "dir": "base_checkpoints/d4", "step": 30, "dtype": "float32", "tokenizer": "t",
+        "total_batch_size": 512}
+    new = {**old, "device_batch_size": 2, "parallel": "fsdp", "checkpoint_activations": False}
+    for origin in (old, new):
+        meta = meta_of_chat_run("chat_sft", origin, model)
+        assert {key: meta[key] for key in TRAINED_WITH if key in meta} == {
+            key: origin[key] for key in TRAINED_WITH if key in origin}
+        own = {"saved": 1.0, "world_size": 1, "files": {"model_000000.pt": ""}}
+        assert problem_of({**meta, **own}, 0) is None
+    assert problem_of({**meta, **own, "device_batch_size": None}, 0) is None, "once written so"
 
 
 # -------------------------------------------------------------------------------- what is said
