@@ -437,6 +437,20 @@ def chat_batch(settings, max_seq_len, ranks, pretraining_batch, data_tokens=None
     return Batch(total_batch_size, micro_batch_size, total_batch_size // tokens)
 
 
+def chat_layout(settings, meta):
+    """(parallel, checkpoint_activations) of a chat stage: as given, else what its model needed.
+
+    Where pretraining took fsdp or recomputed its blocks, nothing else may fit. meta: of the run,
+    with what the model was trained with, where that is known.
+    """
+    parallel, recompute = settings["parallel"], settings["checkpoint_activations"]
+    if parallel == "auto" and meta.get("parallel") == "fsdp":
+        parallel = "fsdp"
+    if recompute is None:
+        recompute = meta.get("checkpoint_activations", False)
+    return parallel, recompute
+
+
 def chat_horizon(settings, device_type, total_batch_size, data_tokens):
     """The Horizon of a chat stage: as given, else 5 minutes, or on a GPU one pass over the data, or
     as many as MIN_CHAT_STEPS take.

@@ -201,6 +201,7 @@ else:
     }
 meta["budgets"] = {budget.kind: budget.amount}
 meta["device_batch_size"] = micro_batch_size
+meta.update(parallel=plan.parallel, checkpoint_activations=plan.checkpoint_activations)
 
 # ---- the model; from here on `model` is the module
 model = build_model(meta, device)

@@ -31,6 +31,7 @@ from nanochat.plan import (
     arrange,
     arrangements,
     chat_batch,
+    chat_layout,
     chat_horizon,
     check_disk,
     check_not_passed,
@@ -418,6 +419,19 @@ def chat_settings(**given):
     assert given.keys() <= {"device_batch_size", "total_batch_size", "minutes", "num_iterations"}
     names = "device_batch_size", "total_batch_size", "minutes", "num_iterations"
     return {**dict.fromkeys(names), **given}
+
+
+@pytest.mark.parametrize("given, meta, wanted", [
+    (("auto", None), {}, ("auto", False)),
+    (("auto", None), {"parallel": "zero2", "checkpoint_activations": False}, ("auto", False)),
+    (("auto", None), {"parallel": "replicated", "checkpoint_activations": True}, ("auto", True)),
+    (("auto", None), {"parallel": "fsdp", "checkpoint_activations": True}, ("fsdp", True)),
+    (("zero2", False), {"parallel": "fsdp", "checkpoint_activations": True}, ("zero2", False)),
+    (("fsdp", True), {}, ("fsdp", True)),
+])
+def test_a_chat_stage_trains_as_its_model_had_to_unless_told_otherwise(given, meta, wanted):
+    settings = dict(zip(("parallel", "checkpoint_activations"), given))
+    assert chat_layout(settings, meta) == wanted
 
 
 def test_a_chat_stage_takes_one_pass_over_the_batch_of_pretraining():
