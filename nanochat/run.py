@@ -66,11 +66,6 @@ class StopRequest:
         print0("stopping after this step; once more stops at once")
 
 
-def peak_memory(device):
-    """Most bytes of tensors that a GPU has held, None for another device."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
 def core_seconds():
     """(seconds that the threads of this process ran, seconds that they waited for a core).
 
@@ -237,6 +232,8 @@ class Run:
         fields: what the stage adds to the meta file.
         """
         self.saved_at = self.elapsed
+        # before the next snapshot is made, for the host's memory may not hold two
+        self.checkpoints.finish(raise_on_error=False)
         rank_state = {
             "optimizers": layout.optimizer_state(),
             "loader": loader_state,
