@@ -163,6 +163,8 @@ def on_device(batch, device):
     if torch.device(device).type != "cuda":
         return [tensor.to(device) for tensor in batch]
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+
+
 def resumed_text(states, saved_B, tokenizer, B, T, data, rank=0, world_size=1):
     """The state with which a rank continues the training text.
 
