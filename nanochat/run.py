@@ -232,6 +232,8 @@ class Run:
         fields: what the stage adds to the meta file.
         """
         self.saved_at = self.elapsed
+        # before the next snapshot is made, for the host's memory may not hold two
+        self.checkpoints.finish(raise_on_error=False)
         rank_state = {
             "optimizers": layout.optimizer_state(),
             "loader": loader_state,

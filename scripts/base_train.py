@@ -232,7 +232,7 @@ if start.state:
 # ---- data
 loader_state = None
 if start.state:
-    saved_batch_size = resumed.get("device_batch_size", micro_batch_size)
+    saved_batch_size = resumed.get("device_batch_size") or micro_batch_size
     loader_state = resumed_text(
         start.state["loaders"], saved_batch_size, tokenizer, micro_batch_size, max_seq_len, dataset,
         rank, world_size)

@@ -31,6 +31,7 @@ from nanochat.plan import (
     arrange,
     arrangements,
     chat_batch,
+    chat_layout,
     chat_horizon,
     chat_layout,
     check_disk,

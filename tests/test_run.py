@@ -218,6 +218,23 @@ def test_a_save_is_due_by_steps_by_minutes_and_when_the_stage_wants_it(make_run,
     assert run.save_due()
 
 
+def test_a_save_is_finished_before_the_next_snapshot_is_made(make_run, model):
+    """The memory of the host may not hold the weights twice."""
+    run, layout, pending = make_run(), FakeLayout(), []
+    layout.model = model
+
+    def whole_weights():
+        pending.append(run.checkpoints.pending)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    layout.whole_weights = whole_weights
+    for _ in range(2):
+        take_steps(run, 1)
+        run.save(layout, {})
+    run.checkpoints.finish()
+    assert pending == [None, None] and complete_steps(run.folder) == [1, 2]
+
+
 # ------------------------------------------------------------------------------------------------
 # batches that go wrong
 

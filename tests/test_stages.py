@@ -279,6 +279,11 @@ def test_two_ranks_train_what_one_rank_trains_in_every_layout(stages, refrain):
     trained_as = [stages.folder("mid", tag) for tag in ("two", "cut")]
     assert losses_of(trained_as[0]) == pytest.approx(losses_of(trained_as[1]), abs=1e-3)
 
+    # a model that was cut is cut in the next stage, too, and its activations are recomputed
+    stages.fork("scripts.mid_train", "--model_tag=cut", *TINY_CHAT, "--num_iterations=2", ranks=2)
+    meta = meta_of(stages.folder("mid", "cut"), 2)
+    assert (meta["parallel"], meta["checkpoint_activations"]) == ("fsdp", True)
+
 
 # What each part of a run trains with: the ranks, the layout, and after how many steps it is stopped
 PARTS = [(2, "zero2", 3), (3, "fsdp", 3), (1, "replicated", 3), (2, "fsdp", None)]
