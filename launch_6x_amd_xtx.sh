@@ -4,7 +4,7 @@
 #     bash launch_6x_amd_xtx.sh                            # all stages, on all discrete cards
 #     bash launch_6x_amd_xtx.sh --dry_run=1                # print every command; on any machine
 #     bash launch_6x_amd_xtx.sh --gpus=2                   # two of the cards
-#     bash launch_6x_amd_xtx.sh --depth=12                 # 20 without it
+#     bash launch_6x_amd_xtx.sh --depth=12                 # 20 without it and without MINUTES
 #     bash launch_6x_amd_xtx.sh --device_batch_size=6      # sequences per card and pass
 #     bash launch_6x_amd_xtx.sh --stages=base_train,base_loss    # these stages alone
 #     bash launch_6x_amd_xtx.sh --skip=dataset,tok_train,tok_eval,base_train,base_loss
@@ -23,7 +23,7 @@ say() { echo "launch: $*"; }
 # Settings
 
 # speedrun.sh's variables, before what the command line says
-gpus="${GPUS:-}" depth="${DEPTH:-20}" device_batch_size="${DEVICE_BATCH_SIZE:-}"
+gpus="${GPUS:-}" depth="${DEPTH:-}" device_batch_size="${DEVICE_BATCH_SIZE:-}"
 total_batch_size="${TOTAL_BATCH_SIZE:-}" stages="${STAGES:-}" dry_run="${DRY_RUN:-}"
 skip="" vram_gb=""
 all_stages="dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
@@ -43,13 +43,16 @@ for word in "$@"; do
     esac
 done
 if [ "$dry_run" = 0 ]; then dry_run=""; fi
+# Of minutes the plan makes the depth.
+if [ -z "${MINUTES:-}" ]; then depth="${depth:-20}"; fi
+stages="${stages// /,}" skip="${skip// /,}"
 
 for name in gpus depth device_batch_size total_batch_size vram_gb; do
     if [ -n "${!name}" ] && ! [[ "${!name}" =~ ^[1-9][0-9]{0,5}$ ]]; then
         refuse "$name=${!name} is not a whole number from 1 to 999999"
     fi
 done
-for name in $(tr , ' ' <<<"$stages,$skip"); do
+for name in ${stages//,/ } ${skip//,/ }; do
     case ",$all_stages," in
         *",$name,"*) ;;
         *) refuse "$name is no stage: choose from $all_stages" ;;
@@ -128,18 +131,33 @@ fi
 # --------------------------------------------------------------------------------------------------
 # The batch. At depth 20, 7 sequences of 2,048 tokens fit a card of 24 GB, as documented; 4 GB are
 # taken by weights and optimizer, whatever the batch. At other depths the plan chooses. A step has
-# at most 524,288 tokens, in whole passes: 7 x 6 x 2,048 x 6 = 516,096.
+# at most 524,288 tokens, in whole passes: 7 x 6 x 2,048 x 6 = 516,096. Where whole passes of the
+# largest batch that fits would leave over a tenth of these, a smaller batch is taken.
+
+# total_of SEQUENCES: tokens of a step, of so many sequences per card and pass.
+total_of() {
+    local tokens=$(($1 * gpus * 2048)) passes
+    passes=$((524288 / tokens))
+    echo $((tokens * (passes > 1 ? passes : 1)))
+}
 
 if [ -z "$device_batch_size" ] && [ "$depth" = 20 ]; then
-    if [ "$vram_gb" -lt 8 ]; then
+    if [ "$vram_gb" -lt 10 ]; then
         refuse "$vram_gb GB of memory are too few for depth 20: give --depth=12 or less"
     fi
-    device_batch_size=$((7 * (vram_gb - 4) / 20))
+    most=$((7 * (vram_gb - 4) / 20))
+    if [ "$most" -gt 32 ]; then most=32; fi    # as in the plan
+    device_batch_size=1
+    for ((sequences = most; sequences > 1; sequences--)); do
+        total="$(total_of "$sequences")"
+        if [ "$total" -le 524288 ] && [ "$total" -ge 471859 ]; then
+            device_batch_size="$sequences"
+            break
+        fi
+    done
 fi
 if [ -n "$device_batch_size" ] && [ -z "$total_batch_size" ]; then
-    tokens=$((device_batch_size * gpus * 2048))    # of one pass
-    passes=$((524288 / tokens))
-    total_batch_size=$((tokens * (passes > 1 ? passes : 1)))
+    total_batch_size="$(total_of "$device_batch_size")"
 fi
 
 # --------------------------------------------------------------------------------------------------
@@ -152,19 +170,19 @@ for name in $(tr , ' ' <<<"$all_stages"); do
     wanted="${wanted:+$wanted,}$name"
 done
 if [ -z "$wanted" ]; then refuse "--stages=$stages --skip=$skip leave no stage"; fi
-if [ "$wanted" = "$all_stages" ]; then wanted=""; fi
+if [ "$wanted" = "$all_stages" ]; then wanted=""; fi    # the plan of a plain call
 
 # --------------------------------------------------------------------------------------------------
 # Start
 
 root="$(dirname "${BASH_SOURCE[0]}")"
 variables=(
-    "GPUS=$gpus" "DEPTH=$depth" ${device_batch_size:+"DEVICE_BATCH_SIZE=$device_batch_size"}
-    ${total_batch_size:+"TOTAL_BATCH_SIZE=$total_batch_size"} ${wanted:+"STAGES=$wanted"})
+    "GPUS=$gpus" "DEPTH=$depth" "DEVICE_BATCH_SIZE=$device_batch_size"
+    "TOTAL_BATCH_SIZE=$total_batch_size" "STAGES=$wanted" "DRY_RUN=$dry_run")
 
 if [ -n "$dry_run" ]; then
     printf 'export %q\n' "${exports[@]}"
-    exec env "${variables[@]}" DRY_RUN=1 bash "$root/speedrun.sh"
+    exec env "${variables[@]}" bash "$root/speedrun.sh"
 fi
 
 # probe_peers: whether an all-reduce between the cards works, in one line, "REMEDY: DETAIL". On some
@@ -172,11 +190,10 @@ fi
 # NCCL_P2P_DISABLE is 1. In a subshell, so that speedrun.sh sees the caller's environment.
 probe_peers() {
     local program="
-import importlib.util, sys
-if importlib.util.find_spec('nanochat.selftest'):
-    from nanochat.selftest import peer_to_peer_probe
-    finding = peer_to_peer_probe(int(sys.argv[1]))
-    print(finding.remedy or 'works', finding.detail, sep=': ')"
+import sys, scripts
+from nanochat.selftest import peer_to_peer_probe
+finding = peer_to_peer_probe(int(sys.argv[1]))
+print(finding.remedy or 'works', finding.detail, sep=': ')"
     source "$root/scripts/setup.sh" >&2 || exit 1
     say "testing transfers between $gpus cards, which takes up to two minutes" >&2
     cd "$root"
@@ -193,6 +210,6 @@ if [ "$gpus" -gt 1 ] && [ -z "$user_p2p" ]; then
                 "train without it all the same" ;;
     esac
 fi
-say "$gpus cards of $vram_gb GB, depth $depth," \
+say "$gpus cards of $vram_gb GB, depth ${depth:-as the plan chooses}," \
     "${device_batch_size:-as the plan chooses} sequences per card and pass"
 exec env "${variables[@]}" bash "$root/speedrun.sh"

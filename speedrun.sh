@@ -69,6 +69,7 @@ absolute() {
 DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
 CUSTOM="${CUSTOM:-}" NAME="${NAME:-}" DEPTH="${DEPTH:-}" STAGES="${STAGES:-}"
 DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-}" TOTAL_BATCH_SIZE="${TOTAL_BATCH_SIZE:-}"
+if [ "$DRY_RUN" = 0 ]; then DRY_RUN=""; fi
 # Windows' subsystem for Linux gives every process a NAME: the machine's.
 if [ -n "${WSL_DISTRO_NAME:-}" ] && [ "$NAME" = "${HOSTNAME:-}" ]; then NAME=""; fi
 if [ -z "${NANOCHAT_BASE_DIR:-}" ]; then NANOCHAT_BASE_DIR="$(home_folder)/.cache/nanochat"; fi
@@ -104,12 +105,19 @@ for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE; do
     fi
 done
 known="dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
-for name in ${STAGES//,/ }; do
+given="$STAGES" STAGES=""
+for name in ${given//,/ }; do
     case ",$known," in
-        *",$name,"*) ;;
+        *",$name,"*) STAGES="${STAGES:+$STAGES,}$name" ;;
         *) refuse "STAGES has $name, which is no stage: choose from $known" ;;
     esac
 done
+if [ -n "$given" ] && [ -z "$STAGES" ]; then
+    refuse "STAGES=$given names no stage: choose from $known"
+fi
+if [ "$STAGES" = report ]; then
+    refuse "a report needs another stage: python -m nanochat.report writes that of the last run"
+fi
 
 # A GPU has one of these files, also where torch cannot use it. Training on the CPU beside an idle
 # GPU must be asked for.
@@ -117,13 +125,14 @@ gpu_files="${GPU_FILES-/dev/nvidia0 /dev/kfd}"
 
 # choose_gpus: sets GPUS to all that torch sees, unless the caller has set it.
 choose_gpus() {
-    local seen file patience
+    local counted seen file patience
     # Importing scripts hides integrated GPUs. Older versions of torchrun do not read how long they
-    # shall wait for a save.
-    read -r seen patience <<<"$(python -c "
+    # shall wait for a save. Where Python fails, the assignment ends the script; read would not.
+    counted="$(python -c "
 import scripts, inspect, torch, torch.distributed.launcher.api as launcher
 patience = 600 if 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT' in inspect.getsource(launcher) else 30
 print(torch.cuda.device_count(), patience)")"
+    read -r seen patience <<<"$counted"
     for file in $gpu_files; do
         if [ "$seen" = 0 ] && [ -e "$file" ]; then
             refuse "$file is here, but torch sees no GPU: check the driver, or install its torch" \

@@ -14,6 +14,7 @@ and on MPS torch has one fused path, and nothing is chosen.
 Shapes: B sequences, T tokens, H query heads, G key/value heads with G dividing H (grouped-query
 attention, arXiv 2305.13245), D head dimension, S = window.end cached tokens.
 """
+import contextlib
 import functools
 import importlib.util
 import re
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import config as compiler_config
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,6 +32,7 @@ class InUse:
     """What use_kernels() has set for this process; on a CPU and on MPS it stays as it is."""
     grouped = False   # whether causal_attention hands grouped heads to the kernel as they are
     context = None    # of sdpa_kernel, entered
+    tag_before = ""   # what the keys of compiled code began with
 
 
 IN_USE = InUse()
@@ -71,8 +74,26 @@ def cached_attention(q, k, v, layer_cache, window):
     # 3. attend, each token to the positions up to its own
     cached = torch.arange(window.end, device=q.device)
     visible = cached <= window.positions[:, None, :, None]  # B, 1, T, S
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    with without_cudnn(q.device):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     return y.transpose(1, 2)
+
+
+@contextlib.contextmanager
+def without_cudnn(device):
+    """A context without cuDNN's kernel on a GPU.
+
+    cuDNN builds a plan for every shape that it has not seen (pytorch, native/cudnn/MHA.cpp). In
+    decoding each token has another S.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def repeat_heads(x, heads):
@@ -103,6 +124,16 @@ KERNELS = {
 # The first version of cuDNN whose attention is faster than FlashAttention-2 on Hopper and Blackwell
 # (pytorch, sdp_utils.cpp; transformers PR 48163: 1.7 to 2.3 times on an H100, slower on an A100)
 CUDNN_VERSION = 91501
+# What a kernel raises that cannot run: torch's own a RuntimeError; one that was built for another
+# torch does not import, lacks a function, or wants other arguments
+KERNEL_ERRORS = (
+    RuntimeError,
+    ValueError,
+    ImportError,
+    OSError,
+    AttributeError,
+    TypeError,
+)
 # How far a kernel may be from the maths kernel in float32, relative to the norm: several times the
 # rounding of the dtype (a GPU multiplies float32 as TF32).
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -139,13 +170,23 @@ def kernel_order(gpu, dtype=torch.bfloat16):
 
 def this_gpu(device):
     """The Gpu of a CUDA or ROCm device."""
-    can_activate = hasattr(torch_attention, "activate_flash_attention_impl")
     return Gpu(
         hip=torch.version.hip is not None,
         capability=torch.cuda.get_device_capability(device),
         cudnn=torch.backends.cudnn.version() or 0,
-        has_fa3=can_activate and importlib.util.find_spec("flash_attn_interface") is not None,
+        has_fa3=can_activate("FA3") and is_installed("flash_attn_interface"),
     )
+
+
+def is_installed(module):
+    """Whether a module can be found; whether it can be imported, the probe finds out."""
+    return importlib.util.find_spec(module) is not None
+
+
+def can_activate(implementation):
+    """Whether this torch can let it replace its flash kernel. Torch 2.10 knows "FA4" alone."""
+    known = getattr(torch_attention, "list_flash_attention_impls", list)
+    return implementation in known()
 
 
 class Choice(NamedTuple):
@@ -189,6 +230,9 @@ def use_kernels(names, grouped=False):
     """Set the order of SDPA's kernels for the process, the best first; others are not used.
 
     A later kernel takes over where an earlier one cannot (a prefill has a mask).
+
+    Torch keeps compiled code on disk under a key that does not tell the order (seen in 2.15): a run
+    would take the kernel of the run that compiled first. So the order becomes a part of the key.
     """
     use_torchs_own()
     activate(KERNELS[names[0]].activated)
@@ -196,6 +240,8 @@ def use_kernels(names, grouped=False):
     IN_USE.context = sdpa_kernel(backends, set_priority=True)
     IN_USE.context.__enter__()
     IN_USE.grouped = grouped
+    IN_USE.tag_before = compiler_config.cache_key_tag
+    compiler_config.cache_key_tag = f"{IN_USE.tag_before} attention={','.join(names)}"
 
 
 def use_torchs_own():
@@ -203,6 +249,7 @@ def use_torchs_own():
     if IN_USE.context is not None:
         IN_USE.context.__exit__(None, None, None)
         IN_USE.context = None
+        compiler_config.cache_key_tag = IN_USE.tag_before
     IN_USE.grouped = False
     activate("")
 
@@ -299,7 +346,7 @@ def kernel_problem(device, dtype, name, grouped=False):
             activate(kernel.activated)
             with sdpa_kernel([kernel.backend]):
                 found, ran = run_case(case, grouped)
-        except (RuntimeError, ImportError, ValueError, NotImplementedError) as error:
+        except KERNEL_ERRORS as error:
             return reason_not_to_run(str(error), [str(warning.message) for warning in said])
     if KERNELS.get(ran, kernel).backend != kernel.backend:
         return f"torch ran {ran} in its place"

@@ -302,7 +302,9 @@ KINDS_IF_PRESENT = {
     "extended": NUMBER,
     "rate_scale": NUMBER,
     "total_batch_size": int,
-    "device_batch_size": int,
+    "device_batch_size": (int, type(None)),
+    "parallel": str,
+    "checkpoint_activations": bool,
     "prompts": list,
     "questions": list,
 }
@@ -339,6 +341,10 @@ def problem_of_contents(meta):
     for key in ("val_bpb", "extend", "extended", "rate_scale"):
         if not is_number(meta.get(key) or 0):
             return f"is damaged ({key} is {str(meta[key])[:30]})"
+    for key in ("total_batch_size", "device_batch_size"):
+        size = meta.get(key)
+        if size is not None and size < 1:
+            return f"is damaged ({key} is {str(size)[:30]})"
     if not all(map(is_number, meta.get("bpbs", []))):
         return "is damaged (bpbs are not all numbers)"
     if not all(isinstance(own, list) for own in meta.get("own_identity") or []):

@@ -31,16 +31,24 @@ def _error_hook(kind, error, trace):
         if heartbeat:
             heartbeat.explain(error)  # ends the process here where another rank has died
         sys.__excepthook__(kind, error, trace)
-        if heartbeat:
-            heartbeat.leave(f"{kind.__name__}: {message}")
+        _tell_other_ranks(f"{kind.__name__}: {message}")
         return
     if kind is KeyboardInterrupt:
         message = "interrupted"
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if heartbeat:
-        heartbeat.leave(message)
+    _tell_other_ranks(message)
     # The interpreter takes the exit status from a SystemExit raised inside the hook.
     raise SystemExit(statuses[0])
+
+
+def _tell_other_ranks(failure):
+    """Where this process is one of several ranks, say to the others why it ends."""
+    heartbeat = sys.modules.get("nanochat.heartbeat")
+    if heartbeat:
+        heartbeat.leave(failure)
+    elif "torch" in sys.modules and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from nanochat import heartbeat  # it has not joined, and torchrun has the store
+        heartbeat.give_up(failure)
 
 
 def install_error_hook():
@@ -307,16 +315,21 @@ def _join_process_group(device):
     import torch.distributed.nn  # noqa: F401
     is_cuda = device.type == "cuda"
     error_hook = sys.excepthook
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    store.set_timeout(GROUP_TIMEOUT)
+    heartbeat.gather(store, rank, world_size)
     # With its device named, NCCL connects now, and what prevents that is seen at the start.
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
         timeout=GROUP_TIMEOUT,
         device_id=device if is_cuda else None,
     )
     # Torch puts its own hook before ours, to mark each line with its rank, and loses what ours says
     # before it ends the process.
     sys.excepthook = error_hook
-    _, rank, _, world_size = get_dist_info()
     if world_size > 1:
         master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         heartbeat.start(rank, world_size, is_one_machine(), master)

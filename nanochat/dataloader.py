@@ -34,6 +34,7 @@ IGNORED = -1                # target of a position that gives no loss
 BUFFER_BATCHES = 16         # in a shuffle buffer of text
 WAITING_CONVERSATIONS = 32  # from which the packing chooses
 READ_AHEAD = 8              # batches that a thread has ready for a GPU
+MOST_BEHIND = 1_000_000     # conversations, that one rank has drawn fewer than another
 MEASURED_BYTES = 8_000_000  # of text that are read and encoded to measure it; less is exact
 
 
@@ -163,6 +164,8 @@ def on_device(batch, device):
     if torch.device(device).type != "cuda":
         return [tensor.to(device) for tensor in batch]
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+
+
 def resumed_text(states, saved_B, tokenizer, B, T, data, rank=0, world_size=1):
     """The state with which a rank continues the training text.
 
@@ -439,6 +442,9 @@ def resumed_conversations(states, rank=0, world_size=1):
 
     # Draw number d of rank r of N is number d * N + r of all conversations drawn.
     furthest = max(drawn for drawn, _ in states)
+    behind = furthest - min(drawn for drawn, _ in states)
+    if behind > MOST_BEHIND:
+        raise UserError(_no_place(f"one rank {behind} behind another", "conversations"))
     left = []
     for saver, (drawn, waiting) in enumerate(states):
         left += [draw * saved_by + saver for draw in (*waiting, *range(drawn, furthest))]

@@ -35,6 +35,9 @@ def hub_endpoint():
     endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or HUB
     if not re.match("https?://.", endpoint):
         raise UserError(f"HF_ENDPOINT={endpoint} is no address: it begins with https://")
+    if "@" in urlsplit(endpoint).netloc:
+        raise UserError("HF_ENDPOINT must hold no password, which messages would show: a mirror "
+                        "that wants a token gets HF_TOKEN")
     return endpoint
 
 

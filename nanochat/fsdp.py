@@ -4,8 +4,9 @@ torch's fully_shard (arXiv 2304.11277) is applied to every block and to the mode
 parameter by its first dimension: rank r of N holds the rows [r * c, (r + 1) * c) where c is
 ceil(rows / N). The slices stay in float32 and are what the optimizers update. Before a block runs,
 its parameters are gathered, as copies in the compute dtype; after its backward pass its gradients
-are averaged, and each rank keeps its slice of them. So a rank never holds more than a few whole
-blocks.
+are averaged, and each rank keeps its slice of them. So a rank holds no more than a few whole blocks
+at a time, and from the forward to the backward pass what lies outside of blocks: embeddings, tables
+and head. Before it is cut, the model is whole on every rank, in float32.
 
 What that leaves to do is here:
 
@@ -60,8 +61,9 @@ def structure_of(model):
         known[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     structure = copy.deepcopy(model, known)
     for module in structure.modules():
-        # what parallel.prepare() puts before the class's forward belongs to the original
+        # what parallel.prepare() puts before the class's forward belongs to the original,
         module.__dict__.pop("forward", None)
+    structure.compiled_enter = None  # and so does this
     return structure
 
 

@@ -3,11 +3,13 @@ guessed."""
 import contextlib
 import functools
 import gc
+import getpass
 import os
 import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import zlib
 from collections import namedtuple
@@ -381,25 +383,31 @@ def preferred_dtype(device_type):
 def mps_problem():
     """Why this machine's MPS device is not to be used, as one line; "" where it is right.
 
-    The forward and backward pass of a tiny model, of the operations that a GPT is made of, gives on
-    MPS what it gives on the CPU. selftest.py has more to say when a training begins.
+    The forward and backward pass of a tiny model, of the operations that a GPT is made of, and a
+    step of decoding give on MPS what they give on the CPU. selftest.py has more to say when a
+    training begins.
     """
     import torch
     if not torch.backends.mps.is_available():
         return "there is none"
-    try:
-        found = tiny_gradients(torch.device("mps"))
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return reason_of(str(error))
-    return gradient_problem(found, tiny_gradients(torch.device("cpu")))
+    tests = {"the gradient of a small model": tiny_gradients, "a step of decoding": tiny_decoding}
+    for name, test in tests.items():
+        try:
+            found = test(torch.device("mps"))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            return reason_of(str(error))
+        problem = difference_problem(name, found, test(torch.device("cpu")))
+        if problem:
+            return problem
+    return ""
 
 
-def gradient_problem(found, wanted, tolerance=1e-2):
-    """How far gradients are from those that are right, as one line, or "" where they are near."""
+def difference_problem(name, found, wanted, tolerance=1e-2):
+    """How far tensors are from those that are right, as one line, or "" where they are near."""
     for ours, theirs in zip(found, wanted):
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if not error <= tolerance:  # true of a NaN as well
-            return f"the gradient of a small model is off by {error:.2g} of its norm"
+            return f"{name} is off by {error:.2g} of its norm"
     return ""
 
 
@@ -423,6 +431,28 @@ def tiny_gradients(device):
     return [table.grad.cpu(), matrix.grad.cpu()]
 
 
+def tiny_decoding(device):
+    """What decoding needs besides, on the CPU: [attention to a KV cache, rows of a hashed table].
+
+    Without gradients MPS has another attention kernel, and some versions of it were wrong for
+    inputs that are not contiguous, as a cache's are. Hashes exceed what 32 bits hold.
+    """
+    import torch
+    import torch.nn.functional as F
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn((2, 2, 3, 16), generator=generator).to(device)    # B, H, T, D
+    new = torch.randn((2, 20, 2, 16), generator=generator).to(device)  # B, S, H, D
+    positions = torch.arange(20, device=device)
+    with torch.no_grad():
+        cache = torch.zeros(3, 32, 2, 16, device=device)
+        cache[torch.tensor([[0], [2]], device=device), positions] = new
+        held = cache[::2, :20].transpose(1, 2)
+        visible = positions <= positions[17:, None]
+        y = F.scaled_dot_product_attention(q, held, held, attn_mask=visible)
+        rows = positions * 4099 * 1000003 % 131072
+    return [y.cpu(), rows.cpu().float()]
+
+
 # What torch.compile raises where a machine cannot compile: most are a RuntimeError, the others are
 # of the imports and of the compiler's process and files
 COMPILE_ERRORS = (
@@ -432,6 +462,45 @@ COMPILE_ERRORS = (
     LookupError,
     subprocess.SubprocessError,
 )
+
+
+CUT_AFTER_SECONDS = 120  # since its last change; before, a compiler may be at work on it
+
+
+def kernel_cache():
+    """The folder in which torch keeps compiled kernels of the CPU (torch._inductor's cache_dir)."""
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    default = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
+
+
+def remove_cut_kernels(folder):
+    """Delete the kernels in a cache that a compiler left unfinished because it was killed.
+
+    torch would take each for finished, fail to load it, and never compile it again.
+    """
+    for path in folder.glob("*/*.so"):
+        with contextlib.suppress(OSError):
+            is_old = time.time() - path.stat().st_mtime > CUT_AFTER_SECONDS
+            if is_old and is_cut(path):
+                path.unlink()
+
+
+def is_cut(path):
+    """Whether a shared library lacks its end: the table of sections, which an ELF file ends with.
+
+    Source: the System V ABI, ELF header of 64-bit files: e_shoff, e_shentsize and e_shnum.
+    """
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return True
+    if header[:5] != b"\x7fELF\x02":
+        return False  # macOS has another format
+    offset, size, count = (
+        int.from_bytes(header[begin:end], "little") for begin, end in ((40, 48), (58, 60), (60, 62))
+    )
+    return path.stat().st_size < offset + size * count
 
 
 def compile_problem(device):
@@ -454,6 +523,7 @@ def compile_problem(device):
         return x + number
 
     try:
+        remove_cut_kernels(kernel_cache())
         torch.compile(add, dynamic=False)(torch.zeros(64, device=device))
     except COMPILE_ERRORS as error:
         return reason_of(str(error))
@@ -463,7 +533,8 @@ def compile_problem(device):
 def reason_of(message):
     """The line of a compiler's message that says what is wrong, at most 160 characters of it."""
     lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"error: |No such file|not found", line)]
+    words = r"error: |No such file|not found|too short"
+    telling = [line for line in lines if re.search(words, line)]
     return (telling or lines or ["no reason given"])[0][:160]
 
 
@@ -471,7 +542,7 @@ def synchronize(device):
     """Wait until the device has done all that it was given. A CPU has done it already."""
     import torch
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 

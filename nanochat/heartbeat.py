@@ -22,6 +22,7 @@ holds it, before the ranks of other machines could read there what has happened.
 """
 import atexit
 import contextlib
+import datetime
 import os
 import re
 import secrets
@@ -39,7 +40,12 @@ MISSED_BEATS = 12       # of our own without one of the other's: 36 s
 GRACE_SECONDS = 20.0
 TELL_SECONDS = 1.0      # that rank 0 leaves the others to read what it has sent, before it ends
 EXPLAIN_SECONDS = 15.0  # that a failed collective waits for the name of a dead rank
-CONNECT_SECONDS = 60.0  # for all ranks to connect when they start
+GATHER_SECONDS = 180.0  # from the first rank that is there to the last, when they start
+CONNECT_SECONDS = 60.0  # for all ranks to connect
+HELLO_SECONDS = 2.0     # for the line with which a rank begins; nobody else may hold up the start
+HELLO_BYTES = 1000
+STORE_TIMEOUT = datetime.timedelta(seconds=10)
+FAILED = "failed"       # the store's key under which a rank says why it does not come
 LEAVE_SECONDS = 5.0     # that a farewell waits for the other end to close
 REASON_CHARS = 300
 
@@ -213,11 +219,49 @@ class Heartbeat:
 
 
 # --------------------------------------------------------------------------------------------------
-# connecting
+# meeting, before there is a process group
 
 def own_name(rank):
     return f"rank {rank} (host {socket.gethostname()}, pid {os.getpid()})"
 
+
+def gather(store, rank, ranks, seconds=GATHER_SECONDS):
+    """Wait until all ranks are there. store: the dist.Store in which torchrun lets them meet.
+
+    Joining a process group waits as long as a collective may take, which is hours: also for a rank
+    that has ended before it could join, and whose torchrun on another machine nobody here hears.
+    TimeoutError, one line, that names a rank which has failed, or those that have not come.
+    """
+    deadline = time.monotonic() + seconds
+    missing = list(range(ranks))
+    try:
+        store.set(f"rank {rank}", own_name(rank))
+        while missing and time.monotonic() < deadline:
+            if store.check([FAILED]):
+                raise TimeoutError(f"{store.get(FAILED).decode('utf-8')}: {REMEDY}")
+            missing = [other for other in missing if not store.check([f"rank {other}"])]
+            time.sleep(0.1 if missing else 0)
+    except RuntimeError as error:  # that of the store
+        raise TimeoutError(
+            "the torchrun at which the ranks meet has ended: see what it says, on its machine, and "
+            "give the command again on all") from error
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise TimeoutError(
+            f"rank {names} of {ranks} did not come within {seconds:g} s: see what it says, on its "
+            "machine, and give the command again on all")
+
+
+def give_up(failure):
+    """Tell the ranks that wait in gather() why this one, which has not joined, cannot come."""
+    with contextlib.suppress(RuntimeError):  # there is no store any more
+        store, rank, _ = next(dist.rendezvous("env://", timeout=STORE_TIMEOUT))
+        words = " ".join(failure.split())[:REASON_CHARS]
+        store.set(FAILED, f"{own_name(rank)} has failed: {words}")
+
+
+# --------------------------------------------------------------------------------------------------
+# connecting
 
 def own_address(master):
     """The address at which other machines find this one. master: (host, port) of torchrun's store.
@@ -257,18 +301,30 @@ def accept_peers(listener, ranks, token, seconds):
         listener.settimeout(max(0.1, deadline - time.monotonic()))
         try:
             connection, _ = listener.accept()
-            connection.settimeout(5.0)
-            with connection.makefile("rb", buffering=0) as file:
-                hello = file.readline(1000).decode("utf-8", errors="replace").rstrip("\n")
-        except OSError:  # nobody came, or somebody without a word
+        except OSError:  # nobody came
             continue
-        said, _, rest = hello.partition(" ")
+        said, _, rest = read_hello(connection).partition(" ")
         rank, _, name = rest.partition(" ")
         if secrets.compare_digest(said.encode(), token.encode()) and rank.isdecimal():
+            connection.settimeout(5.0)
             peers[int(rank)] = Peer(connection, name)
         else:
             connection.close()
     return peers
+
+
+def read_hello(connection):
+    """The line with which whoever has connected begins, or what has come of it in time."""
+    deadline = time.monotonic() + HELLO_SECONDS
+    hello = b""
+    with contextlib.suppress(OSError):
+        while len(hello) < HELLO_BYTES:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            byte = connection.recv(1)  # what follows the line is for receive()
+            if byte in (b"", b"\n") or time.monotonic() > deadline:
+                break
+            hello += byte
+    return hello.decode("utf-8", errors="replace")
 
 
 def connect(address, token, rank, name_of_first, seconds):

@@ -122,7 +122,8 @@ def _page(url, endpoint):
         following = reply.links.get("next", {}).get("url")
         if following and not following.startswith(endpoint + "/"):
             parts = urlsplit(following)
-            following = f"{endpoint}{parts.path}?{parts.query}"
+            path = parts.path.removeprefix(urlsplit(endpoint).path)
+            following = f"{endpoint}{path}?{parts.query}"
         return reply.json(), following
 
 

@@ -19,7 +19,8 @@ Beside that there are three phases, and the largest counts:
     loss      activations of all layers, gathered parameters, logits
     backward  activations of all layers, gathered parameters, temporaries of one block
     update    what reduces and applies gradients: buckets, Muon's stacks; no activations any more.
-              fsdp: or a whole model in the activations' dtype, to evaluate, beside no gradients
+              fsdp: or a whole model in the activations' dtype, to evaluate, beside no gradients;
+              or the whole model in float32, before it is cut, and nothing else
 
 Gradients are counted in all of them, as is the case from the second micro-batch of a step on.
 Not counted: fragments of the allocator, the device's context (.5 to 1 GB) and the buffers of the
@@ -222,6 +223,8 @@ def memory(model, micro_batch_size, dtype_bytes, ranks=1, device_type="cuda", *,
     if parallel == "fsdp":
         update += 4 * block  # fully_shard keeps the buffer of its last reduction
         update = max(update, dtype_bytes * whole - gradients)  # a whole copy, to evaluate
+        held = (4 * whole) // ranks + gradients + optimizer
+        update = max(update, 4 * whole - held)  # the model before it is cut
     return Memory(
         parameters=4 * (whole - tables + padding) // sharding,
         gradients=gradients,

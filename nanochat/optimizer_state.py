@@ -100,7 +100,7 @@ def load_pieces(optimizer, segments, units, pieces):
     """Make the state of what an optimizer holds here from the pieces of all ranks that saved.
 
     units: {name: how many units each parameter of the optimizer has}, on all ranks together.
-    UserError where the pieces are not of these parameters, or where some are missing.
+    UserError where the pieces are not of these parameters, or a unit is missing or there twice.
     """
     by_name = {}
     for piece in pieces:
@@ -108,6 +108,8 @@ def load_pieces(optimizer, segments, units, pieces):
         if piece["start"] + piece["count"] > units.get(name, 0):
             raise other_model(f"it has a parameter {name[:80]} of another size")
         by_name.setdefault(name, []).append(piece)
+    for name, pieces in by_name.items():
+        _check_complete(name, pieces, units[name])
 
     optimizer.state.clear()
     for tensor, segment in places(optimizer, segments):
@@ -115,18 +117,29 @@ def load_pieces(optimizer, segments, units, pieces):
         if pieces is None:
             continue
         state = optimizer.state_of(tensor)
-        found = sum(_copy_overlap(state, segment, piece) for piece in pieces)
-        if found != segment.count:
-            raise other_model(f"{found} of {segment.count} units of {segment.name} are there")
+        for piece in pieces:
+            _copy_overlap(state, segment, piece)
+
+
+def _check_complete(name, pieces, units):
+    """UserError unless the pieces of a parameter make up all of its units, each of them once."""
+    parts = sorted((piece["start"], piece["count"]) for piece in pieces if piece["count"])
+    end = 0
+    for start, count in parts:
+        if start != end:
+            raise other_model(f"units of {name} are missing or there twice")
+        end += count
+    if end != units:
+        raise other_model(f"{end} of {units} units of {name} are there")
 
 
 def _copy_overlap(state, segment, piece):
-    """Copy what a piece has of a segment into a state; returns how many units that was."""
+    """Copy what a piece has of a segment into a state."""
     start, count, values = piece["start"], piece["count"], piece["values"]
     begin = max(segment.start, start)
     end = min(segment.start + segment.count, start + count)
     if begin >= end:
-        return 0
+        return
     here = slice(begin - segment.start + segment.offset, end - segment.start + segment.offset)
     there = slice(begin - start, end - start)
     shapes = {}
@@ -139,7 +152,6 @@ def _copy_overlap(state, segment, piece):
         else:
             # units that were held apart may have been updated a different number of times
             value.fill_(max(value.item(), values[key].item()))
-    return end - begin
 
 
 def _check_values(values, shapes, name):

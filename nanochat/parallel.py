@@ -637,9 +637,9 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
     Returns (the loss times scale, 0-D; the micro_batch_size that fitted).
 
     A step that ran out of memory starts over at half the size. It cannot once a reduction has
-    started, since other ranks would wait for it: then the error is raised. So buckets overlap with
-    the backward pass only when memory has sufficed before. Under fsdp the ranks meet in every
-    block, and no step can start over: MemoryError, one line with the remedy.
+    started, since other ranks would wait for it. So buckets overlap with the backward pass only
+    when memory has sufficed before. Under fsdp the ranks meet in every block, and no step can start
+    over. MemoryError, one line with the remedy, where it cannot, or one sequence is too many.
     """
     while True:
         try:
@@ -649,14 +649,8 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if layout.sharded:
-                raise MemoryError(
-                    f"out of memory with {micro_batch_size} sequences at a time, and with "
-                    "--parallel=fsdp a step cannot start over with fewer: lower "
-                    "--device_batch_size, or give --checkpoint_activations"
-                ) from error
-            if micro_batch_size == 1 or layout.started:
-                raise
+            if layout.sharded or layout.started or micro_batch_size == 1:
+                raise MemoryError(why_not_with_fewer(micro_batch_size, layout)) from error
 
         # after the except clause, whose traceback holds on to the tensors
         layout.zero_grad()
@@ -668,6 +662,18 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
             "which changes nothing but the speed",
             flush=True,
         )
+
+
+def why_not_with_fewer(micro_batch_size, layout):
+    """One line for a step that ran out of memory and cannot start over, with the remedy."""
+    if micro_batch_size == 1:
+        return ("out of memory with one sequence at a time: give --checkpoint_activations, on "
+                "several GPUs --parallel=fsdp, or train a smaller model (python -m scripts.plan)")
+    reason = "with --parallel=fsdp a step cannot start over with fewer"
+    if not layout.sharded:
+        reason = "other ranks wait for gradients of this step, which cannot start over with fewer"
+    return (f"out of memory with {micro_batch_size} sequences at a time, and {reason}: lower "
+            "--device_batch_size, or give --checkpoint_activations")
 
 
 def count_targets(micro_batches):

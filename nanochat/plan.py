@@ -473,6 +473,27 @@ def chat_horizon(settings, device_type, total_batch_size, data_tokens):
     return Horizon(None, minutes or CPU_MINUTES)
 
 
+class ChatLayout(NamedTuple):
+    """How a chat stage is divided among the ranks."""
+    parallel: str
+    checkpoint_activations: bool
+
+
+def chat_layout(settings, meta, ranks):
+    """The ChatLayout of a stage: what pretraining needed to fit the devices, where the settings do
+    not say.
+
+    meta: of the run, with what pretraining had; checkpoints of earlier versions do not tell.
+    """
+    parallel = settings["parallel"]
+    if parallel == "auto" and ranks > 1 and meta.get("parallel") == "fsdp":
+        parallel = "fsdp"
+    recompute = settings["checkpoint_activations"]
+    if recompute is None:
+        recompute = meta.get("checkpoint_activations", False)
+    return ChatLayout(parallel, recompute)
+
+
 class ChatPlan(NamedTuple):
     """All that is decided before the first step of a chat stage."""
     batch: Batch

@@ -66,11 +66,6 @@ class StopRequest:
         print0("stopping after this step; once more stops at once")
 
 
-def peak_memory(device):
-    """Most bytes of tensors that a GPU has held, None for another device."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
 def core_seconds():
     """(seconds that the threads of this process ran, seconds that they waited for a core).
 
@@ -237,6 +232,8 @@ class Run:
         fields: what the stage adds to the meta file.
         """
         self.saved_at = self.elapsed
+        # before the next snapshot is made, for the host's memory may not hold two
+        self.checkpoints.finish(raise_on_error=False)
         rank_state = {
             "optimizers": layout.optimizer_state(),
             "loader": loader_state,
@@ -403,6 +400,8 @@ class Run:
         flops = speed * self.flops.causal
         mfu, mfu_square = self._mfu(speed)
         ranks = self.compute.world_size
+        # of tensors on a GPU, to be held to the plan; a CPU tells that of the whole process only
+        on_gpu = self.compute.device.type == "cuda"
         finish_stage(
             self.stage,
             seconds,
@@ -422,7 +421,7 @@ class Run:
             device=self.compute.device.type,
             dtype=dtype_name(self.compute),
             ranks=ranks,
-            peak_memory=peak_memory(self.compute.device),
+            peak_memory=peak_memory(self.compute.device) if on_gpu else None,
             checkpoint=str(self.folder),
             parameters=sum(p.numel() for p in model.parameters()),
             config=self.meta["config"],

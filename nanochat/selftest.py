@@ -22,10 +22,17 @@ import torch
 import torch.distributed as dist
 
 from nanochat.adamw import AdamW
-from nanochat.attention import TOLERANCES, choose_kernel
+from nanochat.attention import (
+    TOLERANCES,
+    cached_attention,
+    causal_attention,
+    choose_kernel,
+    small_case,
+)
 from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init, print0
 from nanochat.gpt import Block, GPTConfig
 from nanochat.hardware import COMPILE_ERRORS, reason_of, synchronize
+from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.loss import softcap_cross_entropy
 
 ADAMW_TOLERANCE = 1e-3   # of the norm of an update: both are computed in float32
@@ -89,6 +96,26 @@ def check_attention(device, dtype):
     return Finding("attention", not choice.dropped, choice.describe(), remedy)
 
 
+def check_cached_attention(device, dtype):
+    """Attention to a KV cache, which has a mask and other kernels, against the causal one.
+
+    A prompt for two slots that are no neighbours, then a token for all of them, as the engine asks.
+    """
+    q, k, v, _ = small_case(device, dtype, T=33)
+    layer = LayerCache(3, 64, k.size(2), k.size(3), device, dtype)
+    cache, slots = KVCache([layer], 3, device), [0, 2]
+    with torch.no_grad():
+        wanted = causal_attention(q.cpu().float(), k.cpu().float(), v.cpu().float())
+        prompt = (x[:, :-1] for x in (q, k, v))
+        prefilled = cached_attention(*prompt, layer, cache.window(slots, 32))
+        cache.advance(slots, [32, 32])
+        newest = (x[[0, 0, 1], -1:] for x in (q, k, v))  # slot 1 is idle
+        decoded = cached_attention(*newest, layer, cache.window(None, 1))[slots]
+    remedy = "samples and chats are wrong here, training is not: update torch and the driver"
+    found = [torch.cat((prefilled, decoded), dim=1)]
+    return verdict("cached attention", found, [wanted], TOLERANCES[dtype], remedy)
+
+
 def block_outputs(block, x, dy):
     """One block forward and backward: (its output, the gradients of x and of its parameters)."""
     half = block.attention.head_dim // 2
@@ -101,7 +128,9 @@ def block_outputs(block, x, dy):
 
 def small_block(device):
     """A Block of two heads of 128 with weights that all matter."""
-    block = Block(GPTConfig(depth=1, width=256, heads=2, kv_heads=2)).to(device)
+    with torch.device("meta"):  # where no random number is drawn: the run's are to stay as they are
+        block = Block(GPTConfig(depth=1, width=256, heads=2, kv_heads=2))
+    block.to_empty(device=device)
     for seed, p in enumerate(block.parameters(), start=3):
         p.data = noise(*p.shape, device=device, seed=seed) / 16
     return block
@@ -173,7 +202,12 @@ def check_adamw(device, dtype):
     return verdict("fused AdamW", found, wanted, ADAMW_TOLERANCE, remedy)
 
 
-EAGER = {"matmul": check_matmul, "attention": check_attention, "fused AdamW": check_adamw}
+EAGER = {
+    "matmul": check_matmul,
+    "attention": check_attention,
+    "cached attention": check_cached_attention,
+    "fused AdamW": check_adamw,
+}
 COMPILED = {"compiled block": check_compiled_block, "compiled loss": check_compiled_loss}
 
 

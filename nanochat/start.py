@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.checkpoint import model_file
 from nanochat.checkpoint_manager import (
     complete_metas,
     is_evaluated,
@@ -45,7 +46,10 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
 
 FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
+# What fitted the devices, for the chat stages. Checkpoints of earlier versions lack some of it.
+FROM_PRETRAINING = ("device_batch_size", "parallel", "checkpoint_activations")
 START_AGAIN = "check that all machines see the same folder, and give the command again"
+COPY_MODEL = "copy the checkpoints of rank 0 to the other machines, or share their folder"
 
 
 class Start(NamedTuple):
@@ -254,7 +258,7 @@ def find_start(settings, rank):
     # 3. the step to read
     metas = complete_metas(folder) if folder and resumable(folder) else []
     choice = choose_base_checkpoint(settings, metas, named_step, run)
-    require_alike("where the run starts", (str(folder), *choice), START_AGAIN)
+    require_alike("where the run starts", (shared_name(folder), *choice), START_AGAIN)
     if choice.message:
         print0(choice.message)
     if choice.kind == FRESH:
@@ -331,8 +335,15 @@ def is_same_model(a, b, any_step=False):
     """Whether two [folder, step] are of the same model; the base directory may have moved."""
     if not a or not b:
         return False
-    folders = [Path(str(model[0])).parts[-2:] for model in (a, b)]
-    return folders[0] == folders[1] and (any_step or a[1:] == b[1:])
+    return shared_name(a[0]) == shared_name(b[0]) and (any_step or a[1:] == b[1:])
+
+
+def shared_name(folder):
+    """What all machines call the folder of a run, such as base_checkpoints/d4; None for none.
+
+    The base directories before it may differ.
+    """
+    return folder and "/".join(Path(str(folder)).parts[-2:])
 
 
 class ChatStart(NamedTuple):
@@ -376,8 +387,30 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
     # 1. the model of the earlier stage, and the meta of a run that starts with it
     model, tokenizer, origin = load_model(
         model_source, compute.device, "train", settings["model_tag"], settings["from_step"])
+    weights = origin["files"][model_file(origin["step"])]  # their SHA-256
+    require_alike(
+        "the model to start from", (origin["tag"], origin["step"], weights[:12]), COPY_MODEL)
     print0(f"starting from {chosen_line(model_source, origin)}")
     model = model.for_chat()
+    meta = meta_of_chat_run(stage, origin, model)
+
+    # 2. an unfinished run that started with the same model
+    if settings["resume"]:
+        found = choose_chat_run(list_models(source), meta["origin"], run_of_speedrun())
+        require_alike("the run to resume", shared_name(found and found.dir), START_AGAIN)
+        if found:
+            start, tokenizer = resume_chat(stage, found.dir, compute, model)
+            return ChatStart(start, model, tokenizer)
+        print0(f"nothing to resume: no unfinished {stage} started from {origin['tag']}, step "
+               f"{origin['step']}; starting from step 0")
+
+    # 3. a run that begins, with a folder named after the model
+    folder = free_folder(checkpoint_dir(source, origin["tag"]))
+    return ChatStart(Start(FRESH, folder, None, None, meta), model, tokenizer)
+
+
+def meta_of_chat_run(stage, origin, model):
+    """The meta of a run that starts with a model. origin: the meta of its checkpoint."""
     meta = {
         "stage": stage,
         "run": new_run(),
@@ -389,23 +422,12 @@ def start_chat_from_model(stage, source, settings, compute, model_source):
         "model_class": name_of(model),
         "tokenizer": origin["tokenizer"],
         "total_batch_size": origin["total_batch_size"],
-        "device_batch_size": origin.get("device_batch_size"),
         "name": origin.get("name"),  # the model's, where the user chose one
     }
-
-    # 2. an unfinished run that started with the same model
-    if settings["resume"]:
-        found = choose_chat_run(list_models(source), meta["origin"], run_of_speedrun())
-        require_alike("the run to resume", found and str(found.dir), START_AGAIN)
-        if found:
-            start, tokenizer = resume_chat(stage, found.dir, compute, model)
-            return ChatStart(start, model, tokenizer)
-        print0(f"nothing to resume: no unfinished {stage} started from {origin['tag']}, step "
-               f"{origin['step']}; starting from step 0")
-
-    # 3. a run that begins, with a folder named after the model
-    folder = free_folder(checkpoint_dir(source, origin["tag"]))
-    return ChatStart(Start(FRESH, folder, None, None, meta), model, tokenizer)
+    for key in FROM_PRETRAINING:
+        if origin.get(key) is not None:
+            meta[key] = origin[key]
+    return meta
 
 
 def resume_chat(stage, folder, compute, model):

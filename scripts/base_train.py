@@ -201,7 +201,11 @@ else:
         "elapsed": elapsed,
     }
 meta["budgets"] = {budget.kind: budget.amount}
-meta["device_batch_size"] = micro_batch_size
+meta.update(
+    device_batch_size=micro_batch_size,
+    parallel=plan.parallel,
+    checkpoint_activations=plan.checkpoint_activations,
+)
 
 # ---- the model; from here on `model` is the module
 model = build_model(meta, device)
@@ -229,7 +233,7 @@ if start.state:
 # ---- data
 loader_state = None
 if start.state:
-    saved_batch_size = resumed.get("device_batch_size", micro_batch_size)
+    saved_batch_size = resumed.get("device_batch_size") or micro_batch_size
     loader_state = resumed_text(
         start.state["loaders"], saved_batch_size, tokenizer, micro_batch_size, max_seq_len, dataset,
         rank, world_size)

@@ -28,7 +28,7 @@ from nanochat.loss_eval import pad_batch
 from nanochat.metrics import finish_stage, wilson_interval
 from nanochat.passage_store import load_passages
 from tasks.arithmetic import Arithmetic
-from tasks.chat_data import HELD_OUT
+from tasks.chat_data import HELD_OUT, held_out
 from tasks.common import answer_text
 from tasks.identity import Identity, identity_of
 from tasks.own_text import OwnText
@@ -121,7 +121,7 @@ def make_task(name):
     if name in files:
         return files[name]
     if name in HELD_OUT:
-        return HELD_OUT[name](stop=items, fetch=False)
+        return held_out(name, items)
     return TASKS[name]()
 
 

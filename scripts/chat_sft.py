@@ -15,7 +15,7 @@ from nanochat.engine import sample_chats
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.passage_store import prepare_passages
-from nanochat.plan import make_chat_plan
+from nanochat.plan import chat_layout, make_chat_plan
 from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.selftest import check_device
@@ -55,9 +55,9 @@ chat_data = ""               # hub or local; empty: hub on a GPU, local on a CPU
 own_text = "lookup"          # how questions about it are practised: lookup or recall
 device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
-parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several ranks
+parallel = "auto"            # replicated, zero2 or fsdp; auto: as pretraining
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
-checkpoint_activations = False  # recompute blocks in backward: less memory, a third more arithmetic
+checkpoint_activations: bool = None  # recompute blocks in backward; None: as pretraining
 compile = True               # compile the blocks
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
@@ -90,14 +90,15 @@ start, model, tokenizer = start_chat("chat_sft", "sft", settings, compute, model
 meta = start.meta
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
-prepare(model, checked.compile, checkpoint_activations)
+arrangement = chat_layout(settings, meta, world_size)
+prepare(model, checked.compile, arrangement.checkpoint_activations)
 T = model.config.max_seq_len
 matmul_flops = measure_matmul_flops(device, compute.dtype)
 
 # ---- optimizers
 optimizers = model.setup_optimizers(learning_rate, weight_decay)
 checked.set_up(optimizers)
-layout = Layout(model, optimizers, parallel, reduce_dtype)
+layout = Layout(model, optimizers, arrangement.parallel, reduce_dtype)
 if start.state:
     layout.load_optimizer_state(start.state["optimizers"])
     torch.set_rng_state(start.state["rng"].cpu())

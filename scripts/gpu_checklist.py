@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, expand_home, get_base_dir
 from nanochat.configurator import configure, require
 from nanochat.metrics import finish_stage
 
@@ -53,6 +53,7 @@ SEEDS = (1, 2, 3)
 TRAIN_ON_TEXT = {"depth12", "depth20", "models", "layouts", "resume"}
 SHORTEST = 20        # seconds for which a step is worth starting
 HEARTBEAT = 15       # seconds between two lines of a command that takes long
+RANKS_END = 30       # seconds that torchrun's ranks have to end, or to save, after SIGTERM
 
 
 class Setup(NamedTuple):
@@ -435,12 +436,23 @@ def trained_steps(base, tag):
     return log.read_text(encoding="utf-8").count('"loss"') if log.exists() else 0
 
 
-def end_group(process, number):
-    """Send a signal to a command and to all that it has started."""
+def end_command(process):
+    """End a command and all that it has started.
+
+    torchrun starts each rank in a session of its own, which a signal to the command's group does
+    not reach. At SIGTERM it ends them itself, with SIGKILL after the seconds of RANKS_END.
+    """
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(RANKS_END + 5)
+        except subprocess.TimeoutExpired:
+            pass
     try:
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # it has ended meanwhile
+        pass  # all have ended meanwhile
+    process.wait()
 
 
 def wait_for(process, command, base, deadline):
@@ -473,7 +485,12 @@ def run_command(command, log, base, deadline):
         process = subprocess.Popen(
             command.line(),
             cwd=ROOT,
-            env={**os.environ, **command.variables, "NANOCHAT_BASE_DIR": str(base)},
+            env={
+                **os.environ,
+                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(RANKS_END),
+                **command.variables,
+                "NANOCHAT_BASE_DIR": str(base),
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -482,8 +499,7 @@ def run_command(command, log, base, deadline):
         try:
             stopped = wait_for(process, command, base, deadline)
         finally:  # also after Ctrl+C, which does not come to another session
-            end_group(process, signal.SIGKILL)
-            process.wait()
+            end_command(process)
     if stopped:
         return {"stopped_at": trained_steps(base, command.kill_tag)}
     if process.returncode:
@@ -509,7 +525,7 @@ def run_step(step, commands, folder, seconds):
         row["machine"] = records[-1].get("machine")
     except Failed as error:
         row["status"], row["error"] = "failed", str(error)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         row["status"] = "failed"
         row["error"] = f"its record lacks what was expected: {type(error).__name__} {error}"
     row["seconds"] = round(time.monotonic() - begin, 1)
@@ -555,8 +571,8 @@ def cell(value):
     >>> cell(148123.4), cell(0.8123), cell("flash")
     ('148,123', '0.812', 'flash')
     """
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str) or value is None:
+        return value or "unknown"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -593,11 +609,17 @@ def heading_of(rows, setup):
     return f"{today}, {devices}, torch {machine.get('torch', 'unknown')}, {setup.size} checklist"
 
 
+def path_of(text):
+    """A path of the command line. (In --out=~/x the shell leaves ~ as it is.)"""
+    return Path(expand_home(text, "write the whole path")).absolute()
+
+
 def count_gpus():
     """GPUs that torch sees, asked in another process, where a driver that hangs can be left."""
-    question = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    # importing scripts hides integrated GPUs
+    question = [sys.executable, "-c", "import scripts, torch; print(torch.cuda.device_count())"]
     try:
-        done = subprocess.run(question, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(question, cwd=ROOT, capture_output=True, text=True, timeout=120)
         return int(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         return 0
@@ -618,10 +640,10 @@ def main(settings):
     if not ranks or not (count or tiny):
         raise UserError("torch sees no GPU here: python -m scripts.doctor says why; --tiny runs "
                         "the checklist on a CPU")
-    folder = Path(out).absolute() if out else get_base_dir() / "gpu_checklist"
+    folder = path_of(out) if out else get_base_dir() / "gpu_checklist"
     base = folder / "base"
     wanted = with_text(wanted, (base / "tokenizer").exists() or (base / "tokenizers").exists())
-    setup = Setup(size, ranks, str(Path(data).absolute()) if data else "", size == "full")
+    setup = Setup(size, ranks, str(path_of(data)) if data else "", size == "full")
     limit = sum(step.limit(size) for step in wanted) / 60
     where = f"{ranks} GPU{'s' * (ranks > 1)}" if count else f"{ranks} ranks of the CPU"
     print(f"{len(wanted)} steps on {where}, at most {limit:.0f} minutes, in {folder}", flush=True)

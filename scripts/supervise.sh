@@ -128,11 +128,12 @@ stop_process() {
     # The number may belong to another process by now: only one with the run's name is ours.
     if ! grep -qsz "^NANOCHAT_RUN=$name$" "/proc/$left/environ"; then return; fi
 
-    echo "speedrun: the last one's stage is still running; stopping process $left, which saves"
+    echo "speedrun: the last one's stage is still running; stopping process $left," \
+        "which may take a minute"
     kill -s TERM -- "-$left" 2>/dev/null || true
     for ((i = 0; i < 600; i++)); do
         if ! kill -0 -- "-$left" 2>/dev/null; then break; fi
-        sleep 0.1
+        sleep 0.1 || true    # Ctrl+C ends it, which is no failure
     done
 }
 
@@ -264,7 +265,7 @@ wait_for() {
             shown="$SECONDS"
             echo "speedrun: waiting for $name: $(tail -n 1 "$log")"
         fi
-        sleep 0.2
+        sleep 0.2 || true    # Ctrl+C ends it as well: the loop ends by run_stopped
     done
     if [ "$run_stopped" = 0 ]; then wait "$run_background" || status=$?; fi
     if [ "$run_stopped" != 0 ]; then status="$run_stopped"; fi

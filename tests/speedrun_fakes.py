@@ -113,8 +113,8 @@ class Sandbox:
         lines = self.calls.read_text(encoding="utf-8").splitlines()
         return [shlex.split(line) for line in lines], done
 
-    def start(self, output=subprocess.PIPE, **variables):
-        """The process of speedrun.sh."""
+    def start(self, output=subprocess.PIPE, own_group=False, **variables):
+        """The process of speedrun.sh. own_group: in a process group of its own."""
         self.calls.write_text("", encoding="utf-8")
         return subprocess.Popen(
             ["bash", "speedrun.sh"],
@@ -123,6 +123,7 @@ class Sandbox:
             text=True,
             stdout=output,
             stderr=output,
+            start_new_session=own_group,
         )
 
     def wait_for_call(self, process, module):

@@ -143,6 +143,38 @@ def test_a_kernel_that_is_not_there_has_a_reason():
     assert kernel_problem(CPU, torch.float32, "cudnn").startswith("No viable backend")
 
 
+@pytest.mark.parametrize("error", [
+    OSError("libtorch.so: undefined symbol"),     # built for another torch
+    ImportError("flash_attn_3._C"),
+    AttributeError("no attribute bwd"),
+    TypeError("fwd() takes 30 arguments"),
+])
+def test_a_flash_attention_3_that_does_not_fit_torch_is_dropped(monkeypatch, error):
+    """docs/traps.md: slow-attention-kernel"""
+    def activate(implementation):
+        if implementation:
+            raise error
+
+    monkeypatch.setattr(attention, "activate", activate)
+    reason = kernel_problem(CPU, torch.float32, "fa3")
+    assert reason == str(error)
+    order = ["fa3", "flash", "math"]
+    choice = first_that_works(order, lambda name: kernel_problem(CPU, torch.float32, name))
+    assert choice == Choice("flash", {"fa3": reason})
+
+
+@pytest.mark.parametrize("known, wanted", [(["FA3", "FA4"], True), (["FA4"], False)])
+def test_flash_attention_3_is_in_the_order_only_if_torch_knows_it(monkeypatch, known, wanted):
+    torch_attention = attention.torch_attention
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "is_installed", lambda module: True)
+    monkeypatch.setattr(
+        torch_attention, "list_flash_attention_impls", lambda: known, raising=False)
+    assert attention.this_gpu(torch.device("cuda")).has_fa3 == wanted
+    monkeypatch.delattr(torch_attention, "list_flash_attention_impls")
+    assert not attention.this_gpu(torch.device("cuda")).has_fa3
+
+
 def test_the_reason_is_the_one_that_torch_warns_of():
     said = [
         "Memory efficient kernel not used because: (Triggered internally at a.cpp:1.)",
@@ -198,6 +230,23 @@ def test_the_kernel_is_known_by_its_node():
 
 # -------------------------------------------------------------------------------- what it computes
 
+def test_cached_attention_on_a_gpu_leaves_cudnn_out_and_restores_it():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    assert enabled()
+    with attention.without_cudnn(torch.device("cuda")):
+        assert not enabled()
+    assert enabled()
+    with pytest.raises(RuntimeError), attention.without_cudnn(torch.device("cuda")):
+        raise RuntimeError
+    assert enabled()
+    with attention.without_cudnn(CPU):
+        assert enabled()
+    use_kernels(["flash", "math"])
+    with attention.without_cudnn(torch.device("cuda")):
+        assert not enabled()
+    assert not enabled(), "what was off stays off"
+
+
 def test_grouped_heads_give_the_same_whether_torch_or_we_repeat_them():
     case = small_case(CPU, torch.float32)
     torch.testing.assert_close(attend(*case[:3], True), attend(*case[:3], False))
@@ -235,3 +284,20 @@ def test_a_compiled_function_takes_the_chosen_kernel_without_a_break_in_its_grap
         torch.testing.assert_close(compiled(*inputs), causal_attention(*inputs))
         assert (fused in operations(compiled, *inputs)) == is_fused
     torch.compiler.reset()
+
+
+def test_compiled_code_on_disk_does_not_bring_back_another_kernel(tmp_path, monkeypatch):
+    """docs/traps.md: slow-attention-kernel"""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    tag = attention.compiler_config.cache_key_tag
+    inputs = small_case(CPU, torch.float32, kv_heads=4)[:3]
+    for names, is_fused in ((["flash", "math"], True), (["math"], False)):
+        torch.compiler.reset()  # as in the next process, which finds what is on disk
+        use_kernels(names)
+        compiled = torch.compile(causal_attention, fullgraph=True)
+        compiled(*inputs)
+        assert (fused in operations(compiled, *inputs)) == is_fused
+    torch.compiler.reset()
+    use_torchs_own()
+    assert attention.compiler_config.cache_key_tag == tag

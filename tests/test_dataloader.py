@@ -511,6 +511,8 @@ def test_what_is_no_place_in_the_data_is_refused_in_one_line(state):
     for no_state in (state, (3, 4), (3, (4, -1)), (-3, ())):
         with pytest.raises(ValueError, match="no place in the conversations"):
             resumed_conversations([no_state])
+    with pytest.raises(ValueError, match="no place in the conversations .one rank 10{15} behind"):
+        resumed_conversations([(10**15, ()), (0, ())])  # would list all of them
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (3, 2), (6, 4)])

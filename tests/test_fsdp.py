@@ -14,7 +14,7 @@ from torch import nn
 
 from models import VOCAB_SIZE, make_model
 from nanochat import parallel
-from nanochat.fsdp import overlap, slice_of
+from nanochat.fsdp import overlap, slice_of, structure_of
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.variants import MODEL_CLASSES
@@ -288,6 +288,14 @@ def test_recomputed_activations_give_the_same_gradients_and_keys(name):
         assert list(model.state_dict()) == list(model_of(name).state_dict())
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
     assert kept[1] < 0.7 * kept[0], "fewer numbers wait for the backward pass"
+
+
+def test_a_copy_of_a_model_has_none_of_the_code_that_was_put_before_its_own():
+    model = prepare(model_of("gpt"), compile=False, checkpoint_activations=True)
+    model.compiled_enter = model.enter  # as on a GPU
+    structure = structure_of(model)
+    assert structure.compiled_enter is None
+    assert "forward" in vars(model.blocks[0]) and "forward" not in vars(structure.blocks[0])
 
 
 def test_a_whole_model_is_the_model_itself_where_nothing_is_cut():

@@ -18,6 +18,7 @@ from scripts import gpu_checklist as checklist
 from scripts import profile_step
 from scripts.gpu_checklist import STEPS, Command, Failed, Setup, Step
 from scripts.profile_step import LABEL, Piece, account, covered, kind_of
+from speedrun_fakes import is_alive
 
 SETUPS = [
     Setup(size, gpus, data, online)
@@ -207,6 +208,38 @@ def test_a_command_that_fails_or_hangs_is_told(run):
     assert time.monotonic() - begin < 30
 
 
+RANK = """
+import os, pathlib, time
+path = pathlib.Path(os.environ["NANOCHAT_BASE_DIR"], os.environ["RANK"])
+path.with_suffix(".new").write_text(str(os.getpid()))
+path.with_suffix(".new").rename(path)
+time.sleep(120)
+"""
+
+
+def test_the_ranks_of_a_command_that_hangs_end_with_it(run, tmp_path, monkeypatch):
+    """torchrun starts each in a session of its own; they would keep the memory of their GPUs."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
+    command = Fake("")
+    command.line = lambda: [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        str(tmp_path / "rank.py")]
+
+    def wait_for_ranks(process, *_):
+        while not ((base / "0").exists() and (base / "1").exists()):
+            assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
+            time.sleep(0.05)
+        raise Failed("no end")
+
+    monkeypatch.setattr(checklist, "wait_for", wait_for_ranks)
+    with pytest.raises(Failed, match="no end"):
+        run(command)
+    for name in ("0", "1"):
+        assert not is_alive(int((base / name).read_text(encoding="utf-8")))
+
+
 def test_a_run_is_stopped_once_it_has_trained_some_steps(run):
     assert run(Fake(STOPPED, kill_tag="killed")) == {"stopped_at": 4}
     with pytest.raises(Failed, match="before it could be stopped"):
@@ -216,6 +249,12 @@ def test_a_run_is_stopped_once_it_has_trained_some_steps(run):
 
 
 SETTINGS = {"gpus": None, "minutes": None}
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checklist.path_of("~/results") == tmp_path / "results"
+    assert checklist.path_of("results").is_absolute()
 
 
 def step_of(name, code, figures=lambda records: {"n": records[0]["n"]}, least_gpus=1):
@@ -230,6 +269,8 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, base_dir, monkeypa
         step_of("three", "print(1)"),                # no record: its figures are missing
         step_of("four", RECORD, least_gpus=2),
         step_of("five", RECORD),
+        step_of("six", RECORD, lambda records: {"rate": 1 / records[0].get("rate")}),
+        step_of("seven", RECORD, lambda records: {"rate": None}),
     ]
     monkeypatch.setattr(checklist, "STEPS", fakes)
     monkeypatch.setattr(checklist, "count_gpus", lambda: 1)
@@ -239,7 +280,8 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path, base_dir, monkeypa
     assert ended.value.code == 1
     lines = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["status"] for row in rows] == ["ok", "failed", "failed", "skipped", "ok"]
+    assert [row["status"] for row in rows] == [
+        "ok", "failed", "failed", "skipped", "ok", "failed", "ok"]
     assert rows[0]["figures"] == {"n": 1}
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "summary.md").read_text(encoding="utf-8") in printed

@@ -4,6 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import time
+from pathlib import Path
 
 import pytest
 
@@ -187,6 +190,33 @@ def test_whatever_keeps_torch_from_compiling_is_a_reason(monkeypatch, error):
     assert compile_problem(torch.device("cpu"))
 
 
+def test_a_kernel_that_a_killed_compiler_left_cut_is_compiled_again(tmp_path):
+    """torch would try to load it at every start, and training would run uncompiled for good."""
+    whole = Path(sysconfig.get_path("platlib")) / "torch" / "lib" / "libtorch_global_deps.so"
+    if not whole.exists():
+        pytest.skip("torch has no such library here")
+    content = whole.read_bytes()
+    old = time.time() - 10 * hardware.CUT_AFTER_SECONDS
+    files = {"whole": content, "cut": content[:4096], "header": content[:40], "empty": b"",
+             "new": b"", "other": b"\xcf\xfa\xed\xfe" + bytes(90)}
+    for name, bytes_of_file in files.items():
+        path = tmp_path / "2n" / f"{name}.main.so"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes_of_file)
+        if name != "new":
+            os.utime(path, (old, old))
+    hardware.remove_cut_kernels(tmp_path)
+    left = {path.name.split(".")[0] for path in tmp_path.glob("*/*")}
+    assert left == {"whole", "new", "other"}
+
+
+def test_the_cache_of_kernels_is_torchs_own(monkeypatch):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    assert str(hardware.kernel_cache()) == cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert str(hardware.kernel_cache()) == "/elsewhere"
+
+
 # The files of drivers, whether torch sees a GPU, its build, the environment, and what the line says
 NVIDIA, AMD = "/dev/nvidia0", "/dev/kfd"
 
@@ -257,20 +287,24 @@ def test_a_device_has_its_own_peak_or_none(name, title):
 
 @pytest.fixture
 def a_mac(monkeypatch):
-    """A machine with an MPS device, and a function that says what the device makes of gradients."""
+    """A machine with an MPS device, and a function that says what the device makes of gradients,
+    or of another test of hardware.py."""
     import torch
-    right = hardware.tiny_gradients
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: True))
     mps_problem.cache_clear()
     warn_once.cache_clear()
 
-    def computes(by):
-        def gradients(device):
+    def computes(by, test="tiny_gradients"):
+        right = getattr(hardware, test)
+
+        def results(device):
             found = right(torch.device("cpu"))
             return by(found) if device.type == "mps" else found
-        monkeypatch.setattr(hardware, "tiny_gradients", gradients)
+        monkeypatch.setattr(hardware, test, results)
 
+    computes(lambda found: found)
+    computes(lambda found: found, "tiny_decoding")
     yield computes
     mps_problem.cache_clear()
     warn_once.cache_clear()
@@ -298,6 +332,30 @@ def test_a_mac_whose_mps_device_errs_trains_on_its_cpu_and_says_why(a_mac, capsy
     line = capsys.readouterr().err
     assert said in line and line.count("\n") == 1
     assert choose_device_type("mps") == "mps", "whoever names it gets it"
+
+
+@pytest.mark.parametrize("by, said", [
+    (lambda found: [-found[0], found[1]], "a step of decoding is off by 2"),
+    (lambda found: [found[0], found[1] % 1024], "a step of decoding is off by"),
+    (lambda found: fail("The operator 'aten::x' is not implemented"), "aten::x"),
+])
+def test_a_mac_whose_mps_device_decodes_wrongly_chats_on_its_cpu(a_mac, capsys, by, said):
+    a_mac(by, "tiny_decoding")
+    assert choose_device_type("") == "cpu"
+    assert said in capsys.readouterr().err
+
+
+def test_the_tiny_decoding_attends_as_a_loop_does():
+    import torch
+    y, rows = hardware.tiny_decoding(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn((2, 2, 3, 16), generator=generator)
+    new = torch.randn((2, 20, 2, 16), generator=generator)
+    for t, end in enumerate((18, 19, 20)):
+        scores = torch.einsum("bhd,bshd->bhs", q[:, :, t], new[:, :end]) / 4
+        wanted = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), new[:, :end])
+        torch.testing.assert_close(y[:, :, t], wanted)
+    assert rows.tolist() == [n * 4099 * 1000003 % 131072 for n in range(20)]
 
 
 def test_mps_has_no_ranks_and_computes_in_float32(a_mac, monkeypatch):

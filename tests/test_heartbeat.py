@@ -1,8 +1,9 @@
 """The heartbeat: which endings of a rank end the others, what they say, and which do not."""
+import contextlib
 import socket
+import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ class Group:
             return self.said[rank]
 
 
-@contextmanager
+@contextlib.contextmanager
 def beating(*connections):
     """Other ranks that do nothing but beat."""
     done = threading.Event()
@@ -177,6 +178,27 @@ def test_the_ranks_find_each_other_and_a_stranger_is_not_let_in():
     assert stranger.receive() is None, "the connection was closed"
 
 
+def test_a_stranger_who_never_ends_his_line_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(heartbeat, "HELLO_SECONDS", 0.3)
+    listener, host = heartbeat.listen(True, ("127.0.0.1", 29500))
+    address = host, listener.getsockname()[1]
+    stranger = socket.create_connection(address)
+    done = threading.Event()
+
+    def send_slowly():
+        with contextlib.suppress(OSError):
+            while not done.wait(0.05):
+                stranger.sendall(b"x")
+
+    thread = threading.Thread(target=send_slowly)
+    thread.start()
+    _rank = heartbeat.connect(address, "token", 1, "rank 0", LONG)
+    with listener:
+        assert list(heartbeat.accept_peers(listener, 2, "token", LONG)) == [1]
+    done.set()
+    thread.join()
+
+
 def test_a_rank_that_does_not_connect_is_not_waited_for_without_end():
     listener, _ = heartbeat.listen(True, ("127.0.0.1", 29500))
     with listener:
@@ -190,6 +212,70 @@ def test_a_store_on_this_machine_is_named_as_the_others_know_it(host):
 
 # ------------------------------------------------------------------------------------------------
 # joining
+
+class FakeStore(dict):
+    """A dist.Store in this process."""
+
+    def set(self, key, value):
+        self[key] = value.encode("utf-8")
+
+    def get(self, key):
+        return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def set_timeout(self, timeout):
+        self.timeout = timeout
+
+
+# docs/traps.md: dead-rank
+def test_ranks_wait_for_each_other_before_they_join():
+    store = FakeStore()
+    others = [threading.Thread(target=heartbeat.gather, args=(store, rank, 3)) for rank in (1, 2)]
+    for other in others:
+        other.start()
+    heartbeat.gather(store, 0, 3, LONG)
+    for other in others:
+        other.join()
+    assert store["rank 2"].decode("utf-8") == heartbeat.own_name(2)
+
+
+def test_ranks_that_do_not_come_are_named_after_a_while():
+    store = FakeStore({"rank 2": b""})
+    with pytest.raises(TimeoutError, match="^rank 1, 3 of 4 did not come within 0.2 s: .*again"):
+        heartbeat.gather(store, 0, 4, seconds=0.2)
+
+
+def test_a_rank_that_fails_before_it_has_joined_tells_those_that_wait(monkeypatch):
+    store = FakeStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    heartbeat.give_up("no\nGPU here")
+    with pytest.raises(TimeoutError, match=r"^rank 1 \(host .*\) has failed: no GPU here: "):
+        heartbeat.gather(store, 0, 2, LONG)
+
+
+def test_without_the_store_there_is_nobody_to_wait_for(monkeypatch):
+    def gone(*_, **__):
+        raise RuntimeError("Connection was likely closed")
+
+    store = FakeStore()
+    store.check = gone
+    with pytest.raises(TimeoutError, match="^the torchrun at which the ranks meet has ended: "):
+        heartbeat.gather(store, 0, 2, LONG)
+    monkeypatch.setattr(torch.distributed, "rendezvous", gone)
+    heartbeat.give_up("no GPU here")  # says nothing, and raises nothing
+
+
+@pytest.mark.parametrize("by_torchrun, wanted", [("True", ["a reason"]), ("", [])])
+def test_an_error_is_told_to_the_others_where_torchrun_has_a_store(
+        monkeypatch, by_torchrun, wanted):
+    said = []
+    monkeypatch.delitem(sys.modules, "nanochat.heartbeat")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", by_torchrun)
+    monkeypatch.setattr(heartbeat, "give_up", said.append)
+    common._tell_other_ranks("a reason")
+    assert said == wanted
 
 RANK = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"}
@@ -205,12 +291,18 @@ def test_a_rank_joins_with_its_device_and_more_time_than_a_save_takes(
         torch.distributed, "init_process_group",
         lambda name, **options: joined.append({"backend": name, **options}))
     monkeypatch.setattr(heartbeat, "start", lambda *arguments: watched.append(arguments))
+    stores = iter([(FakeStore(), 3, 4)])
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: stores)
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(
+        heartbeat, "gather", lambda store, *ranks: watched.append((store.timeout, *ranks)))
     common._join_process_group(torch.device(device))
     [options] = joined
     assert options["backend"] == backend
     assert options["device_id"] == (torch.device(device) if backend == "nccl" else None)
     assert options["timeout"].total_seconds() > 60 * 30, "the watchdog of a step ends earlier"
-    assert watched == [(3, 4, False, ("gpu1", 29500))]
+    assert (options["rank"], options["world_size"]) == (3, 4)
+    assert watched == [(options["timeout"], 3, 4), (3, 4, False, ("gpu1", 29500))]
 
 
 def test_ranks_are_on_one_machine_where_torchrun_says_so(monkeypatch):

@@ -65,6 +65,7 @@ class Hub:
         self.trouble = {}
         self.hashes = True          # whether the listing tells them
         self.page = 1000            # entries of a page
+        self.prefix = ""            # of all paths, as a mirror may have one
         self.next_host = None       # that the address of the next page names
         self.retry_after = "0"
         self.redirects = False
@@ -101,6 +102,9 @@ class Hub:
         headers = handler.headers
         self.requests.append(
             (server_name, path, headers.get("Range"), headers.get("Authorization")))
+        if server_name == "hub" and not path.startswith(self.prefix):
+            return handler.send_error(404)
+        path = path.removeprefix(self.prefix)
         for name, files in self.files.items():
             if path == f"/api/datasets/{name}/tree/{hub.BRANCH}":
                 return self._send_listing(handler, path, query, files)
@@ -124,7 +128,7 @@ class Hub:
         handler.send_response(200)
         if begin + self.page < len(entries):
             host = self.next_host or self.url
-            following = f"{host}{path}?recursive=true&cursor={begin + self.page}"
+            following = f"{host}{self.prefix}{path}?recursive=true&cursor={begin + self.page}"
             handler.send_header("Link", f'<{following}>; rel="next"')
         handler.end_headers()
         page = entries[begin:begin + self.page]
@@ -211,6 +215,14 @@ def test_the_listing_is_read_to_its_last_page(server):
         ("main", "train"): 2, ("main", "test"): 1}
     assert sorted(listed["main", "train"])[1].size == len(SMALL["main/train/0001.parquet"])
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("next_host", [None, "https://inside.example"])
+def test_a_mirror_may_lie_below_a_path(server, monkeypatch, next_host):
+    server.prefix, server.page, server.redirects = "/mirrors/hf", 1, True
+    server.next_host = next_host
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/mirrors/hf//")
+    assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
 
 
 def test_names_that_lead_out_of_the_cache_are_not_taken(server):
@@ -369,6 +381,10 @@ def test_without_a_network_the_cache_alone_is_read(server, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match="begins with https://"):
         load_rows(NAME, "main", "train")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@hub.example.org")
+    with pytest.raises(UserError, match="must hold no password") as error:
+        load_rows(NAME, "main", "train")
+    assert "secret" not in str(error.value)
 
 
 def test_files_that_somebody_has_put_there_are_read_and_never_deleted(server, monkeypatch):

@@ -30,6 +30,7 @@ from tasks.chat_data import (
     built_in_tasks,
     choose_origin,
     finetuning_tasks,
+    held_out,
     midtraining_tasks,
     tasks_of_run,
 )
@@ -207,6 +208,13 @@ def test_a_slice_takes_every_step_th_row(cache):
     assert len(GSM8K("train", stop=8)) == 8 and len(GSM8K("train", stop=8).rows) == 14
     assert len(GSM8K("train", stop=99)) == len(GSM8K("train")) == 40
     assert len(GSM8K("train", stop=-30)) == 10 and len(GSM8K("train", stop=0)) == 0
+
+
+def test_a_part_of_the_questions_is_taken_at_equal_distances(cache):
+    few = held_out("GSM8K", 3)
+    questions = [few[i]["messages"][0]["content"] for i in range(len(few))]
+    assert questions == [f"What is {i} + {i}?" for i in (0, 13, 26)]
+    assert [len(held_out("GSM8K", count)) for count in (39, 40, 256)] == [39, 40, 40]
 
 
 def test_another_number_of_rows_than_the_documented_one_is_said(cache, capsys):
@@ -447,6 +455,15 @@ def test_real_conversations_all_teach_something(real_cache):
         assert sum(tokenizer.render_conversation(conversation)[1]) > 1
         roles.update(message["role"] for message in conversation["messages"])
     assert roles["user"] == roles["assistant"] > 800 and roles["system"] > 5
+
+
+def test_a_part_of_mmlu_has_questions_of_all_subjects(real_cache):
+    few = held_out("MMLU", 256)
+    places = few._indices()
+    [path] = hub.fetch_split(MMLU.name, MMLU.config, "test")
+    subjects = pq.read_table(path, columns=["subject"])["subject"].to_pylist()
+    assert len(few) == 256 and len(set(subjects)) == 57
+    assert len({subjects[i] for i in places}) >= 56
 
 
 # ----------------------------------------------------------------------------------------------

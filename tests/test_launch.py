@@ -9,7 +9,9 @@ import subprocess
 import pytest
 
 from conftest import ROOT
-from nanochat.plan import choose_batch
+from nanochat.forecast import assumed_machine
+from nanochat.gpt import GPT
+from nanochat.plan import Budget, make_plan
 from speedrun_fakes import Sandbox, modules, speedrun
 
 SCRIPT = "launch_6x_amd_xtx.sh"
@@ -123,18 +125,41 @@ def test_devices_that_the_user_has_made_visible_stand(machine):
     assert not any(words[0] == "torchrun" for words in commands)
 
 
+# sequences: on 1, 6 and 7 cards
 @pytest.mark.parametrize("gib, sequences", [
-    (8, 1), (16, 4), (20, 5), (24, 7), (32, 9), (48, 15), (192, 65)])
+    (10, (2, 2, 2)), (16, (4, 4, 4)), (20, (5, 5, 5)), (24, (7, 7, 7)), (32, (9, 8, 9)),
+    (48, (15, 14, 12)), (192, (32, 21, 18))])
 @pytest.mark.parametrize("gpus", [1, 6, 7])
 def test_the_batch_is_one_that_base_train_accepts(machine, gib, sequences, gpus):
     _, commands, _ = dry_run(machine, f"--gpus={gpus}", cards=(gib * GIB,) * 8)
     _, device, total = settings_of(commands, "base_train")
     device, total = int(device.partition("=")[2]), int(total.partition("=")[2])
-    batch = choose_batch(524_288, 2048, gpus, device, total, device)
-    assert (batch.micro_batch_size, batch.total_batch_size) == (device, total)
-    assert device == sequences
-    pass_tokens = 2048 * gpus * device
-    assert total <= max(524_288, pass_tokens) < total + pass_tokens
+    assert device == sequences[(1, 6, 7).index(gpus)]
+    assert 0.9 * 524_288 <= total <= 524_288
+
+    settings = {
+        **dict.fromkeys(("max_seq_len", "kv_heads", "weight_decay")), "depth": 20, "keep": 3,
+        "device_batch_size": device, "total_batch_size": total}
+    cards = assumed_machine("7900-xtx", gpus, memory=gib * GIB)
+    plan = make_plan(settings, Budget("num_iterations", 10), cards, GPT, 65_536, speed=None)
+    assert (plan.batch.micro_batch_size, plan.batch.total_batch_size) == (device, total)
+    assert plan.memory.total <= cards.memory
+
+
+def test_minutes_leave_the_depth_to_the_plan(machine):
+    _, commands, _ = dry_run(machine, MINUTES="30")
+    [budget] = settings_of(commands, "base_train")
+    assert budget.startswith("--minutes=")
+    _, commands, _ = dry_run(machine, "--depth=12", MINUTES="30")
+    assert settings_of(commands, "base_train")[0] == "--depth=12"
+
+
+def test_what_the_command_says_stands_before_what_is_exported(machine):
+    every = "dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
+    _, commands, _ = dry_run(machine, f"--stages={every}", STAGES="mid_train")
+    assert commands == dry_run(machine)[1]
+    done = launch(machine, "--dry_run=0", TORCH_SEES="6", DRY_RUN="1")
+    assert done.returncode == 0 and "base_train" in machine.calls.read_text(encoding="utf-8")
 
 
 def test_the_batch_follows_from_the_smallest_card_and_other_depths_leave_it_to_the_plan(machine):
@@ -158,6 +183,7 @@ def test_stages_are_chosen_or_left_out(machine):
     assert stages("--skip=dataset,tok_train,tok_eval,base_train,chat_eval,report") == [
         "base_loss", "mid_train", "chat_sft"]
     assert stages("--stages=mid_train,chat_sft", "--skip=chat_sft") == ["mid_train"]
+    assert stages("--stages=mid_train, chat_sft") == ["mid_train", "chat_sft"]
 
 
 @pytest.mark.parametrize("words, needle", [
@@ -168,9 +194,10 @@ def test_stages_are_chosen_or_left_out(machine):
     (["--stages=base"], "base is no stage: choose from dataset,"),
     (["--skip=chat_rl"], "chat_rl is no stage"),
     (["--stages=mid_train", "--skip=mid_train"], "leave no stage"),
+    (["--stages=,"], "leave no stage"),
     (["--dry_run=yes"], "unknown word '--dry_run=yes': choose from --gpus=N"),
     (["6"], "unknown word '6'"),
-    (["--vram_gb=6"], "6 GB of memory are too few for depth 20: give --depth=12"),
+    (["--vram_gb=9"], "9 GB of memory are too few for depth 20: give --depth=12"),
 ])
 def test_bad_input_is_one_line_and_status_2(machine, words, needle):
     done = launch(machine, *words)

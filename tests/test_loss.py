@@ -166,6 +166,9 @@ def test_one_compiled_function_serves_all_chunks_and_batches(monkeypatch):
     loss.compiled.cache_clear()
     torch.compiler.reset()
     assert len(graphs) == 1
+    operations = [str(node.target) for node in graphs[0].graph.nodes]
+    assert "logsumexp" in operations
+    assert not [name for name in operations if "scatter" in name], "it would be a kernel of its own"
 
 
 COMPILED_EQUALS_EAGER = """

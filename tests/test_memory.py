@@ -355,6 +355,14 @@ def test_zero2_divides_the_optimizer_and_fsdp_all_that_is_held():
 # ------------------------------------------------------------------------------------------------
 # limits
 
+def test_a_model_must_fit_whole_before_fsdp_cuts_it():
+    model = build_on_meta(GPT, GPTConfig.from_depth(48, vocab_size=65536, max_seq_len=2048))
+    needed = memory(model, 1, 2, 8, parallel="fsdp", checkpoint_activations=True)
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert needed.held < 0.5 * whole and needed.peak == "update"
+    assert needed.total == pytest.approx(whole)
+
+
 def test_more_sequences_need_more_memory_and_the_limit_is_the_last_that_fits():
     model = build_on_meta(GPT, GPTConfig.from_depth(12, 65536, 2048))
     totals = [memory(model, sequences, 2).total for sequences in range(1, 33)]

@@ -126,9 +126,10 @@ def test_machines_that_share_their_checkpoints_alone_must_have_the_same_tokenize
     shutil.rmtree(tmp_path / "two" / "base_checkpoints", ignore_errors=True)
     (tmp_path / "one" / "base_checkpoints").mkdir(exist_ok=True)
     (tmp_path / "two" / "base_checkpoints").symlink_to(tmp_path / "one" / "base_checkpoints")
-    words, _ = base("copied", "--num_iterations=2")
-    statuses, err = fork(stages, words, others=machines)
-    assert statuses == [0, 0], err
+    words, _ = base("copied", "--num_iterations=3", "--resume")
+    for faults, ended in (({"2": "interrupt"}, 130), ({}, 0)):
+        statuses, err = fork(stages, words, others=machines, **faults)
+        assert statuses == [ended, ended], err
 
     shutil.rmtree(tmp_path / "two" / "tokenizers")
     shutil.rmtree(tmp_path / "two" / "tokenizer")
@@ -137,6 +138,7 @@ def test_machines_that_share_their_checkpoints_alone_must_have_the_same_tokenize
     words, _ = base("other", "--num_iterations=2")
     statuses, err = fork(stages, words, others=machines)
     assert statuses == [2, 2] and err.count("error: the ranks differ in the tokenizer") == 2
+
 
 @contextlib.contextmanager
 def two_nodes(stages, *words):

@@ -129,7 +129,7 @@ def full_memory(rank, ranks):
             _, size = accumulate_gradients(model, batches, scale, 2, training.layout)
             found[late] = [size, training.layout.started]
             training.layout.reduce(torch.zeros(()))
-        except torch.OutOfMemoryError as error:
+        except MemoryError as error:
             found[late] = [str(error), training.layout.started]
         training.layout.zero_grad()
     return found
@@ -274,7 +274,8 @@ def test_a_rank_starts_over_only_if_no_reduction_has_started(ranks):
     for rank in ranks:
         assert rank["memory"][False] == [1, 0]  # halved, and it reduces after the backward pass
         message, started = rank["memory"][True]
-        assert message == "CUDA out of memory." and started > 0
+        assert message.startswith("out of memory with 2 sequences") and started > 0
+        assert "other ranks wait" in message and "lower --device_batch_size" in message
 
 
 def test_a_rank_of_a_sharded_model_that_runs_out_of_memory_says_what_to_lower(ranks):
@@ -331,20 +332,24 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradients(capsy
             if b.grad is not None:
                 torch.testing.assert_close(a.grad.to_dense(), b.grad.to_dense())
         halved.layout.zero_grad()
+    full = SmallMemory(halved.model, torch.OutOfMemoryError("CUDA"), most=0)
+    with pytest.raises(MemoryError, match="with one sequence at a time: .*--checkpoint_activation"):
+        accumulate_gradients(full, micro_batches(0), 1, 6, halved.layout)
+    halved.layout.zero_grad()
     broken = SmallMemory(halved.model, RuntimeError("shape"))
     with pytest.raises(RuntimeError, match="shape"):
         accumulate_gradients(broken, micro_batches(0), 1, 6, halved.layout)
 
 
 class SmallMemory(nn.Module):
-    """Holds at most 2 sequences at a time, and runs out in the middle of a step."""
+    """Holds at most `most` sequences at a time, and runs out in the middle of a step."""
 
-    def __init__(self, model, error):
+    def __init__(self, model, error, most=2):
         super().__init__()
-        self.model, self.error = model, error
+        self.model, self.error, self.most = model, error, most
 
     def forward(self, inputs, targets):
-        if len(inputs) > 2 and self.model.head.grad is not None:
+        if len(inputs) > self.most and self.model.head.grad is not None:
             raise self.error
         return self.model(inputs, targets)
 
@@ -540,12 +545,20 @@ def test_what_is_no_state_of_a_parameter_is_refused_in_one_line(kind, shape, cha
         new_layout(kind, shape).load_optimizer_state([states])
 
 
+def first_half(pieces):
+    """The first of the pieces with its first three units, in a list."""
+    values = pieces[0]["values"]
+    half = {key: value[:3] if value.ndim else value for key, value in values.items()}
+    return [{**pieces[0], "count": 3, "values": half}]
+
+
 @pytest.mark.parametrize("change, needle", [
     (lambda pieces: pieces[0].update(name="2"), "a parameter 2 of another size"),
     (lambda pieces: pieces[0].update(count=7), "a parameter 0 of another size"),
     (lambda pieces: pieces[0].update(start=1), "a parameter 0 of another size"),
-    (lambda pieces: pieces[0].update(count=5), "expected to have the shape"),
-    (lambda pieces: pieces.append(pieces[0]), "12 of 6 units of 0 are there"),
+    (lambda pieces: pieces[0].update(count=5), "5 of 6 units of 0 are there"),
+    (lambda pieces: pieces.append(pieces[0]), "units of 0 are missing or there twice"),
+    (lambda pieces: pieces.__setitem__(slice(1), 2 * first_half(pieces)), "missing or there twice"),
     (lambda pieces: pieces.append({**pieces[0], "count": 0}), None),
 ])
 def test_pieces_that_do_not_make_up_a_parameter_are_refused_in_one_line(change, needle):
@@ -560,9 +573,7 @@ def test_pieces_that_do_not_make_up_a_parameter_are_refused_in_one_line(change, 
 
 def test_a_missing_piece_is_refused_and_a_parameter_without_any_begins_anew():
     states = copy.deepcopy(trained_layout(AdamW, (2, 3)).optimizer_state())
-    half = {key: value[:3] for key, value in states[0][0]["values"].items() if value.ndim}
-    half["step"] = states[0][0]["values"]["step"]
-    states[0][0].update(count=3, values=half)
+    states[0][:1] = first_half(states[0])
     with pytest.raises(UserError, match="3 of 6 units of 0 are there"):
         new_layout(AdamW, (2, 3)).load_optimizer_state([states])
     del states[0][0]

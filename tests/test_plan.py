@@ -31,7 +31,9 @@ from nanochat.plan import (
     arrange,
     arrangements,
     chat_batch,
+    chat_layout,
     chat_horizon,
+    chat_layout,
     check_disk,
     check_not_passed,
     checkpoint_bytes,
@@ -517,6 +519,17 @@ def test_settings_of_a_chat_stage_on_gpus_are_kept_or_refused():
     assert timed.horizon == Horizon(None, 30.0) and "30.0 minutes" in timed.describe(2048, 8)[-1]
     with pytest.raises(UserError, match="total_batch_size=100000 is not a multiple"):
         plan(total_batch_size=100_000)
+
+
+def test_a_chat_stage_is_divided_as_pretraining_had_to_be():
+    settings = {"parallel": "auto", "checkpoint_activations": None}
+    sharded = {"parallel": "fsdp", "checkpoint_activations": True}
+    assert chat_layout(settings, sharded, 2) == ("fsdp", True)
+    assert chat_layout(settings, sharded, 1) == ("auto", True), "one rank has nothing to share"
+    assert chat_layout(settings, {"parallel": "replicated"}, 2) == ("auto", False)
+    assert chat_layout(settings, {}, 2) == ("auto", False), "of an earlier version"
+    given = {"parallel": "zero2", "checkpoint_activations": False}
+    assert chat_layout(given, sharded, 2) == ("zero2", False)
 
 
 def test_on_a_cpu_the_conversations_decide_nothing():

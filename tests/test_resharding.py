@@ -1,4 +1,4 @@
-"""A run saved by some ranks in one layout goes on in any other layout, by any number of ranks.
+"""A run saved by some ranks in one layout is resumed in any other layout, by any number of ranks.
 
 docs/traps.md: rank-count-on-resume
 """

@@ -218,6 +218,23 @@ def test_a_save_is_due_by_steps_by_minutes_and_when_the_stage_wants_it(make_run,
     assert run.save_due()
 
 
+def test_a_save_is_finished_before_the_next_snapshot_is_made(make_run, model):
+    """The memory of the host may not hold the weights twice."""
+    run, layout, pending = make_run(), FakeLayout(), []
+    layout.model = model
+
+    def whole_weights():
+        pending.append(run.checkpoints.pending)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    layout.whole_weights = whole_weights
+    for _ in range(2):
+        take_steps(run, 1)
+        run.save(layout, {})
+    run.checkpoints.finish()
+    assert pending == [None, None] and complete_steps(run.folder) == [1, 2]
+
+
 # ------------------------------------------------------------------------------------------------
 # batches that go wrong
 
@@ -341,6 +358,7 @@ def test_a_finished_run_marks_its_last_step(make_run, model, capsys, base_dir):
     assert row["tokens_per_second"] == 100 and row["flops_per_second"] == 1000
     assert row["flops_per_second_square"] == 1100 and row["flops_per_second_of_weights"] == 900
     assert row["mfu"] is row["mfu_square"] is row["peak_flops_per_second"] is None
+    assert row["peak_memory"] is None, "that of a process is not what was planned"
     meta = json.loads((run.folder / "meta_000002.json").read_text(encoding="utf-8"))
     assert meta["finished"] and meta["val_bpb"] == 1.25
 

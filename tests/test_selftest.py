@@ -83,6 +83,25 @@ def test_a_compiler_that_cannot_compile_is_found_with_its_reason(compiler):
     assert "does not compile: x.cpp: error: no such instruction" in findings[-1].detail
 
 
+@pytest.mark.parametrize("wrong", [
+    lambda y: y.flip(0),                   # of other slots
+    lambda y: y * float("nan"),
+    lambda y: y + 0.05 * y.norm() / y.numel() ** 0.5,
+])
+def test_wrong_attention_to_a_kv_cache_is_found(monkeypatch, wrong):
+    right = selftest.cached_attention
+    monkeypatch.setattr(selftest, "cached_attention", lambda *inputs: wrong(right(*inputs)))
+    finding = selftest.check_cached_attention(CPU, torch.float32)
+    assert not finding.ok and "chats" in finding.remedy and not is_fatal(finding)
+
+
+def test_the_self_test_leaves_the_random_state_alone(compiler):
+    compiler(lambda function: function)
+    before = torch.get_rng_state()
+    run_selftests(CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("eps, beta, lr, is_right", [
     (1e-10, 0.95, 0.1, True),
     (1e-10, 0.5, 0.1, False),
@@ -139,9 +158,9 @@ def test_on_mps_only_what_runs_there_is_tested(monkeypatch):
     for table in (EAGER, COMPILED):
         for name in table:
             monkeypatch.setitem(table, name, lambda device, dtype: device.type)
-    assert len(run_selftests(torch.device("cuda"), torch.bfloat16)) == 5
-    assert len(run_selftests(torch.device("mps"), torch.float32)) == 4
-    assert len(run_selftests(torch.device("mps"), torch.float32, compile=False)) == 3
+    assert len(run_selftests(torch.device("cuda"), torch.bfloat16)) == 6
+    assert len(run_selftests(torch.device("mps"), torch.float32)) == 5
+    assert len(run_selftests(torch.device("mps"), torch.float32, compile=False)) == 4
 
 
 # -------------------------------------------------------------------------------- at the start
@@ -153,6 +172,7 @@ def test_on_mps_only_what_runs_there_is_tested(monkeypatch):
     (["compiled loss"], True, Checked(False, True)),
     (["fused AdamW"], True, Checked(True, False)),
     (["attention"], True, Checked(True, True)),   # the next kernel runs
+    (["cached attention"], True, Checked(True, True)),   # training has none
 ])
 def test_what_errs_is_replaced_by_the_plain_path(wrong, wants, wanted):
     names = [*EAGER, *(COMPILED if wants else {})]

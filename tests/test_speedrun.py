@@ -168,6 +168,8 @@ def test_stages_can_be_chosen(tmp_path, gpus):
     assert [stage_of(words) for words in commands] == ["mid_train", "nanochat.report"]
     commands = dry_run(tmp_path, GPUS=gpus, STAGES="chat_sft")
     assert [stage_of(words) for words in commands] == ["chat_sft"]
+    commands = dry_run(tmp_path, GPUS=gpus, STAGES="mid_train, chat_sft,")
+    assert [stage_of(words) for words in commands] == ["mid_train", "chat_sft"]
 
 
 def test_no_gpus_means_that_every_stage_with_a_model_runs_on_the_cpu(tmp_path):
@@ -480,6 +482,15 @@ def test_a_gpu_that_torch_does_not_see_is_refused_with_the_remedy(sandbox, tmp_p
     assert sandbox.run(GPU_FILES=files, TORCH_SEES="1")[0], "torch sees it"
 
 
+def test_a_python_that_fails_ends_the_run_and_does_not_train_on_the_cpu(sandbox):
+    python = sandbox.folder / "bin" / "python"
+    fake = python.read_text(encoding="utf-8")
+    broken = 'if [ "$1" = -c ]; then echo "no torch" >&2; exit 1; fi'
+    python.write_text(fake.replace("\n", f"\n{broken}\n", 1), encoding="utf-8")
+    calls, done = sandbox.run(status=1)
+    assert not calls and done.stderr == "no torch\n" and done.stdout == ""
+
+
 def test_a_torchrun_that_does_not_wait_for_a_save_is_named(sandbox):
     assert "30 seconds after Ctrl+C" in sandbox.run(TORCH_SEES="2 30")[1].stdout
     assert "Ctrl+C" not in sandbox.run(TORCH_SEES="2 600")[1].stdout
@@ -530,6 +541,21 @@ def test_a_download_in_the_background_ends_with_the_script(sandbox):
     assert [*FETCH, "190"] in calls and "scripts.base_train" in modules(calls)
 
 
+def test_ctrl_c_in_a_terminal_ends_the_wait_for_the_text_with_words(sandbox):
+    """It reaches every process of the script, the one of `sleep` as well."""
+    process = sandbox.start(TORCH_SEES="2", WAIT_AT="190", own_group=True)
+    sandbox.wait_for_call(process, "scripts.tok_eval")
+    [state] = sandbox.states()
+    while state.read_text(encoding="utf-8").count("\nseconds ") < 3:
+        time.sleep(0.05)
+    time.sleep(0.5)     # until it waits
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped in dataset_rest (status 130). The same command resumes it." in err
+    assert state.read_text(encoding="utf-8").count("\nseconds ") == 4
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
 def test_a_download_whose_script_was_killed_is_stopped_by_the_next_call(sandbox):
     """Two would write to the same files."""
@@ -567,6 +593,8 @@ def test_arguments_are_refused_and_help_is_given():
     ({"GPUS": "-1"}, "GPUS=-1"),
     ({"DEPTH": "deep"}, "DEPTH=deep"),
     ({"DEVICE_BATCH_SIZE": "0"}, "DEVICE_BATCH_SIZE=0"),
+    ({"STAGES": "report"}, "python -m nanochat.report"),
+    ({"STAGES": ", "}, "STAGES=,  names no stage"),
     ({"STAGES": "mid_train,chat_rl"}, "chat_rl, which is no stage: choose from dataset,"),
 ])
 def test_bad_variables_are_one_line_before_anything_is_written(tmp_path, variables, needle):

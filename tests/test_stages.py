@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat.checkpoint import digest_of
+from nanochat.start import FROM_PRETRAINING
 from stage_runs import (
     TINY,
     TINY_CHAT,
@@ -150,9 +152,19 @@ def test_eight_lines_win_against_the_built_in_identity(stages, trained, tmp_path
     assert score["accuracy"][str(mine)] > 0.7 and score["items"][str(mine)] == 8
 
 
+def forget(path, *keys):
+    """Make a meta file that of an earlier version, which had none of these keys."""
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        del meta[key]
+    meta["digest"] = digest_of(meta)
+    path.write_text(json.dumps(meta), encoding="utf-8")
+
+
 def test_the_model_keeps_the_name_that_midtraining_was_given_until_it_gets_another(
         stages, trained):
     shutil.copytree(stages.folder("base", "d1"), stages.folder("base", "ada"))
+    forget(stages.folder("base", "ada") / "meta_000010.json", *FROM_PRETRAINING)
     small = ("--model_tag=ada", *TINY_CHAT, "--num_iterations=2")
     stages.fork("scripts.mid_train", *small, "--name=Ada Lovelace")
     assert stages.fork_record("scripts.chat_sft", *small)["name"] == "Ada Lovelace"
@@ -256,13 +268,21 @@ def test_two_ranks_train_what_one_rank_trains_in_every_layout(stages, refrain):
     assert sharded["parameters"] == two["parameters"] and sharded["checkpoint"]
     assert losses_of(stages.folder("base", "cut")) == pytest.approx(losses[1], abs=1e-4)
 
-    for parallel in ("zero2", "fsdp"):
+    # and the chat stages are divided as pretraining was
+    for tag, parallel in (("two", "zero2"), ("cut", "fsdp")):
         row = stages.fork_record(
-            "scripts.mid_train", "--model_tag=two", *TINY_CHAT, "--num_iterations=2",
-            f"--parallel={parallel}", ranks=2)
+            "scripts.mid_train", f"--model_tag={tag}", *TINY_CHAT, "--num_iterations=2", ranks=2)
         assert row["tokens"] == 2 * 2 * 2 * 128
-    trained_as = [stages.folder("mid", tag) for tag in ("two", "two-2")]
-    assert losses_of(trained_as[0]) == pytest.approx(losses_of(trained_as[1]), abs=1e-4)
+        meta = meta_of(stages.folder("mid", tag), 2)
+        assert meta["parallel"] == parallel
+        assert meta["checkpoint_activations"] is (parallel == "fsdp")
+    trained_as = [stages.folder("mid", tag) for tag in ("two", "cut")]
+    assert losses_of(trained_as[0]) == pytest.approx(losses_of(trained_as[1]), abs=1e-3)
+
+    # a model that was cut is cut in the next stage, too, and its activations are recomputed
+    stages.fork("scripts.mid_train", "--model_tag=cut", *TINY_CHAT, "--num_iterations=2", ranks=2)
+    meta = meta_of(stages.folder("mid", "cut"), 2)
+    assert (meta["parallel"], meta["checkpoint_activations"]) == ("fsdp", True)
 
 
 # What each part of a run trains with: the ranks, the layout, and after how many steps it is stopped

@@ -1,9 +1,13 @@
 """Where a run starts: every combination of settings and checkpoints, without a process."""
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from models import make_model
+from nanochat import start
+from nanochat.checkpoint import problem_of
 from nanochat.common import UserError
 from nanochat.folders import Model, lock_folder
 from nanochat.plan import BUDGETS
@@ -11,6 +15,7 @@ from nanochat.start import (
     EXTENDED,
     FRESH,
     RESUMED,
+    FROM_PRETRAINING,
     Choice,
     Start,
     check_before_decay,
@@ -18,8 +23,10 @@ from nanochat.start import (
     choose_base_folder,
     choose_chat_run,
     data_to_resume,
+    meta_of_chat_run,
     place_of,
     resume_hint,
+    shared_name,
     unfinished_extension,
 )
 
@@ -317,6 +324,46 @@ def test_a_chat_stage_resumes_the_newest_unfinished_run_that_started_from_the_sa
     own = choose_chat_run(models, ["/base/base_checkpoints/d6", 30], "17-4")
     assert own.tag == "d6", "only its record may be missing"
     assert choose_chat_run(models, origin, "17-4") is None
+
+
+def test_a_chat_run_knows_how_its_model_was_trained_where_that_is_known():
+    """A model of an earlier version does not say it; what the run saves must be readable."""
+    model = make_model()
+    old = {
+        "dir": "base_checkpoints/d4", "step": 30, "dtype": "float32", "tokenizer": "t",
+        "total_batch_size": 512}
+    new = {**old, "device_batch_size": 2, "parallel": "fsdp", "checkpoint_activations": False}
+    for origin in (old, new):
+        meta = meta_of_chat_run("chat_sft", origin, model)
+        assert {key: meta[key] for key in FROM_PRETRAINING if key in meta} == {
+            key: origin[key] for key in FROM_PRETRAINING if key in origin}
+        own = {"saved": 1.0, "world_size": 1, "files": {"model_000000.pt": ""}}
+        assert problem_of({**meta, **own}, 0) is None
+    assert problem_of({**meta, **own, "device_batch_size": None}, 0) is None, "once written so"
+
+
+def test_machines_call_a_folder_alike_wherever_their_base_directories_are():
+    names = {shared_name(base + "/base_checkpoints/d4") for base in ("/one", "/home/two")}
+    assert names == {"base_checkpoints/d4"} and shared_name(None) is None
+
+
+def test_the_ranks_compare_the_models_that_they_would_start_from(monkeypatch):
+    """Machines may each have checkpoints of their own to start from."""
+    origin = {"dir": "/one/base_checkpoints/d4", "tag": "d4", "step": 30}
+    files = {"model_000030.pt": 32 * "ab"}
+    compared = []
+
+    def require_alike(*arguments):
+        compared.append(arguments[:2])
+        raise UserError("the ranks differ")
+
+    monkeypatch.setattr(
+        start, "load_model", lambda *_: (None, None, {**origin, "files": files}))
+    monkeypatch.setattr(start, "require_alike", require_alike)
+    settings, compute = {"model_tag": None, "from_step": None}, SimpleNamespace(device="cpu")
+    with pytest.raises(UserError, match="the ranks differ"):
+        start.start_chat_from_model("mid_train", "mid", settings, compute, "base")
+    assert compared == [("the model to start from", ("d4", 30, 6 * "ab"))]
 
 
 # -------------------------------------------------------------------------------- what is said
