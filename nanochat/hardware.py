@@ -469,9 +469,15 @@ CUT_AFTER_SECONDS = 120  # since its last change; before, a compiler may be at w
 
 def kernel_cache():
     """The folder in which torch keeps compiled kernels of the CPU (torch._inductor's cache_dir)."""
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    default = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named:
+        return Path(named)
+    try:
+        name = getpass.getuser()
+    except (LookupError, ImportError, OSError):  # a number without a name, as in containers
+        name = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    user = re.sub(r'[\\/:*?"<>|]', "_", name)
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
 
 def remove_cut_kernels(folder):

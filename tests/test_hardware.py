@@ -217,6 +217,19 @@ def test_the_cache_of_kernels_is_torchs_own(monkeypatch):
     assert str(hardware.kernel_cache()) == "/elsewhere"
 
 
+@pytest.mark.parametrize("error", [KeyError("uid not found: 12345"), OSError("no username set")])
+def test_a_user_without_a_name_can_compile_all_the_same(monkeypatch, error):
+    """A container may run as a number that no file lists; Python 3.13 raises another error."""
+    def nameless():
+        raise error
+
+    monkeypatch.setattr(hardware.getpass, "getuser", nameless)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert hardware.kernel_cache().name == f"torchinductor_uid_{os.getuid()}"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert hardware.kernel_cache() == Path("/elsewhere")
+
+
 # The files of drivers, whether torch sees a GPU, its build, the environment, and what the line says
 NVIDIA, AMD = "/dev/nvidia0", "/dev/kfd"
 
