@@ -402,17 +402,13 @@ def check_not_passed(budget, horizon, resumed):
             "where the run is resumed: give it more, or leave the budget out")
 
 
-def check_ranks(resumed, ranks):
-    """UserError where the ranks cannot share the batch of a run that is resumed, which stays.
+def batch_to_resume(resumed, ranks):
+    """Tokens per step of a run that is resumed: its own, or the nearest that the ranks can share.
 
-    resumed: the meta of the run.
+    Fewer or more GPUs than before must not end a run. resumed: its meta.
     """
-    max_seq_len = resumed["config"]["max_seq_len"]
-    sequences = resumed["total_batch_size"] // max_seq_len
-    if sequences % ranks:
-        raise UserError(
-            f"the run that is resumed has {sequences} sequences of {max_seq_len} tokens a step, "
-            f"which {ranks} ranks cannot share: resume it on {largest_divisor(sequences, ranks)}")
+    tokens = resumed["config"]["max_seq_len"] * ranks  # of one sequence on every rank
+    return max(1, round(resumed["total_batch_size"] / tokens)) * tokens
 
 
 # Of a chat stage on a GPU that is given neither steps nor minutes. Fewer updates teach too little
@@ -864,9 +860,12 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
     most: the tokens that the run trains on at most, for its text is short.
     """
     if resumed:
-        config = resumed["config"]
+        config, before = resumed["config"], resumed["total_batch_size"]
         reason = "as the run that is resumed"
-        batch = resumed["total_batch_size"]
+        batch = batch_to_resume(resumed, machine.ranks)
+        if batch != before:
+            reason += (f", but for its {before:,} tokens a step, which {machine.ranks} ranks "
+                       "cannot share")
         return Shape(config["depth"], config["max_seq_len"], batch, reason)
     depth, max_seq_len = settings["depth"], settings["max_seq_len"]
     if machine.device_type == "cuda":
@@ -896,7 +895,8 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
 
     settings: of base_train. speed(depth, max_seq_len): measured training tokens per second of all
     ranks; it is called only where the shape depends on it. resumed: the meta of the run that is
-    resumed or extended; its shape and batch stay. text: the TextSize of the training text, or None.
+    resumed or extended; its shape stays, and its batch if the ranks can share it. text: the
+    TextSize of the training text, or None.
     """
     on_gpu = machine.device_type == "cuda"
     # 1. the shape, how it reads the text, and a model of it that takes no memory
@@ -913,7 +913,6 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
     # keeps their size
     earlier_micro_batch = None
     if resumed:
-        check_ranks(resumed, machine.ranks)
         earlier_micro_batch = resumed.get("device_batch_size")
     given = (
         shape.total_batch_size,

@@ -195,12 +195,12 @@ else:
         "config": asdict(config),
         "dtype": dtype_name,
         "tokenizer": tokenizer.fingerprint,
-        "total_batch_size": total_batch_size,
         "step": 0,
         "counted": counted_tokens,  # from the beginning of the text; 0: all of it
         "elapsed": elapsed,
     }
 meta["budgets"] = {budget.kind: budget.amount}
+meta["total_batch_size"] = total_batch_size  # other ranks than before may share another
 meta.update(
     device_batch_size=micro_batch_size,
     parallel=plan.parallel,
