@@ -90,18 +90,19 @@ class Machine(NamedTuple):
         return self.link or self.rate.link
 
 
-def assumed_machine(kind, gpus, memory=None, link=None):
+def assumed_machine(kind, gpus, memory=None, link=None, matmul_flops=None):
     """The Machine of GPUs that are not here, by their data sheet.
 
-    UserError for a device whose peak is not published.
+    matmul_flops: of a device, where it is known. UserError where it is not, and the device's peak
+    is not published either.
     """
     device = DEVICES[kind]
-    if device.bf16 is None:
+    if not (device.bf16 or matmul_flops):
         known = [name for name, row in DEVICES.items() if row.bf16]
         raise UserError(
-            f"device={kind}: its peak in bf16 is not published, so nothing can be forecast; choose "
-            f"from {', '.join(known)}")
-    flops = device.bf16 * RATES.get(kind, OTHER_RATE).matmul
+            f"device={kind}: its peak in bf16 is not published: give --matmul_tflops, which "
+            f"base_train prints on such a device when it starts, or choose from {', '.join(known)}")
+    flops = matmul_flops or device.bf16 * RATES.get(kind, OTHER_RATE).matmul
     size = int(memory or device.memory * planned_share(kind))
     return Machine("cuda", gpus, size, 2, flops, kind, link)
 

@@ -142,6 +142,9 @@ def run_rank(case):
         training, f"{case.name} on {ranks} ranks")
 
     times, local_times = summarize(seconds), summarize(local_seconds)
+    exposed = max(0.0, 1 - local_times.median / times.median)
+    if ranks == 1:
+        exposed = 0.0  # there is none, and the rest is noise
     tokens = case.batch_size * case.config.max_seq_len * ranks
     rates = throughput(training.network, tokens, times.median)
     name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")
@@ -156,7 +159,7 @@ def run_rank(case):
         "spread": times.spread,
         "step_seconds": times.all,
         "step_seconds_without_communication": local_times.all,
-        "exposed_communication": max(0.0, 1 - local_times.median / times.median),
+        "exposed_communication": exposed,
         "collectives": skipped.collectives,
         "communicated_bytes": skipped.bytes,
         "peak_flops": peak,

@@ -10,6 +10,7 @@ largest batch, communication, tokens/s, hours, disk and cost, for each layout; a
 base_train uses the same functions (nanochat/memory.py, forecast.py, plan.py). Memory has been held
 to the allocator of a CPU; speed is an estimate (docs/planning.md). The last line is JSON.
 """
+import re
 import time
 from pathlib import Path
 
@@ -19,8 +20,15 @@ from nanochat.common import UserError, compute_init
 from nanochat.configurator import configure, declared_values, require
 from nanochat.forecast import PRICES, RATES, assumed_machine, expected_step
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import DEVICES, measure_matmul_flops
-from nanochat.memory import KEPT, PARALLEL, build_on_meta, communication, memory
+from nanochat.hardware import DEVICES, device_kind, measure_matmul_flops
+from nanochat.memory import (
+    KEPT,
+    MEMORY_SHARE,
+    PARALLEL,
+    build_on_meta,
+    communication,
+    memory,
+)
 from nanochat.metrics import finish_stage
 from nanochat.plan import (
     MOST_EPOCHS,
@@ -58,6 +66,7 @@ target_flops: float = None   # budget: training FLOPs
 target_param_data_ratio: float = None   # budget: tokens per matmul parameter; None: 20
 keep = 3                     # newest checkpoints that stay, besides the best and that before decay
 link_gb_per_second: float = None        # between GPUs, of a collective; None: by the device
+matmul_tflops: float = None             # of a device in bf16; None: by its data sheet
 price_per_gpu_hour: float = None        # dollars; None: 3 for an H100, else no cost is given
 forecasts = False            # print the tables of docs/planning.md instead
 
@@ -71,6 +80,7 @@ REVIEW = (
     ("lookup", 8, 32, 8, 58), ("lookup", 8, 32, 16, 84),
 )
 REVIEW_NUMBERS = 12
+GPUS_OF_A_MACHINE = 8
 MACHINES = (("1 x 24 GB", "rtx-4090", 1), ("6 x 24 GB", "7900-xtx", 6), ("1 x 80 GB", "h100", 1),
             ("8 x 80 GB", "h100", 8))  # of docs/planning.md
 
@@ -113,14 +123,27 @@ def find_machine():
     if not (device or size):
         raise UserError(
             f"gpus={count}, and no GPU is here: say which with --device, or its --memory_gb")
+    flops = matmul_tflops and 1e12 * matmul_tflops
     if device:
-        look_up(DEVICES, device, "device")
-        about = f"{device}: as --device says, by its data sheet"
-        return assumed_machine(device, count, size, link), about, None
+        kind = named_device(device)
+        source = "--matmul_tflops" if flops else "its data sheet"
+        about = f"{kind}: as --device says, by {source}"
+        return assumed_machine(kind, count, size, link, flops), about, None
     kind = device_of(size)
     about = (f"{kind} is assumed: of the devices whose speed has a source, the first whose "
              f"memory is nearest to {size / 1e9:g} GB; --device names another")
-    return assumed_machine(kind, count, size, link), about, None
+    return assumed_machine(kind, count, size, link, flops), about, None
+
+
+def named_device(name):
+    """The name in DEVICES of a device, also as torch or a shop calls it: "RTX 4090", "H100"."""
+    def letters(text):
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    for kind in DEVICES:
+        if letters(kind) == letters(name):
+            return kind
+    return device_kind(name) or look_up(DEVICES, name, "device")
 
 
 def machine_here(link):
@@ -224,8 +247,8 @@ def gb(size):
 
 def speed_table(rows, missing):
     """A line for each layout: batch, communication, speed, hours, cost."""
-    head = ["layout", "memory GB", "sequences x passes", "largest", "sent GB a step", "s",
-            "tokens/s", "hours", "cost"]
+    head = ["layout", "memory GB", "sequences x passes", "largest", "sent GB a step",
+            "s of that in a step", "tokens/s", "hours", "cost"]
     lines = []
     for row in rows:
         lines.append([
@@ -291,6 +314,11 @@ def reason_of(settings, chosen, machine):
         reason = "it fits, and it sends the model once in a step"
     if chosen["checkpoint_activations"] and settings["checkpoint_activations"] is None:
         reason += "; recomputing, for otherwise it does not fit or only with a slower batch"
+    most = chosen["micro_batch_limit"]
+    if chosen["micro_batch_size"] > most:
+        given = chosen["micro_batch_size"]
+        reason += (f"; its {given} sequences at a time are as given, above the {most} that leave "
+                   f"{100 - 100 * MEMORY_SHARE:.0f} % of the memory free")
     return f"Recommended: {layout_name(chosen)}: {reason}."
 
 
@@ -368,6 +396,9 @@ def plan_one(settings):
           f"{chosen['text'] / 1e9:.1f} GB of text, each read a single time. "
           f"With less, base_train reads it {MOST_EPOCHS} times and ends before.")
     print(reason_of(settings, chosen, machine))
+    if on_gpu and machine.ranks > GPUS_OF_A_MACHINE:
+        print(f"More than {GPUS_OF_A_MACHINE} GPUs are several machines (docs/multi-node.md): say "
+              "with --link_gb_per_second what a GPU can send between them.")
     command = command_of(settings, machine, chosen, network, name)
     print(f"\n    {command}\n")
     return {

@@ -107,9 +107,30 @@ def test_the_command_and_the_reason_say_what_was_given(tmp_path):
         "--parallel=fsdp --kv_heads=2 --reduce_dtype=bfloat16 --num_iterations=9")
 
 
+@pytest.mark.parametrize("name, kind", [
+    ("H100", "h100"), ("RTX 4090", "rtx-4090"), ("rtx4090", "rtx-4090"), ("7900 XTX", "7900-xtx"),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("DGX Spark", "dgx-spark"), ("mi350x", "mi350x")])
+def test_a_device_is_found_under_the_names_that_people_give_it(name, kind):
+    assert script.named_device(name) == kind
+
+
+def test_a_device_without_a_published_peak_is_planned_with_a_given_one(tmp_path):
+    done = plan(tmp_path, "--device=dgx-spark", "--gpus=1", "--matmul_tflops=90")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["depth"] in (10, 12)
+
+
+def test_what_is_given_and_leaves_no_margin_is_called_so(tmp_path):
+    done = plan(tmp_path, "--gpus=16", "--device=h100", "--depth=20", "--device_batch_size=32",
+                "--total_batch_size=1048576")
+    said = done.stdout
+    assert done.returncode == 0 and "are as given, above the" in said
+    assert "docs/multi-node.md" in said
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--device=foo"], "device=foo is not in the table: choose from h100-pcie"),
-    (["--device=dgx-spark"], "its peak in bf16 is not published"),
+    (["--device=dgx-spark"], "its peak in bf16 is not published: give --matmul_tflops"),
     (["--gpus=many"], "gpus=many is neither auto nor a number of at least 1"),
     (["--gpus=0"], "gpus=0 is neither auto nor a number of at least 1"),
     (["--gpus=3"], "no GPU is here: say which with --device, or its --memory_gb"),
