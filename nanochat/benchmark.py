@@ -6,7 +6,6 @@ scripts run in an image in which nothing is installed but torch.
 """
 import contextlib
 import dataclasses
-import gc
 import math
 import statistics
 import sys
@@ -29,11 +28,13 @@ from nanochat.hardware import (
     known_device,
     memory_limit,
     synchronize,
+    text_of,
 )
 from nanochat.memory import MEMORY_SHARE, build_on_meta, memory
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import largest_divisor
+from nanochat.probes import parse_meminfo
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
 # --------------------------------------------------------------------------------------------------
@@ -273,12 +274,8 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        [available] = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    except (OSError, ValueError):
-        return None
-    return min(1024 * available, cgroup_room())
+    available = parse_meminfo(text_of(Path("/proc/meminfo"))).get("MemAvailable")
+    return None if available is None else min(available, cgroup_room())
 
 
 def memory_of_a_rank(compute):
@@ -357,14 +354,6 @@ def tera(rate):
     if rate >= 1000:
         return f"{rate:,.0f}"
     return f"{rate:.1f}" if rate >= 10 else f"{rate:.3f}"
-
-
-def gigabytes(size):
-    """
-    >>> gigabytes(9.7e9), gigabytes(None)
-    ('9.7 GB', 'unknown')
-    """
-    return "unknown" if size is None else f"{size / 1e9:.1f} GB"
 
 
 # The vendors' 8-bit formats with 4 bits of exponent. MI300 alone has the one without a negative

@@ -16,7 +16,6 @@ only as far as problem_of() has checked it: above all it names no file outside o
 """
 import hashlib
 import json
-import math
 import pickle
 import re
 import time

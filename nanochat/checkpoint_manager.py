@@ -12,7 +12,6 @@ tokenizer is beside them, so that a model can be loaded whatever was trained sin
 """
 import dataclasses
 import math
-import os
 import runpy
 import threading
 from pathlib import Path

@@ -37,6 +37,7 @@ from nanochat.hardware import (
     memory_limit,
     peak_flops,
     synchronize,
+    text_of,
     torch_build,
 )
 from nanochat.probes import (
@@ -88,13 +89,6 @@ EXCHANGE_SECONDS = 20   # twice, where peer-to-peer copies hang
 # --------------------------------------------------------------------------------------------------
 # probes: each returns (a list of Checks, a dict of numbers)
 
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 @functools.cache
 def tool_output(command, limit=10):
     """What a vendor's tool prints; None where it is not there, fails or takes too long."""
@@ -108,10 +102,10 @@ def tool_output(command, limit=10):
 
 
 def probe_machine():
-    before = read_text("/proc/stat")
+    before = text_of(Path("/proc/stat"))
     time.sleep(0.5)
-    after = read_text("/proc/stat")
-    quota = cgroup_quota(read_text("/proc/self/cgroup"), CGROUPS)
+    after = text_of(Path("/proc/stat"))
+    quota = cgroup_quota(text_of(Path("/proc/self/cgroup")), CGROUPS)
     checks = [ok("CPU", f"{cpu_name()}, {instruction_set()}")]
     busy = busy_shares(before, after) if before and after else None
     checks += check_cpus(os.cpu_count(), len(allowed_cores()), quota, busy)
@@ -142,7 +136,7 @@ def gpu_states():
 
 
 def probe_memory():
-    meminfo = parse_meminfo(read_text("/proc/meminfo"))
+    meminfo = parse_meminfo(text_of(Path("/proc/meminfo")))
     if not meminfo and hasattr(os, "sysconf"):
         meminfo = {"MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
     limit = memory_limit()
@@ -242,12 +236,18 @@ def write_rate(folder):
 
 def probe_network():
     import requests
+    from nanochat.download import authorize, hub_endpoint, hub_token
     from nanochat.sources import REPOSITORY
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    try:
+        hub = hub_endpoint()
+        hub_token()
+    except UserError as error:
+        return [problem("network", str(error), "mend the variable, or unset it")], {
+            "reachable": False}
     url = f"{hub}/datasets/{REPOSITORY}/resolve/main/shard_00000.parquet"
     size, begin = 0, time.perf_counter()
     try:
-        with requests.get(url, stream=True, timeout=5) as reply:
+        with requests.get(url, auth=authorize, stream=True, timeout=5) as reply:
             reply.raise_for_status()
             for block in reply.iter_content(1 << 18):
                 size += len(block)

@@ -106,7 +106,7 @@ MATRIX_INSTRUCTIONS = {
 }
 
 
-def _text_of(path):
+def text_of(path):
     """What a file of the kernel says, "" where there is none or it may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -116,7 +116,7 @@ def _text_of(path):
 
 @functools.cache
 def _cpuinfo():
-    return _text_of(Path("/proc/cpuinfo"))
+    return text_of(Path("/proc/cpuinfo"))
 
 
 def cpu_name():
@@ -156,7 +156,7 @@ def memory_limit(root=CGROUPS):
     root: where the cgroups are mounted. Without a limit the files say "max", or a number above
     2^60. Source: the Linux kernel's Documentation/admin-guide/cgroup-v2.rst.
     """
-    texts = [_text_of(root / name).strip() for name in MEMORY_LIMITS]
+    texts = [text_of(root / name).strip() for name in MEMORY_LIMITS]
     limits = [int(text) for text in texts if text.isdecimal()]
     return min((limit for limit in limits if limit < 2**60), default=None)
 
@@ -193,11 +193,11 @@ def cgroup_quota(membership, root):
         group = Path(path.lstrip("/"))
         for parent in (group, *group.parents):
             if not controllers:
-                quotas.append(cpu_quota(_text_of(root / parent / "cpu.max")))
+                quotas.append(cpu_quota(text_of(root / parent / "cpu.max")))
             elif "cpu" in controllers.split(","):
                 folder = root / controllers / parent
                 quota, period = (
-                    _text_of(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+                    text_of(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
                 quotas.append(cpu_quota(f"{quota} {period}"))
     return min((quota for quota in quotas if quota), default=None)
 
@@ -209,7 +209,7 @@ def available_cpus():
     A thread for each core of the machine would then wait for its turn most of the time.
     """
     allowed = len(allowed_cores())
-    quota = cgroup_quota(_text_of(Path("/proc/self/cgroup")), CGROUPS)
+    quota = cgroup_quota(text_of(Path("/proc/self/cgroup")), CGROUPS)
     return min(allowed, quota or allowed)
 
 
@@ -230,7 +230,7 @@ def threads_are_chosen(is_dist):
     given = os.environ.get("OMP_NUM_THREADS", "")
     if not is_dist or given != "1":
         return given != ""
-    environment = _text_of(Path(f"/proc/{os.getppid()}/environ"))
+    environment = text_of(Path(f"/proc/{os.getppid()}/environ"))
     return "OMP_NUM_THREADS=1" in environment.split("\0")
 
 
@@ -584,7 +584,7 @@ def peak_memory(device):
     import torch
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = _text_of(Path("/proc/self/status"))
+    status = text_of(Path("/proc/self/status"))
     kilobytes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     return 1024 * int(kilobytes[0]) if kilobytes else None
 

@@ -24,7 +24,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from typing import NamedTuple

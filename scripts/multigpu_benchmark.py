@@ -45,7 +45,6 @@ from nanochat.benchmark import (
     does_not_fit,
     efficiency,
     fitting_micro_batch,
-    gigabytes,
     memory_of_a_rank,
     peak_of,
     percent,
@@ -75,6 +74,7 @@ from nanochat.hardware import (
 )
 from nanochat.metrics import finish_stage
 from nanochat.parallel import KINDS
+from nanochat.probes import gigabytes
 
 # settings
 model = ""                # small to 13b. Empty: 7b, without a GPU small

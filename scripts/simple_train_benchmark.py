@@ -33,7 +33,6 @@ from nanochat.benchmark import (
     default_warmup,
     device_name,
     fp8_format_here,
-    gigabytes,
     measure_calls,
     peak_bandwidth,
     peak_of,
@@ -55,6 +54,7 @@ from nanochat.hardware import (
 from nanochat.metrics import finish_stage
 from nanochat.muon import Muon
 from nanochat.parallel import prepare
+from nanochat.probes import gigabytes
 
 # settings
 dtypes = "fp32,tf32,fp16,bf16,fp8"  # of the matrix products

@@ -40,7 +40,6 @@ from nanochat.benchmark import (
     does_not_fit,
     fitting_micro_batch,
     free_memory,
-    gigabytes,
     peak_of,
     percent,
     problem_of,
@@ -59,6 +58,7 @@ from nanochat.hardware import (
     reset_peak_memory,
 )
 from nanochat.metrics import finish_stage
+from nanochat.probes import gigabytes
 
 # settings
 model = ""                # small, medium, large, xl, 1.5b, 3b, 7b or 13b; empty: see full

@@ -579,3 +579,10 @@ def test_without_a_network_the_remedy_is_other_text(monkeypatch):
     [check], numbers = probing.probe_network()
     assert check.status == "note" and numbers == {"reachable": False}
     assert "--data=PATH" in check.remedy and "127.0.0.1:9" in check.detail
+
+
+def test_a_password_in_the_mirrors_address_is_a_problem_that_does_not_show_it(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:secret@mirror.example")
+    [check], numbers = probing.probe_network()
+    assert check.status == "problem" and numbers == {"reachable": False}
+    assert "secret" not in check.detail and "HF_TOKEN" in check.detail

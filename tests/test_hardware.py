@@ -131,7 +131,7 @@ def test_the_users_number_of_threads_is_told_from_torchruns(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    monkeypatch.setattr(hardware, "_text_of", lambda path: launched_with)
+    monkeypatch.setattr(hardware, "text_of", lambda path: launched_with)
     assert threads_are_chosen(is_dist) is chosen
 
 
