@@ -157,16 +157,11 @@ class SteadyEngine(Engine):
             idx = torch.tensor([ids], device=self.device)
             return self.model.prefill(idx, kv_cache, [0], [len(ids)])[0].float()
 
-    def complete(self, sequences):
-        """Generate what the sequences want, all at once; none of them was admitted before."""
-        for sequence in sequences:
-            self.admit(sequence)
+    def run(self, sequences):
         try:
-            while any(sequence.status != "finished" for sequence in sequences):
-                self.step()
+            return super().run(sequences)
         finally:
             for sequence in sequences:
-                self.retire(sequence)
                 self.noise.pop(sequence, None)
 
 
@@ -257,7 +252,7 @@ class Answerer:
             if noise:
                 self.engine.noise[sequence] = noise
             sequences[place] = sequence
-        self.engine.complete(list(sequences.values()))
+        self.engine.run(list(sequences.values()))
         return [
             self.tokenizer.parse_completion(sequences[place].tokens) if place in sequences else []
             for place in range(len(conversations))
