@@ -129,6 +129,13 @@ class Task:
         """
         raise NotImplementedError
 
+    def evaluate_many(self, pairs):
+        """[evaluate(conversation, parts)] for a list of such pairs, as bools.
+
+        A task whose judgement takes long judges several answers at the same time.
+        """
+        return [self.evaluate(conversation, parts) for conversation, parts in pairs]
+
     def _indices(self):
         """The range of indices into the whole data set, clamped to what exists."""
         return range(self.num_examples())[self.start:self.stop:self.step]
