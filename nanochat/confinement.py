@@ -35,7 +35,8 @@ LAYERS = (
     "seccomp",
 )
 NOBODY = 65534              # user and group that root becomes; Linux's overflow uid
-SCRATCH = "/scratch"        # where a program may write, in memory; it vanishes with its namespace
+# Where a program may write, in memory; it vanishes with its namespace. A name that no machine has
+SCRATCH = "/nanochat-scratch"
 SCRATCH_MB = 16
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -260,8 +261,9 @@ def _bits(names, abi):
     return sum(1 << bit for name, bit in known if name in names)
 
 
-def apply_landlock(paths):
-    """Allow to read below `paths`, to write below SCRATCH, and no other use of files.
+def apply_landlock(paths, scratch):
+    """Allow to read below `paths`, to write below `scratch` (a folder, or None), and no other use
+    of files.
 
     Where the ABI has them: no TCP, no abstract socket and no signal to a process outside.
     """
@@ -274,7 +276,8 @@ def apply_landlock(paths):
     ruleset = system_call("landlock_create_ruleset", attributes, size, 0)
     rules = [(path, READ) for path in paths]
     rules += [(path, DEVICE_RIGHTS) for path in DEVICES]
-    rules += [(SCRATCH, SCRATCH_RIGHTS)]
+    if scratch:
+        rules.append((scratch, SCRATCH_RIGHTS))
     for path, names in rules:
         if os.path.exists(path):
             _allow_below(ruleset, path, _bits(names, abi))
@@ -500,7 +503,8 @@ def confine_process(wanted, paths, seconds, memory_mb):
     """The layers that each process applies to itself right before it runs what is not trusted."""
     apply("limits", wanted, limit_resources, seconds, memory_mb)
     apply("no_new_privs", wanted, set_no_new_privs)
-    apply("landlock", wanted, apply_landlock, paths)
+    scratch = SCRATCH if "namespaces" in wanted else None
+    apply("landlock", wanted, apply_landlock, paths, scratch)
     apply("seccomp", wanted, apply_seccomp)
 
 

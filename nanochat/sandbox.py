@@ -103,12 +103,20 @@ def check(
         settings["tests_fd"] = tests_file.fileno()
         process = _Job(settings, wall_seconds)
         result = process.finish()
-    said = bytes(process.outputs["verdict"]).decode("utf-8", "replace")
     if result.limit:
         return Verdict(False, result.limit, result)
+    said = process.said()
     passed = said == "pass" and result.status == 0
-    reason = " ".join(said.split()) or f"the checker ended with status {result.status}"
-    return Verdict(passed, "" if passed else reason, result)
+    return Verdict(passed, "" if passed else _reason(said, process.record), result)
+
+
+def _reason(said, record):
+    """Why tests did not pass, in one line, from what the checker said and how both ended."""
+    ended = record.get("candidate")
+    reason = " ".join(said.split()) or f"the checker ended with status {record.get('status')}"
+    if ended is not None and ended < 0:
+        reason += f" ({signal.Signals(-ended).name})"
+    return reason
 
 
 def run_many(jobs, workers=None):
@@ -177,13 +185,16 @@ def _file_of(text):
 class _Job:
     """The processes of one job, from the parent's side.
 
-    What they write is read until the one that decides has ended: the status pipe belongs to the
-    supervisor and its init alone, so that its end does not depend on who holds standard output.
+    What they write is read until the one that decides has ended. The status pipe says so, which
+    belongs to the supervisor and its init alone: whoever holds standard output delays nothing.
+
+    record: what the supervisor or init has said: how the processes ended.
     """
 
     def __init__(self, settings, wall_seconds, echo=None):
         self.echo = echo
         self.limit = ""
+        self.record = {}
         self.wall_seconds = wall_seconds
         self.started = time.monotonic()
         self.outputs = {}
@@ -232,10 +243,10 @@ class _Job:
             self._kill()
         self._read_rest()
         self._close_files()
-        record = self._status_record()
+        self.record = self._status_record()
         output, errors = (bytes(self.outputs[name]) for name in ("stdout", "stderr"))
         elapsed = time.monotonic() - self.started
-        return Result(record.get("status"), self.limit, output, errors, elapsed)
+        return Result(self.record.get("status"), self.limit, output, errors, elapsed)
 
     def _read_until_end(self):
         deadline = self.started + self.wall_seconds
@@ -247,11 +258,11 @@ class _Job:
                 if left <= 0:
                     self.limit = f"over {self.wall_seconds} seconds"
                 for key, _ in selector.select(max(0, left)):
-                    if self._read(key.data):
-                        continue
+                    is_open = self._read(key.data)
                     if key.data == "status":
                         return
-                    selector.unregister(key.fd)     # whoever held it has closed it
+                    if not is_open:     # whoever held the other end has closed it
+                        selector.unregister(key.fd)
 
     def _read(self, name):
         """Read once from a pipe without waiting; whether it may have more."""
@@ -290,16 +301,20 @@ class _Job:
         for fd in self.files.values():
             os.close(fd)
 
+    def said(self):
+        """What the checker has said."""
+        return self.outputs["verdict"].decode("utf-8", "replace")
+
     def _status_record(self):
-        """What the supervisor or init has written last. UserError for a layer that failed."""
-        lines = bytes(self.outputs["status"]).decode("utf-8").split("\n")
-        records = [json.loads(line) for line in lines if line]
-        for record in records:
-            if "refused" in record:
-                raise UserError(
-                    f"the sandbox could not confine a program ({record['refused']}): nothing was "
-                    f"run; allow the layer to be missing by its name, or repair the system")
-        return records[-1] if records else {}
+        """What the supervisor or init has said, {} for nothing. UserError for a failed layer."""
+        if not self.outputs["status"]:
+            return {}
+        record = json.loads(self.outputs["status"])
+        if "refused" in record:
+            raise UserError(
+                f"the sandbox could not confine a program ({record['refused']}): nothing was run. "
+                "Allow the layer to be missing by its name, or repair the system")
+        return record
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from nanochat.confinement import (
 )
 
 FRAME_BYTES = 8 << 20           # the longest frame that the checker reads
+REASON_CHARS = 1000             # of a verdict
 EXACT_INTEGER = 1 << 53         # larger ones travel in hexadecimal: no limit of digits applies
 FIRST_FD = 3                    # behind standard input, output and error
 HIGH_FD = 32                    # above those, below the limit of open files
@@ -258,7 +259,7 @@ def _check(config, requests_fd, answers_fd):
     proxy = Proxy(job["entry_point"], open(fds[2], "wb"), open(fds[3], "rb"))
     verdict = _verdict(proxy, job)
     with open(fds[1], "w", encoding="utf-8", errors="replace") as file:
-        file.write(verdict)
+        file.write(verdict[:REASON_CHARS])
 
 
 def _verdict(proxy, job):
@@ -298,6 +299,9 @@ def _fork(config, function, *arguments):
         status = _exit_status(error.code)
     except ConfinementError as error:
         _refuse(config, error)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
     finally:
         _end(status)
 
@@ -343,11 +347,23 @@ def _run_init(config):
             os.close(fd)
     else:
         candidate = deciding = _fork(config, _run_program)
-    status = os.waitstatus_to_exitcode(os.waitpid(deciding, 0)[1])
-    os.write(config["status_fd"], b"\n" + json.dumps({"status": status}).encode("ascii"))
+    record = {"status": os.waitstatus_to_exitcode(os.waitpid(deciding, 0)[1])}
     if candidate != deciding:
-        os.kill(candidate, signal.SIGKILL)  # without a namespace, the end of init kills nobody
+        record["candidate"] = _status_of(candidate)
+    os.write(config["status_fd"], json.dumps(record).encode("ascii"))
     os._exit(0)
+
+
+def _status_of(candidate):
+    """How the candidate ended, or None where it has not; it is killed then.
+
+    Where there is a namespace, the end of init kills it as well.
+    """
+    pid, status = os.waitpid(candidate, os.WNOHANG)
+    if pid:
+        return os.waitstatus_to_exitcode(status)
+    os.kill(candidate, signal.SIGKILL)
+    return None
 
 
 def main():
