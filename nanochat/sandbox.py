@@ -309,7 +309,8 @@ class _Job:
         """What the supervisor or init has said, {} for nothing. UserError for a failed layer."""
         if not self.outputs["status"]:
             return {}
-        record = json.loads(self.outputs["status"])
+        text = self.outputs["status"].decode("utf-8")
+        record, _ = json.JSONDecoder().raw_decode(text)     # the first: what failed comes first
         if "refused" in record:
             raise UserError(
                 f"the sandbox could not confine a program ({record['refused']}): nothing was run. "
