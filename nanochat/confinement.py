@@ -271,9 +271,9 @@ def apply_landlock(paths, scratch):
     every_right = _bits({name for name, _ in FILE_RIGHTS}, abi)
     tcp = TCP_RIGHTS if abi >= 4 else 0
     scopes = SCOPES if abi >= 6 else 0
-    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
-    attributes = struct.pack("QQQ", every_right, tcp, scopes)[:size]
-    ruleset = system_call("landlock_create_ruleset", attributes, size, 0)
+    fields = 1 + (abi >= 4) + (abi >= 6)    # the structure has grown
+    attributes = struct.pack("QQQ", every_right, tcp, scopes)[:8 * fields]
+    ruleset = system_call("landlock_create_ruleset", attributes, len(attributes), 0)
     rules = [(path, READ) for path in paths]
     rules += [(path, DEVICE_RIGHTS) for path in DEVICES]
     if scratch:
