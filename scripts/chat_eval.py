@@ -34,6 +34,7 @@ from tasks.named import (
     fetch_tasks,
     is_of_user,
     make_task,
+    sandbox_error,
     split_names,
     task_name,
 )
@@ -51,6 +52,7 @@ num_samples = 1        # answers to each question, where they are generated
 temperature = 0.0      # of these; 0: the likeliest token
 top_k = 50             # of these, at a temperature above 0; 0: all tokens
 max_new_tokens = 96    # of an answer; a quote of your text comes besides, GSM8K has 512
+allow_missing = ""     # layers of the sandbox that may be missing, comma-separated, of HumanEval
 device_type = ""       # cuda, mps or cpu; empty: the best one here
 dtype = ""             # float32 or bfloat16; empty: that of training
 settings = configure(globals(), aliases={
@@ -92,7 +94,8 @@ model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 print0(chosen_line(source, meta))
 model.cast_for_inference(getattr(torch, dtype) if dtype else model.compute_dtype)
 passages = load_passages(meta)
-about = About(meta, passages, custom)
+may_miss = tuple(filter(None, allow_missing.split(",")))
+about = About(meta, passages, custom, may_miss)
 answerer = Answerer(model, tokenizer, passages, max_new_tokens)
 how = How(answerer, batch_size, num_samples, temperature, top_k, control)
 
@@ -115,6 +118,14 @@ if error:
     print0(f"without {', '.join(from_hub)}, which are not to be had: {error}")
 elif has_practised:
     names += from_hub
+
+# HumanEval's answers are programs: where nothing confines them, they are not run
+error = sandbox_error(names, may_miss)
+if error and not has_practised:
+    raise error
+if error:
+    names.remove("HumanEval")
+    print0(f"without HumanEval: {error}")
 
 # ---- every task
 scores, not_fitting = {}, {}

@@ -62,6 +62,7 @@ NAMES = [
     ("tasks.spellingbee", "SpellingBee", None),
     ("tasks.arc", "ARC", "subset, split"),
     ("tasks.gsm8k", "GSM8K", "split"),
+    ("tasks.humaneval", "HumanEval", None),
     ("tasks.mmlu", "MMLU", "split"),
     ("tasks.smoltalk", "SmolTalk", "split"),
 ]
@@ -69,7 +70,6 @@ NAMES = [
 LATER = {
     "scripts.chat_rl": "reinforcement learning",
     "scripts.base_eval": "evaluations that others can compare: CORE",
-    "tasks.humaneval": "evaluations that others can compare",
     "docs/llada.md": "model families",
     "nanochat.variants.mla": "model families",
     "nanochat.variants.deepseek": "model families",
