@@ -116,8 +116,8 @@ def _failure(name, error, what=""):
     reason = reason_of(error)
     if status_of(error) in (401, 403):
         return UserError(
-            f"the hub gives no access to {name}, or has none: {reason}: check the name, set "
-            "HF_TOKEN, and accept the terms on the data set's page where it has any")
+            f"the hub gives no access to {name}, or has none: {reason}: check the name and the "
+            "token, and accept the terms on the data set's page where it has any")
     return HubError(
         f"{name}{what} cannot be fetched: {reason}; the same command again continues, HF_ENDPOINT "
         f"names a mirror, and parquet files copied to {get_base_dir() / 'hub' / name}"

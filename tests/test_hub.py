@@ -333,9 +333,10 @@ def test_neither_token_nor_signature_is_printed_where_a_download_fails(server, m
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.redirects = True
     server.trouble = {"main/test/0000.parquet": [403]}
-    with pytest.raises(HubError) as error:
+    with pytest.raises(UserError) as error:
         fetch_split(NAME, "main", "test")
     assert "HF_TOKEN holds the token" in str(error.value)
+    assert "accept the terms" in str(error.value) and "\n" not in str(error.value)
     assert "secret" not in str(error.value) + capsys.readouterr().out
     monkeypatch.setenv("HF_TOKEN", "hf secret")
     with pytest.raises(UserError, match="HF_TOKEN must be") as error:
@@ -375,7 +376,7 @@ def test_without_a_network_the_cache_alone_is_read(server, monkeypatch):
         load_rows(NAME, "main", "train")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert len(load_rows(NAME, "main", "test")) == 5
-    with pytest.raises(UserError, match=f"run python -m nanochat.hub {NAME} main train where"):
+    with pytest.raises(UserError, match=f"run python -m nanochat.hub {NAME} main train .or"):
         load_rows(NAME, "main", "train")
     monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -399,7 +400,7 @@ def test_files_that_somebody_has_put_there_are_read_and_never_deleted(server, mo
     with pytest.raises(UserError, match="is damaged .*: copy its files again"):
         load_rows("others/own", "main", "train")
     (folder / "a.parquet").write_bytes(parquet_bytes(0, 0))
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match="main/train is an empty split, without any row: "):
         load_rows("others/own", "main", "train")
     assert (folder / "a.parquet").exists() and not server.requests
 
