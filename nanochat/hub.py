@@ -50,7 +50,6 @@ from nanochat.download import (
     authorize,
     bring,
     hub_endpoint,
-    hub_token,
     reason_of,
     status_of,
     with_retries,
@@ -90,7 +89,6 @@ def list_files(name):
     if not NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of a data set: it is written OWNER/NAME")
     endpoint = hub_endpoint()
-    hub_token()  # a bad one is refused before the first request
     url = f"{endpoint}/api/datasets/{name}/tree/{BRANCH}?recursive=true"
     files = {}
     try:

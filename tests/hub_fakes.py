@@ -101,7 +101,7 @@ class Hub:
         if isinstance(trouble, int):
             return self._refuse(handler, trouble)
         begin = int(query.partition("cursor=")[2] or 0)
-        entries = [{"type": "directory", "path": "main", "oid": "0", "size": 0}]
+        entries = [{"type": "directory", "path": "main/test/x.parquet", "oid": "0", "size": 0}]
         for file, content in files.items():
             entry = {"type": "file", "path": file, "oid": "1", "size": len(content)}
             if self.hashes:

@@ -21,6 +21,7 @@ from nanochat.hub import (
     Rows,
     cache_folder,
     fetch_split,
+    is_offline,
     list_files,
     load_rows,
     on_first_rank,
@@ -87,8 +88,11 @@ def test_a_mirror_may_lie_below_a_path(server, monkeypatch, next_host):
 
 
 def test_names_that_lead_out_of_the_cache_are_not_taken(server):
-    server.files[NAME] |= {"../../x.parquet": b"", "main/../x.parquet": b"", "main/train/x.py": b""}
-    assert list_files(NAME).keys() == {("main", "train"), ("main", "test")}
+    server.files[NAME] |= {"../../x.parquet": b"", "main/../x.parquet": b"", "main/train/x.py": b"",
+                           "main/more/train/x.parquet": b"", "main/train/x.parquet.sha256": b""}
+    listed = list_files(NAME)
+    assert {key: len(files) for key, files in listed.items()} == {
+        ("main", "train"): 2, ("main", "test"): 1}
     for name in ("../../etc", "sums", "a/b/c", "somebody/.."):
         with pytest.raises(UserError, match="is no name of a data set"):
             list_files(name)
@@ -227,6 +231,7 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(server):
     paths[0].write_bytes(before[:40] + bytes(200) + before[240:])
     assert len(load_rows(NAME, "main", "train")) == 280 and paths[0].read_bytes() == before
     (paths[0].parent / "index.json").write_text("{", encoding="utf-8")
+    paths[1].unlink()
     assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
 
 
@@ -339,12 +344,17 @@ def test_without_a_network_the_cache_alone_is_read(server, monkeypatch):
     fetch_split(NAME, "main", "test")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert len(load_rows(NAME, "main", "test")) == 5
+    with pytest.raises(UserError, match="nothing is fetched now: run python -m nanochat.hub"):
+        load_rows(NAME, "main", "train", fetch=False)
     with pytest.raises(HubError, match="no connection to 127.0.0.1:9"):
         load_rows(NAME, "main", "train")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert len(load_rows(NAME, "main", "test")) == 5
     with pytest.raises(UserError, match=f"run python -m nanochat.hub {NAME} main train .or"):
         load_rows(NAME, "main", "train")
+    for value, is_set in (("true", True), ("YES", True), ("on", True), ("0", False), ("", False)):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        assert is_offline() is is_set
     monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match="begins with https://"):

@@ -154,6 +154,7 @@ def test_results_are_compared_as_numbers(cache, given, is_right):
     assert task.evaluate(task[0], [{"type": "text", "text": given}]) is is_right
     assert task.evaluate(task[0], answer(task[0]))
     assert not task.evaluate(task[0], [])
+    assert task[0]["answer_tokens"] == 512, "which a solution may take"
 
 
 def test_a_canonical_number_is_the_same_for_the_same_number():
@@ -161,6 +162,7 @@ def test_a_canonical_number_is_the_same_for_the_same_number():
     assert {canonical_number(text) for text in same} == {"1000"}
     assert canonical_number("\N{MINUS SIGN}2.50") == canonical_number("-2.5") == "-2.5"
     assert result_of("#### 10.0") == result_of("#### 10") == "10"
+    assert result_of("#### \N{MINUS SIGN}3") == result_of("#### -3") == "-3"
 
 
 def test_questions_with_choices_show_letters_whatever_their_labels_are(cache):
@@ -198,8 +200,8 @@ def test_conversations_that_are_none_are_passed_over(cache, monkeypatch):
     ] for number in expected]
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     assert all(sum(tokenizer.render_conversation(task[i])[1]) for i in range(len(task)))
-    monkeypatch.setattr(smoltalk, "TRIED", 2)
-    with pytest.raises(UserError, match="no conversation in rows 2 to 3"):
+    monkeypatch.setattr(smoltalk, "TRIED", 3)
+    with pytest.raises(UserError, match="no conversation in rows 2 to 4"):
         task[2]
 
 
