@@ -38,7 +38,7 @@ class Hub:
 
     files: {name of a data set: {path on its branch: bytes}}.
     trouble: {path: what goes wrong in its next requests}: a status, "cut", "drop", "capped",
-    "from_start", "garbage", "damaged", "short".
+    "from_start", "garbage", "damaged", "short", "changed".
     """
 
     def __init__(self):
@@ -148,6 +148,8 @@ class Hub:
             body = body[:-6] + b"</html"
         if trouble == "damaged":        # the end is whole, a page is not
             body = body[:40] + bytes(200) + body[240:]
+        if trouble == "changed":        # whole, and another file than the listed one
+            body = parquet_bytes(0, 3)
         if trouble == "short":          # whole, as it says, but not what is listed
             body = body[:len(body) // 2]
         end = len(body)

@@ -198,6 +198,21 @@ def test_a_file_that_stays_damaged_is_fetched_once_more_and_then_refused(server)
     assert len(server.fetched("main/train/0000.parquet")) == 0
 
 
+def test_a_file_that_changed_since_the_listing_is_not_kept(server):
+    server.hashes = False
+    server.trouble = {"main/train/0001.parquet": ["changed"]}
+    size = len(SMALL["main/train/0001.parquet"])
+    with pytest.raises(HubError, match=f"it has not the {size:,} bytes that the hub lists"):
+        load_rows(NAME, "main", "train")
+    assert not (cache_folder(NAME, "main", "train") / "0001.parquet").exists()
+
+
+def test_the_files_of_a_split_are_read_in_the_order_of_their_names(server):
+    server.files[NAME] = dict(reversed(SMALL.items()))
+    rows = load_rows(NAME, "main", "train")
+    assert [rows[i]["answer"] for i in (0, 250, 279)] == [0, 250, 279]
+
+
 @pytest.mark.parametrize("trouble", ["damaged", "short"])
 def test_damage_without_a_known_hash_is_found_too(server, trouble):
     server.hashes = False

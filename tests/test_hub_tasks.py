@@ -224,7 +224,10 @@ def test_a_part_of_the_questions_is_taken_at_equal_distances(cache):
 def test_another_number_of_rows_than_the_documented_one_is_said(cache, capsys):
     warn_once.cache_clear()
     GSM8K("train")
-    assert "has 40 rows where 7,473 are documented" in capsys.readouterr().err
+    SmolTalk("train")
+    said = capsys.readouterr().err
+    assert "has 40 rows where 7,473 are documented" in said
+    assert "has 40 rows where 460,000 are documented" in said
 
 
 @pytest.mark.parametrize("split, make, column, change, words", [
