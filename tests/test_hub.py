@@ -65,6 +65,7 @@ def test_a_split_is_fetched_once_and_read_by_row(server):
         "text": ["100", "0"], "label": ["A", "B"]}
     some = load_rows(NAME, "main", "train", most=120)
     assert len(some) == 200 and some.total == 280, "two row groups"
+    assert len(load_rows(NAME, "main", "train", most=200)) == 200
     assert len(load_rows(NAME, "main", "train", most=251)) == 280
     assert whole_split()
     assert len(server.requests) == 3, "a listing and two files; what is there is not asked for"
@@ -472,6 +473,11 @@ def test_progress_is_said_and_so_is_the_size(server, monkeypatch, capsys):
     fetch_split(NAME, "main", "train")
     out = capsys.readouterr().out
     assert f"{NAME} main train, file 2 of 2: 0.0 of 0.0 MB" in out
+    assert "reading" not in out
+    monkeypatch.setattr(hub, "SLOW_BYTES", 0)
+    fetch_split(NAME, "main", "train")
+    folder = cache_folder(NAME, "main", "train")
+    assert capsys.readouterr().out == f"reading 0 MB of {folder}\n"
     assert f"{NAME} main train: 0.0 MB in 2 files, in {cache_folder(NAME, 'main', 'train')}" in out
 
 

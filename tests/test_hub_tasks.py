@@ -332,6 +332,7 @@ def test_the_documented_mixtures_are_complete_and_the_same_every_time(cache, cap
     assert [(type(task).__name__, len(task)) for task in fine] == [
         ("ARC", 40), ("ARC", 40), ("GSM8K", 40), ("SmolTalk", 40), ("SimpleSpelling", 300),
         ("SpellingBee", 300), ("Arithmetic", 300)]
+    assert fine[3].stop == 10_000
     mixture, again = TaskMixture(fine), TaskMixture(finetuning_tasks())
     rows = [repr(mixture[i]) for i in range(len(mixture))]
     assert rows == [repr(again[i]) for i in range(len(again))]
