@@ -68,7 +68,6 @@ NAMES = [
 # modules, or files
 LATER = {
     "scripts.chat_rl": "reinforcement learning",
-    "scripts.base_eval": "evaluations that others can compare: CORE",
     "tasks.humaneval": "evaluations that others can compare",
     "docs/llada.md": "model families",
     "nanochat.variants.mla": "model families",
@@ -91,6 +90,7 @@ FILES = [
     "nanochat/dataset.py",
     "rustbpe/Cargo.toml",
     "scripts/tok_train.py",
+    "scripts/base_eval.py",
     "scripts/base_train.py",
     "scripts/mid_train.py",
     "scripts/chat_sft.py",
