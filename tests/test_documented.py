@@ -62,13 +62,12 @@ NAMES = [
     ("tasks.spellingbee", "SpellingBee", None),
     ("tasks.arc", "ARC", "subset, split"),
     ("tasks.gsm8k", "GSM8K", "split"),
+    ("tasks.humaneval", "HumanEval", None),
     ("tasks.mmlu", "MMLU", "split"),
     ("tasks.smoltalk", "SmolTalk", "split"),
 ]
 # modules, or files
 LATER = {
-    "scripts.chat_rl": "reinforcement learning",
-    "tasks.humaneval": "evaluations that others can compare",
     "docs/llada.md": "model families",
     "nanochat.variants.mla": "model families",
     "nanochat.variants.deepseek": "model families",
