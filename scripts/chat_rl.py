@@ -42,7 +42,7 @@ from nanochat.start import start_chat
 from tasks.named import About, fetch_tasks, make_task, split_names, task_name
 
 # settings
-tasks: str = None            # names or files, with commas; None: counting, after data of the hub GSM8K
+tasks: str = None            # names or files, with commas; None: counting, or GSM8K (hub data)
 model_tag: str = None        # checkpoint folder of the model to start from; None: the newest
 from_step: int = None        # its step; None: the last
 source = "sft"               # stage to start from: sft, mid or rl

@@ -93,6 +93,7 @@ FILES = [
     "scripts/base_train.py",
     "scripts/mid_train.py",
     "scripts/chat_sft.py",
+    "scripts/chat_rl.py",
     "scripts/chat_cli.py",
     "scripts/chat_web.py",
     "scripts/chat_eval.py",
@@ -563,7 +564,7 @@ def test_what_the_page_tells_people_to_type_runs(run_here):
         assert run_here(command).strip() or checks_syntax, command
 
 
-@pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft"])
+@pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft", "chat_rl"])
 def test_every_training_stage_takes_no_wandb(run_here, stage):
     out = run_here(f"python -m scripts.{stage} --logger=wandb --no-wandb")
     assert re.search(r"--logger='' ", out) and "--no-wandb" in out
