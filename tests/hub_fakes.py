@@ -37,14 +37,15 @@ class Hub:
     """A server with data sets, and another host to which its files are redirected.
 
     files: {name of a data set: {path on its branch: bytes}}.
-    trouble: {path: what goes wrong in its next requests}: a status, "cut", "drop", "garbage",
-    "damaged", "short".
+    trouble: {path: what goes wrong in its next requests}: a status, "cut", "drop", "capped",
+    "from_start", "garbage", "damaged", "short".
     """
 
     def __init__(self):
         self.files = {NAME: dict(SMALL)}
         self.trouble = {}
-        self.hashes = True          # whether the listing tells them
+        self.hashes = True          # whether the listing tells them,
+        self.tags = False           # and whether the reply that redirects does
         self.page = 1000            # entries of a page
         self.prefix = ""            # of all paths, as a mirror may have one
         self.next_host = None       # that the address of the next page names
@@ -124,6 +125,9 @@ class Hub:
         if self.redirects and server_name == "hub":
             handler.send_response(302)
             handler.send_header("Location", f"{self.storage}{handler.path}?Signature=secret")
+            if self.tags:
+                digest = hashlib.sha256(body).hexdigest()
+                handler.send_header("X-Linked-Etag", f'"{digest}"')
             handler.end_headers()
             return
         trouble = (self.trouble.get(file) or [None]).pop(0)
@@ -132,6 +136,8 @@ class Hub:
             return
         wanted = handler.headers.get("Range")
         start = int(wanted[6:-1]) if wanted else 0
+        if trouble == "from_start":     # as a server that knows no ranges
+            start = 0
         if start >= len(body):
             handler.send_error(416)
             return
@@ -144,9 +150,12 @@ class Hub:
             body = body[:40] + bytes(200) + body[240:]
         if trouble == "short":          # whole, as it says, but not what is listed
             body = body[:len(body) // 2]
-        handler.send_header("Content-Length", str(len(body) - start))
-        handler.end_headers()
         end = len(body)
+        if trouble == "capped":         # a part of the range that was asked for
+            end = start + 700
+        sent = len(body) if trouble != "capped" else end
+        handler.send_header("Content-Length", str(sent - start))
+        handler.end_headers()
         if trouble == "cut":
             end = start + len(body) // 3
         if trouble == "drop":           # after a little more of it

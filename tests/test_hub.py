@@ -114,10 +114,46 @@ def test_a_connection_may_drop_more_often_than_attempts_are_made_while_bytes_com
     server.trouble = {file: ["drop"] * drops}
     assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
     assert len(server.fetched(file)) == drops + 1
-    server.trouble, server.requests = {"main/test/0000.parquet": [500] * 9}, []
-    with pytest.raises(HubError, match="500"):
-        load_rows(NAME, "main", "test")
-    assert len(server.fetched("main/test/0000.parquet")) == download.ATTEMPTS
+    for trouble in ([500] * 9, ["drop"] + [500] * 9):
+        server.trouble, server.requests = {"main/test/0000.parquet": trouble}, []
+        with pytest.raises(HubError, match="500"):
+            load_rows(NAME, "main", "test")
+        assert len(server.fetched("main/test/0000.parquet")) == download.ATTEMPTS
+
+
+def test_a_server_may_send_less_than_the_range_or_all_of_the_file(server):
+    first, second = "main/train/0000.parquet", "main/train/0001.parquet"
+    server.trouble = {first: ["cut", "capped"], second: ["cut", "from_start"]}
+    assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
+    third = len(SMALL[first]) // 3
+    begun = [int(given[6:-1]) for given in server.fetched(first)[1:]]
+    assert begun == [third // 512 * 512, third // 512 * 512 + 700], "what came is kept"
+    assert len(server.fetched(second)) == 2
+
+
+def test_what_is_left_of_a_longer_file_is_not_continued(server):
+    folder = cache_folder(NAME, "main", "test")
+    folder.mkdir(parents=True)
+    (folder / "0000.parquet.part").write_bytes(bytes(9000))
+    assert len(load_rows(NAME, "main", "test")) == 5
+    assert server.fetched("main/test/0000.parquet") == ["bytes=9000-", None]
+
+
+def test_the_hash_that_a_reply_tells_is_compared_where_the_listing_has_none(server):
+    server.hashes, server.tags, server.redirects = False, True, True
+    server.trouble = {"main/train/0000.parquet": ["damaged"]}
+    fetch_split(NAME, "main", "train")
+    asked = [host for host, path, _, _ in server.requests if path.endswith("train/0000.parquet")]
+    assert whole_split() and asked == ["hub", "storage"] * 2
+
+
+def test_a_file_of_another_length_is_damaged(tmp_path):
+    path = tmp_path / "0000.parquet"
+    path.write_bytes(SMALL["main/test/0000.parquet"])
+    size = path.stat().st_size
+    lengths = (None, size, size - 1, size + 1)
+    problems = [download._problem_of(path, length, None) for length in lengths]
+    assert problems == ["", "", "the length is wrong", "the length is wrong"]
 
 
 def test_the_pause_that_a_server_asks_for_is_kept_unless_it_is_too_long(
@@ -132,6 +168,12 @@ def test_the_pause_that_a_server_asks_for_is_kept_unless_it_is_too_long(
     folder.mkdir(parents=True)
     assert download.download(url, folder / "0000.parquet", stop) is None
     assert waited.count(7) == 2 and "next attempt in 7 s" in capsys.readouterr().out
+    waited.clear()
+    server.trouble = {"main/train/0000.parquet": [500, 500, 500]}
+    server.retry_after = "tomorrow"
+    assert download.download(url, folder / "doubled.parquet", stop) is None
+    pauses = [seconds for seconds in waited if seconds and seconds < 0.01]
+    assert pauses == [0.001, 0.002, 0.004]
     server.trouble = {"main/train/0000.parquet": [429]}
     server.retry_after = "86400"
     assert "429" in download.download(url, folder / "again.parquet", stop)
