@@ -64,6 +64,11 @@ def cached_attention(q, k, v, layer_cache, window):
     layer_cache.k[window.index, window.positions] = k.to(layer_cache.k.dtype)
     layer_cache.v[window.index, window.positions] = v.to(layer_cache.v.dtype)
 
+    # Into empty slots: nothing but the new tokens to attend to, and no mask to make. (On a GPU the
+    # mask costs little, and the lengths of prefills stay away from cuDNN.)
+    if window.end == q.size(1) and q.device.type == "cpu" and layer_cache.k.dtype == q.dtype:
+        return causal_attention(q, k, v)
+
     # 2. read what the slots hold, up to the longest of them
     q = q.transpose(1, 2)  # B, H, T, D
     k = layer_cache.k[window.slots, :window.end].transpose(1, 2)  # B, G, S, D

@@ -8,6 +8,7 @@ to no other host.
 """
 import os
 import re
+import zipfile
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -68,11 +69,34 @@ def authorize(request):
 # ----------------------------------------------------------------------------------------------
 # one attempt
 
-def fetch(url, part, stop, wanted_sha256=None, progress=None):
+def parquet_problem(path):
+    """Why a file is no parquet file, as one line, or ""."""
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def zip_problem(path):
+    """Why a file is no zip file, as one line, or ""."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        return " ".join(str(error).split())
+    return f"{damaged} in it is damaged" if damaged else ""
+
+
+def fetch(
+    url, part, stop, wanted_sha256=None, progress=None, check=parquet_problem, auth=authorize,
+):
     """One attempt to bring `url` to the file `part`, continuing what is there.
 
     wanted_sha256: the hash of the file, or None: then what the reply tells, if it does.
     progress: called with (bytes that are there, bytes of the file or None) after every block.
+    check: what says why a file that came whole is wrong, or "". auth: None for a host other than
+    the hub, which must not see its token.
     Raises requests.RequestException (an OSError) where the attempt failed, and Damaged, which has
     removed the file, where it brought something else.
     """
@@ -83,7 +107,7 @@ def fetch(url, part, stop, wanted_sha256=None, progress=None):
     if have:
         headers["Range"] = f"bytes={have}-"
 
-    options = {"headers": headers, "auth": authorize, "stream": True, "timeout": TIMEOUT}
+    options = {"headers": headers, "auth": auth, "stream": True, "timeout": TIMEOUT}
     with requests.get(url, **options) as reply:
         if reply.status_code == 416:  # nothing follows what we have, which was not accepted
             part.unlink()
@@ -105,7 +129,7 @@ def fetch(url, part, stop, wanted_sha256=None, progress=None):
         raise requests.RequestException(f"{size} bytes of {length} came")
 
     # a damaged file is not worth continuing
-    problem = _problem_of(part, length, wanted_sha256)
+    problem = _problem_of(part, length, wanted_sha256, check)
     if problem:
         part.unlink()
         raise Damaged(f"the file is damaged: {problem}")
@@ -129,34 +153,32 @@ def _told_sha256(reply):
     return None
 
 
-def _problem_of(part, length, wanted_sha256):
-    """What is wrong with a parquet file that came whole, or ""."""
+def _problem_of(part, length, wanted_sha256, check):
+    """What is wrong with a file that came whole, or ""."""
     if length is not None and part.stat().st_size != length:
         return "the length is wrong"
     if wanted_sha256 is not None and sha256(part) != wanted_sha256:
         return "the hash is wrong"
-    try:
-        pq.read_metadata(part)
-    except (pa.ArrowException, OSError) as error:
-        return " ".join(str(error).split())
-    return ""
+    return check(part)
 
 
 # ----------------------------------------------------------------------------------------------
 # attempts
 
-def download(url, path, stop, wanted_sha256=None, progress=None):
+def download(url, path, stop, *settings, **more):
     """As bring(), but returns None, or a line that says why it failed."""
     import requests
 
     try:
-        bring(url, path, stop, wanted_sha256, progress)
+        bring(url, path, stop, *settings, **more)
     except (requests.RequestException, Damaged) as error:
         return reason_of(error)
     return None
 
 
-def bring(url, path, stop, wanted_sha256=None, progress=None):
+def bring(
+    url, path, stop, wanted_sha256=None, progress=None, check=parquet_problem, auth=authorize,
+):
     """Fetch `url` to `path` with retries.
 
     stop: a threading.Event that ends the download early. Others, and what is raised: as in fetch().
@@ -166,7 +188,7 @@ def bring(url, path, stop, wanted_sha256=None, progress=None):
     def have():
         return part.stat().st_size if part.exists() else 0
 
-    with_retries(lambda: fetch(url, part, stop, wanted_sha256, progress), stop, have)
+    with_retries(lambda: fetch(url, part, stop, wanted_sha256, progress, check, auth), stop, have)
     os.replace(part, path)
 
 

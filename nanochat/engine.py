@@ -11,9 +11,10 @@ All three are callers of the same three methods, and so is the server:
     engine.step()               # prefill what was admitted, else decode one token per sequence
     engine.retire(sequence)     # free its slot; step() does so by itself for a finished sequence
 
-A prefill step reads whole prompts in one forward pass, padded to the longest. A decode step feeds
-the last token of every running sequence and samples the next. Sequences start and end at any step,
-and each samples with a generator seeded for it alone: it gets the same tokens alone and among
+A prefill step reads whole prompts in one forward pass, padded to the longest; a prompt that several
+sequences share has one prefill. A decode step feeds the last token of every running sequence and
+samples the next, for all of them at once. Sequences start and end at any step, and each samples
+with the random numbers of a generator seeded for it alone: it gets the same tokens alone and among
 others.
 
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
@@ -21,7 +22,7 @@ tool's reply into that sequence, token by token, instead of sampling. The call l
 with what the user's own text says about the last question, where the engine was given its passages
 (retrieval.py): the model decides whether to look up, the quote is exact.
 """
-import math
+import random
 
 import torch
 
@@ -47,34 +48,75 @@ class NonFiniteError(UserError):
         )
 
 
+UNIFORM_BITS = 24           # as many as float32 holds exactly
+TINY_TEMPERATURE = 1e-30    # below it, float32 would divide by zero; it is greedy already
+
+
 def check_finite(scores):
     """NonFiniteError where one of several scores, of which the best is wanted, is not finite."""
     if not scores.isfinite().all():
         raise NonFiniteError
 
 
-def sample(logits, temperature, top_k, generator):
-    """One token id from logits (V,). Temperature 0 is greedy, top_k 0 samples among all tokens.
+def sample(logits, temperatures, top_ks, uniforms):
+    """One token id for each of n sequences, a list of ints, from their logits (n, V).
 
-    NonFiniteError where the largest logit is no finite number; -inf for some tokens is fine.
+    temperatures, top_ks, uniforms: a number for each sequence. Temperature 0 is greedy, top_k 0
+    samples among all tokens. A uniform number in [0, 1) decides which token is sampled: it is the
+    sequence's own, so that a sequence gets the same tokens alone and among others.
+    NonFiniteError where a largest logit is no finite number; -inf for some tokens is fine.
     """
-    if temperature == 0:
-        choice = int(logits.argmax())   # a NaN is the largest of all
-        if not math.isfinite(logits[choice]):
-            raise NonFiniteError
-        return choice
-    if top_k:
-        values, ids = logits.topk(min(top_k, logits.numel()))
-    else:
-        values, ids = logits, torch.arange(logits.numel(), device=logits.device)
+    # 1. the sequences that take the same path, which is one computation for all of them
+    paths = {}
+    for place, (temperature, top_k) in enumerate(zip(temperatures, top_ks)):
+        path = "greedy" if temperature == 0 else top_k
+        paths.setdefault(path, []).append(place)
+
+    # 2. their tokens
+    choices = [0] * len(logits)
+    for path, places in paths.items():
+        some = logits if len(paths) == 1 else logits[places]
+        if path == "greedy":
+            found = likeliest(some)
+        else:
+            own = [(temperatures[place], uniforms[place]) for place in places]
+            found = draw(some, path, *zip(*own))
+        for place, choice in zip(places, found):
+            choices[place] = choice
+    return choices
+
+
+def likeliest(logits):
+    """The id of the largest logit of each sequence, a list of ints. logits (n, V)."""
+    values, choices = logits.max(-1)    # a NaN is the largest of all
+    check_finite(values)
+    return choices.tolist()
+
+
+def draw(logits, top_k, temperatures, uniforms):
+    """Sample an id for each sequence by the inverse of its distribution function.
+
+    logits (n, V); top_k is one for all, temperatures and uniforms are n numbers.
+    """
+    ids = None
+    if top_k and top_k < logits.size(1):
+        logits, ids = logits.topk(top_k)
+    numbers = torch.tensor([temperatures, uniforms], device=logits.device)  # 2, n
+    temperature, uniform = numbers[:, :, None]
 
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    scaled = (values.float() - values.max()) / temperature
-    probabilities = torch.softmax(scaled, -1).cpu()
-    if probabilities.isnan().any():     # one NaN or infinity makes all of them NaN
-        raise NonFiniteError
-    choice = int(torch.multinomial(probabilities, 1, generator=generator))
-    return int(ids[choice])
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=TINY_TEMPERATURE)
+    cumulated = torch.softmax(scaled, -1).cumsum(-1)
+    total = cumulated[:, -1:]           # about 1; one NaN or infinity makes it NaN
+    check_finite(total)
+
+    # The first token at which the sum exceeds uniform * total. The uniform number has 24 bits, so
+    # that float32 holds it exactly and the product stays below the total.
+    choices = (cumulated <= uniform * total).sum(-1, keepdim=True)  # n, 1
+    if ids is not None:
+        choices = ids.gather(1, choices)
+    return choices[:, 0].tolist()
 
 
 def check_sampling(temperature, top_k, max_new_tokens):
@@ -100,7 +142,9 @@ class Sequence:
     prompt            ids of the prompt
     tokens            ids generated so far, the tool's replies and the closing token included
     max_new_tokens    the most tokens to generate
+    sampled           for each of the tokens whether the model chose it; the tool's reply is forced
     temperature, top_k, generator    how its tokens are sampled
+    uniform           the random number for the next token, drawn before that is there
     status            "new", "waiting" (admitted, without a slot), "running" or "finished"
     finish_reason     "stop" or "length"; None before the end, and for a caller who left early
     slot              its slot in the KV cache while it runs
@@ -117,10 +161,12 @@ class Sequence:
         check_sampling(temperature, top_k, max_new_tokens)
         self.prompt = prompt
         self.tokens = []
+        self.sampled = []
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_k = top_k
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = random.Random(seed)
+        self.uniform = self._draw()
         self.status = "new"
         self.finish_reason = None
         self.slot = None
@@ -128,6 +174,17 @@ class Sequence:
         self.forced = []
         self.questions = questions
         self.quote_room = 0
+
+    def _draw(self):
+        """The next number in [0, 1) of its generator."""
+        return self.generator.getrandbits(UNIFORM_BITS) / 2**UNIFORM_BITS
+
+    def add(self, token, sampled):
+        """Append a token. sampled: whether the model chose it, by the number in `uniform`."""
+        self.tokens.append(token)
+        self.sampled.append(sampled)
+        if sampled:
+            self.uniform = self._draw()
 
     @property
     def max_length(self):
@@ -243,9 +300,9 @@ class Engine:
             return []
 
         # 3. sample. A slot advances together with its sequence: should an exception (Ctrl+C, no
-        # memory) end this loop or the forward pass, the next step repeats what is missing.
-        for sequence, row, count in zip(sequences, logits, counts):
-            token = self._next_token(sequence, row)
+        # memory) end this step, the next one repeats what is missing, with the same random numbers.
+        tokens = self._next_tokens(sequences, logits)
+        for sequence, token, count in zip(sequences, tokens, counts):
             self.kv_cache.advance([sequence.slot], [count])
             self._append(sequence, token)
             if sequence.finish_reason:
@@ -268,33 +325,66 @@ class Engine:
             self.running[sequence.slot] = sequence
 
     def _prefill(self, sequences):
-        """Read the prompts into their slots; logits (n, V) of the token after each prompt."""
-        lengths = [len(sequence.prompt) for sequence in sequences]
-        slots = [sequence.slot for sequence in sequences]
+        """Read the prompts into their slots; logits (n, V) of the token after each prompt.
 
-        # What is behind a shorter prompt is overwritten before any query attends to it.
-        padded = [s.prompt + [0] * (max(lengths) - len(s.prompt)) for s in sequences]
+        A prompt that several sequences share has one prefill, whose part of the cache is copied.
+        """
+        # 1. the first sequence of each distinct prompt
+        firsts = {}
+        for sequence in sequences:
+            firsts.setdefault(tuple(sequence.prompt), sequence)
+        lengths = [len(sequence.prompt) for sequence in firsts.values()]
+        slots = [sequence.slot for sequence in firsts.values()]
+
+        # 2. What is behind a shorter prompt is overwritten before any query attends to it.
+        padded = [list(prompt) + [0] * (max(lengths) - len(prompt)) for prompt in firsts]
         idx = torch.tensor(padded, device=self.device)  # n, T
-        return self.model.prefill(idx, self.kv_cache, slots, lengths)
+        logits = self.model.prefill(idx, self.kv_cache, slots, lengths)
+        if len(firsts) == len(sequences):
+            return logits
+
+        # 3. the others have the same keys and values, and the same logits
+        number = {prompt: i for i, prompt in enumerate(firsts)}
+        numbers = [number[tuple(sequence.prompt)] for sequence in sequences]
+        for prompt, first in firsts.items():
+            others = [s.slot for s in sequences if s is not first and tuple(s.prompt) == prompt]
+            if others:
+                self.kv_cache.copy(first.slot, others, len(prompt))
+        return logits[numbers]
 
     def _decode(self, sequences):
-        """Feed the last token of each sequence; logits (V,) of the token after it, for each."""
+        """Feed the last token of each sequence; logits (n, V) of the token after it, for each."""
         idx = [[0] for _ in range(self.kv_cache.slots)]  # idle slots read token 0
         for sequence in sequences:
             idx[sequence.slot] = [sequence.tokens[-1]]
         logits = self.model.decode(torch.tensor(idx, device=self.device), self.kv_cache)  # S, V
-        return [logits[sequence.slot] for sequence in sequences]
+        return logits[[sequence.slot for sequence in sequences]]
 
-    def _next_token(self, sequence, logits):
-        """The token after those of the sequence: forced by the tool's reply, or sampled."""
-        if sequence.forced:
-            return sequence.forced.pop(0)
-        return sample(logits, sequence.temperature, sequence.top_k, sequence.generator)
+    def _next_tokens(self, sequences, logits):
+        """The token after those of each sequence: forced by the tool's reply, or sampled."""
+        free = [place for place, sequence in enumerate(sequences) if not sequence.forced]
+        tokens = [sequence.forced[0] if sequence.forced else None for sequence in sequences]
+        if not free:
+            return tokens
+        if len(free) < len(sequences):
+            logits = logits[free]
+        own = [sequences[place] for place in free]
+        choices = sample(
+            logits,
+            [sequence.temperature for sequence in own],
+            [sequence.top_k for sequence in own],
+            [sequence.uniform for sequence in own],
+        )
+        for place, choice in zip(free, choices):
+            tokens[place] = choice
+        return tokens
 
     def _append(self, sequence, token):
         """Append a token, run the tool where the token closes a Python call, note the end."""
         special = self.tokenizer.encode_special
-        sequence.tokens.append(token)
+        sequence.add(token, sampled=not sequence.forced)
+        if sequence.forced:
+            sequence.forced.pop(0)
         if token in (special("<|assistant_end|>"), special("<|bos|>")):
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) == sequence.max_new_tokens:
@@ -350,6 +440,13 @@ class Engine:
         for number, prompt in enumerate(prompts):
             own = {} if seeds is None else {"seed": seeds[number]}
             sequences.append(self.new_sequence(prompt, **{**options, **own}))
+        return [sequence.tokens for sequence in self.run(sequences)]
+
+    def run(self, sequences):
+        """Take steps until new sequences are finished, and return them.
+
+        Where an exception ends that, they are retired.
+        """
         for sequence in sequences:
             self.admit(sequence)
         try:
@@ -358,7 +455,7 @@ class Engine:
         finally:
             for sequence in sequences:
                 self.retire(sequence)
-        return [sequence.tokens for sequence in sequences]
+        return sequences
 
     def stream(self, prompt, **options):
         """A Stream of text pieces that continue `prompt`: text, or ids of a conversation."""

@@ -38,7 +38,12 @@ FOLDERS = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-STAGES = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
+STAGES = {
+    "base": "scripts.base_train",
+    "mid": "scripts.mid_train",
+    "sft": "scripts.chat_sft",
+    "rl": "scripts.chat_rl",
+}
 TOKENIZER_FOLDER = "tokenizer"  # in the folder of a run
 LISTED = 8  # models that one line names at most
 SHARE_SECONDS = 60.0  # after which a network file system shows a new file on all machines
@@ -62,9 +67,7 @@ def source_of(dir):
 
 def advice(source):
     """How to get a checkpoint of a stage."""
-    if source in STAGES:
-        return f"run python -m {STAGES[source]} first"
-    return f"no stage makes {source} checkpoints yet"
+    return f"run python -m {STAGES[source]} first"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ class LayerCache:
     def nbytes(self):
         return self.k.nbytes + self.v.nbytes
 
+    def copy(self, slot, others, length):
+        """Give other slots (a list of ints) the first `length` tokens of one."""
+        for cached in (self.k, self.v):
+            cached[others, :length] = cached[slot, :length]
+
 
 class CacheWindow(NamedTuple):
     """Where one forward pass reads and writes: n slots with T new tokens each."""
@@ -57,7 +62,7 @@ class KVCache:
     """
 
     def __init__(self, layers, slots, device):
-        """layers: list of LayerCache, or of a class that has .length and .nbytes, too."""
+        """layers: list of LayerCache, or of a class that has .length, .nbytes and .copy(), too."""
         self.layers = layers
         self.slots = slots
         self.device = device
@@ -93,6 +98,14 @@ class KVCache:
         """After a forward pass: slots[i] holds counts[i] more tokens. Both are lists of ints."""
         for slot, count in zip(slots, counts):
             self.lengths[slot] += count
+
+    def copy(self, slot, others, length):
+        """Give other slots the first `length` tokens of one, which all of them have in common.
+
+        others: a list of ints. The caller advances them.
+        """
+        for layer in self.layers:
+            layer.copy(slot, others, length)
 
     def reset(self, slot):
         """Empty a slot for another sequence, which will overwrite what is in it."""

@@ -84,17 +84,22 @@ def prepare(model, compile=True, checkpoint_activations=False):
         for block in model.blocks:
             recompute_in_backward(block)
     if compile and can_compile(model.device):
-        # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
-        # running out of memory halves the size.
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        print0("compiling the blocks in the first step: seconds when they are known, up to a "
-               "minute when not")
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(model.blocks)
         if model.device.type == "cuda":  # a CPU gains nothing by it
             model.compile_loss = True
             model.compiled_enter = torch.compile(model.enter, dynamic=False)
     return model
+
+
+def compile_blocks(blocks):
+    """Compile modules of one class in place, each when it is first called."""
+    # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
+    # running out of memory halves the size.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    print0("compiling the blocks in the first step: seconds when they are known, up to a "
+           "minute when not")
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def recompute_in_backward(block):
@@ -632,8 +637,9 @@ def stored_values(grad):
 def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
     """Forward and backward through all micro-batches; fewer sequences at a time if memory runs out.
 
-    micro_batches: list of (inputs (B, T), targets (B, T), ...). scale: a number or 0-D tensor that
-    multiplies each summed loss. micro_batch_size: sequences per pass, at most.
+    micro_batches: list of (inputs (B, T), targets (B, T), ...); where the third is a tensor, these
+    are the weights of the targets (B, T). scale: a number or 0-D tensor that multiplies each summed
+    loss. micro_batch_size: sequences per pass, at most.
     Returns (the loss times scale, 0-D; the micro_batch_size that fitted).
 
     A step that ran out of memory starts over at half the size. It cannot once a reduction has
@@ -687,12 +693,13 @@ def count_targets(micro_batches):
 def forward_backward(model, micro_batches, scale, micro_batch_size, layout):
     """One attempt of accumulate_gradients. Returns the loss times scale, 0-D."""
     pieces = []
-    for inputs, targets, *_ in micro_batches:
-        pieces.extend(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size)))
+    for micro_batch in micro_batches:
+        tensors = [part for part in micro_batch if isinstance(part, torch.Tensor)]
+        pieces.extend(zip(*(tensor.split(micro_batch_size) for tensor in tensors)))
 
     loss = torch.zeros((), device=pieces[0][0].device)
-    for number, (inputs, targets) in enumerate(pieces, start=1):
-        part = model(inputs, targets) * scale
+    for number, piece in enumerate(pieces, start=1):
+        part = model(*piece) * scale
         if number == len(pieces):
             layout.expect_last_gradients()
         part.backward()

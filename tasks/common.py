@@ -40,14 +40,29 @@ def check_split(split):
 def conversation(question, answer, **fields):
     """A conversation of one question and one answer.
 
-    fields: what the task adds to it. scripts/chat_eval.py reads `choices` (sentences to rank, with
-    `neutral`, the question they are compared with) or `letters` (answers to pick from).
+    fields: what the task adds to it. nanochat/answers.py reads `choices` (sentences to rank, with
+    `neutral`, the question they are compared with) or `letters` (answers to pick from, with `stem`,
+    the beginning of the question that comes before what is to choose from).
     """
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
     ]
     return {"messages": messages, **fields}
+
+
+def check_conversation(item, place):
+    """UserError where an item is not a conversation that ends with an answer.
+
+    place: what the error names.
+    """
+    messages = item.get("messages") if isinstance(item, dict) else None
+    is_list = isinstance(messages, list)
+    if is_list and all(isinstance(one, dict) and "content" in one for one in messages):
+        if [one.get("role") for one in messages[-2:]] == ["user", "assistant"]:
+            return
+    raise UserError(
+        f"{place} is no conversation: return conversation(question, answer) of tasks.common")
 
 
 def answer_text(parts):
@@ -128,6 +143,20 @@ class Task:
         parts: what tokenizer.parse_completion returns for the model's answer.
         """
         raise NotImplementedError
+
+    def evaluate_many(self, pairs):
+        """What evaluate() says of each (conversation, parts) of a list, a list of bool.
+
+        A task whose answers take long to judge judges several at a time here.
+        """
+        return [self.evaluate(conversation, parts) for conversation, parts in pairs]
+
+    def reward(self, conversation, parts):
+        """What reinforcement learning gives for an answer, a float; by default 1.0 for a right one.
+
+        parts: as of evaluate().
+        """
+        return float(self.evaluate(conversation, parts))
 
     def _indices(self):
         """The range of indices into the whole data set, clamped to what exists."""
@@ -221,7 +250,44 @@ def choice_conversation(question, choices, gold):
     gold: the index of the right choice.
     """
     letters = list(LETTERS[:len(choices)])
-    return conversation(render_mc(question, letters, choices), letters[gold], letters=letters)
+    return conversation(
+        render_mc(question, letters, choices),
+        letters[gold],
+        letters=letters,
+        stem=question,
+    )
+
+
+def stem_of(conversation):
+    """The question of a multiple-choice conversation without its choices, or None.
+
+    None: there is nothing to choose from, or it is not known where the question ends.
+    """
+    if "choices" in conversation:
+        return conversation["messages"][-2]["content"]
+    return conversation.get("stem")
+
+
+def with_stem(conversation, stem):
+    """A multiple-choice conversation with the question `stem` in the place of its own.
+
+    What is to choose from, and the right choice, stay.
+    """
+    *before, asked, answer = conversation["messages"]
+    content = stem + asked["content"].removeprefix(stem_of(conversation))
+    return {**conversation, "messages": [*before, {**asked, "content": content}, answer]}
+
+
+def at_equal_distances(count, most):
+    """The indices of at most `most` of `count` items, a list; None: of all of them.
+
+    Data sets are sorted: MMLU has its 57 subjects one after the other.
+
+    >>> at_equal_distances(10, 4)
+    [0, 2, 5, 7]
+    """
+    most = count if most is None else min(most, count)
+    return [i * count // most for i in range(most)]
 
 
 def chosen_letter(conversation, parts):

@@ -365,6 +365,7 @@ class PyDoc(Task):
             render_mc(question, LETTERS, choices),
             LETTERS[gold],
             letters=list(LETTERS),
+            stem=question,
         )
         if self.split == "test":
             return asked

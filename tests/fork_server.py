@@ -33,7 +33,7 @@ import tiktoken  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401
 
-TRAINING = ("scripts.base_train", "scripts.mid_train", "scripts.chat_sft")
+TRAINING = ("scripts.base_train", "scripts.mid_train", "scripts.chat_sft", "scripts.chat_rl")
 LONGEST_SECONDS = 300  # of a command; a longer one hangs, and SIGALRM ends it
 SAMPLE_TOKENS = 2
 

@@ -10,6 +10,9 @@ from nanochat.engine import Engine, NonFiniteError, check_finite, sample, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.ngrams import NGramGPT
+from models import make_model as make_any_model
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,27 @@ def test_each_sample_of_a_prompt_has_the_tokens_of_its_own_seed(engine):
     samples = engine.generate_batch([prompt] * 3, seeds=[1, 2, 1], **options)
     assert samples[0] == samples[2] != samples[1]
     assert [samples[1]] == engine.generate_batch([prompt], seed=2, **options)
+
+
+@pytest.mark.parametrize("model_class", [GPT, LookupGPT, NGramGPT])
+def test_a_prompt_that_sequences_share_is_read_once(tokenizer, model_class, monkeypatch):
+    options = {"vocab_size": tokenizer.get_vocab_size()}
+    model = make_any_model(model_class, **options).eval()
+    engine, read = Engine(model, tokenizer), []
+    prefill = model.prefill
+
+    def counted(idx, *others):
+        read.append(len(idx))
+        return prefill(idx, *others)
+
+    monkeypatch.setattr(model, "prefill", counted)
+    prompts = [[5, 9, 70], [7, 7], [5, 9, 70], [7, 7, 8, 9], [5, 9, 70]]
+    together = engine.generate_batch(
+        prompts, seeds=[1, 2, 3, 4, 5], max_new_tokens=12, temperature=1.0, top_k=0)
+    assert read == [3]
+    for prompt, seed, ids in zip(prompts, [1, 2, 3, 4, 5], together):
+        assert ids == alone(
+            engine, prompt, seed=seed, max_new_tokens=12, temperature=1.0, top_k=0)
 
 
 def run(engine, *sequences):
@@ -186,19 +210,26 @@ def test_whoever_leaves_early_frees_the_slot(engine):
 
 
 def test_a_step_that_fails_can_be_repeated(engine, monkeypatch):
-    """No memory or Ctrl+C in the middle of a step costs nobody a token."""
+    """No memory or Ctrl+C in the middle of a step costs nobody a token.
+
+    The step fails before it has sampled, after that, or when some sequences have their token.
+    """
     sequences = [engine.new_sequence(prompt, **SAMPLING) for prompt in PROMPTS]
     for sequence in sequences:
         engine.admit(sequence)
     calls = []
 
-    def fails_at_times(*arguments):
-        calls.append(1)
-        if len(calls) % 3 == 2:
-            raise KeyboardInterrupt
-        return sample(*arguments)
+    def at_times(function):
+        def fails(*arguments):
+            calls.append(1)
+            if len(calls) % 3 == 2:
+                raise KeyboardInterrupt
+            return function(*arguments)
+        return fails
 
-    monkeypatch.setattr("nanochat.engine.sample", fails_at_times)
+    monkeypatch.setattr("nanochat.engine.sample", at_times(sample))
+    monkeypatch.setattr(engine, "_next_tokens", at_times(engine._next_tokens))
+    monkeypatch.setattr(KVCache, "advance", at_times(KVCache.advance))
     for _ in range(200):
         with contextlib.suppress(KeyboardInterrupt):
             engine.step()
@@ -252,17 +283,58 @@ def test_stream_pieces_join_to_what_generate_returns(engine):
 # ------------------------------------------------------------------------------------------------
 # sampling
 
+def sample_one(logits, temperature, top_k, uniform=0.5):
+    """One token from logits (V,)."""
+    (token,) = sample(logits[None], [temperature], [top_k], [uniform])
+    return token
+
+
+UNIFORMS = [i / 1000 for i in range(1000)]
+
+
 def test_sampling_at_temperature_zero_is_greedy_and_top_k_bounds_it():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.9])
-    generator = torch.Generator().manual_seed(0)
-    assert sample(logits, 0, 50, generator) == 1
-    assert {sample(logits, 1.0, 2, generator) for _ in range(100)} == {1, 3}
-    assert sample(logits, 1.0, 0, generator) in range(4)
+    assert sample_one(logits, 0, 50) == 1
+    assert {sample_one(logits, 1.0, 2, uniform) for uniform in UNIFORMS} == {1, 3}
+    assert {sample_one(logits, 1.0, 0, uniform) for uniform in UNIFORMS} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 3), (1.5, 50)])
+def test_evenly_spaced_uniform_numbers_give_every_token_its_probability(temperature, top_k):
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.1, 1.1, -torch.inf])
+    count = len(UNIFORMS)
+    tokens = sample(logits.expand(count, -1), [temperature] * count, [top_k] * count, UNIFORMS)
+    shares = torch.bincount(torch.tensor(tokens), minlength=6) / count
+    kept = logits.clone()
+    if top_k and top_k < len(logits):
+        kept[logits < logits.sort().values[-top_k]] = -torch.inf
+    wanted = torch.softmax(kept / temperature, -1)
+    assert (shares - wanted).abs().max() < 0.002
+
+
+def test_the_largest_uniform_number_never_gives_a_token_that_cannot_come():
+    largest = 1 - 2.0**-24
+    for seed in range(200):
+        logits = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * 3
+        logits[-50:] = -torch.inf
+        assert sample_one(logits, 1.0, 0, largest) < 250
+        assert logits[sample_one(logits, 1.0, 280, largest)] > -torch.inf
+    assert sample_one(torch.tensor([-torch.inf, 0.0]), 1.0, 0, 0.0) == 1
+
+
+def test_sequences_sampled_together_get_what_each_gets_alone():
+    """docs/traps.md: shared-rng"""
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    temperatures, top_ks = [0, 1.0, 0.5, 1.0, 2.0, 0], [50, 0, 5, 5, 0, 1]
+    uniforms = [0.1, 0.9, 0.3, 0.3, 0.7, 0.2]
+    together = sample(logits, temperatures, top_ks, uniforms)
+    each = zip(logits, temperatures, top_ks, uniforms)
+    assert together == [sample_one(*own) for own in each]
 
 
 def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engine):
-    logits, generator = torch.randn(50) * 5, torch.Generator().manual_seed(1)
-    assert sample(logits, 1e-40, 50, generator) == int(logits.argmax())
+    logits = torch.randn(50) * 5
+    assert sample_one(logits, 1e-40, 50) == int(logits.argmax())
     for wrong in (
         {"temperature": -1.0},
         {"temperature": float("nan")},
@@ -283,7 +355,7 @@ NAN, INF = float("nan"), float("inf")
 def test_logits_that_are_not_finite_are_an_error(logits, temperature, top_k):
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(NonFiniteError, match="not finite"):
-            sample(torch.tensor(logits, dtype=dtype), temperature, top_k, torch.Generator())
+            sample_one(torch.tensor(logits, dtype=dtype), temperature, top_k)
 
 
 def test_scores_that_are_not_finite_have_no_best():
@@ -294,9 +366,9 @@ def test_scores_that_are_not_finite_have_no_best():
 
 
 def test_a_token_that_is_ruled_out_is_no_error():
-    logits, generator = torch.tensor([-INF, 1.0, -INF]), torch.Generator().manual_seed(0)
+    logits = torch.tensor([-INF, 1.0, -INF])
     for temperature, top_k in ((0, 50), (1.0, 50), (1.0, 2), (1.0, 0)):
-        assert sample(logits, temperature, top_k, generator) == 1
+        assert sample_one(logits, temperature, top_k) == 1
 
 
 @pytest.fixture
@@ -363,10 +435,21 @@ def scripted_run(tokenizer, expression):
     return Engine(Scripted(tokenizer, script), tokenizer), prompt, call + reply
 
 
+def run_scripted(tokenizer, expression):
+    """The sequences of a scripted run, one."""
+    engine, prompt, _ = scripted_run(tokenizer, expression)
+    return engine.run([engine.new_sequence(prompt, max_new_tokens=40, temperature=0)])
+
+
 def test_the_tool_runs_inside_and_its_reply_is_forced(tokenizer):
     engine, prompt, start = scripted_run(tokenizer, "12*7")
     (ids,) = engine.generate_batch([prompt], max_new_tokens=40, temperature=0)
     assert ids[:len(start)] == start
+    (again,) = run_scripted(tokenizer, "12*7")
+    reply = tokenizer.encode_special("<|output_start|>"), tokenizer.encode_special("<|output_end|>")
+    first, last = (again.tokens.index(token) for token in reply)
+    forced = [place for place, sampled in enumerate(again.sampled) if not sampled]
+    assert forced == list(range(first, last + 1)), "the rest is the model's own"
     parts = tokenizer.parse_completion(ids)
     assert [part["text"] for part in parts] == ["12*7", "84", "It is 84."]
 

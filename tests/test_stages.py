@@ -341,7 +341,7 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     (("scripts.chat_cli", "-p", "What", "is"), "goes in quotes"),
     ((*ASK, "hi", "--temperature=-1"), "must not be negative"),
     ((*ASK, "hi", "--max_tokens=0"), "at least 1"),
-    (("scripts.chat_cli", "--source=rl", "-p", "hi"), "no stage makes rl checkpoints yet"),
+    (("scripts.chat_cli", "--source=rl", "-p", "hi"), "run python -m scripts.chat_rl first"),
     (("scripts.chat_web", "--port=0", "--top_k=-2"), "must not be negative"),
     (("scripts.tok_train", "--data="), "data path is empty"),
     ((*DATA, "--depth=0"), "depth=0"),

@@ -94,6 +94,11 @@ class LookupCache(KVCache):
         self.tokens[window.index, window.positions + self.lookback - 1] = idx.int()
         return self.tokens.unfold(1, self.lookback, 1)[window.index, window.positions]
 
+    def copy(self, slot, others, length):
+        super().copy(slot, others, length)
+        end = self.lookback - 1 + length
+        self.tokens[others, :end] = self.tokens[slot, :end]
+
 
 class LookupGPT(GPT):
     """GPT with the lookups that the head of this file lists."""
