@@ -27,6 +27,7 @@ from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.common import HubTask
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.mixing import Repeated
 from tasks.mmlu import MMLU
 from tasks.own_text import subject_tasks
@@ -194,13 +195,14 @@ def check_context(tokenizer, tasks, T):
 # ----------------------------------------------------------------------------------------------
 # the command
 
-# what chat_eval asks of the hub, and the command fetches
-HELD_OUT = {
-    "ARC-Easy": lambda **options: ARC("ARC-Easy", "test", **options),
-    "ARC-Challenge": lambda **options: ARC("ARC-Challenge", "test", **options),
-    "MMLU": lambda **options: MMLU("test", **options),
-    "GSM8K": lambda **options: GSM8K("test", **options),
-}
+# what chat_eval may ask of the hub
+HELD_OUT = (
+    lambda: ARC("ARC-Easy", "test"),
+    lambda: ARC("ARC-Challenge", "test"),
+    lambda: MMLU("test"),
+    lambda: GSM8K("test"),
+    lambda: HumanEval("test"),
+)
 
 
 def main():
@@ -208,7 +210,7 @@ def main():
     start = time.time()
     rows = {}
     # one after the other, for each is held in memory while it is read
-    for make in (*HUB_TASKS.values(), *HELD_OUT.values()):
+    for make in (*HUB_TASKS.values(), *HELD_OUT):
         made = make()
         for task in made if isinstance(made, list) else [made]:
             if isinstance(task, HubTask):

@@ -26,7 +26,6 @@ from stage_runs import TINY_CHAT, last_json, meta_of, rank_variables
 from tasks import chat_data, smoltalk
 from tasks.arc import ARC, ROWS
 from tasks.chat_data import (
-    HELD_OUT,
     Origin,
     built_in_tasks,
     check_context,
@@ -39,6 +38,7 @@ from tasks.common import TaskMixture, answer_text, at_equal_distances, canonical
 from tasks.gsm8k import CALL, GSM8K, result_of, solution_parts
 from tasks.identity import Identity
 from tasks.mmlu import MMLU
+from tasks.named import FROM_HUB
 from tasks.smoltalk import SmolTalk
 
 REAL = os.environ.get("NANOCHAT_TEST_DATA")
@@ -71,6 +71,11 @@ def science_row(i):
             "answerKey": labels[i % 3]}
 
 
+def function_row(i):
+    return {"prompt": f"def f{i}(x):\n", "canonical_solution": "    return x\n",
+            "test": "def check(f): assert f(1) == 1\n", "entry_point": f"f{i}"}
+
+
 SETS = {
     ("HuggingFaceTB/smol-smoltalk", "default", "train"):
         lambda i: {"messages": talk(f"Hello {i}", f"Hello, number {i}.", "Be short." * (i % 2))},
@@ -82,6 +87,7 @@ SETS = {
     ("allenai/ai2_arc", "ARC-Easy", "test"): science_row,
     ("allenai/ai2_arc", "ARC-Challenge", "train"): science_row,
     ("allenai/ai2_arc", "ARC-Challenge", "test"): science_row,
+    ("openai/openai_humaneval", "openai_humaneval", "test"): function_row,
 }
 
 
@@ -440,7 +446,7 @@ def test_the_stages_train_on_the_hubs_conversations_resume_and_are_asked(stages,
     score = stages.fork_record("scripts.chat_eval", *few)
     of_a_text = {"own_text", "own_text_practised"}
     assert score["items"].keys() == {
-        "arithmetic", "spelling", "counting", "identity", *of_a_text, *HELD_OUT}
+        "arithmetic", "spelling", "counting", "identity", *of_a_text, *FROM_HUB}
     assert score["items"]["MMLU"] == 3 and 0.2 < score["chance"]["ARC-Easy"] < 0.34
     score = stages.fork_record("scripts.chat_eval", "-a", "ARC-Easy|GSM8K", *few, ranks=2)
     assert score["items"] == {"ARC-Easy": 3, "GSM8K": 3}
