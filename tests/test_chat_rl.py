@@ -31,7 +31,7 @@ class Letters(Task):
         text = answer_text(parts)
         return {reward}
 """
-REWARD_LINE = 18
+REWARD_LINE = 16
 SMALL = (
     "--device_batch_size=8", "--examples_per_step=4", "--num_samples=4", "--max_new_tokens=6",
     "--eval_items=4", "--eval_times=1")
