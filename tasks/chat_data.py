@@ -179,17 +179,6 @@ HELD_OUT = {
 }
 
 
-def held_out(name, items):
-    """At most `items` questions of a key of HELD_OUT, from the cache alone.
-
-    They stand at equal distances, for MMLU has its 57 subjects one after the other.
-    """
-    task = HELD_OUT[name](fetch=False)
-    task.step = max(1, len(task) // items)
-    task.stop = items * task.step
-    return task
-
-
 def main():
     settings = configure(globals())
     start = time.time()

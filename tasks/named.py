@@ -120,6 +120,11 @@ def is_file(name):
     return is_a_path or os.path.exists(name)
 
 
+def is_of_user(name):
+    """Whether a task's items are a file of the user's, of which all are asked."""
+    return name == "custom" or name not in TASKS
+
+
 def task_name(name):
     """The name as the table has it; that of a file is left as it is.
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then scripts
     "common": 0, "hardware": 0, "environment": 0, "configurator": 0, "metrics": 0,
-    "heartbeat": 0, "probes": 0,
+    "heartbeat": 0, "probes": 0, "scores": 0,
     "attention": 1, "kv_cache": 1, "muon": 1, "adamw": 1, "adagrad": 1, "schedule": 1,
     "guard": 1, "tokenizer": 1, "conversation": 1, "dataset": 1, "sources": 1, "execution": 1,
     "roofline": 1, "loss": 1, "textfiles": 1, "completion": 1, "prompts": 1,
@@ -21,7 +21,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "optimizer_state": 4, "fsdp": 4, "parallel": 4, "memory": 4, "forecast": 4, "plan": 4,
     "checkpoint": 4, "checkpoint_manager": 4, "folders": 4,
     "start": 4, "run": 4, "engine": 4, "passage_store": 4, "rollouts": 4, "selftest": 4,
-    "server": 5, "report": 5, "doctor": 5, "benchmark": 5,
+    "server": 5, "report": 5, "doctor": 5, "benchmark": 5, "answers": 5,
 }
 TASKS, SCRIPTS = 6, 7
 SOURCES = [

@@ -53,7 +53,8 @@ def test_a_name_is_found_whatever_its_case_and_hyphens(given, name):
 
 
 @pytest.mark.parametrize("given, near", [
-    ("GSM8", "GSM8K"), ("arithmetik", "arithmetic"), ("ARC", "ARC-Easy"), ("spellingbees", "counting"),
+    ("GSM8", "GSM8K"), ("arithmetik", "arithmetic"), ("ARC", "ARC-Easy"),
+    ("spellingbees", "counting"),
 ])
 def test_an_unknown_name_is_answered_with_the_nearest(given, near):
     with pytest.raises(UserError) as error:

@@ -1,0 +1,339 @@
+"""How a chat model answers the questions of a task: the same at any batch size.
+
+    answerer = Answerer(model, tokenizer, passages)
+    answerer.answer(conversations)      # a list of parts for each
+
+There are three ways, decided by what the conversation has:
+
+    letters     the likeliest of its letters after the question
+    choices     the text whose likelihood gains most by the question
+    neither     whatever the engine generates
+
+Why the batch size could matter: matrix products sum in an order that depends on the shape of the
+batch, so that the last bits of the logits do. In bfloat16 the difference is some hundredths, and
+where the two best tokens are nearer than that, one batch says A and the next one B. From there on
+the texts differ. Three remedies come to mind. Answers one by one cost what batches save. Kernels
+that do not depend on the batch (as of Thinking Machines, 2025) would be kernels of our own for each
+device. Here, what is decided by a margin larger than that difference is left as the batch has it,
+and a near tie is decided again by logits that depend on its own sequence alone: computed for this
+sequence by itself, from its first token, in float32 and on one thread. Both ways lead to the answer
+of the reference implementation in tests/test_answers.py, which does everything by itself.
+
+Sampling is decided in the same way. The likeliest token after Gumbel noise was added to the logits
+is a sample of the model's distribution (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030), and
+the noise comes from a generator of the sequence's own: so there are near ties, and nothing else.
+"""
+import contextlib
+from collections import defaultdict
+
+import torch
+
+from nanochat.conversation import fit_conversation, prompt_room
+from nanochat.engine import Engine, check_finite
+from nanochat.loss_eval import pad_batch
+
+# How near two logits must be to be decided again: several times the largest difference that was
+# measured between batches (dev/LOG.md). TF32, which a GPU's float32 products are, has the mantissa
+# of float16.
+NEAR = {torch.bfloat16: 0.25, torch.float32: 0.002}
+NEAR_TF32 = 0.05
+
+
+def near_of(model):
+    """The margin, in logits, below which a decision of this model is a near tie."""
+    dtype = model.compute_dtype
+    is_tf32 = model.device.type == "cuda" and dtype == torch.float32
+    return NEAR_TF32 if is_tf32 else NEAR[dtype]
+
+
+@contextlib.contextmanager
+def by_itself(model):
+    """Inside, the model computes in float32 on one thread: the same for the same shape."""
+    dtype, threads = model.compute_dtype, torch.get_num_threads()
+    model.compute_dtype = torch.float32
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        model.compute_dtype = dtype
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
+def margin_of(scores):
+    """By how much the best of scores (n, V) exceeds the second, (n,). Infinite if there is none."""
+    if scores.size(-1) < 2:
+        return torch.full(scores.shape[:-1], torch.inf)
+    best = scores.topk(2, -1).values
+    return best[..., 0] - best[..., 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# generation
+
+class Noise:
+    """What turns the likeliest token of a sequence into a sample.
+
+    temperature, top_k: as of Sequence. seed: of the sequence's own generator.
+    """
+
+    def __init__(self, temperature, top_k, seed):
+        self.temperature = temperature
+        self.top_k = top_k
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, like):
+        """Gumbel noise for each logit of `like` (V,), times the temperature."""
+        exponential = torch.empty(like.numel()).exponential_(generator=self.generator)
+        return (-self.temperature * exponential.log()).to(like.device)
+
+
+class SteadyEngine(Engine):
+    """An Engine whose tokens do not depend on which sequences share its batch.
+
+    Its sequences are greedy ones. `noise` makes samples of them: {sequence: Noise}.
+    near_ties: how many tokens were decided again.
+    """
+
+    def __init__(self, model, tokenizer, passages=None):
+        super().__init__(model, tokenizer, passages)
+        self.near = near_of(model)
+        self.near_ties = 0
+        self.noise = {}
+
+    def _prefill(self, sequences):
+        return self._steady(sequences, super()._prefill(sequences))
+
+    def _decode(self, sequences):
+        return self._steady(sequences, super()._decode(sequences))
+
+    def _steady(self, sequences, logits):
+        """The scores of which the largest is the next token of each sequence, (n, V)."""
+        scores = torch.stack([row.float() for row in logits])
+        drawn = {}
+        for place, sequence in enumerate(sequences):
+            if sequence in self.noise and not sequence.forced:
+                drawn[place] = self.noise[sequence].draw(scores[place])
+        is_clear = self._add_noise(sequences, scores, drawn)
+
+        for place, sequence in enumerate(sequences):
+            if is_clear[place] or sequence.forced:
+                continue
+            self.near_ties += 1
+            alone = self._logits_alone(sequence)[None]
+            noise = {0: drawn[place]} if place in drawn else {}
+            self._add_noise([sequence], alone, noise)
+            scores[place] = alone[0]
+        return scores
+
+    def _add_noise(self, sequences, scores, drawn):
+        """Add noise to scores (n, V) in place; a list of whether each largest one is clear.
+
+        drawn: {place: noise}. Of tokens that are not among the top k, the score becomes -inf.
+        """
+        near_the_edge = set()
+        for place, noise in drawn.items():
+            top_k = self.noise[sequences[place]].top_k
+            logits = scores[place].clone()
+            scores[place] += noise
+            if 0 < top_k < len(logits):
+                edge = logits.topk(top_k).values[-1]
+                # a token that may or may not be among the top k, and would be the best
+                doubtful = (logits - edge).abs() < self.near
+                certain = torch.where(logits >= edge + self.near, scores[place], -torch.inf)
+                others = doubtful & (scores[place] > certain.max() - self.near)
+                if others.any():
+                    near_the_edge.add(place)
+                scores[place, logits < edge] = -torch.inf
+        clear = (margin_of(scores) > self.near).tolist()
+        return [is_clear and place not in near_the_edge for place, is_clear in enumerate(clear)]
+
+    def _logits_alone(self, sequence):
+        """The logits (V,) of the token after those of a sequence, computed by itself."""
+        ids = sequence.prompt + sequence.tokens
+        with by_itself(self.model):
+            kv_cache = self.model.new_kv_cache(1, len(ids))
+            idx = torch.tensor([ids], device=self.device)
+            return self.model.prefill(idx, kv_cache, [0], [len(ids)])[0].float()
+
+    def run(self, sequences):
+        try:
+            return super().run(sequences)
+        finally:
+            for sequence in sequences:
+                self.noise.pop(sequence, None)
+
+
+# ------------------------------------------------------------------------------------------------
+# all three ways
+
+def is_generated(conversation):
+    """Whether the answer is written by the model, not picked."""
+    return not {"letters", "choices"} & conversation.keys()
+
+
+class Answerer:
+    """Answers the last question of conversations.
+
+    max_new_tokens: of a generated answer, where the conversation has no `answer_tokens`.
+    near_ties: how many decisions were made again.
+    """
+
+    def __init__(self, model, tokenizer, passages=None, max_new_tokens=96):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = SteadyEngine(model, tokenizer, passages)
+        self.max_seq_len = model.config.max_seq_len
+        self.device = model.device
+        self.max_new_tokens = max_new_tokens
+        self.near = near_of(model)
+        self._near_picks = 0
+
+    @property
+    def near_ties(self):
+        return self.engine.near_ties + self._near_picks
+
+    def does_not_fit(self, conversation):
+        """Whether the last question alone leaves no room for an answer in the context.
+
+        Such a question loses its beginning where the answer is picked, and gets no answer where it
+        would be generated.
+        """
+        last = {"messages": conversation["messages"][-2:-1]}
+        length = len(self.tokenizer.render_for_completion(last))
+        if "choices" in conversation:
+            length += max(len(self.tokenizer.encode(text)) for text in conversation["choices"]) - 1
+        room = self.max_seq_len - is_generated(conversation)
+        return length > room
+
+    def answer(self, conversations, noises=None):
+        """The parts of each answer, a list for each conversation.
+
+        noises: a Noise or None for each, which generated answers are sampled with.
+        """
+        # 1) the places of the conversations that are alike: as many choices each
+        noises = noises or [None] * len(conversations)
+        alike = defaultdict(list)
+        for place, conversation in enumerate(conversations):
+            count = len(conversation.get("choices", ()))
+            alike[is_generated(conversation), count].append(place)
+
+        # 2) their answers
+        answers = {}
+        for (generated, count), places in alike.items():
+            some = [conversations[place] for place in places]
+            if generated:
+                found = self.generate(some, [noises[place] for place in places])
+            elif count:
+                found = self.pick_choices(some)
+            else:
+                found = self.pick_letters(some)
+            answers.update(zip(places, found))
+        return [answers[place] for place in range(len(conversations))]
+
+    # -------------------------------------------------------------------------------- generated
+
+    def prompt_of(self, conversation):
+        """A conversation's last question as ids, after as many of the turns before it as fit."""
+        room = prompt_room(self.max_seq_len, self.max_new_tokens)
+        messages = fit_conversation(self.tokenizer, conversation["messages"][:-1], room)
+        return self.tokenizer.render_for_completion({"messages": messages})
+
+    def generate(self, conversations, noises):
+        """What the model writes; nothing where the question alone fills the context."""
+        sequences = {}
+        for place, (conversation, noise) in enumerate(zip(conversations, noises)):
+            prompt = self.prompt_of(conversation)
+            if len(prompt) >= self.max_seq_len:
+                continue
+            room = max(self.max_new_tokens, conversation.get("answer_tokens", 0))
+            sequence = self.engine.new_sequence(prompt, max_new_tokens=room, temperature=0)
+            if noise:
+                self.engine.noise[sequence] = noise
+            sequences[place] = sequence
+        self.engine.run(list(sequences.values()))
+        return [
+            self.tokenizer.parse_completion(sequences[place].tokens) if place in sequences else []
+            for place in range(len(conversations))
+        ]
+
+    # -------------------------------------------------------------------------------- picked
+
+    def _pick(self, conversations, scores, score_alone, texts):
+        """The text with the best of scores (n, choices) for each of n conversations, as parts.
+
+        score_alone(conversation): the scores of one, computed by itself; for near ties.
+        texts: the key under which a conversation has what to pick from.
+        """
+        picked = []
+        for conversation, row in zip(conversations, scores):
+            check_finite(row)
+            if not margin_of(row) > self.near:
+                self._near_picks += 1
+                with by_itself(self.model):
+                    row = score_alone(conversation)
+            best = int(row.argmax())
+            picked.append([{"type": "text", "text": conversation[texts][best]}])
+        return picked
+
+    def pick_letters(self, conversations):
+        """The likeliest of each conversation's letters after its question."""
+        scores = self._letter_scores(conversations)
+        return self._pick(
+            conversations, scores, lambda one: self._letter_scores([one])[0], "letters")
+
+    @torch.inference_mode()
+    def _letter_scores(self, conversations):
+        """The logits of each conversation's letters, a list of (letters,)."""
+        prompts = [self.tokenizer.render_for_completion(one) for one in conversations]
+        # the choices stand at the end
+        prompts = [prompt[-self.max_seq_len:] for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        kv_cache = self.model.new_kv_cache(len(prompts), max(lengths))
+        idx = torch.tensor(padded, device=self.device)
+        logits = self.model.prefill(idx, kv_cache, list(range(len(prompts))), lengths)
+        scores = []
+        for conversation, row in zip(conversations, logits.float().cpu()):
+            ids = [self.tokenizer.encode(letter)[0] for letter in conversation["letters"]]
+            scores.append(row[ids])
+        return scores
+
+    def pick_choices(self, conversations):
+        """The choice whose likelihood gains most, a token, when the neutral question becomes the
+        real one. Plain likelihood prefers short and common sentences whatever was asked (PMI
+        scoring, arXiv 2104.08315)."""
+        scores = self._choice_scores(conversations)
+        return self._pick(
+            conversations, scores, lambda one: self._choice_scores([one])[0], "choices")
+
+    def _choice_scores(self, conversations):
+        """The gain of each choice, (n, choices), for n conversations with as many choices each."""
+        asked, neutral, lengths = [], [], []
+        for conversation in conversations:
+            question = conversation["messages"][-2]["content"]
+            for text in conversation["choices"]:
+                asked.append((question, text))
+                neutral.append((conversation["neutral"], text))
+                lengths.append(len(self.tokenizer.encode(text)))
+        # a question and its control have the neutral question in common
+        pairs = list(dict.fromkeys(asked + neutral))
+        found = dict(zip(pairs, self.log_likelihoods(pairs).tolist()))
+        gains = [found[a] - found[b] for a, b in zip(asked, neutral)]
+        gains = torch.tensor(gains, dtype=torch.float64) / torch.tensor(lengths)
+        return gains.view(len(conversations), -1)
+
+    def log_likelihoods(self, pairs):
+        """Nats of each answer after its question, (N,), for N pairs (question, answer)."""
+        sequences, answer_lengths = [], []
+        for question, text in pairs:
+            message = {"role": "user", "content": question}
+            prompt = self.tokenizer.render_for_completion({"messages": [message]})
+            ids = self.tokenizer.encode(text)
+            sequences.append((prompt + ids)[-self.max_seq_len - 1:])
+            answer_lengths.append(min(len(ids), self.max_seq_len))
+        inputs, targets = pad_batch(sequences, self.device)
+        for row, ids, answer_length in zip(targets, sequences, answer_lengths):
+            row[:len(ids) - 1 - answer_length] = -1  # the question is not scored
+        return self.model.log_probs(inputs, targets).cpu().double().sum(-1)
