@@ -311,6 +311,37 @@ def plot_accuracy(record):
     return figure
 
 
+def plot_reinforcement(record):
+    """Right answers and pass@k of held-out questions in the course of chat_rl, and their reward.
+
+    record: that of chat_rl. None where its log has no two evaluations.
+    """
+    log = [entry for entry in training_log(record) if "pass_at_k" in entry]
+    if len(log) < 2:
+        return None
+    steps = [entry["step"] for entry in log]
+    figure, [[axes]] = _figure(7.2, 2.8)
+    for key, label, colour in (
+        ("accuracy", "right", BLUE),
+        ("pass_at_k", f"pass@{record['k']}", AMBER),
+    ):
+        rates = [100 * entry[key] for entry in log]
+        axes.plot(steps, rates, color=colour, marker="o", markersize=3.5, label=label)
+    axes.set_ylim(0, 102)
+    axes.set_ylabel("per cent of held-out questions", fontsize=8, color=INK)
+    axes.set_xlabel("step", fontsize=8, color=INK)
+
+    right = axes.twinx()
+    rewards = [entry["held_out_reward"] for entry in log]
+    right.plot(steps, rewards, color=RED, linewidth=0.8, linestyle="--", label="reward")
+    right.set_ylabel("mean reward", fontsize=8, color=RED)
+    right.tick_params(colors=INK, labelsize=8, color=GREY)
+    right.spines[:].set_visible(False)
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(handles=lines, fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
 def plot_times(stages):
     """A bar for each stage: its seconds."""
     figure, [[axes]] = _figure(7.2, 0.7 + 0.28 * len(stages))
@@ -335,6 +366,7 @@ def draw_plots(stages):
         plots = {
             "report_loss.png": plot_training(stages),
             "report_accuracy.png": plot_accuracy(stages.get("chat_eval", {})),
+            "report_rl.png": plot_reinforcement(stages.get("chat_rl", {})),
             "report_time.png": plot_times(stages),
         }
     except ImportError:
@@ -564,6 +596,35 @@ def training_blocks(run):
         yield ("text", mfu_words(run.training))
 
 
+def reinforcement_blocks(run):
+    record = run.stages.get("chat_rl")
+    if not record:
+        return
+    shown = (
+        ("right, sampled (pass@1)", "accuracy", percent),
+        (f"right at least once of {record['k']} (pass@{record['k']})", "pass_at_k", percent),
+        ("right, greedy", "greedy", percent),
+        ("mean reward", "reward", "{:.3f}".format),
+    )
+    rows = []
+    for label, key, show in shown:
+        rows.append((label, show(record[f"{key}_before"]), show(record[f"{key}_after"])))
+    names = ", ".join(task_title(os.path.basename(name)) for name in record["tasks"])
+    temperature = record["settings"]["temperature"]
+
+    yield ("heading", "Reinforcement learning")
+    yield from picture(run, "report_rl.png", "Right answers, pass@k and reward of held-out "
+                                             "questions in the course of reinforcement learning")
+    yield ("table", [names, "before", "after"], rows)
+    yield ("text", f"Of {record['eval_items']} held-out questions, each answered {record['k']} "
+                   f"times at temperature {temperature:g}; one standard error of pass@1 is "
+                   f"{percent(record['accuracy_error'])}. The mean reward of the answers in "
+                   f"training was {record['mean_reward']:.3f}; {record['idle_steps']} of "
+                   f"{record['steps']} steps had nothing to learn.")
+    if record["warning"]:
+        yield ("text", f"{record['warning']}.")
+
+
 def validation_documents(record):
     """How many validation documents the val_bpb of a stage's record is of; None: not known."""
     if record.get("documents"):
@@ -718,6 +779,7 @@ def blocks(run):
     yield from overview_blocks(run)
     yield from accuracy_blocks(run)
     yield from training_blocks(run)
+    yield from reinforcement_blocks(run)
     yield from bits_per_byte_blocks(run)
     yield from tokenizer_blocks(run)
     yield from sample_blocks(run)

@@ -1,4 +1,4 @@
-"""Rollouts: answers that the model samples itself and a task judges, as batches that it learns from.
+"""Rollouts: answers that the model samples and a task judges, as batches that it learns from.
 
 A step of reinforcement learning asks a few questions, samples a group of answers to each, and makes
 the better answers of a group likelier and the worse ones less likely:
@@ -17,7 +17,8 @@ Yu et al. 2025, arXiv 2503.14476), so that a token counts the same in a long ans
 
 An answer holds tokens that the model did not choose: the tool's reply. They are read, and nothing
 is learned from them. An answer that was cut at its last token is judged as it stands, but is
-never made likelier: else going on until the end would be learned from what was right before.
+never made likelier: else the model would learn from answers that were right before their end to
+write until there is no room.
 """
 import functools
 import math
@@ -250,7 +251,8 @@ def mean_and_error(values):
 
 
 def has_moved(before, after, error_before, error_after):
-    """1 where a mean has risen by more than its standard errors explain, -1 where fallen, else 0."""
+    """1 where a mean has risen by more than its standard errors explain, -1 where it has fallen, else
+    0."""
     error = STANDARD_ERRORS * math.hypot(error_before, error_after)
     if after > before + error:
         return 1
@@ -295,8 +297,8 @@ def nothing_to_learn(groups):
     if min(rewards) == max(rewards):
         return (f"all {len(rewards)} answers have the reward {rewards[0]:g}, so that there is "
                 "nothing to learn: choose questions that the model answers rightly at times")
-    return ("the answers to a question all have the same reward, so that there is nothing to learn: "
-            "raise --num_samples or --temperature")
+    return ("the answers to each question all have the same reward, so that there is nothing to "
+            "learn: raise --num_samples or --temperature")
 
 
 def gathered(values):

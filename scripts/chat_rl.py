@@ -42,19 +42,19 @@ from nanochat.start import start_chat
 from tasks.named import About, fetch_tasks, make_task, split_names, task_name
 
 # settings
-tasks: str = None            # names or files, with commas; None: counting, after data of the hub GSM8K
+tasks: str = None            # names or files, with commas; None: counting, or GSM8K (hub data)
 model_tag: str = None        # checkpoint folder of the model to start from; None: the newest
 from_step: int = None        # its step; None: the last
 source = "sft"               # stage to start from: sft, mid or rl
 minutes: float = None        # wall clock of the loop, evaluation aside; None: 5, on a GPU one epoch
 num_iterations: int = None   # optimizer steps, in place of minutes
-examples_per_step = 16       # questions per step, of all ranks together
+examples_per_step: int = None  # questions per step; None: 8, on a GPU 16, at least one a rank
 num_samples = 8              # answers to each, a group
 max_new_tokens: int = None   # of an answer; None: 96, of GSM8K 512
 temperature = 1.0            # of sampling in training and in evaluation
 top_k = 0                    # tokens to sample from; 0: all
 device_batch_size = 16       # answers per device and training pass
-learning_rate = 0.002        # Muon's, for the matrices; decays to 2 % over the run
+learning_rate = 0.004        # Muon's, for the matrices; decays to 2 % over the run
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
 eval_items = 128             # held-out questions, num_samples answers to each
@@ -83,6 +83,7 @@ if source not in ("sft", "mid", "rl"):
     raise UserError(f"source={source} is not a stage to start from: choose sft, mid or rl")
 names = [task_name(name) for name in split_names(tasks)] if tasks else None
 
+QUESTIONS_PER_STEP = {"cuda": 16}  # on other devices 8
 TRAINING_ITEMS = 20_000      # of a task that makes its items up
 LENGTH_MULTIPLE = 64         # tokens, where every length would be compiled
 SAMPLE_STREAM, SCORE_STREAM = 0, 1  # seeds of answers in training and in evaluation differ
@@ -93,6 +94,9 @@ raise_malloc_thresholds()
 compute = compute_init(device_type, dtype, seed)
 checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
+if examples_per_step is None:
+    examples_per_step = QUESTIONS_PER_STEP.get(device.type, 8)
+    examples_per_step = world_size * max(1, examples_per_step // world_size)
 if examples_per_step % world_size:
     raise UserError(f"examples_per_step={examples_per_step} questions cannot be shared by "
                     f"{world_size} ranks: give a multiple")

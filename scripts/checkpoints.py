@@ -38,7 +38,7 @@ from nanochat.folders import FOLDERS, checkpoint_dir, list_models, newest_meta
 from nanochat.passage_store import is_undamaged
 
 # the stages that can be resumed
-RESCUABLE = ("base_train", "mid_train", "chat_sft")
+RESCUABLE = ("base_train", "mid_train", "chat_sft", "chat_rl")
 # the settings of a rescued run, besides half the learning rate
 SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}
 

@@ -68,8 +68,6 @@ NAMES = [
 ]
 # modules, or files
 LATER = {
-    "scripts.chat_rl": "reinforcement learning",
-    "scripts.base_eval": "evaluations that others can compare: CORE",
     "docs/llada.md": "model families",
     "nanochat.variants.mla": "model families",
     "nanochat.variants.deepseek": "model families",
@@ -91,9 +89,11 @@ FILES = [
     "nanochat/dataset.py",
     "rustbpe/Cargo.toml",
     "scripts/tok_train.py",
+    "scripts/base_eval.py",
     "scripts/base_train.py",
     "scripts/mid_train.py",
     "scripts/chat_sft.py",
+    "scripts/chat_rl.py",
     "scripts/chat_cli.py",
     "scripts/chat_web.py",
     "scripts/chat_eval.py",
@@ -485,7 +485,6 @@ def test_what_the_page_calls_missing_is_missing():
         missing = re.match(r"not yet: `([^`]+)`", right)
         if missing:
             named.append(missing[1])
-    assert named
     assert [name for name in named if is_here(name)] == []
     assert set(named) <= LATER.keys()
 
@@ -564,7 +563,7 @@ def test_what_the_page_tells_people_to_type_runs(run_here):
         assert run_here(command).strip() or checks_syntax, command
 
 
-@pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft"])
+@pytest.mark.parametrize("stage", ["base_train", "mid_train", "chat_sft", "chat_rl"])
 def test_every_training_stage_takes_no_wandb(run_here, stage):
     out = run_here(f"python -m scripts.{stage} --logger=wandb --no-wandb")
     assert re.search(r"--logger='' ", out) and "--no-wandb" in out
