@@ -1,17 +1,25 @@
 """chat_eval as a whole: equal answers at any batch size and on any number of ranks, what its record
 has, the files of a user, and what it says of bad input."""
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, last_json
+from models import make_model
+from nanochat.answers import Answerer
+from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
 from stage_runs import TINY_CHAT
-from tasks.asking import control_of
-from tasks.common import choice_conversation, conversation
+from tasks import named
+from tasks.asking import How, ask_all, control_of, score
+from tasks.common import at_equal_distances, choice_conversation, conversation
 from test_hub_tasks import fill_cache
 
+REAL = os.environ.get("NANOCHAT_TEST_DATA")
 EVAL = ("scripts.chat_eval", "--max_new_tokens=8")
 QUESTIONS = [
     {"question": f"Where does the {animal} sleep?", "answer": f"In bed {i}."}
@@ -117,6 +125,41 @@ def test_a_task_of_a_users_file_is_asked_and_its_wrong_answers_are_shown(chat, t
     assert 0 < record["items"][str(mine)] and "  expected  " in out
     mine.write_text(code.replace("def evaluate", "def judge"), encoding="utf-8")
     assert "NotImplementedError" in chat.refusal(*EVAL, "-a", mine)
+
+
+@pytest.mark.skipif(not REAL, reason="NANOCHAT_TEST_DATA is not set")
+def test_the_documented_tasks_are_asked_and_judged_on_real_data(base_dir, monkeypatch):
+    shutil.copytree(Path(REAL) / "hf", base_dir / "hub")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokenizer = Tokenizer.train_from_iterator(["def add(a, b): which of the two is it? " * 30], 280)
+    model = make_model(vocab_size=tokenizer.get_vocab_size()).eval()
+    model.config.max_seq_len = 4096
+    model.build_rotary()
+    how = How(Answerer(model, tokenizer, max_new_tokens=8), batch_size=4)
+    for name in ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval"):
+        task = named.make_task(name)
+        numbers = at_equal_distances(len(task), 4)
+        items = [{**task[number], "answer_tokens": 8} for number in numbers]
+        result = score(task, items, ask_all(how, name, task, numbers, items))
+        assert result.count == 4 and 0 <= result.accuracy <= 1
+        assert (result.control is None) == (name in ("GSM8K", "HumanEval"))
+
+        # the data set's own answers are judged right
+        pairs = [(one, one["messages"][-1]["content"]) for one in items]
+        assert task.evaluate_many(pairs) == [True] * 4
+
+
+def test_layers_of_the_sandbox_that_do_not_exist_are_named(chat):
+    _, err = chat.fork(*EVAL, "-a", "HumanEval", "--items=2", "--allow_missing=x", status=2)
+    assert "error: x is no layer of the sandbox" in err
+
+
+def test_where_nothing_confines_programs_only_humaneval_is_refused(monkeypatch):
+    def cannot_confine(allow_missing):
+        raise UserError(f"this system cannot confine a program, allowed {allow_missing}")
+    monkeypatch.setattr(named, "layers_here", cannot_confine)
+    assert named.sandbox_error(["GSM8K", "MMLU"]) is None
+    assert "allowed ('a',)" in str(named.sandbox_error(["GSM8K", "HumanEval"], ("a",)))
 
 
 # ------------------------------------------------------------------------------------------------
