@@ -157,7 +157,8 @@ def test_a_file_of_another_length_is_damaged(tmp_path):
     path.write_bytes(SMALL["main/test/0000.parquet"])
     size = path.stat().st_size
     lengths = (None, size, size - 1, size + 1)
-    problems = [download._problem_of(path, length, None) for length in lengths]
+    check = download.parquet_problem
+    problems = [download._problem_of(path, length, None, check) for length in lengths]
     assert problems == ["", "", "the length is wrong", "the length is wrong"]
 
 
