@@ -112,7 +112,7 @@ def unpack(archive, base):
         wanted = [name for name in file.namelist() if name.startswith("eval_bundle/")]
         file.extractall(draft, wanted)  # it removes ".." and absolute paths itself
     if not (draft / "eval_bundle" / "core.yaml").is_file():
-        shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)
         raise UserError(f"{archive} holds no eval_bundle/core.yaml: {REMEDY}")
     shutil.rmtree(base / "eval_bundle", ignore_errors=True)
     (draft / "eval_bundle").rename(base / "eval_bundle")

@@ -38,7 +38,9 @@ SHOTS_SEED = 1234       # plus the index of the example (nanochat)
 TIE = 1e-6              # nats a token; choices that are closer share the credit
 CHUNK_LOGITS = 1 << 24  # logits in memory at once
 BATCH_TOKENS = 4096     # read in one forward pass
-CALIBRATION = 16        # examples of each task that are computed in bfloat16 and in float32
+FIRST_SAMPLE = 16       # examples that are computed in bfloat16 and in float32, of the first block
+SAMPLE = 4              # and of every other block
+SIMILAR = 32            # starts whose lengths differ by less are sorted by their ends
 BLOCK = 1024            # examples that are rendered, encoded and sorted by length together
 SAFETY = 5              # times the largest error of a margin that was seen
 
@@ -136,10 +138,14 @@ def make_example(task, sequences, gold, context):
             sequences = sequences[1:]  # without the context alone
         spans = [(start, len(ids)) for ids in sequences]
 
-    # at least one token is scored, although one choice may be the beginning of another
-    cut = max(0, max(map(len, sequences)) - context)
-    sequences = [ids[cut:] for ids in sequences]
-    spans = [(max(1, min(start, end - 1) - cut), end - cut) for start, end in spans]
+    # at least one token is scored, although one choice may be the beginning of another, or end
+    # before the cut
+    too_many = max(0, max(map(len, sequences)) - context)
+    cuts = [min(too_many, max(0, len(ids) - 2)) for ids in sequences]
+    sequences = [ids[cut:] for ids, cut in zip(sequences, cuts)]
+    spans = [
+        (max(1, min(start, end - 1) - cut), end - cut) for (start, end), cut in zip(spans, cuts)
+    ]
     return Example(sequences, spans, gold)
 
 
@@ -171,40 +177,47 @@ def make_examples(task, rows, indices, encode, context, control=False):
 # --------------------------------------------------------------------------------------------------
 # token ids -> units of work
 
-class Unit(NamedTuple):
-    """A beginning to be read once, and the ends to be read behind it.
+class Scored(NamedTuple):
+    """Tokens of one choice that are predicted in one pass, at neighbouring positions."""
+    in_pass: int    # 0 reads the beginning, k the end k - 1
+    first: int      # the position that predicts the first of them
+    tokens: list
+    choice: int
 
-    Of `targets` each is (pass, position, token, choice): pass 0 reads the beginning and pass
-    k the end k - 1; at this position of it the token is predicted, and counts for the choice.
-    """
+
+class Unit(NamedTuple):
+    """A beginning to be read once, and the ends to be read behind it."""
     example: int
     start: np.ndarray
-    ends: list
-    targets: list
+    ends: list      # of int arrays
+    scored: list    # of Scored
 
 
 def units_of(number, example, share):
     """The Units of an Example. share: whether the model has a cache to share a beginning through.
     """
     sequences, spans = example.sequences, example.spans
-    common = common_start(sequences)
-    common = min(common, *(start for start, _ in spans))
+    common = min(common_start(sequences), *(start for start, _ in spans), len(sequences[0]) - 1)
     if len(sequences) == 1 or not share or not common:
         units = []
         for choice, (ids, (start, end)) in enumerate(zip(sequences, spans)):
-            targets = [(0, i - 1, ids[i], choice) for i in range(start, end)]
-            units.append(Unit(number, ids[:-1], [], targets))
+            scored = Scored(0, start - 1, ids[start:end].tolist(), choice)
+            units.append(Unit(number, ids[:-1], [], [scored]))
         return units
 
-    ends, targets = [], []
-    for choice, (ids, (start, end)) in enumerate(zip(sequences, spans)):
-        if len(ids) > common + 1:
+    # the longest end of every example in the first pass, and so on: less padding
+    ends, scored = [], []
+    choices = sorted(range(len(sequences)), key=lambda choice: -len(sequences[choice]))
+    for choice in choices:
+        ids, (start, end) = sequences[choice], spans[choice]
+        tokens = ids[start:end].tolist()
+        if start == common:
+            scored.append(Scored(0, common - 1, tokens[:1], choice))
+            start, tokens = start + 1, tokens[1:]
+        if tokens:
             ends.append(ids[common:-1])
-        for i in range(start, end):
-            in_start = i == common
-            place = (0, common - 1) if in_start else (len(ends), i - 1 - common)
-            targets.append((*place, ids[i], choice))
-    return [Unit(number, sequences[0][:common], ends, targets)]
+            scored.append(Scored(len(ends), start - 1 - common, tokens, choice))
+    return [Unit(number, sequences[0][:common], ends, scored)]
 
 
 def fit_ends(units, context):
@@ -228,23 +241,29 @@ def _move_into_ends(unit, kept):
     """
     moved = unit.start[kept:]
     ends = [np.concatenate((moved, end)) for end in unit.ends]
-    targets = []
-    for number, position, token, choice in unit.targets:
-        if number == 0:
-            number, position = 1, position - kept
+    scored = []
+    for part in unit.scored:
+        if part.in_pass == 0:
+            scored.append(part._replace(in_pass=1, first=part.first - kept))
         else:
-            position += len(moved)
-        targets.append((number, position, token, choice))
-    return Unit(unit.example, unit.start[:kept], ends, targets)
+            scored.append(part._replace(first=part.first + len(moved)))
+    return Unit(unit.example, unit.start[:kept], ends, scored)
 
 
 def batches(units, tokens):
-    """Lists of Units of similar length, each of about so many tokens with their padding."""
-    ordered = sorted(units, key=lambda unit: len(unit.start))
+    """Lists of Units of similar length, each of about so many tokens with their padding.
+
+    Units with and without ends are never in one batch: a full start has no room for padded ends.
+    """
+    def size(unit):
+        longest_end = max(map(len, unit.ends), default=0)
+        return bool(unit.ends), len(unit.start) // SIMILAR, longest_end, len(unit.start)
+
     batch = []
-    for unit in ordered:
+    for unit in sorted(units, key=size):
         width = len(unit.start) + max(map(len, unit.ends), default=0)
-        if batch and (len(batch) + 1) * width > tokens:
+        is_full = (len(batch) + 1) * width > tokens
+        if batch and (is_full or bool(batch[0].ends) != bool(unit.ends)):
             yield batch
             batch = []
         batch.append(unit)
@@ -275,12 +294,13 @@ class Passes:
         """Keep what is scored of pass `number`: x (N, T, C), recent (N, T, lookback) or None."""
         rows, positions = [], []
         for row, unit in enumerate(self.units):
-            for in_pass, position, token, choice in unit.targets:
-                if in_pass == number:
-                    rows.append(row)
-                    positions.append(position)
-                    self.targets.append(int(token))
-                    self.owners.append((unit.example, choice))
+            for part in unit.scored:
+                if part.in_pass == number:
+                    count = len(part.tokens)
+                    rows += [row] * count
+                    positions += range(part.first, part.first + count)
+                    self.targets += part.tokens
+                    self.owners += [(unit.example, part.choice)] * count
         rows = torch.tensor(rows, dtype=torch.long, device=x.device)
         positions = torch.tensor(positions, dtype=torch.long, device=x.device)
         self.x.append(x[rows, positions])
@@ -409,38 +429,56 @@ def half_precision_copy(model):
     So the last rounding of a logit is float32's: half of a bfloat16's last bit at a logit of 10 is
     0.03 nats, more than all blocks together err.
     """
-    shared = {}
+    cast = set()
     for module in model.modules():
-        is_cast = isinstance(module, Linear) and not isinstance(module, Head)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and not is_cast:
-                shared[id(tensor)] = tensor
+        if isinstance(module, Linear) and not isinstance(module, Head):
+            cast.add(id(module.weight))
+    tensors = [*model.parameters(), *model.buffers()]
+    shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in cast}
     copied = copy.deepcopy(model, shared)
+    for module in copied.modules():
+        if isinstance(module, Linear) and not isinstance(module, Head):
+            module.weight.data = module.weight.data.to(torch.bfloat16)
     copied.compute_dtype = torch.bfloat16
     return copied
 
 
-class NearTies:
-    """Which margins bfloat16 may turn, of one task.
+def scored_tokens(example):
+    """Of how many tokens the mean that decides is, at least; 1 where the least lead decides."""
+    if example.gold < 0:
+        return 1
+    return min(end - start for start, end in example.spans)
 
-    The first CALIBRATION examples are computed both ways. What bfloat16 changed in their margins
-    is a sample of its error, and SAFETY times the largest is taken for more than any error. Every
-    example with a smaller margin is computed in float32 as well, which makes the sample larger:
-    the bound grows where a larger error is seen, and then more examples are computed again.
+
+class NearTies:
+    """Which margins bfloat16 may turn, for one model and all tasks.
+
+    A few examples of every task are computed both ways. What bfloat16 changed in their margins is a
+    sample of its error. The error of a mean of n tokens shrinks with the root of n, so that the
+    errors of all tasks make one sample, of a single token's. SAFETY times the largest is taken for
+    more than any error will be: of a hundred errors of a normal distribution the largest has about
+    2.6 standard deviations, and 5 times that are 13. Every example with a smaller margin is
+    computed in float32 as well, which makes the sample larger.
     """
 
     def __init__(self):
-        self.largest_error = 0.0
-        self.repeated = 0
+        self.largest_error = 0.0  # of a margin of one token, in nats or in units of a logit
+        self.compared = 0         # examples
 
-    @property
-    def bound(self):
-        return SAFETY * self.largest_error
+    def to_compare(self, examples):
+        """Indices of the examples of a block that are computed both ways, whatever their margin."""
+        return range(min(FIRST_SAMPLE if not self.compared else SAMPLE, len(examples)))
 
-    def compare(self, rough, exact):
+    def is_near(self, example, margin):
+        """Whether float32 might turn this margin."""
+        bound = SAFETY * self.largest_error / scored_tokens(example) ** 0.5
+        return abs(margin) < bound
+
+    def compare(self, example, rough, exact):
         """Take the margins of one example as bfloat16 and float32 give them."""
-        self.largest_error = max(self.largest_error, abs(rough - exact))
-        self.repeated += 1
+        error = abs(rough - exact) * scored_tokens(example) ** 0.5
+        self.largest_error = max(self.largest_error, error)
+        self.compared += 1
 
 
 def judge_fast(model, fast, examples, near_ties, device, progress=None):
@@ -451,16 +489,19 @@ def judge_fast(model, fast, examples, near_ties, device, progress=None):
     if fast is None:
         return judge(model, examples, device, progress)
     verdicts = judge(fast, examples, device, progress)
-    waiting = set(range(len(examples)))
-    chosen = range(min(CALIBRATION, len(examples))) if not near_ties.repeated else []
-    while True:
-        near = [i for i in waiting if abs(verdicts[i].margin) < near_ties.bound]
-        chosen = sorted({*chosen, *near})
-        if not chosen:
-            return verdicts
-        exact = judge(model, [examples[i] for i in chosen], device)
-        for i, verdict in zip(chosen, exact):
-            near_ties.compare(verdicts[i].margin, verdict.margin)
+    chosen = set(near_ties.to_compare(examples))
+    done = set()
+    while chosen:
+        # 1. the chosen ones in float32
+        numbers = sorted(chosen)
+        exact = judge(model, [examples[i] for i in numbers], device)
+        for i, verdict in zip(numbers, exact):
+            near_ties.compare(examples[i], verdicts[i].margin, verdict.margin)
             verdicts[i] = verdict
-        waiting.difference_update(chosen)
-        chosen = []
+        done |= chosen
+        # 2. those that are near now; a larger error may have been seen
+        chosen = {
+            i for i, example in enumerate(examples)
+            if i not in done and near_ties.is_near(example, verdicts[i].margin)
+        }
+    return verdicts

@@ -38,6 +38,7 @@ allow_missing = ""      # layers that may be missing here, comma-separated; see 
 OUTPUT_BYTES = 1 << 20  # of standard output, and of standard error; a program with more is killed
 REASON_BYTES = 1 << 16  # of what the checker says
 READ_BYTES = 1 << 16
+KILL_SECONDS = 5        # that the supervisor has for the end of the others
 
 # status: the exit status, or minus the number of the signal that ended the program; None where the
 # parent ended it. limit: the parent's limit that ended it, "" for none. stdout, stderr: bytes, at
@@ -265,7 +266,7 @@ class _Job:
                         selector.unregister(key.fd)
 
     def _read(self, name):
-        """Read once from a pipe without waiting; whether it may have more."""
+        """Read from a pipe without waiting; whether it may have more."""
         try:
             data = os.read(self.files[name], READ_BYTES)
         except BlockingIOError:
@@ -285,10 +286,16 @@ class _Job:
             self.echo(name, fitting)
 
     def _kill(self):
-        """Kill the process group, and with its init all processes of the namespace."""
-        with contextlib.suppress(ProcessLookupError):
+        """Have the supervisor kill its init, and with it all processes of the namespace.
+
+        Where the supervisor does not end, as one that was stopped, the group is killed.
+        """
+        self.process.terminate()
+        try:
+            self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.wait()
 
     def _read_rest(self):
         """What is in the pipes already, and no more: a process outside may hold their other end."""
@@ -309,7 +316,8 @@ class _Job:
         """What the supervisor or init has said, {} for nothing. UserError for a failed layer."""
         if not self.outputs["status"]:
             return {}
-        record = json.loads(self.outputs["status"])
+        text = self.outputs["status"].decode("utf-8")
+        record, _ = json.JSONDecoder().raw_decode(text)     # the first: what failed comes first
         if "refused" in record:
             raise UserError(
                 f"the sandbox could not confine a program ({record['refused']}): nothing was run. "

@@ -129,7 +129,7 @@ def measure(task, rows, count, with_control):
     mine = list(range(rank, count, world_size))
     label = f"{task.label}, control" if with_control else task.label
     progress = Progress(label, len(mine))
-    near_ties = NearTies()
+    compared_before = near_ties.compared
     credit = 0.0
     for start in range(0, len(mine), BLOCK):
         block = mine[start:start + BLOCK]
@@ -143,7 +143,7 @@ def measure(task, rows, count, with_control):
             lambda share: progress.say(start + share * len(block)),
         )
         credit += sum(verdict.credit for verdict in verdicts)
-    credit, repeated = over_ranks(credit, near_ties.repeated)
+    credit, repeated = over_ranks(credit, near_ties.compared - compared_before)
     return credit / count, repeated / count
 
 
@@ -154,6 +154,7 @@ def percent(share):
 
 print0(f"{'task':33s}{'rows':>6s}{'right %':>9s}{'interval':>15s}{'guess':>7s}{'centred':>9s}"
        f"{'control %':>11s}{'again':>7s}{'s':>7s}")
+near_ties = NearTies()
 lines = ["task,rows,accuracy,low,high,baseline,centred,control"]
 results = {}
 for task in core_tasks:

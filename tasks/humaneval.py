@@ -97,7 +97,7 @@ def program_of(prompt, entry_point, answer):
     if len(answer) > MAX_CHARS:
         return None
     blocks = FENCE.findall(answer)
-    blocks.sort(key=lambda block: f"def {entry_point}(" not in block)   # stable: those with it first
+    blocks.sort(key=lambda block: f"def {entry_point}(" not in block)   # those that have it first
     for text in [*blocks[:1], answer]:
         for program in _readings(prompt, entry_point, text):
             if _defines(program, entry_point):

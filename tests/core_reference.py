@@ -83,8 +83,8 @@ def verdict(model, tokenizer, task, rows, index):
     too_long = max(0, max(len(ids) for ids in sequences) - model.config.max_seq_len)
     scores, leads = [], []
     for ids, (start, end) in zip(sequences, scored):
-        ids, start, end = ids[too_long:], max(1, start - too_long), end - too_long
-        start = max(1, start)
+        cut = too_long if len(ids) - too_long >= 2 else len(ids) - 2
+        ids, start, end = ids[cut:], max(1, start - cut), end - cut
         logits = model(torch.tensor([ids]))[0].double()
         nats = logits.log_softmax(-1)
         scores.append(sum(nats[i - 1, ids[i]].item() for i in range(start, end)) / (end - start))

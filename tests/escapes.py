@@ -1,8 +1,8 @@
 """Attempts to leave the sandbox, and a process that makes them as root or as another user.
 
 Each attempt is a program that prints ESCAPED where it gets what it wants. Those marked `shown` do
-get it outside of the sandbox, which the tests demand, so that none of them fails for a reason of its
-own. The others would harm the machine, or need what it may not have.
+get it outside of the sandbox, which the tests demand, so that none of them fails for a reason of
+its own. The others would harm the machine, or need what it may not have.
 
     python tests/escapes.py '{"uid": 65534, "without": ["landlock"], ...}'    # see main()
 """
@@ -51,6 +51,7 @@ ESCAPES = [
            "f = libc.open(SECRET.encode(), 0); escaped(f >= 0)"),
     Escape("read it by a system call",
            "escaped(kernel('openat', -100, SECRET.encode(), 0) >= 0)"),
+    Escape("see the size of a file of the user", "escaped(os.stat(SECRET).st_size)"),
     Escape("list the user's folder", "escaped(os.listdir(FOLDER))"),
     Escape("list the root folder", "escaped(os.listdir('/'))"),
     Escape("list /home", "escaped(os.listdir('/home') is not None)"),
@@ -70,7 +71,8 @@ ESCAPES = [
     Escape("write beside the library",
            "p = os.path.dirname(os.__file__) + '/nanochat-escape'\n"
            "open(p, 'w').close(); os.unlink(p); escaped()"),
-    Escape("make a device", "import stat; os.mknod('d', stat.S_IFCHR, os.makedev(1, 3)); escaped()"),
+    Escape("make a device",
+           "import stat; os.mknod('d', stat.S_IFCHR, os.makedev(1, 3)); escaped()"),
     Escape("fill the disk with 50 MB",
            "f = open('big', 'wb')\nfor _ in range(50): f.write(bytes(1 << 20))\n"
            "f.close(); os.unlink('big'); escaped()"),
@@ -99,8 +101,7 @@ ESCAPES = [
     Escape("read the limits of a process",
            "import resource; resource.prlimit(PARENT, resource.RLIMIT_NOFILE); escaped()"),
     Escape("read the memory of a process",
-           "class V(ctypes.Structure): _fields_ = [('a', ctypes.c_void_p), ('n', ctypes.c_size_t)]\n"
-           "s = ctypes.create_string_buffer(8); v = ctypes.byref(V(ctypes.addressof(s), 8))\n"
+           "s = ctypes.create_string_buffer(8); v = (ctypes.c_size_t * 2)(ctypes.addressof(s), 8)\n"
            "escaped(kernel('process_vm_readv', os.getpid(), v, 1, v, 1, 0) > 0)"),
     Escape("trace", "escaped(kernel('ptrace', 0, 0, 0, 0) == 0)"),
     Escape("compare processes", "escaped(kernel('kcmp', PARENT, PARENT, 1, 0, 0) >= 0)"),
@@ -200,9 +201,10 @@ ESCAPES = [
     Escape("type on a terminal",
            "import fcntl, pty, termios; _, fd = pty.openpty()\n"
            "fcntl.ioctl(fd, termios.TIOCSTI, b'x'); escaped()"),
-    Escape("make a call of another architecture",    # int 0x80 with the number of i386's getpid
+    # the machine code of int 0x80 with the number of i386's getpid
+    Escape("make a call of another architecture",
            "import mmap; m = mmap.mmap(-1, 4096, prot=7)\n"
-           "m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3' if os.uname().machine == 'x86_64' else b'')\n"
+           "m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')\n"
            "f = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(m)))\n"
            "escaped(f() > 0)", os.uname().machine == "x86_64"),
     Escape("make a call of x32", "libc.syscall(0x40000000 | 39); escaped()"),
