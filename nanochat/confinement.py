@@ -68,7 +68,11 @@ def call(name, *arguments):
 
 def system_call(name, *arguments):
     """Make one of the system calls in SYSCALLS that the C library may lack; as call()."""
-    return call("syscall", SYSCALLS[name][MACHINES.index(os.uname().machine)], *arguments)
+    number = SYSCALLS[name][MACHINES.index(os.uname().machine)]
+    try:
+        return call("syscall", number, *arguments)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from None
 
 
 # --------------------------------------------------------------------------------------------------
