@@ -41,7 +41,7 @@ SHOWN = [escape.name for escape in ESCAPES if escape.shown]
 ROOT_ONLY = {
     "open the library to write", "write beside the library", "make a device", "be root",
     "raise its priority", "be still root", "change the root folder", "load a BPF map",
-    "measure by perf", "type on a terminal", "enter a namespace",
+    "measure by perf", "type on a terminal", "enter a namespace", "make a mount namespace",
 }
 # what a kernel may lack or refuse to everybody
 OPTIONAL = {
