@@ -162,6 +162,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes_to_the_bit(sft, run_of, w
     assert same_weights(weights_of(folder, 6), whole)
 
 
+def test_a_step_of_nan_is_skipped_and_the_run_continues_with_other_questions(sft, run_of):
+    # docs/traps.md: nan-guards
+    command, folder = run_of("nan", "--num_iterations=3")
+    assert sft.fork_record(*command, faults={"2": "nan"})["steps"] == 3
+    [skipped] = rows_of(folder, "skipped")
+    assert skipped["step"] == 1 and "nan" in skipped["skipped"]
+
+
 SLOW_AND_EXACT = ("--learning_rate=0.002", "--dtype=float32", "--num_iterations=3")
 
 
@@ -207,7 +215,7 @@ def test_bad_input_is_one_line_with_the_remedy(sft, words, said):
 @pytest.mark.parametrize("reward, said", [
     ("1 / 0", f"broken.py, line {REWARD_LINE + 2}: ZeroDivisionError"),
     ("float('nan')", f"broken.py, line {REWARD_LINE}: the reward of an answer is nan"),
-    ("None", "broken.py"),
+    ("None", f"broken.py, line {REWARD_LINE}: the reward of an answer is None"),
 ])
 def test_a_reward_that_is_broken_is_one_line_with_its_place(sft, tmp_path, reward, said):
     task = write_task(tmp_path / "broken.py", reward=reward)
