@@ -90,7 +90,7 @@ def test_the_stage_learns_what_the_reward_is_for_and_leaves_its_record(sft, task
 
 
 def test_a_reward_that_is_hacked_is_noticed(sft, tmp_path):
-    """The reward is for length, and short answers are right."""
+    """The reward is for length, and short answers are right. docs/traps.md: hacked-reward"""
     task = write_task(tmp_path / "long.py", evaluate="len(text) < 10", reward="float(len(text))")
     out, _ = sft.fork("scripts.chat_rl", f"--tasks={task}", *LARGER)
     record = last_json(out)
@@ -145,7 +145,7 @@ def whole(sft, task):
 
 
 def test_a_killed_run_resumes_to_the_bit(sft, run_of, whole):
-    # docs/traps.md: resume-bit-identical
+    # docs/traps.md: resume-forgets
     command, folder = run_of("killed", "--save_every=2")
     sft.fork(*command, status=-9, faults={"6": "kill"})
     out, _ = sft.fork(*command, "--resume")
