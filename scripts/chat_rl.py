@@ -83,6 +83,7 @@ if source not in ("sft", "mid", "rl"):
     raise UserError(f"source={source} is not a stage to start from: choose sft, mid or rl")
 names = [task_name(name) for name in split_names(tasks)] if tasks else None
 
+INHERITED = ("own_identity", "chat_data", "questions")  # from the meta of the model it starts from
 QUESTIONS_PER_STEP = {"cuda": 16}  # on other devices 8
 TRAINING_ITEMS = 20_000      # of a task that makes its items up
 LENGTH_MULTIPLE = 64         # tokens, where every length would be compiled
@@ -105,7 +106,7 @@ meta = start.meta
 passages = prepare_passages(None, meta, start.folder)
 if not start.state:
     origin = next(origins_of(meta), None) or {}
-    meta.update(own_identity=origin.get("own_identity"), chat_data=origin.get("chat_data"))
+    meta.update({key: origin[key] for key in INHERITED if key in origin})
 arrangement = chat_layout(settings, meta, world_size)
 prepare(model, checked.compile, arrangement.checkpoint_activations)
 T = model.config.max_seq_len
@@ -131,10 +132,6 @@ held_out = [make_task(name, "test", eval_items, about) for name in names]
 for name, task in zip(names * 2, practised + held_out):
     if not len(task):
         raise UserError(f"{name} has no items to practise: choose another task")
-meta["questions"] = [
-    conversation["messages"][-2]["content"]
-    for _, conversation in draw_questions(held_out, 0, 4, seed)
-]
 
 # ---- budget
 horizon = chat_horizon(settings, device.type, examples_per_step, sum(map(len, practised)))
