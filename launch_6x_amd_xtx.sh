@@ -9,7 +9,8 @@
 #     bash launch_6x_amd_xtx.sh --stages=base_train,base_loss    # these stages alone
 #     bash launch_6x_amd_xtx.sh --skip=dataset,tok_train,tok_eval,base_train,base_loss
 #
-# The stages: dataset tok_train tok_eval base_train base_loss mid_train chat_sft chat_eval report.
+# The stages: dataset tok_train tok_eval base_train base_loss base_eval mid_train chat_sft chat_rl
+# chat_eval report.
 # It sets what ROCm and RCCL read, finds the cards and their memory, takes the batch from it, tests
 # whether the cards can reach each other's memory, and starts speedrun.sh, whose variables (MINUTES,
 # DATA, CUSTOM, NAME) work here as well. A variable that you have exported stands. --vram_gb=24 in
@@ -26,7 +27,8 @@ say() { echo "launch: $*"; }
 gpus="${GPUS:-}" depth="${DEPTH:-}" device_batch_size="${DEVICE_BATCH_SIZE:-}"
 total_batch_size="${TOTAL_BATCH_SIZE:-}" stages="${STAGES:-}" dry_run="${DRY_RUN:-}"
 skip="" vram_gb=""
-all_stages="dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
+all_stages="dataset,tok_train,tok_eval,base_train,base_loss,base_eval,mid_train,chat_sft,chat_rl"
+all_stages="$all_stages,chat_eval,report"
 choices="--gpus=N --depth=N --device_batch_size=N --stages=A,B --skip=A,B --vram_gb=N --dry_run=1"
 
 for word in "$@"; do

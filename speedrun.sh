@@ -2,7 +2,8 @@
 # From nothing to a chat, on the hardware that is here.
 #
 #     bash speedrun.sh                   # 15 minutes on a CPU; on GPUs depth 20, if they can do it
-#     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages
+#     MINUTES=60 bash speedrun.sh        # the one dial: time, shared out over the stages; from 20
+#                                        # minutes on there is reinforcement learning, too
 #     DATA=notes/ bash speedrun.sh       # your own txt, md, jsonl, json, csv or parquet
 #     CUSTOM=qa.jsonl bash speedrun.sh   # your own conversations, among those of ours
 #     NAME=Bob bash speedrun.sh          # the model's name
@@ -104,7 +105,8 @@ for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE; do
         refuse "$setting=${!setting} is not a whole number above zero"
     fi
 done
-known="dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
+known="dataset,tok_train,tok_eval,base_train,base_loss,base_eval,mid_train,chat_sft,chat_rl"
+known="$known,chat_eval,report"
 given="$STAGES" STAGES=""
 for name in ${given//,/ }; do
     case ",$known," in
@@ -190,6 +192,18 @@ for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE STAGES; do
     if [ -n "${!setting}" ]; then also="$also $setting=${!setting}"; fi
 done
 
+# is_named STAGE: whether STAGES names it, so that it is wanted also where it would be left out.
+is_named() { [[ ",$STAGES," == *",$1,"* ]]; }
+
+# has_rl: whether reinforcement learning is a part of this run. On a CPU its rollouts take minutes
+# that the other stages need first. It practises the built-in tasks, which a chat about a text of
+# yours is not judged by.
+has_rl() {
+    if is_named chat_rl; then return 0; fi
+    if ! is_wanted chat_rl || [ -n "$DATA" ]; then return 1; fi
+    [ -z "$MINUTES" ] || LC_ALL=C awk -v total="$MINUTES" 'BEGIN { exit !(total >= 20) }'
+}
+
 # shards_of DEPTH: shards of FineWeb-Edu, of 250 M characters each, for 20 tokens of 4.8 characters
 # for each weight in a matmul. Depth 20 at a vocabulary of 65,536 has 477 M (393 M in the blocks'
 # matrices, 84 M in the head): 183 shards, and seven to be on the safe side.
@@ -215,11 +229,16 @@ planned_depth() {
         python -c 'import json, sys; print(json.loads(sys.stdin.readlines()[-1])["depth"])'
 }
 
-# minutes_of STAGE: what a training stage gets of MINUTES. The two chat stages need two minutes even
-# where there are only three, and get a third of what comes on top. The other stages and start-up
-# are not in MINUTES: about a minute and a half on two slow cores.
+# minutes_of STAGE: what a training stage gets of MINUTES. Reinforcement learning takes an eighth,
+# ten minutes at most. The two chat stages need two minutes even where there are only three, and get
+# a third of what comes on top. The other stages and start-up are not in MINUTES: about a minute and
+# a half on two slow cores.
 minutes_of() {
-    LC_ALL=C awk -v total="$MINUTES" -v stage="$1" 'BEGIN {
+    local rl=0
+    if has_rl; then rl=1; fi
+    LC_ALL=C awk -v total="$MINUTES" -v stage="$1" -v rl="$rl" 'BEGIN {
+        minutes["chat_rl"] = rl * (total < 80 ? total / 8 : 10)
+        total -= minutes["chat_rl"]
         base = total > 2.4 ? 0.63 * total - 0.99 : 0.2 * total
         minutes["base_train"] = base
         minutes["mid_train"] = 0.4 * (total - base)
@@ -228,13 +247,18 @@ minutes_of() {
     }'
 }
 
+# The stage whose model is the chat that is evaluated and talked to.
+chat_source=sft
+if has_rl; then chat_source=rl; fi
+
 # tag_settings: prints two words, the setting that names this run's chat model and its base model,
 # or - where a command without it takes that model.
 tag_settings() {
     python -c "
-import os
+import os, sys
 from nanochat.folders import tag_setting
-print(*(tag_setting(stage, os.environ['NANOCHAT_RUN']) or '-' for stage in ('sft', 'base')))"
+run = os.environ['NANOCHAT_RUN']
+print(*(tag_setting(stage, run) or '-' for stage in (sys.argv[1], 'base')))" "$chat_source"
 }
 
 # how_to_talk: prints the commands that use the model, as they work where the caller stands.
@@ -243,6 +267,7 @@ how_to_talk() {
     read -r chat base <<<"$(tag_settings)"
     if [ "$chat" = - ]; then chat=""; fi
     if [ "$base" = - ]; then base=""; fi
+    if [ "$chat_source" = rl ]; then chat="--source=rl${chat:+ $chat}"; fi
     activate="$(dirname "$(command -v python)")/activate"
     if [ -n "$caller_base" ]; then
         folder="$(printf 'NANOCHAT_BASE_DIR=%q ' "$NANOCHAT_BASE_DIR")"
@@ -304,7 +329,13 @@ model_stage base_train ${DATA:+"--data=$DATA"} ${DEPTH:+"--depth=$DEPTH"} \
     ${DEVICE_BATCH_SIZE:+"--device_batch_size=$DEVICE_BATCH_SIZE"} \
     ${TOTAL_BATCH_SIZE:+"--total_batch_size=$TOTAL_BATCH_SIZE"} \
     ${MINUTES:+"--minutes=$(minutes_of base_train)"}
-if [ "$GPUS" -gt 0 ]; then model_stage base_loss ${DATA:+"--data=$DATA"}; fi
+if [ "$GPUS" -gt 0 ] || is_named base_loss; then
+    model_stage base_loss ${DATA:+"--data=$DATA"}
+fi
+# CORE: on a CPU a model of minutes would only guess, for longer than it has been trained.
+if [ "$GPUS" -gt 0 ] || is_named base_eval; then
+    model_stage base_eval --optional=1    # without its questions it says where to get them
+fi
 
 # 4. Midtraining: the model meets conversations, their special tokens, and tools.
 model_stage mid_train ${NAME:+"--name=$NAME"} ${MINUTES:+"--minutes=$(minutes_of mid_train)"}
@@ -313,10 +344,17 @@ model_stage mid_train ${NAME:+"--name=$NAME"} ${MINUTES:+"--minutes=$(minutes_of
 model_stage chat_sft ${CUSTOM:+"--custom=$CUSTOM"} ${NAME:+"--name=$NAME"} \
     ${MINUTES:+"--minutes=$(minutes_of chat_sft)"}
 
-# 6. Evaluation: the chat model answers questions whose answers are known.
-model_stage chat_eval
+# 6. Reinforcement learning: the model learns from those of its own answers that were right.
+if has_rl; then model_stage chat_rl ${MINUTES:+"--minutes=$(minutes_of chat_rl)"}; fi
 
-# 7. The report gathers the numbers of all stages in report.md.
+# 7. Evaluation: the chat model answers questions whose answers are known.
+if [ "$chat_source" = rl ]; then
+    model_stage chat_eval --source=rl
+else
+    model_stage chat_eval
+fi
+
+# 8. The report gathers the numbers of all stages in report.md.
 if ! is_wanted report; then
     if [ -z "$DRY_RUN" ]; then end_run; fi
     exit

@@ -25,6 +25,7 @@ the noise comes from a generator of the sequence's own: so there are near ties, 
 """
 import contextlib
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 
@@ -32,18 +33,38 @@ from nanochat.conversation import fit_conversation, prompt_room
 from nanochat.engine import Engine, check_finite
 from nanochat.loss_eval import pad_batch
 
-# How near two logits must be to be decided again: several times the largest difference that was
-# measured between batches (dev/LOG.md). TF32, which a GPU's float32 products are, has the mantissa
-# of float16.
-NEAR = {torch.bfloat16: 0.25, torch.float32: 0.002}
-NEAR_TF32 = 0.05
+class Near(NamedTuple):
+    """The margin below which a decision is a near tie."""
+    token: float    # between the logits of two tokens
+    letter: float   # between the logits of two letters
+    choice: float   # between the gains of two choices, in nats a token
+
+
+# About twice the largest difference between a batch and float32 by itself that was measured
+# (dev/LOG.md: 0.12, 0.044 and 0.022 in bfloat16). TF32, of which a GPU's float32 products are, has
+# three bits more than bfloat16.
+NEAR = {
+    "bfloat16": Near(0.25, 0.1, 0.05),
+    "tf32": Near(0.04, 0.015, 0.008),
+    "float32": Near(0.001, 0.001, 0.001),
+}
 
 
 def near_of(model):
-    """The margin, in logits, below which a decision of this model is a near tie."""
-    dtype = model.compute_dtype
-    is_tf32 = model.device.type == "cuda" and dtype == torch.float32
-    return NEAR_TF32 if is_tf32 else NEAR[dtype]
+    """The Near of a model as it computes now."""
+    if model.compute_dtype == torch.bfloat16:
+        return NEAR["bfloat16"]
+    return NEAR["tf32" if model.device.type == "cuda" else "float32"]
+
+
+def difference_of(scores, alone):
+    """How much two scores of the same (n,) may differ in the margin of the best, a float.
+
+    Only the scores of the best few matter, which are those that a batch can mistake.
+    """
+    best = alone.topk(min(5, len(alone))).indices
+    difference = (scores[best] - alone[best]).double()
+    return float(difference.max() - difference.min())
 
 
 @contextlib.contextmanager
@@ -94,12 +115,14 @@ class SteadyEngine(Engine):
 
     Its sequences are greedy ones. `noise` makes samples of them: {sequence: Noise}.
     near_ties: how many tokens were decided again.
+    difference: the largest, of their logits in the batch and by themselves.
     """
 
     def __init__(self, model, tokenizer, passages=None):
         super().__init__(model, tokenizer, passages)
-        self.near = near_of(model)
+        self.near = near_of(model).token
         self.near_ties = 0
+        self.difference = 0.0
         self.noise = {}
 
     def _prefill(self, sequences):
@@ -122,6 +145,8 @@ class SteadyEngine(Engine):
                 continue
             self.near_ties += 1
             alone = self._logits_alone(sequence)[None]
+            difference = difference_of(logits[place].float(), alone[0])
+            self.difference = max(self.difference, difference)
             noise = {0: drawn[place]} if place in drawn else {}
             self._add_noise([sequence], alone, noise)
             scores[place] = alone[0]
@@ -178,6 +203,8 @@ class Answerer:
 
     max_new_tokens: of a generated answer, where the conversation has no `answer_tokens`.
     near_ties: how many decisions were made again.
+    excess: the largest difference of a score in a batch and by itself, as a share of the margin
+    that makes a near tie. Above 1, a decision that was no near tie may depend on the batch.
     """
 
     def __init__(self, model, tokenizer, passages=None, max_new_tokens=96):
@@ -189,10 +216,15 @@ class Answerer:
         self.max_new_tokens = max_new_tokens
         self.near = near_of(model)
         self._near_picks = 0
+        self._excess = 0.0
 
     @property
     def near_ties(self):
         return self.engine.near_ties + self._near_picks
+
+    @property
+    def excess(self):
+        return max(self._excess, self.engine.difference / self.near.token)
 
     def does_not_fit(self, conversation):
         """Whether the last question alone leaves no room for an answer in the context.
@@ -260,28 +292,28 @@ class Answerer:
 
     # -------------------------------------------------------------------------------- picked
 
-    def _pick(self, conversations, scores, score_alone, texts):
-        """The text with the best of scores (n, choices) for each of n conversations, as parts.
+    def _pick(self, conversations, score, near, texts):
+        """The text with the best score for each of n conversations, as parts.
 
-        score_alone(conversation): the scores of one, computed by itself; for near ties.
+        score(conversations): the scores, (choices,) of each; a near tie is scored by itself.
         texts: the key under which a conversation has what to pick from.
         """
         picked = []
-        for conversation, row in zip(conversations, scores):
+        for conversation, row in zip(conversations, score(conversations)):
             check_finite(row)
-            if not margin_of(row) > self.near:
+            if not margin_of(row) > near:
                 self._near_picks += 1
                 with by_itself(self.model):
-                    row = score_alone(conversation)
+                    [alone] = score([conversation])
+                self._excess = max(self._excess, difference_of(row, alone) / near)
+                row = alone
             best = int(row.argmax())
             picked.append([{"type": "text", "text": conversation[texts][best]}])
         return picked
 
     def pick_letters(self, conversations):
         """The likeliest of each conversation's letters after its question."""
-        scores = self._letter_scores(conversations)
-        return self._pick(
-            conversations, scores, lambda one: self._letter_scores([one])[0], "letters")
+        return self._pick(conversations, self._letter_scores, self.near.letter, "letters")
 
     @torch.inference_mode()
     def _letter_scores(self, conversations):
@@ -304,9 +336,7 @@ class Answerer:
         """The choice whose likelihood gains most, a token, when the neutral question becomes the
         real one. Plain likelihood prefers short and common sentences whatever was asked (PMI
         scoring, arXiv 2104.08315)."""
-        scores = self._choice_scores(conversations)
-        return self._pick(
-            conversations, scores, lambda one: self._choice_scores([one])[0], "choices")
+        return self._pick(conversations, self._choice_scores, self.near.choice, "choices")
 
     def _choice_scores(self, conversations):
         """The gain of each choice, (n, choices), for n conversations with as many choices each."""

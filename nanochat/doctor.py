@@ -69,7 +69,8 @@ from nanochat.probes import (
 )
 
 MARK = "@doctor "    # before each line that is meant for the doctor
-NEEDED = ("torch", "numpy", "pyarrow", "tiktoken", "requests", "fastapi", "uvicorn", "rustbpe")
+NEEDED = ("torch", "numpy", "pyarrow", "tiktoken", "requests", "rustbpe")
+SERVING = ("fastapi", "uvicorn")
 # package -> the module that is imported. FA3 has its own module, and no package of that name.
 OPTIONAL = {
     "flash-attn-3": "flash_attn_interface",
@@ -189,12 +190,12 @@ def import_failures(modules, limit):
 
 
 def probe_packages():
-    modules = {**{name: name for name in NEEDED}, **OPTIONAL}
+    modules = {**{name: name for name in (*NEEDED, *SERVING)}, **OPTIONAL}
     versions = {name: installed_version(name, module) for name, module in modules.items()}
     # whether torch imports, its own probe shows
     here = {name: modules[name] for name in modules if versions[name] and name != "torch"}
     failures, slow = import_failures(here, IMPORT_SECONDS)
-    checks = check_packages(versions, failures, NEEDED)
+    checks = check_packages(versions, failures, NEEDED, SERVING)
     if slow:
         checks.append(note(
             "packages", f"{', '.join(slow)}: not imported within {IMPORT_SECONDS} seconds",

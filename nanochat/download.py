@@ -8,6 +8,7 @@ to no other host.
 """
 import os
 import re
+import zipfile
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -33,9 +34,13 @@ class Damaged(OSError):
 def hub_endpoint():
     """The address of the hub or of its mirror, without a slash at the end."""
     endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or HUB
-    if not re.match("https?://.", endpoint):
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:  # brackets that hold no IPv6 address
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(f"HF_ENDPOINT={endpoint} is no address: it begins with https://")
-    if "@" in urlsplit(endpoint).netloc:
+    if "@" in parts.netloc:
         raise UserError("HF_ENDPOINT must hold no password, which messages would show: a mirror "
                         "that wants a token gets HF_TOKEN")
     return endpoint
@@ -64,11 +69,34 @@ def authorize(request):
 # ----------------------------------------------------------------------------------------------
 # one attempt
 
-def fetch(url, part, stop, wanted_sha256=None, progress=None):
+def parquet_problem(path):
+    """Why a file is no parquet file, as one line, or ""."""
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def zip_problem(path):
+    """Why a file is no zip file, as one line, or ""."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        return " ".join(str(error).split())
+    return f"{damaged} in it is damaged" if damaged else ""
+
+
+def fetch(
+    url, part, stop, wanted_sha256=None, progress=None, check=parquet_problem, auth=authorize,
+):
     """One attempt to bring `url` to the file `part`, continuing what is there.
 
     wanted_sha256: the hash of the file, or None: then what the reply tells, if it does.
     progress: called with (bytes that are there, bytes of the file or None) after every block.
+    check: what says why a file that came whole is wrong, or "". auth: None for a host other than
+    the hub, which must not see its token.
     Raises requests.RequestException (an OSError) where the attempt failed, and Damaged, which has
     removed the file, where it brought something else.
     """
@@ -79,7 +107,7 @@ def fetch(url, part, stop, wanted_sha256=None, progress=None):
     if have:
         headers["Range"] = f"bytes={have}-"
 
-    options = {"headers": headers, "auth": authorize, "stream": True, "timeout": TIMEOUT}
+    options = {"headers": headers, "auth": auth, "stream": True, "timeout": TIMEOUT}
     with requests.get(url, **options) as reply:
         if reply.status_code == 416:  # nothing follows what we have, which was not accepted
             part.unlink()
@@ -101,7 +129,7 @@ def fetch(url, part, stop, wanted_sha256=None, progress=None):
         raise requests.RequestException(f"{size} bytes of {length} came")
 
     # a damaged file is not worth continuing
-    problem = _problem_of(part, length, wanted_sha256)
+    problem = _problem_of(part, length, wanted_sha256, check)
     if problem:
         part.unlink()
         raise Damaged(f"the file is damaged: {problem}")
@@ -125,51 +153,67 @@ def _told_sha256(reply):
     return None
 
 
-def _problem_of(part, length, wanted_sha256):
-    """What is wrong with a parquet file that came whole, or ""."""
+def _problem_of(part, length, wanted_sha256, check):
+    """What is wrong with a file that came whole, or ""."""
     if length is not None and part.stat().st_size != length:
         return "the length is wrong"
     if wanted_sha256 is not None and sha256(part) != wanted_sha256:
         return "the hash is wrong"
-    try:
-        pq.read_metadata(part)
-    except (pa.ArrowException, OSError) as error:
-        return " ".join(str(error).split())
-    return ""
+    return check(part)
 
 
 # ----------------------------------------------------------------------------------------------
 # attempts
 
-def download(url, path, stop, wanted_sha256=None, progress=None):
-    """Fetch `url` to `path` with retries: returns None, or a line that says why it failed.
-
-    stop: a threading.Event that ends the download early. Others: as in fetch().
-    """
+def download(url, path, stop, *settings, **more):
+    """As bring(), but returns None, or a line that says why it failed."""
     import requests
 
-    part = path.with_name(path.name + ".part")
     try:
-        with_retries(lambda: fetch(url, part, stop, wanted_sha256, progress), stop)
+        bring(url, path, stop, *settings, **more)
     except (requests.RequestException, Damaged) as error:
         return reason_of(error)
-    os.replace(part, path)
     return None
 
 
-def with_retries(attempt, stop):
+def bring(
+    url, path, stop, wanted_sha256=None, progress=None, check=parquet_problem, auth=authorize,
+):
+    """Fetch `url` to `path` with retries.
+
+    stop: a threading.Event that ends the download early. Others, and what is raised: as in fetch().
+    """
+    part = path.with_name(path.name + ".part")
+
+    def have():
+        return part.stat().st_size if part.exists() else 0
+
+    with_retries(lambda: fetch(url, part, stop, wanted_sha256, progress, check, auth), stop, have)
+    os.replace(part, path)
+
+
+def with_retries(attempt, stop, have=lambda: 0):
     """What attempt() returns, once it succeeds; after the last attempt its error is raised.
 
     Up to ATTEMPTS times, with pauses that double, or as long as the server asks for. What another
     attempt would not change (no access, not there, damaged again) is final.
+
+    have: returns the bytes that are there. An attempt that brought more of them is the first one
+    again, for a connection may drop often before a large file is there.
     """
     import requests
 
     damaged = 0
-    for number in range(1, ATTEMPTS + 1):
+    number = 0
+    most = have()
+    while True:
+        number += 1
         try:
             return attempt()
         except (requests.RequestException, Damaged) as error:
+            if have() > most:
+                number = 1
+                most = have()
             damaged += isinstance(error, Damaged)
             wait = max(BACKOFF_SECONDS * 2 ** (number - 1), _wanted_wait(error))
             is_final = status_of(error) in FINAL or damaged == DAMAGED_ATTEMPTS
@@ -194,8 +238,14 @@ def reason_of(error):
     request = getattr(error, "request", None)
     if isinstance(error, requests.ConnectionError) and request is not None:
         reason = f"no connection to {urlsplit(request.url).netloc}"
+        if isinstance(error, requests.exceptions.SSLError):
+            reason += ", whose certificate is not trusted (REQUESTS_CA_BUNDLE names your own)"
+        if isinstance(error, requests.exceptions.ProxyError):
+            reason += " through the proxy of HTTPS_PROXY"
     if status_of(error) in (401, 403):
         reason += " (HF_TOKEN holds the token)"
+    if status_of(error) == 429:
+        reason += " (wait some minutes, or set HF_TOKEN: the hub gives more to those it knows)"
     return reason
 
 

@@ -84,17 +84,22 @@ def prepare(model, compile=True, checkpoint_activations=False):
         for block in model.blocks:
             recompute_in_backward(block)
     if compile and can_compile(model.device):
-        # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
-        # running out of memory halves the size.
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        print0("compiling the blocks in the first step: seconds when they are known, up to a "
-               "minute when not")
-        for block in model.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(model.blocks)
         if model.device.type == "cuda":  # a CPU gains nothing by it
             model.compile_loss = True
             model.compiled_enter = torch.compile(model.enter, dynamic=False)
     return model
+
+
+def compile_blocks(blocks):
+    """Compile modules of one class in place, each when it is first called."""
+    # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
+    # running out of memory halves the size.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    print0("compiling the blocks in the first step: seconds when they are known, up to a "
+           "minute when not")
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def recompute_in_backward(block):

@@ -484,11 +484,12 @@ def check_variables(environment, build, cpus):
 # --------------------------------------------------------------------------------------------------
 # packages and measurements
 
-def check_packages(versions, failures, needed):
+def check_packages(versions, failures, needed, serving=()):
     """The installed packages; a list of Checks.
 
     versions: {package: version, or None where it is not installed}. failures: {package: the last
-    line of what its import raised}. needed: those that training cannot do without.
+    line of what its import raised}. needed: those that training cannot do without. serving: those
+    that the chat in the browser needs besides.
     """
     here = {package: version for package, version in versions.items() if version}
     listed = ", ".join(f"{package} {version}" for package, version in here.items())
@@ -498,7 +499,12 @@ def check_packages(versions, failures, needed):
         checks.append(problem(
             "packages", f"{', '.join(missing)} not installed", "source scripts/setup.sh",
             stops=True))
-    others = [package for package in versions if package not in needed]
+    missing = [package for package in serving if package not in here]
+    if missing:
+        checks.append(note(
+            "packages", f"{', '.join(missing)} not installed: training runs, scripts.chat_web does "
+            "not", "source scripts/setup.sh"))
+    others = [package for package in versions if package not in (*needed, *serving)]
     absent = [package for package in others if package not in here]
     if absent:
         checks.append(ok("packages", f"not installed, and not needed: {', '.join(absent)}"))

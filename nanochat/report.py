@@ -497,22 +497,36 @@ def accuracy_blocks(run):
     if not record.get("accuracy"):
         return
     items = record.get("items", {})
-    chance = record.get("chance", {})
+    chance, controls = record.get("chance", {}), record.get("control", {})
+    has_majority = "majority" in record     # records of an earlier version have not
+    more = ["majority", "control"] if has_majority else []
     rows = []
     for task, fraction in record["accuracy"].items():
-        rows.append((
+        row = [
             task_title(task),
             percent(fraction),
             interval(fraction, items.get(task)),
             percent(chance.get(task)),
-            str(items.get(task, "unknown")),
-        ))
+        ]
+        if has_majority:
+            control = percent(controls[task]) if task in controls else "no choices"
+            row += [percent(record["majority"].get(task)), control]
+        rows.append((*row, str(items.get(task, "unknown"))))
     yield ("heading", "Accuracy")
     yield from picture(run, "report_accuracy.png", "Accuracy of each task with its chance level")
-    yield ("table", ["task", "right", "95 % interval", "chance", "items"], rows)
+    yield ("table", ["task", "right", "95 % interval", "chance", *more, "items"], rows)
     yield ("text", "Items that no training conversation asked, each answered once; those called "
                    "practised were asked in training. Chance is what guessing would get; where it "
                    "is 0 %, the answer has to be produced and not chosen.")
+    if has_majority:
+        yield ("text", "The majority is what always giving the most frequent right answer would "
+                       "get. The control asks with the question of another item: what is left "
+                       "above chance there is a habit, not knowledge.")
+    if record.get("chatcore") is not None:
+        yield ("text", f"ChatCORE, the mean accuracy with chance at 0: {record['chatcore']:.4f}.")
+    for task, shares in record.get("pass_at_k", {}).items():
+        words = ", ".join(f"{percent(share)} at {k}" for k, share in shares.items())
+        yield ("text", f"pass@k of {task_title(task)}: {words}.")
 
 
 def is_of_a_gpu(record):

@@ -368,6 +368,8 @@ def start_chat(stage, source, settings, compute, model_source):
     if settings["dtype"]:
         meta["dtype"] = settings["dtype"]  # otherwise the checkpoint's
     found.model.compute_dtype = getattr(torch, meta["dtype"])
+    if found.start.kind == RESUMED:
+        print0(f"resuming {stage} of {found.start.folder} at step {meta['step']}")
     return found
 
 

@@ -15,10 +15,12 @@ majority, the control and ChatCORE.
 """
 import time
 
+import torch
+
 from nanochat.answers import Answerer
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
-from nanochat.configurator import configure, require
+from nanochat.configurator import check_choices, configure, require
 from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.metrics import finish_stage
@@ -32,6 +34,7 @@ from tasks.named import (
     fetch_tasks,
     is_of_user,
     make_task,
+    sandbox_error,
     split_names,
     task_name,
 )
@@ -49,7 +52,9 @@ num_samples = 1        # answers to each question, where they are generated
 temperature = 0.0      # of these; 0: the likeliest token
 top_k = 50             # of these, at a temperature above 0; 0: all tokens
 max_new_tokens = 96    # of an answer; a quote of your text comes besides, GSM8K has 512
+allow_missing = ""     # layers of the sandbox that may be missing, comma-separated, of HumanEval
 device_type = ""       # cuda, mps or cpu; empty: the best one here
+dtype = ""             # float32 or bfloat16; empty: that of training
 settings = configure(globals(), aliases={
     "a": "tasks",
     "task-name": "tasks",
@@ -67,6 +72,7 @@ settings = configure(globals(), aliases={
 })
 require(settings, 1, "items", "batch_size", "num_samples", "max_new_tokens")
 require(settings, 0, "temperature", "top_k")
+check_choices(settings, dtype=("", "float32", "bfloat16"))
 if num_samples > 1 and temperature == 0:
     raise UserError(f"{num_samples} samples at temperature 0 are one answer: add --temperature=0.8")
 
@@ -86,9 +92,10 @@ raise_malloc_thresholds()
 device = compute_init(device_type).device
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 print0(chosen_line(source, meta))
-model.cast_for_inference(model.compute_dtype)
+model.cast_for_inference(getattr(torch, dtype) if dtype else model.compute_dtype)
 passages = load_passages(meta)
-about = About(meta, passages, custom)
+may_miss = tuple(filter(None, allow_missing.split(",")))
+about = About(meta, passages, custom, may_miss)
 answerer = Answerer(model, tokenizer, passages, max_new_tokens)
 how = How(answerer, batch_size, num_samples, temperature, top_k, control)
 
@@ -111,6 +118,14 @@ if error:
     print0(f"without {', '.join(from_hub)}, which are not to be had: {error}")
 elif has_practised:
     names += from_hub
+
+# HumanEval's answers are programs: where nothing confines them, they are not run
+error = sandbox_error(names, may_miss)
+if error and not has_practised:
+    raise error
+if error:
+    names.remove("HumanEval")
+    print0(f"without HumanEval: {error}")
 
 # ---- every task
 scores, not_fitting = {}, {}
@@ -146,6 +161,9 @@ if not scores and not_fitting:
         "tokens: evaluate a model with a longer one (--max_seq_len of scripts.base_train)")
 if not scores:
     raise UserError(f"{', '.join(names)}: there are no items to ask")
+if answerer.excess > 1:
+    print0(f"scores of a batch differ by {answerer.excess:.1f} times as much as a near tie allows: "
+           "another --batch_size may answer a few questions otherwise")
 chatcore = sum(one.centred for one in scores.values()) / len(scores)
 print0(f"ChatCORE {chatcore:.4f}: accuracy with chance at 0, the mean of {len(scores)} tasks")
 
@@ -172,6 +190,7 @@ finish_stage(
     pass_at_k=column("pass_at_k"),
     not_fitting=not_fitting,
     near_ties=answerer.near_ties,
+    batch_difference=answerer.excess,
     own_files=passages.document_count if passages else 0,
     source=source,
     checkpoint=meta["dir"],

@@ -21,7 +21,7 @@ from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
-from tasks.chat_data import choose_origin, tasks_of_run
+from tasks.chat_data import check_context, choose_origin, tasks_of_run
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.identity import Identity, check_name, choose_identity
@@ -109,6 +109,7 @@ meta.update(name=who.name, own_identity=who.own)
 if who.message:
     print0(who.message)
 built_in = tasks_of_run("chat_sft", chat_data, device.type, start, passages, own_text)
+check_context(tokenizer, built_in, T)
 mixture = TaskMixture([
     *built_in,
     *identity_tasks(Identity("train", who.name, who.own, passages is not None), passages),

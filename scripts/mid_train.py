@@ -23,7 +23,7 @@ from nanochat.schedule import set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
 from nanochat.userfiles import existing_path
-from tasks.chat_data import choose_origin, tasks_of_run
+from tasks.chat_data import check_context, choose_origin, tasks_of_run
 from tasks.common import TaskMixture
 from tasks.identity import NAME, Identity, check_name
 from tasks.mixing import mixture_tokens
@@ -93,6 +93,7 @@ passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
 identity = Identity("train", meta["name"] or NAME, quotes_text=passages is not None)
 built_in = tasks_of_run("mid_train", chat_data, device.type, start, passages, own_text)
+check_context(tokenizer, built_in, T)
 mixture = TaskMixture([
     *built_in,
     *identity_tasks(identity, passages),

@@ -53,7 +53,7 @@ from nanochat.hardware import (
 )
 from nanochat.metrics import finish_stage
 from nanochat.muon import Muon
-from nanochat.parallel import prepare
+from nanochat.parallel import can_compile, compile_blocks
 from nanochat.probes import gigabytes
 
 # settings
@@ -203,10 +203,6 @@ class Stack(nn.Module):
         config = GPTConfig(depth=mlp_layers, width=mlp_width)
         self.blocks = nn.ModuleList(MLP(config) for _ in range(mlp_layers))
 
-    @property
-    def device(self):
-        return self.blocks[0].up.weight.device
-
     def forward(self, x):
         """x (N, C) -> (N, C)."""
         for block in self.blocks:
@@ -220,7 +216,8 @@ def measure_mlp():
     with torch.device(device):
         network = Stack()
         x, target = torch.randn(2, batch_size, mlp_width, dtype=compute.dtype).unbind()
-    prepare(network, compile)
+    if compile and can_compile(device):
+        compile_blocks(network.blocks)
     parameters = list(network.parameters())
     update = Muon(parameters) if optimizer == "muon" else AdamW(parameters)
 

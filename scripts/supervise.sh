@@ -175,7 +175,7 @@ is_finished() {
 # Training stages have checkpoints to resume from; the others simply run again.
 is_resumable() {
     case "$1" in
-        base_train | mid_train | chat_sft) return 0 ;;
+        base_train | mid_train | chat_sft | chat_rl) return 0 ;;
         *) return 1 ;;
     esac
 }

@@ -16,7 +16,11 @@ class ARC(HubTask):
     """The questions of "ARC-Easy" or "ARC-Challenge", split "train", "validation" or "test"."""
 
     name = "allenai/ai2_arc"
-    columns = ("question", "choices", "answerKey")
+    columns = {
+        "question": str,
+        "choices": {"text": [str], "label": [str]},
+        "answerKey": str,
+    }
 
     def __init__(self, subset, split, **options):
         if subset not in ROWS:
@@ -28,9 +32,14 @@ class ARC(HubTask):
     def get_example(self, i):
         """Question i. Its labels are A, B, ... or in some rows 1, 2, ...: shown are letters."""
         row = self.rows[i]
-        labels = row["choices"]["label"]
-        gold = labels.index(row["answerKey"])
-        return choice_conversation(row["question"], row["choices"]["text"], gold)
+        texts, labels = row["choices"]["text"], row["choices"]["label"]
+        if len(texts) != len(labels):
+            words = f"{len(texts)} choices have {len(labels)} labels"
+            raise self.rows.error(i, "choices", words)
+        if row["answerKey"] not in labels:
+            words = f"{row['answerKey']!r} is none of the labels {labels}"
+            raise self.rows.error(i, "answerKey", words)
+        return choice_conversation(row["question"], texts, labels.index(row["answerKey"]))
 
     def evaluate(self, conversation, parts):
         """Right when the answer is the letter of the right choice."""

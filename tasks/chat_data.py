@@ -20,12 +20,15 @@ from typing import NamedTuple
 
 from nanochat.common import UserError, all_reduce_max, print0
 from nanochat.configurator import configure
+from nanochat.dataloader import count_cut
 from nanochat.hub import HubError, on_first_rank
 from nanochat.metrics import finish_stage
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.common import HubTask
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mixing import Repeated
 from tasks.mmlu import MMLU
 from tasks.own_text import subject_tasks
 from tasks.smoltalk import SmolTalk
@@ -33,6 +36,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 ORIGINS = ("hub", "local")
 LOCAL, HUB = "local", "hub"
+TRIED = 100     # conversations of a task that tell whether its questions fit the context
 
 
 # ----------------------------------------------------------------------------------------------
@@ -167,26 +171,50 @@ def _check_ranks_have_as_many(rows):
             f"{-fewest:,.0f}): run python -m tasks.chat_data on each of them first")
 
 
+def check_context(tokenizer, tasks, T):
+    """Say of which data sets of the hub a context of T tokens cuts conversations.
+
+    UserError where no answer at all of one of them is left to learn from. It tries TRIED
+    conversations of each, at equal distances.
+    """
+    for task in tasks:
+        if not isinstance(task, HubTask):
+            continue
+        tried = Repeated(task, min(TRIED, len(task)))
+        cut, unanswered = count_cut(tokenizer, tried, T)
+        if unanswered == len(tried):
+            raise UserError(
+                f"the context of {T} tokens is too short for {task.name}: none of {len(tried)} "
+                "conversations keeps an answer when it is cut to it. Train a base model with a "
+                "larger --max_seq_len, or give --chat_data=local")
+        if cut:
+            print0(f"{task.name}: the context of {T} tokens cuts {cut} of {len(tried)} "
+                   f"conversations, {unanswered} of which keep no answer")
+
+
 # ----------------------------------------------------------------------------------------------
 # the command
 
-# what chat_eval asks of the hub
-HELD_OUT = {
-    "ARC-Easy": lambda **options: ARC("ARC-Easy", "test", **options),
-    "ARC-Challenge": lambda **options: ARC("ARC-Challenge", "test", **options),
-    "MMLU": lambda **options: MMLU("test", **options),
-    "GSM8K": lambda **options: GSM8K("test", **options),
-}
+# what chat_eval may ask of the hub
+HELD_OUT = (
+    lambda: ARC("ARC-Easy", "test"),
+    lambda: ARC("ARC-Challenge", "test"),
+    lambda: MMLU("test"),
+    lambda: GSM8K("test"),
+    lambda: HumanEval("test"),
+)
 
 
 def main():
     settings = configure(globals())
     start = time.time()
-    tasks = [*midtraining_tasks(), *finetuning_tasks(), *(make() for make in HELD_OUT.values())]
-    rows = {
-        f"{task.name} {task.config} {task.split}": task.rows.total
-        for task in tasks if isinstance(task, HubTask)
-    }
+    rows = {}
+    # one after the other, for each is held in memory while it is read
+    for make in (*HUB_TASKS.values(), *HELD_OUT):
+        made = make()
+        for task in made if isinstance(made, list) else [made]:
+            if isinstance(task, HubTask):
+                rows[f"{task.name} {task.config} {task.split}"] = task.rows.total
     finish_stage("chat_data", time.time() - start, settings, rows=rows)
 
 

@@ -145,9 +145,9 @@ class Task:
         raise NotImplementedError
 
     def evaluate_many(self, pairs):
-        """What evaluate() says of each (conversation, parts) of a list, a list of bool.
+        """[evaluate(conversation, parts)] for a list of such pairs, as bools.
 
-        A task whose answers take long to judge judges several at a time here.
+        A task whose judgement takes long judges several answers at the same time.
         """
         return [self.evaluate(conversation, parts) for conversation, parts in pairs]
 

@@ -12,12 +12,15 @@ class MMLU(HubTask):
 
     name = "cais/mmlu"
     config = "all"
-    columns = ("question", "choices", "answer")
+    columns = {"question": str, "choices": [str], "answer": int}
     documented = {"auxiliary_train": 99_842, "dev": 285, "validation": 1531, "test": 14_042}
     chance = 0.25
 
     def get_example(self, i):
         row = self.rows[i]
+        if row["answer"] not in range(len(row["choices"])):
+            words = f"{row['answer']} is none of {len(row['choices'])} choices, counted from 0"
+            raise self.rows.error(i, "answer", words)
         return choice_conversation(row["question"], row["choices"], row["answer"])
 
     def evaluate(self, conversation, parts):

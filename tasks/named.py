@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 from nanochat.common import UserError, expand_home
 from nanochat.hub import on_first_rank
+from nanochat.sandbox import layers_here
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.chat_data import mmlu_for_training
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.identity import Identity, identity_of
 from tasks.mmlu import MMLU
 from tasks.own_text import OwnText
@@ -32,6 +34,7 @@ class About(NamedTuple):
     meta: dict = {}             # of its checkpoint
     passages: object = None     # the user's text, as load_passages() returns it
     custom: str = None          # the file of the task `custom`
+    allow_missing: tuple = ()   # layers of the sandbox that may be missing, of HumanEval
 
 
 class Request(NamedTuple):
@@ -46,13 +49,13 @@ class Request(NamedTuple):
 # the table
 
 def _identity(request):
-    meta, passages, _ = request.about
+    meta, passages = request.about[:2]
     name, own = identity_of(meta)
     return Identity(request.split, name, own, passages is not None, stop=request.size)
 
 
 def _own_text(request):
-    meta, passages, _ = request.about
+    meta, passages = request.about[:2]
     if passages is None:
         raise UserError(
             "own_text: this chat was not trained on a text of yours, ask for other tasks")
@@ -72,6 +75,10 @@ def _mmlu(request):
     if request.split == "train":
         return mmlu_for_training(request.fetch)
     return MMLU(request.split, request.fetch)
+
+
+def _human_eval(request):
+    return HumanEval(request.split, request.fetch, request.about.allow_missing)
 
 
 def _custom(request):
@@ -96,6 +103,7 @@ FROM_HUB = {
     "ARC-Challenge": _arc("ARC-Challenge"),
     "MMLU": _mmlu,
     "GSM8K": lambda request: GSM8K(request.split, request.fetch),
+    "HumanEval": _human_eval,
 }
 TASKS = {**MADE, **FROM_HUB, "custom": _custom}
 ALIASES = {"spellingbee": "counting", "simplespelling": "spelling"}
@@ -172,3 +180,14 @@ def fetch_tasks(names, split="test"):
     if not from_hub:
         return None
     return on_first_rank(lambda: [make_task(name, split, fetch=True) for name in from_hub])
+
+
+def sandbox_error(names, allow_missing=()):
+    """Why the answers to named tasks cannot be judged here; None where they can.
+
+    Every rank calls it. HumanEval runs programs, which a system has to confine. allow_missing: as
+    of layers_here().
+    """
+    if "HumanEval" not in names:
+        return None
+    return on_first_rank(lambda: layers_here(allow_missing))

@@ -279,6 +279,14 @@ def test_a_needed_package_that_is_missing_or_broken_stops_training():
     assert broken[-1].stops
 
 
+def test_a_machine_without_the_packages_of_the_server_can_train():
+    versions = {"torch": "2.11.0", "fastapi": None, "uvicorn": "0.30"}
+    found = check_packages(versions, {}, needed=("torch",), serving=("fastapi", "uvicorn"))
+    assert statuses(found) == ["ok", "note"]
+    assert "fastapi not installed" in found[1].detail
+    assert not found[1].stops
+
+
 def test_a_package_that_crashes_at_import_is_told_by_its_last_line(tmp_path, monkeypatch):
     (tmp_path / "built_for_another.py").write_text("raise ImportError('undefined symbol')")
     (tmp_path / "crashing.py").write_text("import os; os._exit(3)")

@@ -62,13 +62,12 @@ NAMES = [
     ("tasks.spellingbee", "SpellingBee", None),
     ("tasks.arc", "ARC", "subset, split"),
     ("tasks.gsm8k", "GSM8K", "split"),
+    ("tasks.humaneval", "HumanEval", None),
     ("tasks.mmlu", "MMLU", "split"),
     ("tasks.smoltalk", "SmolTalk", "split"),
 ]
 # modules, or files
 LATER = {
-    "scripts.base_eval": "evaluations that others can compare: CORE",
-    "tasks.humaneval": "evaluations that others can compare",
     "docs/llada.md": "model families",
     "nanochat.variants.mla": "model families",
     "nanochat.variants.deepseek": "model families",
@@ -90,6 +89,7 @@ FILES = [
     "nanochat/dataset.py",
     "rustbpe/Cargo.toml",
     "scripts/tok_train.py",
+    "scripts/base_eval.py",
     "scripts/base_train.py",
     "scripts/mid_train.py",
     "scripts/chat_sft.py",
@@ -485,7 +485,6 @@ def test_what_the_page_calls_missing_is_missing():
         missing = re.match(r"not yet: `([^`]+)`", right)
         if missing:
             named.append(missing[1])
-    assert named
     assert [name for name in named if is_here(name)] == []
     assert set(named) <= LATER.keys()
 

@@ -2,10 +2,7 @@
 
 With NANOCHAT_TEST_DATA it also serves real data, laid out as on the hub.
 """
-import hashlib
-import http.server
 import io
-import json
 import os
 import threading
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 import torch.multiprocessing as mp
 
 from conftest import last_json
+from hub_fakes import NAME, SMALL, Hub, parquet_bytes
 from nanochat import download, hub
 from nanochat.common import UserError, all_reduce_max, compute_cleanup, compute_init
 from nanochat.hub import (
@@ -23,150 +21,14 @@ from nanochat.hub import (
     Rows,
     cache_folder,
     fetch_split,
+    is_offline,
     list_files,
     load_rows,
     on_first_rank,
 )
 from stage_runs import rank_variables
 
-NAME = "somebody/sums"
 REAL = os.environ.get("NANOCHAT_TEST_DATA")
-
-
-def parquet_bytes(first, count):
-    """A parquet file of `count` rows, in row groups of 100."""
-    numbers = range(first, first + count)
-    table = pa.table({
-        "question": [f"{n} + {n * 7919 % 1009}?" for n in numbers],
-        "answer": list(numbers),
-        "choices": [{"text": [str(n), "0"], "label": ["A", "B"]} for n in numbers],
-    })
-    file = io.BytesIO()
-    pq.write_table(table, file, row_group_size=100)
-    return file.getvalue()
-
-
-SMALL = {
-    "main/train/0000.parquet": parquet_bytes(0, 250),
-    "main/train/0001.parquet": parquet_bytes(250, 30),
-    "main/test/0000.parquet": parquet_bytes(1000, 5),
-}
-
-
-class Hub:
-    """A server with data sets, and another host to which its files are redirected.
-
-    files: {name of a data set: {path on its branch: bytes}}.
-    trouble: {path: what goes wrong in its next requests}: a status, "cut", "garbage", "damaged".
-    """
-
-    def __init__(self):
-        self.files = {NAME: dict(SMALL)}
-        self.trouble = {}
-        self.hashes = True          # whether the listing tells them
-        self.page = 1000            # entries of a page
-        self.prefix = ""            # of all paths, as a mirror may have one
-        self.next_host = None       # that the address of the next page names
-        self.retry_after = "0"
-        self.redirects = False
-        self.requests = []          # (server, path, range, authorization)
-        self.servers = []
-        self.url, self.storage = self._serve("hub"), self._serve("storage")
-
-    def _serve(self, server_name):
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                hub.answer(self, server_name)
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        self.servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    def close(self):
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
-
-    def fetched(self, path):
-        """The ranges of the requests for a file, in order."""
-        return [given for _, asked, given, _ in self.requests if asked.endswith(path)]
-
-    def answer(self, handler, server_name):
-        path, _, query = handler.path.partition("?")
-        headers = handler.headers
-        self.requests.append(
-            (server_name, path, headers.get("Range"), headers.get("Authorization")))
-        if server_name == "hub" and not path.startswith(self.prefix):
-            return handler.send_error(404)
-        path = path.removeprefix(self.prefix)
-        for name, files in self.files.items():
-            if path == f"/api/datasets/{name}/tree/{hub.BRANCH}":
-                return self._send_listing(handler, path, query, files)
-            prefix = f"/datasets/{name}/resolve/{hub.BRANCH}/"
-            if path.startswith(prefix) and path.removeprefix(prefix) in files:
-                file = path.removeprefix(prefix)
-                return self._send_file(handler, server_name, file, files[file])
-        return handler.send_error(404)
-
-    def _send_listing(self, handler, path, query, files):
-        trouble = (self.trouble.get("listing") or [None]).pop(0)
-        if isinstance(trouble, int):
-            return self._refuse(handler, trouble)
-        begin = int(query.partition("cursor=")[2] or 0)
-        entries = [{"type": "directory", "path": "main", "oid": "0", "size": 0}]
-        for file, content in files.items():
-            entry = {"type": "file", "path": file, "oid": "1", "size": len(content)}
-            if self.hashes:
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}
-            entries.append(entry)
-        handler.send_response(200)
-        if begin + self.page < len(entries):
-            host = self.next_host or self.url
-            following = f"{host}{self.prefix}{path}?recursive=true&cursor={begin + self.page}"
-            handler.send_header("Link", f'<{following}>; rel="next"')
-        handler.end_headers()
-        page = entries[begin:begin + self.page]
-        handler.wfile.write(json.dumps({"error": "x"} if trouble == "other" else page).encode())
-
-    def _refuse(self, handler, status):
-        handler.send_response(status)
-        handler.send_header("Retry-After", self.retry_after)
-        handler.end_headers()
-
-    def _send_file(self, handler, server_name, file, body):
-        if self.redirects and server_name == "hub":
-            handler.send_response(302)
-            handler.send_header("Location", f"{self.storage}{handler.path}?Signature=secret")
-            handler.end_headers()
-            return
-        trouble = (self.trouble.get(file) or [None]).pop(0)
-        if isinstance(trouble, int):
-            self._refuse(handler, trouble)
-            return
-        wanted = handler.headers.get("Range")
-        start = int(wanted[6:-1]) if wanted else 0
-        if start >= len(body):
-            handler.send_error(416)
-            return
-        handler.send_response(206 if start else 200)
-        if start:
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if trouble == "garbage":        # of the right length, without the end of parquet
-            body = body[:-6] + b"</html"
-        if trouble == "damaged":        # the end is whole, a page is not
-            body = body[:40] + bytes(200) + body[240:]
-        if trouble == "short":          # whole, as it says, but not what is listed
-            body = body[:len(body) // 2]
-        handler.send_header("Content-Length", str(len(body) - start))
-        handler.end_headers()
-        end = start + len(body) // 3 if trouble == "cut" else len(body)
-        handler.wfile.write(body[start:end])
 
 
 @pytest.fixture
@@ -203,6 +65,7 @@ def test_a_split_is_fetched_once_and_read_by_row(server):
         "text": ["100", "0"], "label": ["A", "B"]}
     some = load_rows(NAME, "main", "train", most=120)
     assert len(some) == 200 and some.total == 280, "two row groups"
+    assert len(load_rows(NAME, "main", "train", most=200)) == 200
     assert len(load_rows(NAME, "main", "train", most=251)) == 280
     assert whole_split()
     assert len(server.requests) == 3, "a listing and two files; what is there is not asked for"
@@ -226,8 +89,11 @@ def test_a_mirror_may_lie_below_a_path(server, monkeypatch, next_host):
 
 
 def test_names_that_lead_out_of_the_cache_are_not_taken(server):
-    server.files[NAME] |= {"../../x.parquet": b"", "main/../x.parquet": b"", "main/train/x.py": b""}
-    assert list_files(NAME).keys() == {("main", "train"), ("main", "test")}
+    server.files[NAME] |= {"../../x.parquet": b"", "main/../x.parquet": b"", "main/train/x.py": b"",
+                           "main/more/train/x.parquet": b"", "main/train/x.parquet.sha256": b""}
+    listed = list_files(NAME)
+    assert {key: len(files) for key, files in listed.items()} == {
+        ("main", "train"): 2, ("main", "test"): 1}
     for name in ("../../etc", "sums", "a/b/c", "somebody/.."):
         with pytest.raises(UserError, match="is no name of a data set"):
             list_files(name)
@@ -246,6 +112,55 @@ def test_drops_and_busy_servers_are_survived_and_cut_files_continued(server):
     assert server.fetched("main/train/0001.parquet") == [None, None], "a damaged one is not"
 
 
+def test_a_connection_may_drop_more_often_than_attempts_are_made_while_bytes_come(server):
+    file = "main/train/0000.parquet"
+    drops = len(SMALL[file]) // 700
+    assert drops > download.ATTEMPTS
+    server.trouble = {file: ["drop"] * drops}
+    assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
+    assert len(server.fetched(file)) == drops + 1
+    for trouble in ([500] * 9, ["drop"] + [500] * 9):
+        server.trouble, server.requests = {"main/test/0000.parquet": trouble}, []
+        with pytest.raises(HubError, match="500"):
+            load_rows(NAME, "main", "test")
+        assert len(server.fetched("main/test/0000.parquet")) == download.ATTEMPTS
+
+
+def test_a_server_may_send_less_than_the_range_or_all_of_the_file(server):
+    first, second = "main/train/0000.parquet", "main/train/0001.parquet"
+    server.trouble = {first: ["cut", "capped"], second: ["cut", "from_start"]}
+    assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
+    third = len(SMALL[first]) // 3
+    begun = [int(given[6:-1]) for given in server.fetched(first)[1:]]
+    assert begun == [third // 512 * 512, third // 512 * 512 + 700], "what came is kept"
+    assert len(server.fetched(second)) == 2
+
+
+def test_what_is_left_of_a_longer_file_is_not_continued(server):
+    folder = cache_folder(NAME, "main", "test")
+    folder.mkdir(parents=True)
+    (folder / "0000.parquet.part").write_bytes(bytes(9000))
+    assert len(load_rows(NAME, "main", "test")) == 5
+    assert server.fetched("main/test/0000.parquet") == ["bytes=9000-", None]
+
+
+def test_the_hash_that_a_reply_tells_is_compared_where_the_listing_has_none(server):
+    server.hashes, server.tags, server.redirects = False, True, True
+    server.trouble = {"main/train/0000.parquet": ["damaged"]}
+    fetch_split(NAME, "main", "train")
+    asked = [host for host, path, _, _ in server.requests if path.endswith("train/0000.parquet")]
+    assert whole_split() and asked == ["hub", "storage"] * 2
+
+
+def test_a_file_of_another_length_is_damaged(tmp_path):
+    path = tmp_path / "0000.parquet"
+    path.write_bytes(SMALL["main/test/0000.parquet"])
+    size = path.stat().st_size
+    lengths = (None, size, size - 1, size + 1)
+    problems = [download._problem_of(path, length, None) for length in lengths]
+    assert problems == ["", "", "the length is wrong", "the length is wrong"]
+
+
 def test_the_pause_that_a_server_asks_for_is_kept_unless_it_is_too_long(
         server, monkeypatch, capsys):
     waited = []
@@ -258,6 +173,12 @@ def test_the_pause_that_a_server_asks_for_is_kept_unless_it_is_too_long(
     folder.mkdir(parents=True)
     assert download.download(url, folder / "0000.parquet", stop) is None
     assert waited.count(7) == 2 and "next attempt in 7 s" in capsys.readouterr().out
+    waited.clear()
+    server.trouble = {"main/train/0000.parquet": [500, 500, 500]}
+    server.retry_after = "tomorrow"
+    assert download.download(url, folder / "doubled.parquet", stop) is None
+    pauses = [seconds for seconds in waited if seconds and seconds < 0.01]
+    assert pauses == [0.001, 0.002, 0.004]
     server.trouble = {"main/train/0000.parquet": [429]}
     server.retry_after = "86400"
     assert "429" in download.download(url, folder / "again.parquet", stop)
@@ -276,6 +197,21 @@ def test_a_file_that_stays_damaged_is_fetched_once_more_and_then_refused(server)
     server.trouble = {}
     assert len(load_rows(NAME, "main", "train")) == 280, "what came before is kept"
     assert len(server.fetched("main/train/0000.parquet")) == 0
+
+
+def test_a_file_that_changed_since_the_listing_is_not_kept(server):
+    server.hashes = False
+    server.trouble = {"main/train/0001.parquet": ["changed"]}
+    size = len(SMALL["main/train/0001.parquet"])
+    with pytest.raises(HubError, match=f"it has not the {size:,} bytes that the hub lists"):
+        load_rows(NAME, "main", "train")
+    assert not (cache_folder(NAME, "main", "train") / "0001.parquet").exists()
+
+
+def test_the_files_of_a_split_are_read_in_the_order_of_their_names(server):
+    server.files[NAME] = dict(reversed(SMALL.items()))
+    rows = load_rows(NAME, "main", "train")
+    assert [rows[i]["answer"] for i in (0, 250, 279)] == [0, 250, 279]
 
 
 @pytest.mark.parametrize("trouble", ["damaged", "short"])
@@ -311,7 +247,33 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(server):
     paths[0].write_bytes(before[:40] + bytes(200) + before[240:])
     assert len(load_rows(NAME, "main", "train")) == 280 and paths[0].read_bytes() == before
     (paths[0].parent / "index.json").write_text("{", encoding="utf-8")
+    paths[1].unlink()
     assert len(load_rows(NAME, "main", "train")) == 280 and whole_split()
+
+
+def change_a_text(path):
+    """Change a letter of a cached file so that Arrow reads it as before. Returns what it was."""
+    before = path.read_bytes()
+    changed = before.replace(b"2 + 703", b"2 + 999")
+    assert changed != before
+    path.write_bytes(changed)
+    assert Rows([path])[2]["question"] == "2 + 999?"
+    return before
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_text_that_changed_in_the_cache_is_fetched_again_and_never_read(
+        server, monkeypatch, hashes):
+    server.hashes = hashes      # where the hub does not tell them, those of what came count
+    [path, _] = fetch_split(NAME, "main", "train")
+    before = change_a_text(path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="is not whole in"):
+        load_rows(NAME, "main", "train")
+    assert path.read_bytes() != before, "nothing is deleted where nothing can be fetched"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert load_rows(NAME, "main", "train")[2]["question"] == "2 + 703?"
+    assert path.read_bytes() == before
 
 
 # ----------------------------------------------------------------------------------------------
@@ -333,9 +295,10 @@ def test_neither_token_nor_signature_is_printed_where_a_download_fails(server, m
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.redirects = True
     server.trouble = {"main/test/0000.parquet": [403]}
-    with pytest.raises(HubError) as error:
+    with pytest.raises(UserError) as error:
         fetch_split(NAME, "main", "test")
     assert "HF_TOKEN holds the token" in str(error.value)
+    assert "accept the terms" in str(error.value) and "\n" not in str(error.value)
     assert "secret" not in str(error.value) + capsys.readouterr().out
     monkeypatch.setenv("HF_TOKEN", "hf secret")
     with pytest.raises(UserError, match="HF_TOKEN must be") as error:
@@ -358,29 +321,64 @@ def test_what_the_hub_has_not_is_one_line_with_the_choices(server, name, config,
     assert not list(cache_folder(name, config, split).glob("*.parquet"))
 
 
+CONTINUES = "the same command again continues, HF_ENDPOINT names a mirror"
+
+
+@pytest.mark.parametrize("file", [False, True])
 @pytest.mark.parametrize("trouble, kind, words", [
-    (401, UserError, "no access"), (500, HubError, "500"), ("other", HubError, "does not list"),
+    (401, UserError, "no access to .* .HF_TOKEN holds the token.: check the name and the token"),
+    (403, UserError, "no access to .* accept the terms"),
+    (429, HubError, f"429 .*wait some minutes, or set HF_TOKEN.*; {CONTINUES}"),
+    (500, HubError, f"500 .*; {CONTINUES}, .*hub/somebody/sums/CONFIGURATION/SPLIT are read"),
 ])
-def test_a_listing_that_fails_is_one_line(server, trouble, kind, words):
-    server.trouble = {"listing": [trouble] * 9}
-    with pytest.raises(kind, match=words):
+def test_a_request_that_fails_is_one_line_with_the_remedy(server, file, trouble, kind, words):
+    server.trouble = {"main/test/0000.parquet" if file else "listing": [trouble] * 9}
+    with pytest.raises(kind, match=words) as error:
+        fetch_split(NAME, "main", "test")
+    assert "\n" not in str(error.value)
+
+
+def test_a_listing_of_another_form_is_one_line_with_the_remedy(server):
+    server.trouble = {"listing": ["other"]}
+    with pytest.raises(HubError, match="does not list files .*: check HF_ENDPOINT, or unset it"):
         list_files(NAME)
+
+
+def test_a_connection_that_fails_names_the_setting_that_mends_it():
+    import requests
+    request = requests.Request("GET", "https://hub.example.org/a?token=secret").prepare()
+    for kind, words in (
+        (requests.ConnectionError, "no connection to hub.example.org"),
+        (requests.exceptions.SSLError, "not trusted (REQUESTS_CA_BUNDLE names your own)"),
+        (requests.exceptions.ProxyError, "through the proxy of HTTPS_PROXY"),
+    ):
+        reason = download.reason_of(kind("a\nlong story", request=request))
+        assert reason.endswith(words) and "secret" not in reason
 
 
 def test_without_a_network_the_cache_alone_is_read(server, monkeypatch):
     fetch_split(NAME, "main", "test")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert len(load_rows(NAME, "main", "test")) == 5
+    with pytest.raises(UserError, match="nothing is fetched now: run python -m nanochat.hub"):
+        load_rows(NAME, "main", "train", fetch=False)
     with pytest.raises(HubError, match="no connection to 127.0.0.1:9"):
         load_rows(NAME, "main", "train")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert len(load_rows(NAME, "main", "test")) == 5
-    with pytest.raises(UserError, match=f"run python -m nanochat.hub {NAME} main train where"):
+    with pytest.raises(UserError, match=f"run python -m nanochat.hub {NAME} main train .or"):
         load_rows(NAME, "main", "train")
+    for value, is_set in (("true", True), ("YES", True), ("on", True), ("0", False), ("", False)):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        assert is_offline() is is_set
     monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match="begins with https://"):
         load_rows(NAME, "main", "train")
+    for no_address in ("https://[hub", "https:///x"):
+        monkeypatch.setenv("HF_ENDPOINT", no_address)
+        with pytest.raises(UserError, match="is no address"):
+            load_rows(NAME, "main", "train")
     monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@hub.example.org")
     with pytest.raises(UserError, match="must hold no password") as error:
         load_rows(NAME, "main", "train")
@@ -399,9 +397,68 @@ def test_files_that_somebody_has_put_there_are_read_and_never_deleted(server, mo
     with pytest.raises(UserError, match="is damaged .*: copy its files again"):
         load_rows("others/own", "main", "train")
     (folder / "a.parquet").write_bytes(parquet_bytes(0, 0))
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match="main/train is an empty split, without any row: "):
         load_rows("others/own", "main", "train")
     assert (folder / "a.parquet").exists() and not server.requests
+
+
+SHAPES = {
+    "question": str, "answer": int, "choices": {"text": [str], "label": [str]},
+}
+
+
+@pytest.mark.parametrize("row, column, value", [
+    (0, "question", None),
+    (4, "answer", None),
+    (3, "choices", None),
+    (2, "choices", {"text": None, "label": ["A"]}),
+    (5, "choices", {"text": ["3", None], "label": ["A", "B"]}),
+])
+def test_a_null_is_one_line_with_file_row_and_column(tmp_path, row, column, value):
+    table = pq.read_table(io.BytesIO(parquet_bytes(0, 6))).to_pylist()
+    paths = [tmp_path / "0000.parquet", tmp_path / "0001.parquet"]
+    paths[0].write_bytes(parquet_bytes(0, 6))
+    assert len(Rows(paths[:1], SHAPES)) == 6
+    table[row][column] = value
+    pq.write_table(pa.Table.from_pylist(table), paths[1], row_group_size=2)
+    with pytest.raises(UserError) as error:
+        Rows(paths, SHAPES)
+    assert str(error.value) == (
+        f"{paths[1]}, row {row + 1}, column {column!r}: it holds a null: correct or replace this "
+        "file")
+    assert len(Rows(paths, SHAPES.keys())) == 12, "names alone ask for no shape"
+    others = {name: shape for name, shape in SHAPES.items() if name != column}
+    assert len(Rows(paths, others)) == 12
+
+
+@pytest.mark.parametrize("column, value, words", [
+    ("question", 7, "has the type int64, not text"),
+    ("answer", "7", "has the type string, not integer"),
+    ("answer", 7.0, "has the type double, not integer"),
+    ("choices", ["a", "b"], "has the type list<.*>, not text: list of text and label: list of"),
+    ("choices", {"text": ["a"], "label": [1]}, "has the type struct<.*>, not text: list of"),
+    ("choices", {"text": ["a"]}, "has the type struct<.*>, not text: list of"),
+    ("choices", {"text": "a", "label": "b"}, "has the type struct<.*>, not text: list of"),
+])
+def test_another_type_is_one_line_with_file_and_column(tmp_path, column, value, words):
+    path = tmp_path / "0000.parquet"
+    [row] = pq.read_table(io.BytesIO(parquet_bytes(0, 1))).to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**row, column: value}]), path)
+    with pytest.raises(UserError, match=f"0000.parquet, column '{column}' {words}") as error:
+        Rows([path], SHAPES)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_row_is_named_with_its_file(tmp_path):
+    paths = [tmp_path / "0000.parquet", tmp_path / "0001.parquet"]
+    for path in paths:
+        path.write_bytes(parquet_bytes(0, 120))
+    rows = Rows(paths)
+    for i, place in ((0, "0000.parquet, row 1"), (119, "0000.parquet, row 120"),
+                     (120, "0001.parquet, row 1"), (239, "0001.parquet, row 120")):
+        error = rows.error(i, "answer", "no number")
+        assert isinstance(error, UserError)
+        assert f"{place}, column 'answer': no number: correct" in str(error)
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_download(server, monkeypatch):
@@ -416,6 +473,11 @@ def test_progress_is_said_and_so_is_the_size(server, monkeypatch, capsys):
     fetch_split(NAME, "main", "train")
     out = capsys.readouterr().out
     assert f"{NAME} main train, file 2 of 2: 0.0 of 0.0 MB" in out
+    assert "reading" not in out
+    monkeypatch.setattr(hub, "SLOW_BYTES", 0)
+    fetch_split(NAME, "main", "train")
+    folder = cache_folder(NAME, "main", "train")
+    assert capsys.readouterr().out == f"reading 0 MB of {folder}\n"
     assert f"{NAME} main train: 0.0 MB in 2 files, in {cache_folder(NAME, 'main', 'train')}" in out
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch.multiprocessing as mp
 
 from conftest import ROOT
+from hub_fakes import Hub
 from nanochat import hub
 from nanochat.common import UserError, compute_cleanup, compute_init, warn_once
 from nanochat.execution import use_tool
@@ -25,18 +26,19 @@ from stage_runs import TINY_CHAT, last_json, meta_of, rank_variables
 from tasks import chat_data, smoltalk
 from tasks.arc import ARC, ROWS
 from tasks.chat_data import (
-    HELD_OUT,
     Origin,
     built_in_tasks,
+    check_context,
     choose_origin,
     finetuning_tasks,
     midtraining_tasks,
     tasks_of_run,
 )
-from tasks.common import TaskMixture, at_equal_distances, canonical_number
-from tasks.gsm8k import GSM8K, result_of, solution_parts
+from tasks.common import TaskMixture, answer_text, at_equal_distances, canonical_number
+from tasks.gsm8k import CALL, GSM8K, result_of, solution_parts
 from tasks.identity import Identity
 from tasks.mmlu import MMLU
+from tasks.named import FROM_HUB
 from tasks.smoltalk import SmolTalk
 
 REAL = os.environ.get("NANOCHAT_TEST_DATA")
@@ -69,6 +71,11 @@ def science_row(i):
             "answerKey": labels[i % 3]}
 
 
+def function_row(i):
+    return {"prompt": f"def f{i}(x):\n", "canonical_solution": "    return x\n",
+            "test": "def check(f): assert f(1) == 1\n", "entry_point": f"f{i}"}
+
+
 SETS = {
     ("HuggingFaceTB/smol-smoltalk", "default", "train"):
         lambda i: {"messages": talk(f"Hello {i}", f"Hello, number {i}.", "Be short." * (i % 2))},
@@ -80,6 +87,7 @@ SETS = {
     ("allenai/ai2_arc", "ARC-Easy", "test"): science_row,
     ("allenai/ai2_arc", "ARC-Challenge", "train"): science_row,
     ("allenai/ai2_arc", "ARC-Challenge", "test"): science_row,
+    ("openai/openai_humaneval", "openai_humaneval", "test"): function_row,
 }
 
 
@@ -151,6 +159,7 @@ def test_results_are_compared_as_numbers(cache, given, is_right):
     assert task.evaluate(task[0], [{"type": "text", "text": given}]) is is_right
     assert task.evaluate(task[0], answer(task[0]))
     assert not task.evaluate(task[0], [])
+    assert task[0]["answer_tokens"] == 512, "which a solution may take"
 
 
 def test_a_canonical_number_is_the_same_for_the_same_number():
@@ -158,6 +167,7 @@ def test_a_canonical_number_is_the_same_for_the_same_number():
     assert {canonical_number(text) for text in same} == {"1000"}
     assert canonical_number("\N{MINUS SIGN}2.50") == canonical_number("-2.5") == "-2.5"
     assert result_of("#### 10.0") == result_of("#### 10") == "10"
+    assert result_of("#### \N{MINUS SIGN}3") == result_of("#### -3") == "-3"
 
 
 def test_questions_with_choices_show_letters_whatever_their_labels_are(cache):
@@ -195,8 +205,8 @@ def test_conversations_that_are_none_are_passed_over(cache, monkeypatch):
     ] for number in expected]
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     assert all(sum(tokenizer.render_conversation(task[i])[1]) for i in range(len(task)))
-    monkeypatch.setattr(smoltalk, "TRIED", 2)
-    with pytest.raises(UserError, match="no conversation in rows 2 to 3"):
+    monkeypatch.setattr(smoltalk, "TRIED", 3)
+    with pytest.raises(UserError, match="no conversation in rows 2 to 4"):
         task[2]
 
 
@@ -212,7 +222,75 @@ def test_a_slice_takes_every_step_th_row(cache):
 def test_another_number_of_rows_than_the_documented_one_is_said(cache, capsys):
     warn_once.cache_clear()
     GSM8K("train")
-    assert "has 40 rows where 7,473 are documented" in capsys.readouterr().err
+    SmolTalk("train")
+    said = capsys.readouterr().err
+    assert "has 40 rows where 7,473 are documented" in said
+    assert "has 40 rows where 460,000 are documented" in said
+
+
+@pytest.mark.parametrize("split, make, column, change, words", [
+    (("allenai/ai2_arc", "ARC-Easy", "test"), lambda: ARC("ARC-Easy", "test"), "answerKey",
+     "F", "'F' is none of the labels ['1', '2', '3', '4']"),
+    (("allenai/ai2_arc", "ARC-Easy", "test"), lambda: ARC("ARC-Easy", "test"), "choices",
+     {"text": ["a", "b"], "label": ["1", "2", "3"]}, "2 choices have 3 labels"),
+    (("cais/mmlu", "all", "test"), lambda: MMLU("test"), "answer",
+     -1, "-1 is none of 4 choices, counted from 0"),
+    (("cais/mmlu", "all", "test"), lambda: MMLU("test"), "answer",
+     4, "4 is none of 4 choices, counted from 0"),
+    (("openai/gsm8k", "main", "test"), lambda: GSM8K("test"), "answer",
+     "It is <<3+3=6>>6.", 'no "#### " with a number ends the solution'),
+])
+def test_a_row_whose_answer_is_none_is_named(cache, split, make, column, change, words):
+    row = SETS[split]
+    put(split, [{**row(i), column: change} if i == 9 else row(i) for i in range(20)])
+    task = make()
+    assert task.evaluate(task[8], answer(task[8])) and task[10]
+    with pytest.raises(UserError) as error:
+        task[9]
+    path = cache_folder(*split) / "0000.parquet"
+    assert str(error.value) == (
+        f"{path}, row 10, column {column!r}: {words}: correct or replace this file")
+
+
+def test_a_null_or_another_type_in_a_data_set_is_found_before_training(cache):
+    for split, make, column, value in (
+        (("allenai/ai2_arc", "ARC-Challenge", "train"), lambda: ARC("ARC-Challenge", "train"),
+         "answerKey", None),
+        (("allenai/ai2_arc", "ARC-Challenge", "train"), lambda: ARC("ARC-Challenge", "train"),
+         "question", None),
+        (("cais/mmlu", "all", "dev"), lambda: MMLU("dev"), "choices", ["a", None]),
+        (("cais/mmlu", "all", "dev"), lambda: MMLU("dev"), "answer", None),
+        (("openai/gsm8k", "main", "train"), lambda: GSM8K("train"), "question", None),
+        (("openai/gsm8k", "main", "train"), lambda: GSM8K("train"), "answer", None),
+    ):
+        row = SETS[split]
+        put(split, [{**row(i), column: value} if i == 5 else row(i) for i in range(9)])
+        with pytest.raises(UserError, match=f"row 6, column '{column}': it holds a null"):
+            make()
+        put(split, [{**row(i), column: 1.5} for i in range(9)])
+        with pytest.raises(UserError, match=f"column '{column}' has the type double, not"):
+            make()
+
+
+def test_a_context_too_short_for_a_data_set_is_one_line_before_training(cache, capsys):
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    long = "long " * 40
+    tasks = finetuning_tasks()
+    check_context(tokenizer, tasks, 256)
+    assert capsys.readouterr().out == "", "all fit"
+    put(("openai/gsm8k", "main", "train"), [
+        {**sum_row(i), "question": long} if i % 4 == 0 else sum_row(i) for i in range(400)])
+    check_context(tokenizer, finetuning_tasks(), 205)
+    assert capsys.readouterr().out == (
+        "openai/gsm8k: the context of 205 tokens cuts 100 of 100 conversations, 0 of which keep "
+        "no answer\n")
+    with pytest.raises(UserError) as error:
+        check_context(tokenizer, finetuning_tasks(), 8)
+    assert str(error.value) == (
+        "the context of 8 tokens is too short for allenai/ai2_arc: none of 40 conversations keeps "
+        "an answer when it is cut to it. Train a base model with a larger --max_seq_len, or give "
+        "--chat_data=local")
+    check_context(tokenizer, [task for task in tasks if not hasattr(task, "rows")], 2)
 
 
 @pytest.mark.parametrize("make, words", [
@@ -252,6 +330,7 @@ def test_the_documented_mixtures_are_complete_and_the_same_every_time(cache, cap
     assert [(type(task).__name__, len(task)) for task in fine] == [
         ("ARC", 40), ("ARC", 40), ("GSM8K", 40), ("SmolTalk", 40), ("SimpleSpelling", 300),
         ("SpellingBee", 300), ("Arithmetic", 300)]
+    assert fine[3].stop == 10_000
     mixture, again = TaskMixture(fine), TaskMixture(finetuning_tasks())
     rows = [repr(mixture[i]) for i in range(len(mixture))]
     assert rows == [repr(again[i]) for i in range(len(again))]
@@ -358,6 +437,8 @@ def test_the_stages_train_on_the_hubs_conversations_resume_and_are_asked(stages,
     assert "has the conversations of chat_data=hub, not of local" in refusal
     out, _ = stages.fork("scripts.chat_sft", *command, "--resume")
     assert "conversations of the hub" in out and last_json(out)["steps"] == 3
+    saved = stages.folder("chatsft", "d1")
+    assert f"resuming chat_sft of {saved} at step 2\n" in out
     assert meta_of(stages.folder("chatsft", "d1"), 3)["chat_data"] == "hub"
 
     # the chat is asked what it practised
@@ -365,7 +446,7 @@ def test_the_stages_train_on_the_hubs_conversations_resume_and_are_asked(stages,
     score = stages.fork_record("scripts.chat_eval", *few)
     of_a_text = {"own_text", "own_text_practised"}
     assert score["items"].keys() == {
-        "arithmetic", "spelling", "counting", "identity", *of_a_text, *HELD_OUT}
+        "arithmetic", "spelling", "counting", "identity", *of_a_text, *FROM_HUB}
     assert score["items"]["MMLU"] == 3 and 0.2 < score["chance"]["ARC-Easy"] < 0.34
     score = stages.fork_record("scripts.chat_eval", "-a", "ARC-Easy|GSM8K", *few, ranks=2)
     assert score["items"] == {"ARC-Easy": 3, "GSM8K": 3}
@@ -377,6 +458,31 @@ def test_the_stages_train_on_the_hubs_conversations_resume_and_are_asked(stages,
     assert "choose from arithmetic" in stages.refusal("scripts.chat_eval", "-a", "museum")
     refusal = stages.refusal("scripts.mid_train", *command, "--chat_data=web")
     assert "chat_data=web is not supported" in refusal
+
+
+def test_midtraining_fetches_its_data_sets_from_the_hub_as_they_come(stages, trained, monkeypatch):
+    """From a hub that drops, waits and is busy, at the smallest size, to the end."""
+    data = stages.base / "data"
+    fill_cache(data)
+    server = Hub()
+    for path in sorted((data / "hub").rglob("*.parquet")):
+        owner, name, *rest = path.relative_to(data / "hub").parts
+        server.files.setdefault(f"{owner}/{name}", {})["/".join(rest)] = path.read_bytes()
+    server.trouble = {"main/train/0000.parquet": ["cut", 503], "all/dev/0000.parquet": [429]}
+    monkeypatch.setitem(stages.environment, "HF_HUB_OFFLINE", "0")
+    monkeypatch.setitem(stages.environment, "HF_ENDPOINT", server.url)
+    shutil.rmtree(stages.base / "hub", ignore_errors=True)
+    command = (*TINY_CHAT, "--num_iterations=2", "--model_tag=d1", "--chat_data=hub")
+    out, _ = stages.fork("scripts.mid_train", *command)
+    server.close()
+    assert "take the place of its auxiliary_train: cais/mmlu has no split auxiliary_train" in out
+    assert "conversations of the hub: SmolTalk 40, MMLU 40, GSM8K 40, SimpleSpelling" in out
+    record = last_json(out)
+    assert record["steps"] == 2 and record["settings"]["chat_data"] == "hub"
+    for split in SETS:
+        if split[2] in ("train", "dev") and split[0] != "allenai/ai2_arc":
+            path = stages.base.joinpath("hub", *split, "0000.parquet")
+            assert path.read_bytes() == data.joinpath("hub", *split, "0000.parquet").read_bytes()
 
 
 def test_the_command_fetches_all_that_training_and_chat_eval_read(cache, run_module):
@@ -414,27 +520,54 @@ def test_real_questions_have_the_documented_numbers_and_are_judged_right(real_ca
         *(GSM8K(split) for split in ("train", "test")),
     ]
     assert "documented" not in capsys.readouterr().err
-    letters = Counter()
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    choices = Counter()
     for task in tasks:
-        for i in range(0, len(task), 3):
+        for i in range(len(task)):
             conversation = task[i]
-            assert task.evaluate(conversation, answer(conversation))
-            assert not task.evaluate(conversation, [{"type": "text", "text": "wrong"}])
-            letters[len(conversation.get("letters", ""))] += 1
-    assert letters[3] > 3 and letters[5] > 3 and letters[4] > 7000
-    assert set(letters) == {0, 3, 4, 5}
+            gold = answer(conversation)
+            assert task.evaluate(conversation, gold)
+            wrong = [letter for letter in conversation.get("letters", ()) if letter != gold]
+            if not wrong:
+                result = result_of(gold[-1]["text"])
+                wrong = [f"#### {result}1", f"#### 1{result}", f"#### {result}.5", result]
+            for text in wrong:
+                assert not task.evaluate(conversation, [{"type": "text", "text": text}])
+            choices[len(conversation.get("letters", ""))] += 1
+            assert came_back(tokenizer, conversation)
+    # all 32,437 rows
+    assert choices == {0: 8792, 3: 22, 4: 23_608, 5: 15}
 
 
-def test_real_calculator_calls_are_all_computed_by_the_tool(real_cache):
+def came_back(tokenizer, conversation):
+    """Whether the tokens of the last question and its answer say what the conversation says."""
+    ids, _ = tokenizer.render_conversation(conversation)
+    begin = len(ids) - ids[::-1].index(tokenizer.encode_special("<|user_start|>"))
+    end = len(ids) - 1 - ids[::-1].index(tokenizer.encode_special("<|user_end|>"))
+    question = tokenizer.decode(ids[begin:end])
+    if question != conversation["messages"][-2]["content"]:
+        return False
+    parts = tokenizer.parse_completion(ids[end + 2:])
+    gold = answer(conversation)
+    return parts == ([{"type": "text", "text": gold}] if isinstance(gold, str) else gold)
+
+
+def test_real_calculator_calls_all_evaluate_to_what_the_solutions_say(real_cache):
     calls = 0
+    others = []
     for split in ("train", "test"):
         for i in range(len(task := GSM8K(split))):
-            parts = answer(task[i])
-            for call, reply in zip(parts, parts[1:]):
-                if call["type"] == "python":
-                    calls += 1
-                    assert reply["text"] == use_tool(call["text"])
-    assert calls == 27_998
+            solution = task.rows[i]["answer"]
+            replies = [part["text"] for part in answer(task[i]) if part["type"] == "python_output"]
+            said = CALL.findall(solution)
+            assert replies == [use_tool(call) for call, _ in said]
+            calls += len(said)
+            for (call, wanted), reply in zip(said, replies):
+                is_number = wanted.replace(",", "").replace(".", "").lstrip("-").isdecimal()
+                if not is_number or float(wanted.replace(",", "")) != float(reply):
+                    others.append((call, wanted, reply))
+            assert "<<" not in answer_text(answer(task[i]))
+    assert calls == 27_998 and others == [("3/4", "3/4", "0.75")]
 
 
 def test_real_conversations_all_teach_something(real_cache):
@@ -442,11 +575,12 @@ def test_real_conversations_all_teach_something(real_cache):
     assert len(task) == 20_178
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     roles = Counter()
-    for i in range(0, len(task), 23):
+    for i in range(0, len(task), 3):
         conversation = task[i]
         assert sum(tokenizer.render_conversation(conversation)[1]) > 1
+        assert came_back(tokenizer, conversation)
         roles.update(message["role"] for message in conversation["messages"])
-    assert roles["user"] == roles["assistant"] > 800 and roles["system"] > 5
+    assert roles["user"] == roles["assistant"] > 20_000 and roles["system"] > 50
 
 
 def test_a_part_of_mmlu_has_questions_of_all_subjects(real_cache):

@@ -85,7 +85,7 @@ def test_six_cards_get_the_documented_variables_depth_and_batch(machine):
     exports, commands, err = dry_run(machine)
     assert exports == DOCUMENTED, "and no NCCL_MIN_NCHANNELS"
     assert not err and "190" in commands[1]
-    assert [words[2] for words in commands if words[0] == "torchrun"] == ["--nproc_per_node=6"] * 5
+    assert [words[2] for words in commands if words[0] == "torchrun"] == ["--nproc_per_node=6"] * 7
     assert settings_of(commands, "base_train") == [
         "--depth=20", "--device_batch_size=7", "--total_batch_size=516096"]
     assert settings_of(commands, "mid_train") == []
@@ -116,7 +116,7 @@ def test_integrated_gpus_are_hidden(machine, cards, visible):
     assert exports.get("HIP_VISIBLE_DEVICES") == visible
     ranks = [words[2] for words in commands if words[0] == "torchrun"]
     several = len(cards) > 1
-    assert ranks == (["--nproc_per_node=2"] * 5 if several else [])
+    assert ranks == (["--nproc_per_node=2"] * 7 if several else [])
 
 
 def test_devices_that_the_user_has_made_visible_stand(machine):
@@ -155,7 +155,9 @@ def test_minutes_leave_the_depth_to_the_plan(machine):
 
 
 def test_what_the_command_says_stands_before_what_is_exported(machine):
-    every = "dataset,tok_train,tok_eval,base_train,base_loss,mid_train,chat_sft,chat_eval,report"
+    every = (
+        "dataset,tok_train,tok_eval,base_train,base_loss,base_eval,mid_train,chat_sft,chat_rl,"
+        "chat_eval,report")
     _, commands, _ = dry_run(machine, f"--stages={every}", STAGES="mid_train")
     assert commands == dry_run(machine)[1]
     done = launch(machine, "--dry_run=0", TORCH_SEES="6", DRY_RUN="1")
@@ -181,7 +183,7 @@ def test_stages_are_chosen_or_left_out(machine):
 
     assert stages("--stages=chat_sft,mid_train") == ["mid_train", "chat_sft"]
     assert stages("--skip=dataset,tok_train,tok_eval,base_train,chat_eval,report") == [
-        "base_loss", "mid_train", "chat_sft"]
+        "base_loss", "base_eval", "mid_train", "chat_sft", "chat_rl"]
     assert stages("--stages=mid_train,chat_sft", "--skip=chat_sft") == ["mid_train"]
     assert stages("--stages=mid_train, chat_sft") == ["mid_train", "chat_sft"]
 
@@ -192,7 +194,7 @@ def test_stages_are_chosen_or_left_out(machine):
     (["--gpus=7"], "--gpus=7, but there are 6 cards"),
     (["--depth=-2"], "depth=-2"),
     (["--stages=base"], "base is no stage: choose from dataset,"),
-    (["--skip=chat_rl"], "chat_rl is no stage"),
+    (["--skip=chat_dpo"], "chat_dpo is no stage"),
     (["--stages=mid_train", "--skip=mid_train"], "leave no stage"),
     (["--stages=,"], "leave no stage"),
     (["--dry_run=yes"], "unknown word '--dry_run=yes': choose from --gpus=N"),

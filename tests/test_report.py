@@ -254,6 +254,28 @@ def test_validations_are_compared_on_the_same_documents(base_dir):
     assert "| base_train | 300 | 1.2345 |" in text and "| base_loss | 50 | 1.5000 |" in text
 
 
+def test_accuracies_stand_beside_majority_control_chatcore_and_pass_at_k(base_dir):
+    write(base_dir, [
+        training(base_dir, "base_train"),
+        record(
+            "chat_eval",
+            accuracy={"MMLU": 0.375, "GSM8K": 0.05},
+            items={"MMLU": 256, "GSM8K": 256},
+            chance={"MMLU": 0.25, "GSM8K": 0.0},
+            majority={"MMLU": 0.28, "GSM8K": 0.01},
+            control={"MMLU": 0.27},
+            chatcore=0.1083,
+            pass_at_k={"GSM8K": {"1": 0.05, "4": 0.125}},
+        ),
+    ])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "| task | right | 95 % interval | chance | majority | control | items |" in text
+    assert "| 25.0 % | 28.0 % | 27.0 % | 256 |" in text
+    assert "| 0.0 % | 1.0 % | no choices | 256 |" in text
+    assert "0.1083" in text and "pass@k of GSM8K: 5.0 % at 1, 12.5 % at 4" in text
+
+
 def test_a_chat_about_own_text_is_described_by_what_it_quotes(base_dir):
     row = training(base_dir, "base_train")
     row["settings"]["data"] = "/home/ada/notes"

@@ -25,7 +25,7 @@ from speedrun_fakes import (
 )
 
 TRAINING = ("base_train", "mid_train", "chat_sft")
-MODEL_STAGES = (*TRAINING, "base_loss", "chat_eval")
+MODEL_STAGES = (*TRAINING, "chat_rl", "base_loss", "base_eval", "chat_eval")
 ON_A_CPU = [
     "nanochat.dataset",
     "scripts.tok_train",
@@ -36,6 +36,9 @@ ON_A_CPU = [
     "scripts.chat_eval",
     "nanochat.report",
 ]
+# where there are minutes for it
+WITH_RL = [*ON_A_CPU[:6], "scripts.chat_rl", *ON_A_CPU[6:]]
+ON_GPUS = [*WITH_RL[:4], "scripts.base_loss", "scripts.base_eval", *WITH_RL[4:]]
 
 
 def dry_run(base, **variables):
@@ -69,13 +72,35 @@ def test_dry_run_on_a_cpu_is_a_quarter_of_an_hour(tmp_path):
     assert commands == dry_run(tmp_path, MINUTES="15")
 
 
-@pytest.mark.parametrize("minutes", ["0.5", "1", "2", "3", "15", "60"])
+@pytest.mark.parametrize("minutes", ["0.5", "1", "2", "3", "15", "19.9"])
 def test_the_training_stages_share_the_minutes(tmp_path, minutes):
     commands = dry_run(tmp_path, MINUTES=minutes)
     assert [module_of(words) for words in commands] == ON_A_CPU
     budget = minutes_of(commands)
     assert tuple(budget) == TRAINING and all(share > 0 for share in budget.values())
     assert abs(sum(budget.values()) - float(minutes)) < 0.01
+
+
+@pytest.mark.parametrize("minutes, rl", [("20", 2.5), ("60", 7.5), ("600", 10)])
+def test_from_twenty_minutes_on_reinforcement_learning_has_an_eighth(tmp_path, minutes, rl):
+    commands = dry_run(tmp_path, MINUTES=minutes)
+    assert [module_of(words) for words in commands] == WITH_RL
+    budget = minutes_of(commands)
+    assert tuple(budget) == (*TRAINING, "chat_rl") and budget["chat_rl"] == rl
+    assert abs(sum(budget.values()) - float(minutes)) < 0.01
+    [evaluation] = [words for words in commands if "scripts.chat_eval" in words]
+    assert evaluation[3:] == ["--source=rl"], "the model of the last stage is evaluated"
+
+
+def test_a_chat_about_ones_own_text_has_no_reinforcement_learning(tmp_path):
+    commands = dry_run(tmp_path, MINUTES="60", DATA=str(tmp_path))
+    assert [module_of(words) for words in commands] == ON_A_CPU[1:]
+
+
+@pytest.mark.parametrize("stage", ["chat_rl", "base_eval", "base_loss"])
+def test_a_stage_that_is_named_runs_where_it_would_be_left_out(tmp_path, stage):
+    [words] = dry_run(tmp_path, STAGES=stage)
+    assert words[2] == f"scripts.{stage}"
 
 
 def locale_with_a_decimal_comma():
@@ -103,7 +128,8 @@ def test_numbers_are_made_in_the_c_locale(tmp_path):
     )
     awk.chmod(0o755)
     dry_run(tmp_path, LC_ALL="POSIX", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert seen.read_text(encoding="utf-8").splitlines() == ["C"] * 3
+    locales = seen.read_text(encoding="utf-8").splitlines()
+    assert len(locales) >= 3 and set(locales) == {"C"}
 
 
 def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
@@ -113,11 +139,13 @@ def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
     assert commands.index(["wait"]) == 4, "after the tokenizer, before the pretraining"
     stages = [commands[0], *commands[2:4], *commands[5:]]
     modules = [module_of(words) for words in stages]
-    assert modules == [*ON_A_CPU[:4], "scripts.base_loss", *ON_A_CPU[4:]]
+    assert modules == ON_GPUS
     for words in stages:
         if stage_of(words) in MODEL_STAGES:
             assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=8", "-m"]
-            assert words[5:] == ["--"], "settings follow the dashes; the plan chooses the depth"
+            assert words[5] == "--", "settings follow the dashes"
+            given = {"base_eval": ["--optional=1"], "chat_eval": ["--source=rl"]}
+            assert words[6:] == given.get(stage_of(words), []), "the plan chooses the depth"
         else:
             assert words[0] == "python"
     assert minutes_of(stages) == {}
@@ -128,7 +156,7 @@ def test_one_gpu_needs_no_torchrun_and_a_budget_of_time_is_shared_out(tmp_path):
     assert ["python", "-m", "scripts.base_train"] in commands
     assert not any("torchrun" in words for words in commands)
     commands = dry_run(tmp_path, GPUS="1", MINUTES="30")
-    assert set(minutes_of(commands)) == set(TRAINING)
+    assert set(minutes_of(commands)) == {*TRAINING, "chat_rl"}
 
 
 def test_as_much_text_is_fetched_as_the_planned_depth_needs(sandbox):
@@ -450,7 +478,7 @@ def test_resume_is_a_setting_of_the_stage_and_not_of_torchrun(sandbox):
     assert calls[0] == ["-m", "scripts.mid_train", "--", "--resume"]
 
 
-@pytest.mark.parametrize("gpus, ranks", [("1", []), ("2", ["--nproc_per_node=2"] * 5), ("0", [])])
+@pytest.mark.parametrize("gpus, ranks", [("1", []), ("2", ["--nproc_per_node=2"] * 7), ("0", [])])
 def test_a_number_of_gpus_is_honoured_where_there_are_eight(sandbox, gpus, ranks):
     calls, _ = sandbox.run(TORCH_SEES="8", GPUS=gpus)
     assert sandbox.ranks.read_text(encoding="utf-8").split() == ranks
@@ -595,7 +623,7 @@ def test_arguments_are_refused_and_help_is_given():
     ({"DEVICE_BATCH_SIZE": "0"}, "DEVICE_BATCH_SIZE=0"),
     ({"STAGES": "report"}, "python -m nanochat.report"),
     ({"STAGES": ", "}, "STAGES=,  names no stage"),
-    ({"STAGES": "mid_train,chat_rl"}, "chat_rl, which is no stage: choose from dataset,"),
+    ({"STAGES": "mid_train,chat_dpo"}, "chat_dpo, which is no stage: choose from dataset,"),
 ])
 def test_bad_variables_are_one_line_before_anything_is_written(tmp_path, variables, needle):
     base = tmp_path / "base"

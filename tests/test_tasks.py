@@ -205,6 +205,9 @@ def test_spelling_parts_are_right():
         assert [c for c in text["text"] if c.isalpha()] == list(word)
     written_whole = [{"type": "text", "text": spelling[0]["word"]}]
     assert not spelling.evaluate(spelling[0], written_whole), "written whole is not spelled"
+    count = int(answer(bee[0])[2]["text"])
+    assert bee.evaluate(bee[0], f"It has {count}.")
+    assert not bee.evaluate(bee[0], f"It has {count + 1}.")
 
 
 def test_made_up_words_are_training_words():

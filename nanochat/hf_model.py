@@ -1,0 +1,97 @@
+"""A local Hugging Face model behind the few names with which core_eval.py uses one of ours.
+
+    model, tokenizer = load_hf_model("models/gpt2", device)
+
+Whole sequences are read, without a shared beginning, for every architecture caches in its own way.
+Nothing is fetched: the folder holds config.json, the weights and the tokenizer, as save_pretrained
+and `hf download --local-dir` leave them. transformers is no package of this repository, so that it
+has to be installed for this alone.
+"""
+import types
+from pathlib import Path
+
+import torch
+
+from nanochat.common import UserError, expand_home
+from nanochat.core_eval import CHUNK_LOGITS
+
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+LONGEST_CONTEXT = 2048  # tokens, as nanochat's own models have: longer prompts differ from CORE's
+
+
+class HFModel:
+    """A causal language model of transformers, in float32.
+
+    features() gives what our models give logits from; here it is the logits themselves, and
+    batch_tokens keeps them small.
+    """
+    shares_beginnings = False
+
+    def __init__(self, model, vocab_size, context):
+        self.model = model
+        self.config = types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=context)
+        self.batch_tokens = max(context, CHUNK_LOGITS // vocab_size)
+
+    def features(self, idx):
+        """idx (B, T) -> (logits (B, T, V) in float32, None). The padding is behind, where it
+        changes nothing before it."""
+        return self.model(input_ids=idx, use_cache=False).logits.float(), None
+
+    def logits(self, x, recent):
+        """x (n, V) as features() gave it."""
+        return x
+
+    def target_log_probs(self, x, recent, targets):
+        """x (B, n, V), targets (B, n) -> (B, n) in nats."""
+        found = x.gather(-1, targets[..., None])[..., 0]
+        return found - x.logsumexp(-1)
+
+
+class HFTokenizer:
+    """The tokenizer of such a model, with the two methods that are used."""
+
+    def __init__(self, tokenizer, bos):
+        self.tokenizer = tokenizer
+        self.bos = bos
+
+    def get_bos_token_id(self):
+        """What opens a text: the model's own, else what ends its texts, as of GPT-2."""
+        return self.bos
+
+    def encode(self, texts, prepend):
+        """A list of texts -> a list of lists of ids."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [[prepend, *ids] for ids in encoded]
+
+
+def load_hf_model(path, device):
+    """(HFModel, HFTokenizer) of a folder. UserError where it is none, or transformers is missing.
+    """
+    folder = Path(expand_home(path, "write the whole path"))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"hf_path={path} is no folder with a config.json: fetch the model first, "
+                        "for example with `hf download NAME --local-dir FOLDER`")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError("--hf-path needs the package transformers: "
+                        "`uv pip install transformers`") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"hf_path={path} cannot be loaded ({reason}): fetch the model again with "
+                        "its tokenizer, or take a newer transformers") from error
+
+    bos = tokenizer.bos_token_id
+    bos = tokenizer.eos_token_id if bos is None else bos
+    if bos is None:
+        raise UserError(f"the tokenizer in {path} has no token that begins or ends a text: "
+                        "set bos_token in its tokenizer_config.json")
+    known = [getattr(model.config, name, None) for name in CONTEXT_NAMES]
+    context = min([LONGEST_CONTEXT, *(length for length in known if length)])
+    vocab_size = model.get_output_embeddings().weight.size(0)
+    model = model.to(device).eval()
+    return HFModel(model, vocab_size, context), HFTokenizer(tokenizer, bos)

@@ -1,0 +1,96 @@
+"""A model of ours, exported for transformers, gets the verdicts that it gets here."""
+import pytest
+import torch
+
+from core_cases import rows_of, small_tokenizer
+from models import make_model
+from nanochat.common import UserError
+from nanochat.core_bundle import CoreTask
+from nanochat.core_eval import as_encoder, in_order, judge, make_examples
+from nanochat.hf_model import load_hf_model
+from test_gpt import names_in_transformers
+
+CONTEXT = 64
+
+
+def export(model, tokenizer, folder):
+    """Save a GPT of ours as a NanoChatForCausalLM, with its tokenizer, in a folder (a Path)."""
+    transformers = pytest.importorskip("transformers", reason="the outside opinion")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no NanoChat")
+    from transformers import PreTrainedTokenizerFast
+    ours = model.config
+    bos = tokenizer.get_bos_token_id()
+    config = transformers.NanoChatConfig(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.width,
+        intermediate_size=4 * ours.width,
+        num_hidden_layers=ours.depth,
+        num_attention_heads=ours.heads,
+        num_key_value_heads=ours.kv_heads,
+        max_position_embeddings=ours.max_seq_len,
+        rms_norm_eps=1.19e-7,
+        bos_token_id=bos,
+        eos_token_id=bos,
+        pad_token_id=None,
+        final_logit_softcapping=ours.softcap,
+        hidden_act="relu2",
+        attention_bias=False,
+        tie_word_embeddings=False,
+    )
+    theirs = transformers.NanoChatForCausalLM(config).eval()
+    pairs = names_in_transformers(model)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(pairs[name][:parameter.size(0)])
+    theirs.save_pretrained(folder)
+    tokenizer.save(folder)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|bos|>")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(our model, our tokenizer, the folder of the export)"""
+    tokenizer = small_tokenizer()
+    model = make_model(vocab_size=tokenizer.get_vocab_size()).eval()
+    model.config.max_seq_len = CONTEXT
+    model.build_rotary()
+    folder = tmp_path_factory.mktemp("exported")
+    export(model, tokenizer, folder)
+    return model, tokenizer, folder
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+def test_verdicts_equal_those_of_transformers(exported, kind):
+    model, tokenizer, folder = exported
+    theirs, their_tokenizer = load_hf_model(str(folder), "cpu")
+    assert theirs.config.max_seq_len == CONTEXT
+    task = CoreTask(kind, kind, 2, " ", 0.0, rows_of(kind))
+    rows = in_order(task.rows)
+    found = []
+    for one, tokens in ((model, tokenizer), (theirs, their_tokenizer)):
+        examples = make_examples(task, rows, range(8), as_encoder(tokens), CONTEXT)
+        found.append((examples, judge(one, examples, "cpu")))
+    for ours, others in zip(*(examples for examples, _ in found)):
+        assert [ids.tolist() for ids in ours.sequences] == [ids.tolist() for ids in others.sequences]
+    for ours, others in zip(*(verdicts for _, verdicts in found)):
+        assert ours.credit == others.credit
+        assert ours.margin == pytest.approx(others.margin, abs=1e-4)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nowhere", "no folder with a config.json"),
+    ("empty", "no folder with a config.json"),
+    ("damaged", "cannot be loaded"),
+])
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, name, words):
+    pytest.importorskip("transformers", reason="it reads the folder")
+    if name != "nowhere":
+        (tmp_path / name).mkdir()
+    if name == "damaged":
+        (tmp_path / name / "config.json").write_text('{"model_type": "none"}', encoding="utf-8")
+    with pytest.raises(UserError, match=words) as error:
+        load_hf_model(str(tmp_path / name), "cpu")
+    assert "\n" not in str(error.value)
