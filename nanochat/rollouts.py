@@ -251,8 +251,8 @@ def mean_and_error(values):
 
 
 def has_moved(before, after, error_before, error_after):
-    """1 where a mean has risen by more than its standard errors explain, -1 where it has fallen, else
-    0."""
+    """1 where a mean has risen by more than its standard errors explain, -1 where it has fallen by
+    as much, else 0."""
     error = STANDARD_ERRORS * math.hypot(error_before, error_after)
     if after > before + error:
         return 1

@@ -83,6 +83,7 @@ if source not in ("sft", "mid", "rl"):
     raise UserError(f"source={source} is not a stage to start from: choose sft, mid or rl")
 names = [task_name(name) for name in split_names(tasks)] if tasks else None
 
+INHERITED = ("own_identity", "chat_data", "questions")  # from the meta of the model it starts from
 QUESTIONS_PER_STEP = {"cuda": 16}  # on other devices 8
 TRAINING_ITEMS = 20_000      # of a task that makes its items up
 LENGTH_MULTIPLE = 64         # tokens, where every length would be compiled
@@ -105,7 +106,7 @@ meta = start.meta
 passages = prepare_passages(None, meta, start.folder)
 if not start.state:
     origin = next(origins_of(meta), None) or {}
-    meta.update(own_identity=origin.get("own_identity"), chat_data=origin.get("chat_data"))
+    meta.update({key: origin[key] for key in INHERITED if key in origin})
 arrangement = chat_layout(settings, meta, world_size)
 prepare(model, checked.compile, arrangement.checkpoint_activations)
 T = model.config.max_seq_len
@@ -131,14 +132,9 @@ held_out = [make_task(name, "test", eval_items, about) for name in names]
 for name, task in zip(names * 2, practised + held_out):
     if not len(task):
         raise UserError(f"{name} has no items to practise: choose another task")
-meta["questions"] = [
-    conversation["messages"][-2]["content"]
-    for _, conversation in draw_questions(held_out, 0, 4, seed)
-]
 
 # ---- budget
-questions_of_epoch = sum(map(len, practised))
-horizon = chat_horizon(settings, device.type, examples_per_step, questions_of_epoch)
+horizon = chat_horizon(settings, device.type, examples_per_step, sum(map(len, practised)))
 print0(f"{', '.join(names)}: {examples_per_step} questions a step, {num_samples} answers to each, "
        f"at temperature {temperature:g}; {eval_items} held-out questions")
 
@@ -197,17 +193,16 @@ if not scores:
     evaluate()
     meta["greedy_before"] = greedy_accuracy()
     print0(f"greedy: {100 * meta['greedy_before']:.1f} % right")
-meta["scores"] = scores
 
 while not run.over():
-    # once in a while: save, and answer held-out questions
-    if run.save_due():
-        run.save(layout, (drawn, trained_tokens))
+    # once in a while: answer held-out questions, and save
     if run.evaluation_due(times=eval_times):
         evaluate()
         warning = hacking_warning(scores[0][1], scores[-1][1])
         if warning:
             print0(warning)
+    if run.save_due():
+        run.save(layout, (drawn, trained_tokens), scores=list(scores))
 
     # the learning rate decays over the whole run, without warm-up
     multiplier = run.lr_scale * lr_multiplier(run.progress, warmup=0, warmdown=1)
@@ -230,8 +225,7 @@ while not run.over():
     weighted = weighted_rollouts(groups)
     multiple = LENGTH_MULTIPLE if checked.compile else 1
     batches = micro_batches(weighted, device_batch_size, device, multiple)
-    most, = all_reduce_max(len(batches))
-    batches = evened_out(batches, most, device)
+    batches = evened_out(batches, all_reduce_max(len(batches))[0], device)
     targets = count_targets(batches)
 
     # forward and backward: the loss is the mean over the tokens that the model chose, on all ranks
@@ -267,7 +261,7 @@ while not run.over():
 
 # ---- the ending: save, answer held-out questions, say
 if run.last_save_is_due():
-    run.save(layout, (drawn, trained_tokens))
+    run.save(layout, (drawn, trained_tokens), scores=list(scores))
 run.exit_unless_finished()
 evaluate()
 greedy_after = greedy_accuracy()

@@ -108,4 +108,4 @@ class FileTask(Task):
 
     def reward(self, conversation, parts):
         with _place_named(self.path):
-            return float(self.task.reward(conversation, parts))
+            return self.task.reward(conversation, parts)

@@ -90,7 +90,7 @@ def test_the_stage_learns_what_the_reward_is_for_and_leaves_its_record(sft, task
 
 
 def test_a_reward_that_is_hacked_is_noticed(sft, tmp_path):
-    """The reward is for length, and short answers are right."""
+    """The reward is for length, and short answers are right. docs/traps.md: hacked-reward"""
     task = write_task(tmp_path / "long.py", evaluate="len(text) < 10", reward="float(len(text))")
     out, _ = sft.fork("scripts.chat_rl", f"--tasks={task}", *LARGER)
     record = last_json(out)
@@ -145,7 +145,7 @@ def whole(sft, task):
 
 
 def test_a_killed_run_resumes_to_the_bit(sft, run_of, whole):
-    # docs/traps.md: resume-bit-identical
+    # docs/traps.md: resume-forgets
     command, folder = run_of("killed", "--save_every=2")
     sft.fork(*command, status=-9, faults={"6": "kill"})
     out, _ = sft.fork(*command, "--resume")
@@ -160,6 +160,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes_to_the_bit(sft, run_of, w
     assert "saved step 3" in out and "--resume resumes it" in out
     sft.fork(*command, "--resume")
     assert same_weights(weights_of(folder, 6), whole)
+
+
+def test_a_step_of_nan_is_skipped_and_the_run_continues_with_other_questions(sft, run_of):
+    # docs/traps.md: nan-guards
+    command, folder = run_of("nan", "--num_iterations=3")
+    assert sft.fork_record(*command, faults={"2": "nan"})["steps"] == 3
+    [skipped] = rows_of(folder, "skipped")
+    assert skipped["step"] == 1 and "nan" in skipped["skipped"]
 
 
 SLOW_AND_EXACT = ("--learning_rate=0.002", "--dtype=float32", "--num_iterations=3")
@@ -207,7 +215,7 @@ def test_bad_input_is_one_line_with_the_remedy(sft, words, said):
 @pytest.mark.parametrize("reward, said", [
     ("1 / 0", f"broken.py, line {REWARD_LINE + 2}: ZeroDivisionError"),
     ("float('nan')", f"broken.py, line {REWARD_LINE}: the reward of an answer is nan"),
-    ("None", "broken.py"),
+    ("None", f"broken.py, line {REWARD_LINE}: the reward of an answer is None"),
 ])
 def test_a_reward_that_is_broken_is_one_line_with_its_place(sft, tmp_path, reward, said):
     task = write_task(tmp_path / "broken.py", reward=reward)

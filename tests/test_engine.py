@@ -442,6 +442,7 @@ def run_scripted(tokenizer, expression):
 
 
 def test_the_tool_runs_inside_and_its_reply_is_forced(tokenizer):
+    """docs/traps.md: forced-tokens"""
     engine, prompt, start = scripted_run(tokenizer, "12*7")
     (ids,) = engine.generate_batch([prompt], max_new_tokens=40, temperature=0)
     assert ids[:len(start)] == start

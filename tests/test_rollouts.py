@@ -146,6 +146,7 @@ def test_groups_without_spread_are_left_out_and_a_cut_answer_is_never_made_likel
 
 
 def test_nothing_is_learned_from_the_prompt_and_from_the_reply_of_the_tool():
+    # docs/traps.md: forced-tokens
     own = [True, False, False, True]
     row = training_row(rollout(1.0, tokens=(4, 5, 6, 7), sampled=own), 0.5)
     inputs, targets, weights = row
@@ -241,6 +242,7 @@ def score(accuracy, reward, error=0.01):
 
 
 def test_a_reward_that_rises_while_right_answers_fall_is_called_hacked():
+    # docs/traps.md: hacked-reward
     first = score(0.5, 0.5)
     assert "being hacked" in hacking_warning(first, score(0.3, 0.9))
     assert "being hacked" in outcome_warning(first, score(0.3, 0.9))
