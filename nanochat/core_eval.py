@@ -12,8 +12,8 @@ core_eval.py, after DataComp-LM, arXiv 2406.11794), so that the numbers compare.
 
 What makes it fast, and changes no verdict (tests/core_reference.py has the slow way):
 
-1. Choices share their beginning. It is read once into a KV cache; then each choice's own end is
-   read behind it, over the end of the choice before.
+1. Choices share their beginning. One prefill reads it into a KV cache; then each choice's own end
+   is read behind it, over the end of the choice before.
 2. Examples of similar length are read together.
 3. Only at scored positions are logits computed, and those in float32.
 4. The blocks compute in bfloat16 where the hardware multiplies it. Where a verdict hangs on a
@@ -189,7 +189,7 @@ class Scored(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A beginning to be read once, and the ends to be read behind it."""
+    """A beginning, for one prefill, and the ends to be read behind it."""
     example: int
     start: np.ndarray
     ends: list      # of int arrays
