@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.adamw import AdamW
+from nanochat.attention import choose_kernel
 from nanochat.checkpoint_manager import build_model, is_consistent, is_possible
 from nanochat.common import UserError, all_reduce_max, print0
 from nanochat.configurator import read_config
@@ -497,6 +498,7 @@ class Training:
             "dtype": str(compute.dtype).removeprefix("torch."),
         }
         self.network = build_model(meta, compute.device).train()
+        choose_kernel(compute.device, compute.dtype)    # as training does
         prepare(self.network, setup.compile, setup.checkpoint_activations)
         choose_optimizers(self.network, setup.optimizer)
         optimizers = self.network.setup_optimizers()

@@ -22,6 +22,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import signal
 import struct
 import sys
@@ -68,7 +69,11 @@ def call(name, *arguments):
 
 def system_call(name, *arguments):
     """Make one of the system calls in SYSCALLS that the C library may lack; as call()."""
-    return call("syscall", SYSCALLS[name][MACHINES.index(os.uname().machine)], *arguments)
+    number = SYSCALLS[name][MACHINES.index(os.uname().machine)]
+    try:
+        return call("syscall", number, *arguments)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,7 +198,6 @@ def limit_resources(seconds, memory_mb):
 
     At the CPU limit comes SIGXCPU, which a program may ignore, a second later SIGKILL.
     """
-    import resource
     wanted = {
         "AS": (memory_mb << 20, memory_mb << 20),
         "CPU": (seconds, seconds + 1),
@@ -509,24 +513,49 @@ def confine_process(wanted, paths, seconds, memory_mb):
     apply("seccomp", wanted, apply_seccomp)
 
 
+NEEDS = {
+    "unprivileged_user": "namespaces",  # which shows the interpreter's files to another user
+    "landlock": "no_new_privs",
+    "seccomp": "no_new_privs",
+}
+
+
 def probe():
-    """Try every layer on the calling process; print a list of [name, reason] as JSON."""
+    """Try every layer, each in a child process; print a list of [name, reason] as JSON."""
     missing = []
-    paths = readable_paths()
     for layer in LAYERS:
-        try:
-            confine_session([layer], paths)
-            confine_process([layer], paths, 10, 512)
-        except ConfinementError as error:
-            missing.append([layer, str(error)])
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _try(layer, writing)
+        os.close(writing)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with open(reading, "rb") as file:
+            reason = file.read().decode("utf-8", "replace")
+        if status:
+            missing.append([layer, reason or f"{layer}: its trial ended with {status}"])
     print(json.dumps(missing))
+
+
+def _try(layer, writing):
+    """Apply a layer to this process and end it: with 0, or with 1 and the reason in a pipe."""
+    paths = readable_paths()
+    for name in (NEEDS.get(layer), layer):
+        try:
+            confine_session([name], paths)
+            confine_process([name], paths, 10, 512)
+        except ConfinementError as error:
+            if name == layer:
+                os.write(writing, str(error).encode("utf-8"))
+                os._exit(1)
+    os._exit(0)
 
 
 @functools.cache
 def missing_layers():
     """{name: reason} of the layers that this system does not offer to this user.
 
-    They are tried on a process that has nothing else to do.
+    They are tried on processes that have nothing else to do.
     """
     if sys.platform != "linux":
         import platform

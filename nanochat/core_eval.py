@@ -37,7 +37,7 @@ ORDER_SEED = 1337       # of the rows of a task (nanochat)
 SHOTS_SEED = 1234       # plus the index of the example (nanochat)
 TIE = 1e-6              # nats a token; choices that are closer share the credit
 CHUNK_LOGITS = 1 << 24  # logits in memory at once
-BATCH_TOKENS = 4096     # read in one forward pass
+BATCH_TOKENS = 8192     # read in one forward pass
 FIRST_SAMPLE = 16       # examples that are computed in bfloat16 and in float32, of the first block
 SAMPLE = 4              # and of every other block
 SIMILAR = 32            # starts whose lengths differ by less are sorted by their ends
@@ -65,8 +65,10 @@ def few_shot_indices(count, index, shots):
     return [i + (i >= index) for i in drawn]
 
 
-def control_index(task, rows, index):
-    """The row whose query stands in for that of row `index`: the next one that asks another thing.
+def control_index(rows, index):
+    """The row whose query stands in for that of row `index`.
+
+    It is the next one that asks another thing; where all rows ask the same, the row itself.
     """
     query = rows[index]["query"]
     for step in range(1, len(rows)):
@@ -94,7 +96,7 @@ def render(task, rows, index, control=False):
     before = "".join(solved(task, rows[i]) + "\n\n" for i in shown)
     row = rows[index]
     if task.kind == "multiple_choice":
-        asked = rows[control_index(task, rows, index)] if control else row
+        asked = rows[control_index(rows, index)] if control else row
         context = before + asked["query"] + task.delimiter
         return [context + choice for choice in row["choices"]]
     if task.kind == "schema":
@@ -142,11 +144,12 @@ def make_example(task, sequences, gold, context):
     # before the cut
     too_many = max(0, max(map(len, sequences)) - context)
     cuts = [min(too_many, max(0, len(ids) - 2)) for ids in sequences]
-    sequences = [ids[cut:] for ids, cut in zip(sequences, cuts)]
-    spans = [
-        (max(1, min(start, end - 1) - cut), end - cut) for (start, end), cut in zip(spans, cuts)
-    ]
-    return Example(sequences, spans, gold)
+    kept, shifted = [], []
+    for ids, (start, end), cut in zip(sequences, spans, cuts):
+        start = min(start, end - 1)
+        kept.append(ids[cut:])
+        shifted.append((max(1, start - cut), end - cut))
+    return Example(kept, shifted, gold)
 
 
 def as_encoder(tokenizer):
@@ -220,9 +223,14 @@ def units_of(number, example, share):
     return [Unit(number, sequences[0][:common], ends, scored)]
 
 
+def longest_end(units):
+    """Tokens of the longest end of all Units, 0 where they have none."""
+    return max((len(end) for unit in units for end in unit.ends), default=0)
+
+
 def fit_ends(units, context):
     """Units whose ends, padded to the longest, stay inside of the context."""
-    longest = max((len(end) for unit in units for end in unit.ends), default=0)
+    longest = longest_end(units)
     fitting = []
     for unit in units:
         moved = len(unit.start) + longest - context
@@ -256,12 +264,12 @@ def batches(units, tokens):
     Units with and without ends are never in one batch: a full start has no room for padded ends.
     """
     def size(unit):
-        longest_end = max(map(len, unit.ends), default=0)
-        return bool(unit.ends), len(unit.start) // SIMILAR, longest_end, len(unit.start)
+        length = len(unit.start)
+        return bool(unit.ends), length // SIMILAR, longest_end([unit]), length
 
     batch = []
     for unit in sorted(units, key=size):
-        width = len(unit.start) + max(map(len, unit.ends), default=0)
+        width = len(unit.start) + longest_end([unit])
         is_full = (len(batch) + 1) * width > tokens
         if batch and (is_full or bool(batch[0].ends) != bool(unit.ends)):
             yield batch
@@ -296,6 +304,7 @@ class Passes:
         for row, unit in enumerate(self.units):
             for part in unit.scored:
                 if part.in_pass == number:
+                    # neighbouring positions predict the tokens of a part
                     count = len(part.tokens)
                     rows += [row] * count
                     positions += range(part.first, part.first + count)
@@ -306,6 +315,13 @@ class Passes:
         self.x.append(x[rows, positions])
         if recent is not None:
             self.recent.append(recent[rows, positions])
+
+    def joined(self, device):
+        """x (n, C) in float32, recent (n, lookback) or None, targets (n,) of all passes."""
+        x = torch.cat(self.x).float()
+        recent = torch.cat(self.recent) if self.recent else None
+        targets = torch.tensor(self.targets, device=device)
+        return x, recent, targets
 
 
 def read_units(model, units, device):
@@ -320,7 +336,7 @@ def read_units(model, units, device):
         return found
 
     # 1. what the choices of an example share, into a slot of its own
-    longest = max((len(end) for unit in units for end in unit.ends))
+    longest = longest_end(units)
     kv_cache = model.new_kv_cache(len(units), idx.size(1) + longest)
     slots = list(range(len(units)))
     found.gather(0, *model.features(idx, kv_cache, slots))
@@ -328,7 +344,10 @@ def read_units(model, units, device):
 
     # 2. one end after another behind it; the lengths of the slots stay, so each overwrites the last
     for number in range(most):
-        ends = [unit.ends[number] if number < len(unit.ends) else [] for unit in units]
+        ends = []
+        for unit in units:
+            has_one = number < len(unit.ends)
+            ends.append(unit.ends[number] if has_one else [])
         idx = padded(ends, device)
         found.gather(number + 1, *model.features(idx, kv_cache, slots))
     return found
@@ -338,9 +357,7 @@ def read_units(model, units, device):
 def log_probs_of(model, units, device):
     """{(example, choice): [log-probability of each scored token]} of a batch of Units."""
     found = read_units(model, units, device)
-    x = torch.cat(found.x).float()
-    recent = torch.cat(found.recent) if found.recent else None
-    targets = torch.tensor(found.targets, device=device)
+    x, recent, targets = found.joined(device)
     if recent is not None:
         recent = recent[None]
     values = model.target_log_probs(x[None], recent, targets[None])[0]
@@ -354,9 +371,7 @@ def log_probs_of(model, units, device):
 def leads_of(model, units, device):
     """{(example, 0): [lead of each scored token]}: by how much its logit exceeds all others'."""
     found = read_units(model, units, device)
-    x = torch.cat(found.x).float()
-    recent = torch.cat(found.recent) if found.recent else None
-    targets = torch.tensor(found.targets, device=device)
+    x, recent, targets = found.joined(device)
     result = {}
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
     for start in range(0, len(x), size):
@@ -409,18 +424,30 @@ def judge(model, examples, device, progress=None):
     """The Verdicts of Examples of one task, by one model. progress: called with the share done."""
     share = getattr(model, "shares_beginnings", True)
     tokens = getattr(model, "batch_tokens", BATCH_TOKENS)
-    units = [unit for i, example in enumerate(examples) for unit in units_of(i, example, share)]
-    work = leads_of if examples and examples[0].gold < 0 else log_probs_of
+    units = []
+    for number, example in enumerate(examples):
+        units += units_of(number, example, share)
+    has_choices = any(example.gold >= 0 for example in examples)
+    work = log_probs_of if has_choices else leads_of
     values, done = {}, 0
     for batch in batches(units, tokens):
         values.update(work(model, batch, device))
         done += len(batch)
         if progress:
             progress(done / len(units))
-    return [
-        verdict_of(example, [values[i, k] for k in range(len(example.sequences))])
-        for i, example in enumerate(examples)
-    ]
+
+    verdicts = []
+    for number, example in enumerate(examples):
+        choices = range(len(example.sequences))
+        of_choices = [values[number, choice] for choice in choices]
+        verdicts.append(verdict_of(example, of_choices))
+    return verdicts
+
+
+def block_linears(model):
+    """The matrices of a GPT but for its head."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    return [linear for linear in linears if not isinstance(linear, Head)]
 
 
 def half_precision_copy(model):
@@ -429,16 +456,17 @@ def half_precision_copy(model):
     So the last rounding of a logit is float32's: half of a bfloat16's last bit at a logit of 10 is
     0.03 nats, more than all blocks together err.
     """
-    cast = set()
-    for module in model.modules():
-        if isinstance(module, Linear) and not isinstance(module, Head):
-            cast.add(id(module.weight))
-    tensors = [*model.parameters(), *model.buffers()]
-    shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in cast}
-    copied = copy.deepcopy(model, shared)
-    for module in copied.modules():
-        if isinstance(module, Linear) and not isinstance(module, Head):
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+    # 1. what deepcopy finds in its memo, it does not copy
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = tensor
+    for linear in block_linears(model):
+        del memo[id(linear.weight)]
+    copied = copy.deepcopy(model, memo)
+
+    # 2. the matrices of the blocks
+    for linear in block_linears(copied):
+        linear.weight.data = linear.weight.data.to(torch.bfloat16)
     copied.compute_dtype = torch.bfloat16
     return copied
 
@@ -467,7 +495,8 @@ class NearTies:
 
     def to_compare(self, examples):
         """Indices of the examples of a block that are computed both ways, whatever their margin."""
-        return range(min(FIRST_SAMPLE if not self.compared else SAMPLE, len(examples)))
+        wanted = SAMPLE if self.compared else FIRST_SAMPLE
+        return range(min(wanted, len(examples)))
 
     def is_near(self, example, margin):
         """Whether float32 might turn this margin."""
@@ -500,8 +529,8 @@ def judge_fast(model, fast, examples, near_ties, device, progress=None):
             verdicts[i] = verdict
         done |= chosen
         # 2. those that are near now; a larger error may have been seen
-        chosen = {
-            i for i, example in enumerate(examples)
-            if i not in done and near_ties.is_near(example, verdicts[i].margin)
-        }
+        chosen = set()
+        for i, example in enumerate(examples):
+            if i not in done and near_ties.is_near(example, verdicts[i].margin):
+                chosen.add(i)
     return verdicts

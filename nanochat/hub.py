@@ -337,9 +337,9 @@ class Rows:
         for path in paths:
             table = _read_table(path, columns, most - self.first_rows[-1])
             self.first_rows.append(self.first_rows[-1] + table.num_rows)
-            self.batches += [batch for batch in table.to_batches() if batch.num_rows]
+            self.batches += table.to_batches()
         self.ends = list(itertools.accumulate(batch.num_rows for batch in self.batches))
-        if not self.batches:
+        if self.first_rows[-1] == 0:
             raise UserError(
                 f"{paths[0].parent} is an empty split, without any row: remove this folder, and "
                 "fetch or copy it again")

@@ -15,6 +15,7 @@ Shapes: N tokens, n tokens of a chunk, C width, V vocabulary.
 import functools
 
 import torch
+import torch.nn.functional as F
 
 # Logits in a chunk. On a CPU 4 MB, which stay in its cache; a GPU of CUDA or ROCm wants large
 # matmuls, for which 1024 tokens of a vocabulary of 65,536 are enough. MPS shares its memory with
@@ -24,6 +25,9 @@ CHUNK_LOGITS_DEFAULT = 1 << 26
 # Each chunk adds to the whole of the head's gradient, so that tiny ones would cost more than
 # they save.
 MIN_CHUNK_TOKENS = 128
+# Columns of the logits are padded to a multiple of this: cuBLAS and hipBLASLt have fast products
+# for rows of whole 16 bytes alone, which GPT-2's 50,257 columns are not.
+COLUMN_MULTIPLE = {"cuda": 8}
 
 
 def softcap(logits, cap):
@@ -107,26 +111,31 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, head, chunk_loss, cap, compile_chunk, *inputs):
         """x (N, C), head (V, C), inputs (N,) each -> the sum of all losses, 0-D float32."""
         N, V = x.size(0), head.size(0)
+        padding = -V % COLUMN_MULTIPLE.get(x.device.type, 1)
         w = head.to(x.dtype)
+        if padding:
+            w = F.pad(w, (0, 0, 0, padding))
         losses = torch.empty(N, dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x)
-        dw = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
+        dw = torch.zeros(w.shape, dtype=torch.float32, device=x.device)
         others = []
         function = functools.partial(in_float32, chunk_loss)
         if compile_chunk:
             function = compiled(chunk_loss)
         for part in chunks(N, V, x.device):
             # 1. logits, losses and their gradient by the logits
-            z = x[part] @ w.T
+            z = (x[part] @ w.T)[:, :V]
             losses[part], dz, more = function(cap, z, *(values[part] for values in inputs))
             others.append(more)
             # 2. the gradients by the features and by the head
+            if padding:
+                dz = F.pad(dz, (0, padding))
             dx[part] = dz @ w
             if x.device.type == "cpu" and x.dtype == torch.float32:
                 dw.addmm_(dz.T, x[part])
             else:
                 dw.add_(dz.T @ x[part])
-        ctx.save_for_backward(dx, dw, *(torch.cat(pieces) for pieces in zip(*others)))
+        ctx.save_for_backward(dx, dw[:V], *(torch.cat(pieces) for pieces in zip(*others)))
         ctx.inputs = len(inputs)
         return losses.sum()
 

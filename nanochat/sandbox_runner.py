@@ -14,6 +14,7 @@ and nothing else. The candidate is forked from a process that has read no tests.
 
 A request or an answer is a frame: the length as 4 bytes, then JSON.
 """
+import contextlib
 import fcntl
 import json
 import os
@@ -197,7 +198,7 @@ class Proxy:
     """
 
     def __init__(self, name, requests, answers):
-        self.name = name
+        self.name = self.__name__ = name
         self.requests = requests
         self.answers = answers
         self.is_lost = False
@@ -236,10 +237,14 @@ class Proxy:
 
 
 def _exception(name, message):
-    """The exception that a candidate raised, of its own class where that is a builtin one."""
+    """The exception that a candidate raised, of its own class where that is a builtin one.
+
+    Not a StopIteration: `all(map(candidate, inputs))` would take it for the end of the inputs.
+    """
     import builtins
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    is_exception = isinstance(kind, type) and issubclass(kind, Exception)
+    if is_exception and not issubclass(kind, (StopIteration, StopAsyncIteration)):
         try:
             return kind(message)
         except TypeError:   # a UnicodeDecodeError wants five arguments
@@ -362,8 +367,14 @@ def _status_of(candidate):
     pid, status = os.waitpid(candidate, os.WNOHANG)
     if pid:
         return os.waitstatus_to_exitcode(status)
-    os.kill(candidate, signal.SIGKILL)
+    _kill(candidate)
     return None
+
+
+def _kill(pid):
+    """Kill a process, if it has not just ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def main():
@@ -382,6 +393,6 @@ def main():
         if name in config:
             os.close(config[name])
     # The parent ends a job by this signal. When init has been waited for, all are gone.
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
+    signal.signal(signal.SIGTERM, lambda *_: _kill(pid))
     os.waitpid(pid, 0)
     os._exit(0)

@@ -49,7 +49,7 @@ source = "base"          # stage of the model: base, mid, sft or rl
 model_tag: str = None    # checkpoint folder; None: the newest
 step: int = None         # step; None: of a base model the best by validation, else the last
 hf_path: str = None      # folder of a local Hugging Face model to measure in place of ours
-bundle: str = None       # folder with core.yaml; None: eval_bundle in the base directory, or fetched
+bundle: str = None       # folder with core.yaml; None: base directory/eval_bundle, or fetched
 tasks: str = None        # comma-separated labels of core.yaml; None: all of them
 max_per_task = -1        # rows of each task, the first of its fixed order; -1: all of them
 control = True           # also measure multiple choice without the question
@@ -95,8 +95,8 @@ else:
     model.compute_dtype = torch.float32
     if compute.dtype == torch.bfloat16:
         fast = half_precision_copy(model)
-passes = "bfloat16, near ties again in float32" if fast else "float32"
-print0(f"measuring {measured}; {passes}; {len(core_tasks)} tasks of {folder}")
+computed_in = "bfloat16, near ties again in float32" if fast else "float32"
+print0(f"measuring {measured}; {computed_in}; {len(core_tasks)} tasks of {folder}")
 encode = as_encoder(tokenizer)
 context = model.config.max_seq_len
 

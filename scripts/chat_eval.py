@@ -165,7 +165,7 @@ if answerer.excess > 1:
     print0(f"scores of a batch differ by {answerer.excess:.1f} times as much as a near tie allows: "
            "another --batch_size may answer a few questions otherwise")
 chatcore = sum(one.centred for one in scores.values()) / len(scores)
-print0(f"ChatCORE {chatcore:.4f}: accuracy with chance at 0, the mean of {len(scores)} tasks")
+print0(f"ChatCORE {chatcore:.4f}: accuracy with chance at 0, mean over tasks ({len(scores)})")
 
 
 def column(key):

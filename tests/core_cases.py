@@ -1,4 +1,4 @@
-"""A small bundle for the tests of CORE: a task of each kind, with rows that are easily told apart."""
+"""A small bundle for the tests of CORE: a task of each kind."""
 import json
 
 from nanochat.tokenizer import Tokenizer

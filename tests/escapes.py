@@ -33,6 +33,7 @@ def escaped(if_this=True):
         print("ESCAPED", flush=True)
 """
 
+PR_SET_DUMPABLE = 4
 # numbers of calls that the filter does not name: x86_64, aarch64
 MORE_NUMBERS = {
     "execveat": (322, 281), "memfd_create": (319, 279), "personality": (135, 92),
@@ -274,6 +275,7 @@ def become(uid):
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+        call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # as the processes of a user are
 
 
 def main():

@@ -301,3 +301,20 @@ def test_compiled_code_on_disk_does_not_bring_back_another_kernel(tmp_path, monk
     torch.compiler.reset()
     use_torchs_own()
     assert attention.compiler_config.cache_key_tag == tag
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_in_blocks_of_queries_equals_the_fused_kernel(T, kv_heads):
+    """On a CPU in bfloat16, without a gradient; with one, the fused kernel runs."""
+    torch.manual_seed(0)
+    q = torch.randn(2, T, 4, 16)
+    k, v = torch.randn(2, T, kv_heads, 16), torch.randn(2, T, kv_heads, 16)
+    wanted = attention.causal_attention(q, k, v)
+    halves = [x.bfloat16() for x in (q, k, v)]
+    with torch.no_grad():
+        found = attention.causal_attention(*halves)
+    assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
+    torch.testing.assert_close(found.float(), wanted, atol=0.03, rtol=0.03)
+    fused = attention.attend(*halves, False)
+    torch.testing.assert_close(found.float(), fused.float(), atol=0.03, rtol=0.03)

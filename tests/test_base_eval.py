@@ -5,6 +5,7 @@ import json
 import pytest
 
 from core_cases import write_bundle
+from nanochat import report
 from stage_runs import last_json
 
 COLUMNS = ["task", "rows", "accuracy", "low", "high", "baseline", "centred", "control"]
@@ -81,6 +82,22 @@ def test_without_a_bundle_one_line_says_so_and_optional_ends_well(stages, traine
     out, _ = stages.fork("scripts.base_eval", "--optional=1")
     assert out.split("\n")[0].startswith("CORE is left aside: no CORE bundle in ")
     assert "--bundle" in last_json(out)["skipped"]
+
+
+def test_the_report_has_a_table_of_it(measured):
+    _, record = measured
+    run = report.Run({"base_eval": record}, {}, 1.0, {})
+    heading, table, text = report.core_blocks(run)
+    assert heading == ("heading", "CORE of the base model")
+    tasks = record["tasks"]
+    assert {row[0] for row in table[2]} == set(tasks)
+    centred = [float(row[4]) for row in table[2]]
+    assert centred == sorted(centred, reverse=True)
+    assert f"CORE: {record['core']:.4f}" in text[1]
+    limited = report.Run({"base_eval": {**record, "limited": True}}, {}, 1.0, {})
+    assert "is not CORE" in list(report.core_blocks(limited))[2][1]
+    skipped = report.Run({"base_eval": {"skipped": "no network"}}, {}, 1.0, {})
+    assert list(report.core_blocks(skipped)) == []
 
 
 @pytest.mark.parametrize("words, said", [

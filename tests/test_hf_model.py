@@ -74,7 +74,8 @@ def test_verdicts_equal_those_of_transformers(exported, kind):
         examples = make_examples(task, rows, range(8), as_encoder(tokens), CONTEXT)
         found.append((examples, judge(one, examples, "cpu")))
     for ours, others in zip(*(examples for examples, _ in found)):
-        assert [ids.tolist() for ids in ours.sequences] == [ids.tolist() for ids in others.sequences]
+        for ids, their_ids in zip(ours.sequences, others.sequences):
+            assert ids.tolist() == their_ids.tolist()
     for ours, others in zip(*(verdicts for _, verdicts in found)):
         assert ours.credit == others.credit
         assert ours.margin == pytest.approx(others.margin, abs=1e-4)

@@ -136,6 +136,15 @@ def test_a_server_may_send_less_than_the_range_or_all_of_the_file(server):
     assert len(server.fetched(second)) == 2
 
 
+def test_a_download_that_is_stopped_keeps_what_came(server, base_dir):
+    stop = threading.Event()
+    url = f"{server.url}/datasets/{NAME}/resolve/{hub.BRANCH}/main/train/0000.parquet"
+    path = base_dir / "0000.parquet"
+    assert download.download(url, path, stop, progress=lambda *_: stop.set()) == "interrupted"
+    assert len(server.requests) == 1 and not path.exists()
+    assert (base_dir / "0000.parquet.part").stat().st_size == download.BLOCK_BYTES
+
+
 def test_what_is_left_of_a_longer_file_is_not_continued(server):
     folder = cache_folder(NAME, "main", "test")
     folder.mkdir(parents=True)
@@ -157,7 +166,8 @@ def test_a_file_of_another_length_is_damaged(tmp_path):
     path.write_bytes(SMALL["main/test/0000.parquet"])
     size = path.stat().st_size
     lengths = (None, size, size - 1, size + 1)
-    problems = [download._problem_of(path, length, None) for length in lengths]
+    check = download.parquet_problem
+    problems = [download._problem_of(path, length, None, check) for length in lengths]
     assert problems == ["", "", "the length is wrong", "the length is wrong"]
 
 
