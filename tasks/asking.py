@@ -169,11 +169,11 @@ def score(task, conversations, asked):
     right = sum(sum(one.right) / len(one.right) for one in asked)
     chance = chance_of(task, conversations)
     controls = [one.control for one in asked if one.control is not None]
-    samples = len(asked[0].right)
+    samples = max(len(one.right) for one in asked)
     shares = {}
     if samples > 1:
         for k in sample_counts(samples):
-            shares[k] = sum(pass_at_k(samples, sum(one.right), k) for one in asked) / count
+            shares[k] = sum(pass_at(one, k) for one in asked) / count
     return Score(
         right=right,
         count=count,
@@ -186,6 +186,12 @@ def score(task, conversations, asked):
         pass_at_k=shares,
         f1=sum(one.similarity for one in asked) / count if isinstance(task, Questions) else None,
     )
+
+
+def pass_at(one, k):
+    """The pass@k of an Asked. An answer that is picked is the same in every sample."""
+    samples = len(one.right)
+    return pass_at_k(samples, sum(one.right), min(k, samples))
 
 
 def chance_of(task, conversations):
