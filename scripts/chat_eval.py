@@ -131,11 +131,13 @@ if error:
 scores, not_fitting = {}, {}
 for name in names:
     # the items
-    task = of_user.get(name) or make_task(name, "test", items or USUAL_ITEMS, about)
-    most = items if name in of_user else items or USUAL_ITEMS
+    is_of_file = name in of_user    # an empty task counts as False
+    most = items if is_of_file else items or USUAL_ITEMS
+    task = of_user[name] if is_of_file else make_task(name, "test", most, about)
     numbers = at_equal_distances(len(task), most)
     if not numbers:
-        print0(f"{name:13s} has no items: the text is too short to ask about")
+        reason = "" if is_of_file else ": the text is too short to ask about"
+        print0(f"{name:13s} has no items{reason}")
         continue
     conversations = [task[number] for number in numbers]
 

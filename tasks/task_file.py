@@ -86,8 +86,12 @@ class FileTask(Task):
         self.task = task
         self.name = type(task).__name__
         with _place_named(path):
-            self.chance = task.chance
+            self.chance = float(task.chance)
             self.count = len(task)
+        if not 0 <= self.chance < 1:
+            raise UserError(
+                f"{path}: chance={task.chance} of {self.name} must be at least 0 and below 1, the "
+                "share that guessing gets right")
 
     def num_examples(self):
         return self.count
@@ -104,7 +108,12 @@ class FileTask(Task):
 
     def evaluate_many(self, pairs):
         with _place_named(self.path):
-            return [bool(verdict) for verdict in self.task.evaluate_many(pairs)]
+            verdicts = [bool(verdict) for verdict in self.task.evaluate_many(pairs)]
+        if len(verdicts) != len(pairs):
+            raise UserError(
+                f"{self.path}: evaluate_many of {self.name} judged {len(verdicts)} of "
+                f"{len(pairs)} answers: return one verdict for each")
+        return verdicts
 
     def reward(self, conversation, parts):
         with _place_named(self.path):

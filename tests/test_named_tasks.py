@@ -131,12 +131,25 @@ def test_a_task_file_is_told_split_and_size_where_it_wants_them(write):
     ("return len(CAPITALS)", "return len(None)", "line 9: TypeError"),
     ("return conversation(f", "return (f", "example 0 of Capitals is no conversation"),
     ("class Capitals(Task)", "class Capitals", "must have one subclass of tasks.common.Task"),
+    ("(Task):", "(Task):\n    chance = 1", "chance=1 of Capitals must be at least 0 and below 1"),
+    ("(Task):", "(Task):\n    chance = 'low'", "ValueError"),
 ])
 def test_what_is_wrong_in_a_task_file_is_one_line_with_its_place(write, old, new, said):
     path = write(MINE.replace(old, new))
     with pytest.raises(UserError) as error:
         make_task(path)[0]
     assert said in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_task_file_that_judges_fewer_answers_than_it_got_is_refused(write):
+    few = MINE + '''
+    def evaluate_many(self, pairs):
+        return [True]
+'''
+    task = make_task(write(few))
+    assert task.evaluate_many([(task[0], "Paris")]) == [True]
+    with pytest.raises(UserError, match="judged 1 of 2 answers"):
+        task.evaluate_many([(task[0], "Paris"), (task[1], "Rome")])
 
 
 def test_what_goes_wrong_in_judging_names_the_line_of_the_task_file(write):
