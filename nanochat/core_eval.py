@@ -12,8 +12,8 @@ core_eval.py, after DataComp-LM, arXiv 2406.11794), so that the numbers compare.
 
 What makes it fast, and changes no verdict (tests/core_reference.py has the slow way):
 
-1. Choices share their beginning, which has one prefill into a KV cache. Then each choice's own end is
-   read behind it, over the end of the choice before.
+1. Choices share their beginning, which has one prefill into a KV cache. Then each choice's own end
+   is read behind it, over the end of the choice before.
 2. Examples of similar length are read together.
 3. Only at scored positions are logits computed, and those in float32.
 4. The blocks compute in bfloat16 where the hardware multiplies it. Where a verdict hangs on a
