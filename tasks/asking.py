@@ -12,10 +12,8 @@ import time
 import zlib
 from typing import NamedTuple
 
-import torch.distributed as dist
-
 from nanochat.answers import Noise, is_generated
-from nanochat.common import get_dist_info, print0
+from nanochat.common import gathered, get_dist_info, print0
 from nanochat.metrics import wilson_interval
 from nanochat.scores import centred, majority_share, pass_at_k, sample_counts
 from tasks.common import answer_text, stem_of, with_stem
@@ -139,11 +137,7 @@ def ask_all(how, name, task, numbers, conversations):
             print0(f"{name}: {len(asked)} of {len(mine)} answered, {left:.0f} s left")
 
     # 3) those of the other ranks
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, asked)
-        asked = [one for some in gathered for one in some]
-    return sorted(asked, key=lambda one: one.number)
+    return sorted(gathered(asked), key=lambda one: one.number)
 
 
 # ------------------------------------------------------------------------------------------------
