@@ -1,5 +1,7 @@
 """The files of CORE: what is read, and the one line that says what is wrong with them."""
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -115,10 +117,26 @@ def test_a_fetched_bundle_is_unpacked_whole(bundle, base_dir, monkeypatch):
     monkeypatch.setattr(core_bundle, "download", bring)
     fetch_bundle()
     assert len(read_bundle(find_bundle())) == 3
-    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle"], "nothing else is left"
+    left = sorted(path.name for path in base_dir.iterdir())
+    assert left == [".lock", "eval_bundle"], "no part and no archive is left"
     assert sent["auth"] is None, "the hub's token is for the hub alone"
     monkeypatch.setattr(core_bundle, "download", None)
     fetch_bundle()  # it is there
+
+
+def test_of_two_that_fetch_the_bundle_one_finds_that_of_the_other(bundle, base_dir, monkeypatch):
+    fetched = []
+
+    def bring(url, path, stop, **options):
+        fetched.append(path)
+        time.sleep(0.2)
+        archive_of(bundle, path)
+
+    monkeypatch.setattr(core_bundle, "download", bring)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(fetch_bundle) for _ in range(2)]:
+            future.result()
+    assert len(fetched) == 1 and len(read_bundle(find_bundle())) == 3
 
 
 def test_an_archive_of_something_else_is_refused(bundle, base_dir):
