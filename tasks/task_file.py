@@ -12,6 +12,7 @@ What goes wrong in the file is one line that names the file's line.
 import contextlib
 import importlib.util
 import inspect
+import sys
 import traceback
 
 from nanochat.common import UserError, expand_home
@@ -45,12 +46,13 @@ def load_task(path, split="test", size=None):
     run, or does not have exactly one task.
     """
     path = expand_home(str(path), "write the whole path")
-    spec = importlib.util.spec_from_file_location("user_task", path)
+    spec = importlib.util.spec_from_file_location(f"task in {path}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         open(path, "rb").close()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    sys.modules[spec.name] = module     # where dataclasses look for the names of annotations
     with _place_named(path):
         spec.loader.exec_module(module)
         task_class = _only_task(path, module)

@@ -114,6 +114,20 @@ def test_a_task_file_is_a_task_with_its_own_reward(write):
     assert task.reward(task[0], right) == pytest.approx(0.95)
 
 
+def test_a_task_file_may_have_data_classes_with_annotations_as_text(write):
+    more = MINE.replace('"""Capitals."""', "from __future__ import annotations").replace(
+        "class Capitals", '''import dataclasses
+
+
+@dataclasses.dataclass
+class City:
+    name: str
+
+
+class Capitals''')
+    assert len(make_task(write(more))) == 3
+
+
 def test_a_task_file_is_told_split_and_size_where_it_wants_them(write):
     more = MINE.replace("    def num_examples", '''    def __init__(self, split, size=2):
         super().__init__()
