@@ -16,7 +16,7 @@ import sys
 import traceback
 
 from nanochat.common import UserError, expand_home
-from tasks.common import Task, check_conversation
+from tasks.common import Task, check_item
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ class FileTask(Task):
     def get_example(self, i):
         with _place_named(self.path):
             item = self.task[i]
-        check_conversation(item, f"{self.path}, example {i} of {self.name}")
+        check_item(item, f"{self.path}, example {i} of {self.name}")
         return item
 
     def evaluate(self, conversation, parts):
