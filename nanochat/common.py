@@ -407,6 +407,20 @@ def all_reduce_max(*numbers):
     return values.tolist()
 
 
+def gathered(values):
+    """The items of the list of each rank in one list, in the order of the ranks.
+
+    This is a collective: every rank must call it. The items travel as pickles.
+    """
+    import torch.distributed as dist
+    world_size = get_dist_info()[3]
+    if world_size == 1:
+        return values
+    lists = [None] * world_size
+    dist.all_gather_object(lists, values)
+    return [value for one in lists for value in one]
+
+
 def require_alike(what, value, remedy):
     """UserError on every rank unless `value` is the same on all of them. what: its name.
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from nanochat.common import UserError, expand_home, get_base_dir, print0
 from nanochat.download import download, zip_problem
-from nanochat.hub import is_offline
+from nanochat.hub import is_offline, locked
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 REMEDY = (f"unpack {BUNDLE_URL} into $NANOCHAT_BASE_DIR, "
@@ -70,8 +70,20 @@ def fetch_bundle():
     UserError where it is not to be had.
     """
     base = get_base_dir()
-    if (base / "eval_bundle" / "core.yaml").is_file():
+    if _has_bundle(base):
         return
+    # machines that share the folder: one fetches it, the others find it
+    with locked(base):
+        if not _has_bundle(base):
+            _fetch_into(base)
+
+
+def _has_bundle(base):
+    return (base / "eval_bundle" / "core.yaml").is_file()
+
+
+def _fetch_into(base):
+    """Bring the public bundle into a folder (a Path); as fetch_bundle()."""
     archive = base / "eval_bundle.zip"
     reason = "HF_HUB_OFFLINE is set" if is_offline() else None
     if reason is None:

@@ -12,7 +12,7 @@ core_eval.py, after DataComp-LM, arXiv 2406.11794), so that the numbers compare.
 
 What makes it fast, and changes no verdict (tests/core_reference.py has the slow way):
 
-1. Choices share their beginning. One prefill reads it into a KV cache; then each choice's own end
+1. Choices share their beginning, which has one prefill into a KV cache. Then each choice's own end
    is read behind it, over the end of the choice before.
 2. Examples of similar length are read together.
 3. Only at scored positions are logits computed, and those in float32.
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from nanochat.core_bundle import OPTIONS
+from nanochat.engine import check_finite
 from nanochat.gpt import Head, Linear
 
 ORDER_SEED = 1337       # of the rows of a task (nanochat)
@@ -189,7 +190,7 @@ class Scored(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A beginning, for one prefill, and the ends to be read behind it."""
+    """A beginning that has one prefill, and the ends to be read behind it."""
     example: int
     start: np.ndarray
     ends: list      # of int arrays
@@ -355,12 +356,16 @@ def read_units(model, units, device):
 
 @torch.inference_mode()
 def log_probs_of(model, units, device):
-    """{(example, choice): [log-probability of each scored token]} of a batch of Units."""
+    """{(example, choice): [log-probability of each scored token]} of a batch of Units.
+
+    NonFiniteError where one of them is not finite.
+    """
     found = read_units(model, units, device)
     x, recent, targets = found.joined(device)
     if recent is not None:
         recent = recent[None]
     values = model.target_log_probs(x[None], recent, targets[None])[0]
+    check_finite(values)
     result = {}
     for owner, value in zip(found.owners, values.tolist()):
         result.setdefault(owner, []).append(value)
@@ -369,7 +374,10 @@ def log_probs_of(model, units, device):
 
 @torch.inference_mode()
 def leads_of(model, units, device):
-    """{(example, 0): [lead of each scored token]}: by how much its logit exceeds all others'."""
+    """{(example, 0): [lead of each scored token]}: by how much its logit exceeds all others'.
+
+    NonFiniteError where one of them is not finite.
+    """
     found = read_units(model, units, device)
     x, recent, targets = found.joined(device)
     result = {}
@@ -380,7 +388,9 @@ def leads_of(model, units, device):
         label = targets[part, None]
         wanted = logits.gather(1, label)[:, 0]
         best_other = logits.scatter(1, label, -torch.inf).amax(-1)
-        for owner, lead in zip(found.owners[part], (wanted - best_other).tolist()):
+        leads = wanted - best_other
+        check_finite(leads)
+        for owner, lead in zip(found.owners[part], leads.tolist()):
             result.setdefault(owner, []).append(lead)
     return result
 

@@ -9,6 +9,7 @@ to no other host.
 import os
 import re
 import zipfile
+import zlib
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -83,7 +84,7 @@ def zip_problem(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         return " ".join(str(error).split())
     return f"{damaged} in it is damaged" if damaged else ""
 

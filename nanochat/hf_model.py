@@ -72,18 +72,25 @@ def load_hf_model(path, device):
         raise UserError(f"hf_path={path} is no folder with a config.json: fetch the model first, "
                         "for example with `hf download NAME --local-dir FOLDER`")
     try:
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise UserError("--hf-path needs the package transformers: "
                         "`uv pip install transformers`") from None
+    failures = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+    except (*failures, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"hf_path={path} cannot be loaded ({reason}): fetch the model again with "
                         "its tokenizer, or take a newer transformers") from error
+    # transformers would draw these at random, and only warn
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise UserError(f"hf_path={path} cannot be loaded (its files lack {len(missing)} weights, "
+                        f"such as {missing[0]}): fetch the model again")
 
     bos = tokenizer.bos_token_id
     bos = tokenizer.eos_token_id if bos is None else bos

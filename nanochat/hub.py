@@ -214,16 +214,16 @@ def fetch_split(name, config, split, fetch=True, again=False):
             f"nanochat.hub {name} {config} {split} (or python -m tasks.chat_data, for all) where "
             "there is a network, and copy the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         paths = None if again else cached_files(folder)  # another process may have fetched it
         return paths or _fetch(name, config, split, folder)
 
 
 @contextlib.contextmanager
-def _locked(folder):
+def locked(folder):
     """A context in which no other process fetches into a folder."""
     with open(folder / ".lock", "a", encoding="utf-8") as file:
-        with where_offered("flock", "no other process may fetch the same data set now"):
+        with where_offered("flock", "no other process may fetch the same files now"):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.common import UserError, get_dist_info
+from nanochat.common import UserError
+from nanochat.scores import pass_at_k
 
 ANSWER_TOKENS = 96      # of an answer at most, where its question does not ask for more
 EPSILON = 1e-4          # beside the standard deviation of a group's rewards
@@ -68,6 +69,21 @@ def draw_questions(tasks, start, count, seed):
         index = _order(len(task), f"{seed} {which}", epoch)[place]
         drawn.append((task, task[index]))
     return drawn
+
+
+def distinct_draws(tasks, most):
+    """At most `most` of the first draws of draw_questions(), without those that repeat a question.
+
+    >>> distinct_draws([range(1), range(3)], 9)
+    [0, 1, 3, 5]
+    """
+    longest = max(map(len, tasks))
+    numbers = []
+    for number in range(longest * len(tasks)):
+        turn, which = divmod(number, len(tasks))
+        if turn < len(tasks[which]):
+            numbers.append(number)
+    return numbers[:most]
 
 
 def seed_of(*numbers):
@@ -117,7 +133,7 @@ def judge(task, conversation, parts):
     reward = task.reward(conversation, parts)
     try:
         number = float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(
@@ -148,17 +164,20 @@ def group_advantages(rewards):
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     spread = rewards.std(-1, correction=0, keepdim=True)
-    has_spread = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
-    return torch.where(has_spread, centred / (spread + EPSILON), 0.0).float()
+    differ = rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True)
+    return torch.where(differ, centred / (spread + EPSILON), 0.0).float()
+
+
+def has_spread(group):
+    """Whether the rewards of a group, a list of Rollouts, differ."""
+    return len({rollout.reward for rollout in group}) > 1
 
 
 def weighted_rollouts(groups):
     """[(rollout, advantage)] of the groups whose rewards differ; groups: lists of Rollouts."""
     kept = []
-    for group in groups:
+    for group in filter(has_spread, groups):
         rewards = [rollout.reward for rollout in group]
-        if len(set(rewards)) < 2:
-            continue
         advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
         for rollout, advantage in zip(group, advantages):
             if rollout.is_cut:
@@ -179,19 +198,19 @@ def training_row(rollout, advantage):
     return ids[:-1], targets[1:], weights[1:]
 
 
-def micro_batches(weighted, micro_batch_size, device, multiple=1):
+def micro_batches(weighted, micro_batch_size, device, multiple=1, context=math.inf):
     """[(inputs, targets, weights)] of weighted rollouts, each (B, T); answers alike in length are
     together.
 
-    weighted: of weighted_rollouts(). multiple: T is rounded up to one of it. Of no rollouts, it is
-    one micro-batch without a target.
+    weighted: of weighted_rollouts(). multiple: T is rounded up to one of it, or to the `context` of
+    the model where that is less. Of no rollouts, it is one micro-batch without a target.
     """
     rows = [training_row(*one) for one in weighted] or [EMPTY_ROW]
     rows.sort(key=lambda row: len(row[0]))
     batches = []
     for start in range(0, len(rows), micro_batch_size):
         some = rows[start:start + micro_batch_size]
-        length = -(-len(some[-1][0]) // multiple) * multiple
+        length = min(-(-len(some[-1][0]) // multiple) * multiple, context)
         batches.append(tuple(
             torch.tensor([values + [filler] * (length - len(values)) for values in column],
                          device=device)
@@ -231,8 +250,9 @@ def score_of(groups):
                         "choose a task with shorter questions")
     accuracies, passes, rewards, cuts = [], [], [], []
     for group in groups:
-        accuracies.append(sum(rollout.is_right for rollout in group) / len(group))
-        passes.append(any(rollout.is_right for rollout in group))
+        right = sum(rollout.is_right for rollout in group)
+        accuracies.append(right / len(group))
+        passes.append(pass_at_k(len(group), right, len(group)))
         rewards.append(sum(rollout.reward for rollout in group) / len(group))
         cuts.append(sum(rollout.is_cut for rollout in group) / len(group))
     return Score(
@@ -299,13 +319,3 @@ def nothing_to_learn(groups):
                 "nothing to learn: choose questions that the model answers rightly at times")
     return ("the answers to each question all have the same reward, so that there is nothing to "
             "learn: raise --num_samples or --temperature")
-
-
-def gathered(values):
-    """The items of a list of each rank, all in one list, in the order of the ranks."""
-    ranks = get_dist_info()[3]
-    if ranks == 1:
-        return values
-    lists = [None] * ranks
-    torch.distributed.all_gather_object(lists, values)
-    return [value for one in lists for value in one]

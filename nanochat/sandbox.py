@@ -116,8 +116,16 @@ def _reason(said, record):
     ended = record.get("candidate")
     reason = " ".join(said.split()) or f"the checker ended with status {record.get('status')}"
     if ended is not None and ended < 0:
-        reason += f" ({signal.Signals(-ended).name})"
+        reason += f" ({_signal_name(-ended)})"
     return reason
+
+
+def _signal_name(number):
+    """The name of a signal; its number where it has none, as the real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def run_many(jobs, workers=None):
@@ -363,7 +371,7 @@ def _exit_status(result):
         print("error: the program's processes were killed from outside", file=sys.stderr)
         return 1
     if result.status < 0:
-        name = signal.Signals(-result.status).name
+        name = _signal_name(-result.status)
         print(f"error: the program was ended by {name}", file=sys.stderr)
         return 128 - result.status
     return result.status

@@ -51,7 +51,7 @@ batch_size = 64        # answered at a time
 num_samples = 1        # answers to each question, where they are generated
 temperature = 0.0      # of these; 0: the likeliest token
 top_k = 50             # of these, at a temperature above 0; 0: all tokens
-max_new_tokens = 96    # of an answer; a quote of your text comes besides, GSM8K has 512
+max_new_tokens = 96    # of an answer; a quote comes besides, GSM8K and HumanEval have 512
 allow_missing = ""     # layers of the sandbox that may be missing, comma-separated, of HumanEval
 device_type = ""       # cuda, mps or cpu; empty: the best one here
 dtype = ""             # float32 or bfloat16; empty: that of training
@@ -131,11 +131,13 @@ if error:
 scores, not_fitting = {}, {}
 for name in names:
     # the items
-    task = of_user.get(name) or make_task(name, "test", items or USUAL_ITEMS, about)
-    most = items if name in of_user else items or USUAL_ITEMS
+    is_of_file = name in of_user    # an empty task counts as False
+    most = items if is_of_file else items or USUAL_ITEMS
+    task = of_user[name] if is_of_file else make_task(name, "test", most, about)
     numbers = at_equal_distances(len(task), most)
     if not numbers:
-        print0(f"{name:13s} has no items: the text is too short to ask about")
+        reason = "" if is_of_file else ": the text is too short to ask about"
+        print0(f"{name:13s} has no items{reason}")
         continue
     conversations = [task[number] for number in numbers]
 

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from nanochat.common import UserError, all_reduce_max, compute_init, print0
+from nanochat.common import UserError, all_reduce_max, compute_init, gathered, print0
 from nanochat.configurator import configure, require
 from nanochat.engine import Engine, check_sampling
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
@@ -23,10 +23,11 @@ from nanochat.passage_store import origins_of, prepare_passages
 from nanochat.plan import chat_horizon, chat_layout
 from nanochat.rollouts import (
     Score,
+    distinct_draws,
     draw_questions,
     evened_out,
-    gathered,
     hacking_warning,
+    has_spread,
     micro_batches,
     nothing_to_learn,
     outcome_warning,
@@ -57,7 +58,7 @@ device_batch_size = 16       # answers per device and training pass
 learning_rate = 0.002        # Muon's, for the matrices; decays to 2 % over the run
 weight_decay = 0.0           # of the matrices
 grad_clip = 0.0              # largest gradient norm; 0 does not clip
-eval_items = 128             # held-out questions, num_samples answers to each
+eval_items = 128             # held-out questions at most, num_samples answers to each
 eval_times = 4               # evaluations after as many equal parts; there is one before, too
 device_type = ""             # cuda, mps or cpu; empty: the best one here
 dtype = ""                   # float32 or bfloat16; empty: the checkpoint's
@@ -132,11 +133,12 @@ held_out = [make_task(name, "test", eval_items, about) for name in names]
 for name, task in zip(names * 2, practised + held_out):
     if not len(task):
         raise UserError(f"{name} has no items to practise: choose another task")
+asked = distinct_draws(held_out, eval_items)    # held-out questions by their numbers
 
 # ---- budget
 horizon = chat_horizon(settings, device.type, examples_per_step, sum(map(len, practised)))
 print0(f"{', '.join(names)}: {examples_per_step} questions a step, {num_samples} answers to each, "
-       f"at temperature {temperature:g}; {eval_items} held-out questions")
+       f"at temperature {temperature:g}; {len(asked)} held-out questions")
 
 run = Run(
     "chat_rl", settings, compute, start.folder, start, meta, horizon, 0, model.flops(T),
@@ -144,14 +146,14 @@ run = Run(
 run.checkpoints.save_tokenizer(tokenizer)
 options = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
 
-# what a resumed run continues: questions drawn so far, tokens trained on, scores
-drawn, trained_tokens = 0, 0
+# what a resumed run continues: questions drawn so far, tokens trained on, steps that had nothing to
+# learn, the mean reward of each step, scores
+drawn, trained_tokens, idle_steps, rewards = 0, 0, 0, []
 scores = [(step, Score(*numbers)) for step, numbers in meta.get("scores", [])]
 if start.state:
-    drawn, trained_tokens = start.state["loaders"][0]
+    drawn, trained_tokens, idle_steps, rewards = start.state["loaders"][0]
 micro_batch_size = device_batch_size
-idle_steps = 0               # that had nothing to learn
-rewards = []                 # mean of each step
+said_idle = False            # whether it was said that a step has nothing to learn
 del start  # what was read is mapped from files that the run may delete
 
 
@@ -159,9 +161,9 @@ def answer_held_out(samples, **options):
     """Groups of Rollouts of the held-out questions, those of all ranks. Every rank calls it."""
     engine = Engine(layout.whole_model(), tokenizer, passages)
     groups = []
-    for first in range(0, eval_items, examples_per_step):
+    for first in range(0, len(asked), examples_per_step):
         run.watch()
-        numbers = range(first, min(first + examples_per_step, eval_items))[rank::world_size]
+        numbers = asked[first:first + examples_per_step][rank::world_size]
         questions = [draw_questions(held_out, number, 1, 0)[0] for number in numbers]
         seeds = [[seed_of(SCORE_STREAM, number, i) for i in range(samples)] for number in numbers]
         groups += sample_groups(engine, questions, seeds, **options)
@@ -170,7 +172,7 @@ def answer_held_out(samples, **options):
 
 def evaluate():
     """Score the held-out questions as the model answers them in training."""
-    print0(f"answering {eval_items} held-out questions, {num_samples} times each")
+    print0(f"answering {len(asked)} held-out questions, {num_samples} times each")
     score = score_of(answer_held_out(num_samples, **options))
     scores.append((run.step, score))
     run.log(
@@ -202,7 +204,8 @@ while not run.over():
         if warning:
             print0(warning)
     if run.save_due():
-        run.save(layout, (drawn, trained_tokens), scores=list(scores))
+        continued = drawn, trained_tokens, idle_steps, list(rewards)
+        run.save(layout, continued, scores=list(scores))
 
     # the learning rate decays over the whole run, without warm-up
     multiplier = run.lr_scale * lr_multiplier(run.progress, warmup=0, warmdown=1)
@@ -224,7 +227,7 @@ while not run.over():
     # advantages: groups whose answers are worth the same are left out
     weighted = weighted_rollouts(groups)
     multiple = LENGTH_MULTIPLE if checked.compile else 1
-    batches = micro_batches(weighted, device_batch_size, device, multiple)
+    batches = micro_batches(weighted, device_batch_size, device, multiple, T)
     batches = evened_out(batches, all_reduce_max(len(batches))[0], device)
     targets = count_targets(batches)
 
@@ -248,20 +251,21 @@ while not run.over():
     reward /= max(1, sum(map(len, groups)))
     if not learns:
         idle_steps += 1
-        if idle_steps == 1:
+        if not said_idle:
             print0(f"step {run.step + 1}: {nothing_to_learn(groups)}")
+        said_idle = True
     if accepted:
         rewards.append(reward)
-        trained_tokens += sum(batch[0].numel() for batch in batches) * world_size
+        trained_tokens += sum(gathered([batch[0].numel() for batch in batches]))
         run.total_batch_size = trained_tokens // (run.step + 1)  # the mean, for steps differ
         run.record(loss, learning_rate * multiplier, grad_norm)
-        run.log(reward=reward, groups=len(weighted) // num_samples * world_size)
+        run.log(reward=reward, groups=sum(map(has_spread, groups)))
     else:
         run.skip(layout)
 
 # ---- the ending: save, answer held-out questions, say
 if run.last_save_is_due():
-    run.save(layout, (drawn, trained_tokens), scores=list(scores))
+    run.save(layout, (drawn, trained_tokens, idle_steps, rewards), scores=list(scores))
 run.exit_unless_finished()
 evaluate()
 greedy_after = greedy_accuracy()
@@ -290,7 +294,7 @@ run.finish(
     reward_before=before.reward,
     reward_after=after.reward,
     accuracy_error=after.accuracy_error,
-    eval_items=eval_items,
+    eval_items=len(asked),
     mean_reward=sum(rewards) / max(1, len(rewards)),
     idle_steps=idle_steps,
     warning=warning or None,

@@ -12,10 +12,8 @@ import time
 import zlib
 from typing import NamedTuple
 
-import torch.distributed as dist
-
 from nanochat.answers import Noise, is_generated
-from nanochat.common import get_dist_info, print0
+from nanochat.common import gathered, get_dist_info, print0
 from nanochat.metrics import wilson_interval
 from nanochat.scores import centred, majority_share, pass_at_k, sample_counts
 from tasks.common import answer_text, stem_of, with_stem
@@ -139,11 +137,7 @@ def ask_all(how, name, task, numbers, conversations):
             print0(f"{name}: {len(asked)} of {len(mine)} answered, {left:.0f} s left")
 
     # 3) those of the other ranks
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, asked)
-        asked = [one for some in gathered for one in some]
-    return sorted(asked, key=lambda one: one.number)
+    return sorted(gathered(asked), key=lambda one: one.number)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,11 +163,11 @@ def score(task, conversations, asked):
     right = sum(sum(one.right) / len(one.right) for one in asked)
     chance = chance_of(task, conversations)
     controls = [one.control for one in asked if one.control is not None]
-    samples = len(asked[0].right)
+    samples = max(len(one.right) for one in asked)
     shares = {}
     if samples > 1:
         for k in sample_counts(samples):
-            shares[k] = sum(pass_at_k(samples, sum(one.right), k) for one in asked) / count
+            shares[k] = sum(pass_at(one, k) for one in asked) / count
     return Score(
         right=right,
         count=count,
@@ -186,6 +180,12 @@ def score(task, conversations, asked):
         pass_at_k=shares,
         f1=sum(one.similarity for one in asked) / count if isinstance(task, Questions) else None,
     )
+
+
+def pass_at(one, k):
+    """The pass@k of an Asked. An answer that is picked is the same in every sample."""
+    samples = len(one.right)
+    return pass_at_k(samples, sum(one.right), min(k, samples))
 
 
 def chance_of(task, conversations):

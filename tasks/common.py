@@ -12,7 +12,7 @@ import re
 from collections import Counter
 
 from nanochat.common import UserError, fraction, warn_once
-from nanochat.conversation import LOOKUP_CALL
+from nanochat.conversation import LOOKUP_CALL, check_conversation
 from nanochat.hub import load_rows
 
 TEST_SHARE = 0.1
@@ -51,18 +51,36 @@ def conversation(question, answer, **fields):
     return {"messages": messages, **fields}
 
 
-def check_conversation(item, place):
+def check_item(item, place):
     """UserError where an item is not a conversation that ends with an answer.
 
     place: what the error names.
     """
-    messages = item.get("messages") if isinstance(item, dict) else None
-    is_list = isinstance(messages, list)
-    if is_list and all(isinstance(one, dict) and "content" in one for one in messages):
-        if [one.get("role") for one in messages[-2:]] == ["user", "assistant"]:
-            return
-    raise UserError(
-        f"{place} is no conversation: return conversation(question, answer) of tasks.common")
+    problem = _problem_of(item)
+    if problem:
+        raise UserError(f"{place} is no conversation to ask ({problem}): return "
+                        "conversation(question, answer) of tasks.common")
+
+
+def _problem_of(item):
+    """What is wrong with an item that must be a conversation with an answer, or ""."""
+    try:
+        messages = check_conversation(item)
+    except UserError as error:
+        return str(error)
+    if messages[-1]["role"] != "assistant":
+        return "the last message is not the assistant's"
+    for key in ("letters", "choices"):
+        if key in item and not _is_to_pick_from(item[key]):
+            return f"its {key} are not a list of at least two texts"
+    if "choices" in item and not isinstance(item.get("neutral"), str):
+        return "with choices it needs `neutral`, the question that they are compared with"
+    return ""
+
+
+def _is_to_pick_from(texts):
+    is_list = isinstance(texts, (list, tuple)) and len(texts) > 1
+    return is_list and all(isinstance(text, str) and text for text in texts)
 
 
 def answer_text(parts):

@@ -37,7 +37,7 @@ class HumanEval(HubTask):
 
     name = "openai/openai_humaneval"
     config = "openai_humaneval"
-    columns = ("prompt", "canonical_solution", "test", "entry_point")
+    columns = {"prompt": str, "canonical_solution": str, "test": str, "entry_point": str}
     documented = {"test": 164}
 
     def __init__(self, split="test", fetch=True, allow_missing=(), **slice_):

@@ -83,7 +83,8 @@ def _human_eval(request):
 
 def _custom(request):
     if request.about.custom is None:
-        raise UserError("the task custom asks the questions of a file: add --custom=qa.jsonl")
+        raise UserError("the task custom asks the questions of a file: add --custom=qa.jsonl to "
+                        "chat_eval, or name the file itself, --tasks=qa.jsonl")
     return Questions(request.about.custom)
 
 

@@ -12,10 +12,11 @@ What goes wrong in the file is one line that names the file's line.
 import contextlib
 import importlib.util
 import inspect
+import sys
 import traceback
 
 from nanochat.common import UserError, expand_home
-from tasks.common import Task, check_conversation
+from tasks.common import Task, check_item
 
 
 @contextlib.contextmanager
@@ -45,12 +46,13 @@ def load_task(path, split="test", size=None):
     run, or does not have exactly one task.
     """
     path = expand_home(str(path), "write the whole path")
-    spec = importlib.util.spec_from_file_location("user_task", path)
+    spec = importlib.util.spec_from_file_location(f"task in {path}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         open(path, "rb").close()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    sys.modules[spec.name] = module     # where dataclasses look for the names of annotations
     with _place_named(path):
         spec.loader.exec_module(module)
         task_class = _only_task(path, module)
@@ -86,8 +88,12 @@ class FileTask(Task):
         self.task = task
         self.name = type(task).__name__
         with _place_named(path):
-            self.chance = task.chance
+            self.chance = float(task.chance)
             self.count = len(task)
+        if not 0 <= self.chance < 1:
+            raise UserError(
+                f"{path}: chance={task.chance} of {self.name} must be at least 0 and below 1, the "
+                "share that guessing gets right")
 
     def num_examples(self):
         return self.count
@@ -95,7 +101,7 @@ class FileTask(Task):
     def get_example(self, i):
         with _place_named(self.path):
             item = self.task[i]
-        check_conversation(item, f"{self.path}, example {i} of {self.name}")
+        check_item(item, f"{self.path}, example {i} of {self.name}")
         return item
 
     def evaluate(self, conversation, parts):
@@ -104,7 +110,12 @@ class FileTask(Task):
 
     def evaluate_many(self, pairs):
         with _place_named(self.path):
-            return [bool(verdict) for verdict in self.task.evaluate_many(pairs)]
+            verdicts = [bool(verdict) for verdict in self.task.evaluate_many(pairs)]
+        if len(verdicts) != len(pairs):
+            raise UserError(
+                f"{self.path}: evaluate_many of {self.name} judged {len(verdicts)} of "
+                f"{len(pairs)} answers: return one verdict for each")
+        return verdicts
 
     def reward(self, conversation, parts):
         with _place_named(self.path):

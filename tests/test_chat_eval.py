@@ -15,7 +15,8 @@ from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
 from stage_runs import TINY_CHAT
 from tasks import named
-from tasks.asking import How, ask_all, control_of, score
+from tasks.arithmetic import Arithmetic
+from tasks.asking import Asked, How, ask_all, control_of, score
 from tasks.common import at_equal_distances, choice_conversation, conversation
 from test_hub_tasks import fill_cache
 
@@ -80,6 +81,17 @@ def test_samples_are_equal_at_any_batch_size_and_on_two_ranks(chat):
         assert list(of_task) == ["1", "2", "3"]
         assert 0 <= of_task["1"] <= of_task["2"] <= of_task["3"] <= 1
     assert alone[0]["accuracy"]["counting"] == pytest.approx(shares["counting"]["1"])
+
+
+def test_a_picked_answer_counts_once_in_pass_at_k_whatever_comes_first():
+    picked = Asked(0, [True], None, 0.0, True, "A")
+    written = Asked(1, [True, False, False, False], None, 0.0, True, "84")
+    items = [choice_conversation("Which?", ["a", "b"], 0), conversation("7*12?", "84")]
+    for order in (0, 1), (1, 0):
+        asked = [(picked, written)[place] for place in order]
+        found = score(Arithmetic("test", 2), [items[place] for place in order], asked)
+        assert found.pass_at_k == {1: 0.625, 2: 0.75, 4: 1.0}
+        assert found.accuracy == found.pass_at_k[1]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def test_a_reward_that_is_hacked_is_noticed(sft, tmp_path):
 
 def test_rewards_that_are_all_the_same_are_said_to_teach_nothing(sft, tmp_path):
     task = write_task(tmp_path / "same.py", reward="1.0")
-    out, _ = sft.fork("scripts.chat_rl", f"--tasks={task}", *SMALL, "--num_iterations=3")
+    out, _ = sft.fork(
+        "scripts.chat_rl", f"--tasks={task}", *SMALL, "--num_iterations=3", "--eval_items=99")
+    assert out.count("40 held-out questions, 4 times each") == 2, "each of the task's once"
     assert out.count("all 16 answers have the reward 1, so that there is nothing to learn") == 1
     assert "3 of 3 steps had nothing to learn" in out
     assert "right answers to held-out questions did not rise" in out
@@ -149,7 +151,10 @@ def test_a_killed_run_resumes_to_the_bit(sft, run_of, whole):
     command, folder = run_of("killed", "--save_every=2")
     sft.fork(*command, status=-9, faults={"6": "kill"})
     out, _ = sft.fork(*command, "--resume")
-    assert last_json(out)["steps"] == 6 and last_json(out)["accuracy_before"] is not None
+    record = last_json(out)
+    assert record["steps"] == 6 and record["accuracy_before"] is not None
+    rewards = [row["reward"] for row in rows_of(folder, "reward")]
+    assert len(rewards) == 6 and record["mean_reward"] == pytest.approx(sum(rewards) / 6)
     assert same_weights(weights_of(folder, 6), whole)
     assert [row["step"] for row in rows_of(folder, "pass_at_k")] == [0, 6]
 
@@ -192,8 +197,9 @@ def test_two_ranks_learn_what_one_learns(sft, run_of, one_rank, parallel):
     assert moved > 1e-2
     for name in wanted:
         assert (found[name].float() - wanted[name].float()).abs().max() < 1e-3, name
-    assert [row["reward"] for row in rows_of(folder, "reward")] == pytest.approx(
-        [row["reward"] for row in rows_of(one_rank, "reward")])
+    for key in ("reward", "groups"):
+        assert [row[key] for row in rows_of(folder, key)] == pytest.approx(
+            [row[key] for row in rows_of(one_rank, key)])
 
 
 # ------------------------------------------------------------------------------------------------

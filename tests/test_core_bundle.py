@@ -1,5 +1,7 @@
 """The files of CORE: what is read, and the one line that says what is wrong with them."""
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -98,7 +100,7 @@ def test_without_a_network_one_line_names_the_remedy(base_dir, monkeypatch):
 
 
 def archive_of(bundle, path, top="eval_bundle"):
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in bundle.rglob("*.*"):
             if file.is_file():
                 archive.write(file, f"{top}/{file.relative_to(bundle)}")
@@ -115,10 +117,26 @@ def test_a_fetched_bundle_is_unpacked_whole(bundle, base_dir, monkeypatch):
     monkeypatch.setattr(core_bundle, "download", bring)
     fetch_bundle()
     assert len(read_bundle(find_bundle())) == 3
-    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle"], "nothing else is left"
+    left = sorted(path.name for path in base_dir.iterdir())
+    assert left == [".lock", "eval_bundle"], "no part and no archive is left"
     assert sent["auth"] is None, "the hub's token is for the hub alone"
     monkeypatch.setattr(core_bundle, "download", None)
     fetch_bundle()  # it is there
+
+
+def test_of_two_that_fetch_the_bundle_one_finds_that_of_the_other(bundle, base_dir, monkeypatch):
+    fetched = []
+
+    def bring(url, path, stop, **options):
+        fetched.append(path)
+        time.sleep(0.2)
+        archive_of(bundle, path)
+
+    monkeypatch.setattr(core_bundle, "download", bring)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(fetch_bundle) for _ in range(2)]:
+            future.result()
+    assert len(fetched) == 1 and len(read_bundle(find_bundle())) == 3
 
 
 def test_an_archive_of_something_else_is_refused(bundle, base_dir):
@@ -131,9 +149,12 @@ def test_an_archive_of_something_else_is_refused(bundle, base_dir):
 def test_an_archive_that_was_cut_or_changed_is_not_taken(bundle, tmp_path):
     archive = archive_of(bundle, tmp_path / "x.zip")
     assert zip_problem(archive) == ""
-    data = bytearray(archive.read_bytes())
-    data[60] ^= 255
-    archive.write_bytes(data)
-    assert "damaged" in zip_problem(archive) or zip_problem(archive)
-    archive.write_bytes(data[:200])
+    whole = archive.read_bytes()
+    # in a name, in what is compressed, in the list at the end
+    for place in (60, 200, len(whole) // 2, len(whole) - 100):
+        data = bytearray(whole)
+        data[place] ^= 255
+        archive.write_bytes(data)
+        assert zip_problem(archive), place
+    archive.write_bytes(whole[:200])
     assert zip_problem(archive)

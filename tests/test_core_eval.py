@@ -27,6 +27,7 @@ from nanochat.core_eval import (
     render,
     verdict_of,
 )
+from nanochat.engine import NonFiniteError
 from nanochat.variants import MODEL_CLASSES
 
 REAL = os.environ.get("NANOCHAT_TEST_DATA")
@@ -161,6 +162,14 @@ def test_a_model_that_knows_nothing_scores_chance_where_the_first_choice_is_alwa
     task = CoreTask("first", "multiple_choice", 0, " ", 0.25, rows)
     verdicts = judge(model, examples_of(model, task, rows, 8), "cpu")
     assert [verdict.credit for verdict in verdicts] == [0.25] * 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_diverged_model_is_an_error_and_no_verdict(kind):
+    model, task = model_of("gpt"), task_of(kind)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(NonFiniteError):
+        judge(model, examples_of(model, task, task.rows, 2), "cpu")
 
 
 def test_equal_choices_tie_whatever_rounding_did():

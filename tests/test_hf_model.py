@@ -1,4 +1,6 @@
 """A model of ours, exported for transformers, gets the verdicts that it gets here."""
+import shutil
+
 import pytest
 import torch
 
@@ -79,6 +81,23 @@ def test_verdicts_equal_those_of_transformers(exported, kind):
     for ours, others in zip(*(verdicts for _, verdicts in found)):
         assert ours.credit == others.credit
         assert ours.margin == pytest.approx(others.margin, abs=1e-4)
+
+
+@pytest.mark.parametrize("what", ["cut", "without a weight"])
+def test_weights_that_are_not_whole_are_refused_in_one_line(exported, tmp_path, what):
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path / "model"
+    shutil.copytree(exported[2], folder)
+    path = folder / "model.safetensors"
+    if what == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        weights = load_file(path)
+        del weights["lm_head.weight"]
+        save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_hf_model(str(folder), "cpu")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, words", [

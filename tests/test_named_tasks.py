@@ -114,6 +114,20 @@ def test_a_task_file_is_a_task_with_its_own_reward(write):
     assert task.reward(task[0], right) == pytest.approx(0.95)
 
 
+def test_a_task_file_may_have_data_classes_with_annotations_as_text(write):
+    more = MINE.replace('"""Capitals."""', "from __future__ import annotations").replace(
+        "class Capitals", '''import dataclasses
+
+
+@dataclasses.dataclass
+class City:
+    name: str
+
+
+class Capitals''')
+    assert len(make_task(write(more))) == 3
+
+
 def test_a_task_file_is_told_split_and_size_where_it_wants_them(write):
     more = MINE.replace("    def num_examples", '''    def __init__(self, split, size=2):
         super().__init__()
@@ -130,13 +144,31 @@ def test_a_task_file_is_told_split_and_size_where_it_wants_them(write):
     ("def get_example(self, i):", "def get_example(self, i:", "line 11: SyntaxError"),
     ("return len(CAPITALS)", "return len(None)", "line 9: TypeError"),
     ("return conversation(f", "return (f", "example 0 of Capitals is no conversation"),
+    ("return conversation(f", "return conversation(i, f", "TypeError"),
+    ("CAPITALS[country])", "i)", "message 2 needs a content: a string"),
+    ("CAPITALS[country])", "'', letters=['A'])", "its letters are not a list of at least two"),
+    ("CAPITALS[country])", "'', choices=['a', ''])", "its choices are not a list of at least two"),
+    ("CAPITALS[country])", "'', choices=['a', 'b'])", "with choices it needs `neutral`"),
     ("class Capitals(Task)", "class Capitals", "must have one subclass of tasks.common.Task"),
+    ("(Task):", "(Task):\n    chance = 1", "chance=1 of Capitals must be at least 0 and below 1"),
+    ("(Task):", "(Task):\n    chance = 'low'", "ValueError"),
 ])
 def test_what_is_wrong_in_a_task_file_is_one_line_with_its_place(write, old, new, said):
     path = write(MINE.replace(old, new))
     with pytest.raises(UserError) as error:
         make_task(path)[0]
     assert said in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_task_file_that_judges_fewer_answers_than_it_got_is_refused(write):
+    few = MINE + '''
+    def evaluate_many(self, pairs):
+        return [True]
+'''
+    task = make_task(write(few))
+    assert task.evaluate_many([(task[0], "Paris")]) == [True]
+    with pytest.raises(UserError, match="judged 1 of 2 answers"):
+        task.evaluate_many([(task[0], "Paris"), (task[1], "Rome")])
 
 
 def test_what_goes_wrong_in_judging_names_the_line_of_the_task_file(write):

@@ -10,6 +10,7 @@ from nanochat.engine import Engine
 from nanochat.rollouts import (
     Rollout,
     Score,
+    distinct_draws,
     draw_questions,
     evened_out,
     group_advantages,
@@ -79,6 +80,15 @@ def test_every_question_is_drawn_once_an_epoch_and_tasks_take_turns():
     assert draw_questions([few, many], 0, 42, seed=2) != drawn
 
 
+def test_a_held_out_question_is_scored_once_however_few_there_are():
+    few, many = Cats(2), Cats(5)
+    for most, wanted in ((3, 3), (7, 7), (128, 7)):
+        numbers = distinct_draws([few, many], most)
+        drawn = [draw_questions([few, many], number, 1, 0)[0] for number in numbers]
+        found = {(task, one["messages"][0]["content"]) for task, one in drawn}
+        assert len(found) == len(numbers) == wanted
+
+
 def test_an_answer_depends_on_its_question_and_its_seed_alone(tokenizer):
     model = make_model(vocab_size=tokenizer.get_vocab_size()).eval()
     engine, task = Engine(model, tokenizer), Cats()
@@ -107,7 +117,7 @@ def test_a_question_that_fills_the_context_has_no_answers(tokenizer):
         score_of(groups[:1])
 
 
-@pytest.mark.parametrize("worth", [math.nan, math.inf, "a lot", [1.0]])
+@pytest.mark.parametrize("worth", [math.nan, math.inf, 10**400, "a lot", [1.0]])
 def test_a_reward_that_is_no_finite_number_is_an_error_that_names_its_place(worth):
     task = Cats()
     task.worth = worth
@@ -191,6 +201,12 @@ def test_padded_micro_batches_have_the_gradient_of_one_answer_at_a_time(size, mu
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     for a, b in zip(wanted, found):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_micro_batch_is_never_longer_than_the_context():
+    weighted = [(rollout(1.0, tokens=[5] * 17), 1.0)]
+    lengths = [micro_batches(weighted, 4, "cpu", 16, context)[0][0].size(1) for context in (24, 40)]
+    assert lengths == [24, 32]
 
 
 def test_a_rank_without_rollouts_gets_batches_that_teach_nothing():

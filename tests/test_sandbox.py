@@ -291,6 +291,7 @@ def test_a_traceback_has_the_lines_of_the_program_alone():
     ("raise SystemExit('no')", 1),
     ("import os; os._exit(7)", 7),
     ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+    ("import os; os.kill(os.getpid(), 40)", -40),   # a real-time signal, which has no name
     ("import os; os.abort()", -signal.SIGABRT),
     ("x = bytearray(1 << 40)", 1),
 ])
@@ -507,6 +508,7 @@ def test_a_right_program_passes(code):
     ("def f(x:", "the candidate's process ended"),
     ("raise ValueError", "the candidate's process ended"),
     ("import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGSEGV)", "(SIGSEGV)"),
+    ("import os\ndef f(x): os.kill(os.getpid(), 40)", "(signal 40)"),
     ("def f(x): print('x' * (2 << 20))", "bytes of stdout"),
     ("def f(x): return 'x' * (9 << 20)", "an answer of 9,437,200 bytes, at most 8,388,608"),
 ])
