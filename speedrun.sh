@@ -9,7 +9,8 @@
 #     NAME=Bob bash speedrun.sh          # the model's name
 #     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU
 #     DEPTH=12 bash speedrun.sh          # layers of the model; without it the plan chooses
-#     STAGES=mid_train,chat_sft,report bash speedrun.sh    # these stages alone
+#     STAGES=mid_train,chat_sft,report bash speedrun.sh    # these stages alone, each with its share
+#                                                          # of MINUTES as in the whole pipeline
 #     DRY_RUN=1 bash speedrun.sh         # print the commands only (GPUS=8: as if there were eight)
 #
 # DEVICE_BATCH_SIZE and TOTAL_BATCH_SIZE are base_train's, instead of those that the plan chooses.

@@ -88,6 +88,10 @@ def list_files(name):
 
     if not NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of a data set: it is written OWNER/NAME")
+    if is_offline():
+        raise UserError(
+            f"HF_HUB_OFFLINE forbids to ask the hub what {name} has: name a configuration and a "
+            "split that the cache has, or unset it")
     endpoint = hub_endpoint()
     url = f"{endpoint}/api/datasets/{name}/tree/{BRANCH}?recursive=true"
     files = {}

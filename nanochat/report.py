@@ -515,9 +515,9 @@ def accuracy_blocks(run):
     yield ("heading", "Accuracy")
     yield from picture(run, "report_accuracy.png", "Accuracy of each task with its chance level")
     yield ("table", ["task", "right", "95 % interval", "chance", *more, "items"], rows)
-    yield ("text", "Items that no training conversation asked, each answered once; those called "
-                   "practised were asked in training. Chance is what guessing would get; where it "
-                   "is 0 %, the answer has to be produced and not chosen.")
+    yield ("text", f"Answers of {model_of(record)}. The items of built-in tasks were asked by no "
+                   "training conversation; those called practised were. Chance is what guessing "
+                   "would get; where it is 0 %, the answer has to be produced and not chosen.")
     if has_majority:
         yield ("text", "The majority is what always giving the most frequent right answer would "
                        "get. The control asks with the question of another item: what is left "
@@ -549,10 +549,11 @@ def core_blocks(run):
         ))
     header = ["task", "right", "95 % interval", "guessing", "centred", "control", "rows"]
     mean = record["mean_centred"]
-    said = f"CORE: {mean:.4f}, the mean of the centred column."
+    of_model = record.get("settings", {}).get("hf_path") or record.get("model", "the base model")
+    said = f"CORE of {of_model}: {mean:.4f}, the mean of the centred column."
     if record.get("limited"):
-        said = f"Of some tasks or rows only: their mean, {mean:.4f}, is not CORE."
-    yield ("heading", "CORE of the base model")
+        said = f"Some tasks or rows of {of_model}: their mean, {mean:.4f}, is not CORE."
+    yield ("heading", "CORE")
     yield ("table", header, rows)
     yield ("text", f"{said} Centred is 0 for guessing and 1 where all is right. The control is the "
                    "accuracy with another row's question: what is left there is the position or "
@@ -627,6 +628,12 @@ def training_blocks(run):
         yield ("text", mfu_words(run.training))
 
 
+def model_of(record):
+    """The stage and the tag of the model that a record is of."""
+    source = record.get("source", record["stage"])
+    return f"{source} {os.path.basename(record.get('checkpoint', ''))}".strip()
+
+
 def reinforcement_blocks(run):
     record = run.stages.get("chat_rl")
     if not record:
@@ -647,7 +654,8 @@ def reinforcement_blocks(run):
     yield from picture(run, "report_rl.png", "Right answers, pass@k and reward of held-out "
                                              "questions in the course of reinforcement learning")
     yield ("table", [names, "before", "after"], rows)
-    yield ("text", f"Of {record['eval_items']} held-out questions, each answered {record['k']} "
+    yield ("text", f"What became of {model_of(record)}. Of {record['eval_items']} questions to "
+                   f"score it by, each answered {record['k']} "
                    f"times at temperature {temperature:g}; one standard error of pass@1 is "
                    f"{percent(record['accuracy_error'])}. The mean reward of the answers in "
                    f"training was {record['mean_reward']:.3f}; {record['idle_steps']} of "

@@ -86,6 +86,15 @@ def distinct_draws(tasks, most):
     return numbers[:most]
 
 
+def asks_the_same(practised, scored, count):
+    """Whether the first `count` questions of the task `scored` are among those of `practised`."""
+    def question(task, index):
+        return str(task[index]["messages"][-2]["content"])
+
+    wanted = {question(scored, index) for index in range(min(count, len(scored)))}
+    return wanted <= {question(practised, index) for index in range(len(practised))}
+
+
 def seed_of(*numbers):
     """A seed from a few numbers, such as the run's seed, the draw and the sample."""
     return random.Random(repr(numbers)).getrandbits(32)
@@ -300,6 +309,11 @@ def outcome_warning(first, last):
         return hacked
     if last.accuracy > first.accuracy:
         return ""
+    right = has_moved(first.accuracy, last.accuracy, first.accuracy_error, last.accuracy_error)
+    if right < 0 or last.reward > first.reward:
+        return (f"warning: right answers went from {rates_of(first, last)}, and the reward from "
+                f"{first.reward:.3g} to {last.reward:.3g}: lower --learning_rate, and look whether "
+                "reward() pays for something else than what evaluate() calls right")
     return (f"warning: right answers to held-out questions did not rise, {rates_of(first, last)}: "
             "lower --learning_rate, give it more minutes, or choose a task that the model solves "
             "at times and not always")

@@ -23,6 +23,7 @@ from nanochat.passage_store import origins_of, prepare_passages
 from nanochat.plan import chat_horizon, chat_layout
 from nanochat.rollouts import (
     Score,
+    asks_the_same,
     distinct_draws,
     draw_questions,
     evened_out,
@@ -40,7 +41,7 @@ from nanochat.run import Run
 from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
-from tasks.named import About, fetch_tasks, make_task, split_names, task_name
+from tasks.named import About, fetch_tasks, is_of_user, make_task, split_names, task_name
 
 # settings
 tasks: str = None            # names or files, with commas; None: counting, or GSM8K (hub data)
@@ -134,6 +135,10 @@ for name, task in zip(names * 2, practised + held_out):
     if not len(task):
         raise UserError(f"{name} has no items to practise: choose another task")
 asked = distinct_draws(held_out, eval_items)    # held-out questions by their numbers
+for name, own, scored in zip(names, practised, held_out):
+    if is_of_user(name) and asks_the_same(own, scored, eval_items):
+        print0(f"{name} asks the same questions in training and to score it: a better score does "
+               "not say that others are answered better (docs/chat-rl.md: let it take split)")
 
 # ---- budget
 horizon = chat_horizon(settings, device.type, examples_per_step, sum(map(len, practised)))

@@ -218,7 +218,7 @@ def score_words(score):
     if score.f1 is not None:
         words.append(f"F1 {percent(score.f1)}")
     words += [f"pass@{k} {percent(share)}" for k, share in score.pass_at_k.items()]
-    right = f"{score.right:4.0f} of {score.count} right"
+    right = f"{score.right:4.{0 if score.right % 1 == 0 else 1}f} of {score.count} right"
     return f"{right}, {100 * score.accuracy:5.1f} % ({', '.join(words)})"
 
 

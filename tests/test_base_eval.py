@@ -88,12 +88,15 @@ def test_the_report_has_a_table_of_it(measured):
     _, record = measured
     run = report.Run({"base_eval": record}, {}, 1.0, {})
     heading, table, text = report.core_blocks(run)
-    assert heading == ("heading", "CORE of the base model")
+    assert heading == ("heading", "CORE")
     tasks = record["tasks"]
     assert {row[0] for row in table[2]} == set(tasks)
     centred = [float(row[4]) for row in table[2]]
     assert centred == sorted(centred, reverse=True)
-    assert f"CORE: {record['core']:.4f}" in text[1]
+    assert f"CORE of {record['model']}: {record['core']:.4f}" in text[1]
+    other = {**record, "settings": {"hf_path": "models/gpt2"}}
+    said = list(report.core_blocks(report.Run({"base_eval": other}, {}, 1.0, {})))[2][1]
+    assert "CORE of models/gpt2" in said
     limited = report.Run({"base_eval": {**record, "limited": True}}, {}, 1.0, {})
     assert "is not CORE" in list(report.core_blocks(limited))[2][1]
     skipped = report.Run({"base_eval": {"skipped": "no network"}}, {}, 1.0, {})

@@ -10,6 +10,7 @@ from nanochat.engine import Engine
 from nanochat.rollouts import (
     Rollout,
     Score,
+    asks_the_same,
     distinct_draws,
     draw_questions,
     evened_out,
@@ -28,6 +29,7 @@ from nanochat.rollouts import (
 )
 from nanochat.tokenizer import Tokenizer
 from models import make_model
+from tasks.arithmetic import Arithmetic
 from tasks.common import Task, answer_text, conversation
 
 
@@ -268,8 +270,20 @@ def test_a_reward_that_rises_while_right_answers_fall_is_called_hacked():
 
 def test_a_score_that_did_not_rise_is_said():
     assert outcome_warning(score(0.5, 0.5), score(0.6, 0.6)) == ""
-    for accuracy in (0.5, 0.49, 0.2):
+    for accuracy in (0.5, 0.49):
         assert "did not rise" in outcome_warning(score(0.5, 0.5), score(accuracy, 0.5))
+
+
+def test_answers_that_became_worse_are_not_given_more_minutes():
+    for last in (score(0.2, 0.5), score(0.49, 0.51)):
+        said = outcome_warning(score(0.5, 0.5), last)
+        assert "more minutes" not in said and "reward()" in said
+
+
+def test_questions_that_are_practised_and_scored_are_told():
+    practised, others = Arithmetic("train", 20), Arithmetic("test", 20)
+    assert asks_the_same(practised, practised, 5)
+    assert not asks_the_same(practised, others, 5)
 
 
 def test_a_score_moves_by_more_than_its_errors_explain_or_not_at_all():
