@@ -270,6 +270,7 @@ def test_a_score_that_did_not_rise_is_said():
     assert outcome_warning(score(0.5, 0.5), score(0.6, 0.6)) == ""
     for accuracy in (0.5, 0.49, 0.2):
         assert "did not rise" in outcome_warning(score(0.5, 0.5), score(accuracy, 0.5))
+    assert "choose a harder task" in outcome_warning(score(1.0, 1.0), score(1.0, 1.0))
 
 
 def test_a_score_moves_by_more_than_its_errors_explain_or_not_at_all():
