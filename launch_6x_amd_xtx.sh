@@ -172,7 +172,7 @@ for name in $(tr , ' ' <<<"$all_stages"); do
     wanted="${wanted:+$wanted,}$name"
 done
 if [ -z "$wanted" ]; then refuse "--stages=$stages --skip=$skip leave no stage"; fi
-if [ "$wanted" = "$all_stages" ]; then wanted=""; fi    # the plan of a plain call
+if [ "$wanted" = "$all_stages" ]; then wanted="" stages=""; fi    # the plan of a plain call
 
 # --------------------------------------------------------------------------------------------------
 # Start
@@ -180,7 +180,8 @@ if [ "$wanted" = "$all_stages" ]; then wanted=""; fi    # the plan of a plain ca
 root="$(dirname "${BASH_SOURCE[0]}")"
 variables=(
     "GPUS=$gpus" "DEPTH=$depth" "DEVICE_BATCH_SIZE=$device_batch_size"
-    "TOTAL_BATCH_SIZE=$total_batch_size" "STAGES=$wanted" "DRY_RUN=$dry_run")
+    "TOTAL_BATCH_SIZE=$total_batch_size" "STAGES=$wanted" "NAMED_STAGES=$stages"
+    "DRY_RUN=$dry_run")
 
 if [ -n "$dry_run" ]; then
     printf 'export %q\n' "${exports[@]}"

@@ -193,8 +193,9 @@ for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE STAGES; do
     if [ -n "${!setting}" ]; then also="$also $setting=${!setting}"; fi
 done
 
-# is_named STAGE: whether STAGES names it, so that it is wanted also where it would be left out.
-is_named() { [[ ",$STAGES," == *",$1,"* ]]; }
+# is_named STAGE: whether STAGES names it, so that it is wanted also where it would be left out. A
+# script that has made STAGES of those to leave out says in NAMED_STAGES what its caller named.
+is_named() { [[ ",${NAMED_STAGES-$STAGES}," == *",$1,"* ]]; }
 
 # has_rl: whether reinforcement learning is a part of this run. On a CPU its rollouts take minutes
 # that the other stages need first. It practises the built-in tasks, which a chat about a text of

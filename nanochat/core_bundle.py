@@ -196,6 +196,8 @@ def _read_text(path):
         raise UserError(f"the CORE bundle lacks {path}: {REMEDY}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: {REMEDY}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {REMEDY}") from None
 
 
 def read_baselines(path):
@@ -248,7 +250,7 @@ def read_rows(path, kind):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise UserError(f"{path}, line {number}: not JSON: {REMEDY}") from None
         problem = _problem_of_row(row, kind)
         if problem:
@@ -265,6 +267,11 @@ def _read_task(folder, entry, baselines):
     for name in ("label", "dataset_uri", "num_fewshot", "icl_task_type"):
         if name not in entry:
             raise UserError(f"{place}: {name} is missing: {REMEDY}")
+    delimiter = entry.get("continuation_delimiter", " ")
+    texts = {name: entry[name] for name in ("label", "dataset_uri", "icl_task_type")}
+    for name, value in {**texts, "continuation_delimiter": delimiter}.items():
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {name}={value} must be a text: {REMEDY}")
     kind, shots = entry["icl_task_type"], entry["num_fewshot"]
     if isinstance(shots, list):
         shots = shots[0] if shots else None
@@ -275,8 +282,7 @@ def _read_task(folder, entry, baselines):
         raise UserError(f"{place}: icl_task_type={kind} is not one of {choices}: {REMEDY}")
     if entry["label"] not in baselines:
         raise UserError(f"{place} has no baseline in eval_meta_data.csv: {REMEDY}")
-    rows = read_rows(folder / "eval_data" / str(entry["dataset_uri"]), kind)
-    delimiter = entry.get("continuation_delimiter", " ")
+    rows = read_rows(folder / "eval_data" / entry["dataset_uri"], kind)
     return CoreTask(entry["label"], kind, shots, delimiter, baselines[entry["label"]], rows)
 
 
@@ -288,6 +294,9 @@ def read_bundle(folder, names=None):
     entries = read_task_list(folder / "core.yaml")
     baselines = read_baselines(folder / "eval_meta_data.csv")
     labels = [entry.get("label") for entry in entries]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{folder / 'core.yaml'} has the task {label} twice: {REMEDY}")
     for name in names or []:
         if name not in labels:
             known = ", ".join(map(str, labels))

@@ -474,7 +474,8 @@ def on_first_rank(work):
     if not failed:
         return None
     errors = [error for error in outcomes if error]
-    return errors[0] if errors else HubError("the first rank of a machine could not fetch it")
+    return errors[0] if errors else HubError(
+        "the first rank of another machine failed: the same command on that machine alone says why")
 
 
 def _error_of(work):

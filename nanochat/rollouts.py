@@ -314,6 +314,9 @@ def outcome_warning(first, last):
         return (f"warning: right answers went from {rates_of(first, last)}, and the reward from "
                 f"{first.reward:.3g} to {last.reward:.3g}: lower --learning_rate, and look whether "
                 "reward() pays for something else than what evaluate() calls right")
+    if first.accuracy == last.accuracy == 1:
+        return ("warning: all held-out questions were answered rightly before training, too: "
+                "choose a harder task")
     return (f"warning: right answers to held-out questions did not rise, {rates_of(first, last)}: "
             "lower --learning_rate, give it more minutes, or choose a task that the model solves "
             "at times and not always")

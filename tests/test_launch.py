@@ -177,14 +177,17 @@ def test_the_batch_follows_from_the_smallest_card_and_other_depths_leave_it_to_t
 
 
 def test_stages_are_chosen_or_left_out(machine):
-    def stages(*words):
-        commands = dry_run(machine, *words)[1]
+    def stages(*words, **variables):
+        commands = dry_run(machine, *words, **variables)[1]
         return [words[words.index("-m") + 1].removeprefix("scripts.") for words in commands]
 
     assert stages("--stages=chat_sft,mid_train") == ["mid_train", "chat_sft"]
     assert stages("--skip=dataset,tok_train,tok_eval,base_train,chat_eval,report") == [
         "base_loss", "base_eval", "mid_train", "chat_sft", "chat_rl"]
     assert stages("--stages=mid_train,chat_sft", "--skip=chat_sft") == ["mid_train"]
+    # reinforcement learning needs minutes, or to be named
+    assert stages("--skip=dataset,report", MINUTES="10")[-2:] == ["chat_sft", "chat_eval"]
+    assert stages("--stages=chat_sft,chat_rl", MINUTES="10") == ["chat_sft", "chat_rl"]
     assert stages("--stages=mid_train, chat_sft") == ["mid_train", "chat_sft"]
 
 

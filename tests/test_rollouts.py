@@ -272,6 +272,7 @@ def test_a_score_that_did_not_rise_is_said():
     assert outcome_warning(score(0.5, 0.5), score(0.6, 0.6)) == ""
     for accuracy in (0.5, 0.49):
         assert "did not rise" in outcome_warning(score(0.5, 0.5), score(accuracy, 0.5))
+    assert "choose a harder task" in outcome_warning(score(1.0, 1.0), score(1.0, 1.0))
 
 
 def test_answers_that_became_worse_are_not_given_more_minutes():
