@@ -44,7 +44,7 @@ FIRST_SAMPLE = 8        # examples that are computed in bfloat16 and in float32,
 SAMPLE = 2              # and of every other block
 SIMILAR = 32            # starts whose lengths differ by less are sorted by their ends
 BLOCK = 1024            # examples that are rendered, encoded and sorted by length together
-SAFETY = 3              # times the largest error of a margin that was seen
+SAFETY = 4              # times the largest error of a margin that was seen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -524,8 +524,8 @@ class NearTies:
     A few examples of every task are computed both ways. What bfloat16 changed in their margins is a
     sample of its error. The error of a mean of n tokens shrinks with the root of n, so that the
     errors of all tasks make one sample, of a single token's. SAFETY times the largest is taken for
-    more than any error will be: of 50 errors of a normal distribution the largest has about 2.3
-    standard deviations, and 3 times that are 7. Every example with a smaller margin is computed in
+    more than any error will be: of 8 errors of a normal distribution the largest has about 1.7
+    standard deviations, and 4 times that are 7. Every example with a smaller margin is computed in
     float32 as well, which makes the sample larger.
     """
 

@@ -148,7 +148,7 @@ def test_near_ties_are_repeated_without_the_choices_that_are_certainly_worse():
     near_ties = NearTies()
     near_ties.compare(example, rough=0.5, exact=0.4)
     assert near_ties.bound(example) == pytest.approx(core_eval.SAFETY * 0.1)
-    kept = near_ties.rivals(example, [-9.0, -1.1, -1.0, -1.4])
+    kept = near_ties.rivals(example, [-9.0, -1.1, -1.0, -1.9])
     assert [len(one) for one in kept.sequences] == [4, 5]
     assert kept.spans == [(2, 4), (2, 5)] and kept.gold == 1
 
