@@ -80,12 +80,29 @@ def attend(q, k, v, grouped):
     return y.transpose(1, 2)
 
 
-def cached_attention(q, k, v, layer_cache, window):
+def attention_up_to(q, k, v, at):
+    """q (B, n, H, D) of the positions `at` (B, n), k and v (B, T, G, D) -> (B, n, H, D)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return attend_up_to(q, k, v, at).transpose(1, 2)
+
+
+def attend_up_to(q, k, v, positions):
+    """q (B, H, n, D), k and v (B, G, S, D), positions (B, n): each query attends to the keys up to
+    its position. Returns (B, H, n, D)."""
+    k, v = repeat_heads(k, q.size(1)).to(q.dtype), repeat_heads(v, q.size(1)).to(q.dtype)
+    keys = torch.arange(k.size(2), device=q.device)
+    visible = keys <= positions[:, None, :, None]  # B, 1, n, S
+    with without_cudnn(q.device):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def cached_attention(q, k, v, layer_cache, window, at=None):
     """Attention of new tokens to themselves and to the KV cache of their slots.
 
     q (B, T, H, D), k and v (B, T, G, D): T new tokens in each of B slots. layer_cache: this layer's
     LayerCache, into which k and v are written. window: the CacheWindow that says where. Returns
     (B, T, H, D) in the dtype of q, whatever the dtype of the cache.
+    at (B, n): which of the new tokens the queries are of, q (B, n, H, D); None: all of them.
     """
     # 1. write the new keys and values at their positions
     layer_cache.k[window.index, window.positions] = k.to(layer_cache.k.dtype)
@@ -93,22 +110,18 @@ def cached_attention(q, k, v, layer_cache, window):
 
     # Into empty slots: nothing but the new tokens to attend to, and no mask to make. (On a GPU the
     # mask costs little, and the lengths of prefills stay away from cuDNN.)
-    if window.end == q.size(1) and q.device.type == "cpu" and layer_cache.k.dtype == q.dtype:
+    is_whole = at is None and window.end == k.size(1)
+    if is_whole and q.device.type == "cpu" and layer_cache.k.dtype == q.dtype:
         return causal_attention(q, k, v)
 
     # 2. read what the slots hold, up to the longest of them
     q = q.transpose(1, 2)  # B, H, T, D
     k = layer_cache.k[window.slots, :window.end].transpose(1, 2)  # B, G, S, D
     v = layer_cache.v[window.slots, :window.end].transpose(1, 2)
-    k = repeat_heads(k, q.size(1)).to(q.dtype)
-    v = repeat_heads(v, q.size(1)).to(q.dtype)
 
     # 3. attend, each token to the positions up to its own
-    cached = torch.arange(window.end, device=q.device)
-    visible = cached <= window.positions[:, None, :, None]  # B, 1, T, S
-    with without_cudnn(q.device):
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return y.transpose(1, 2)
+    positions = window.positions if at is None else window.positions.gather(1, at)
+    return attend_up_to(q, k, v, positions).transpose(1, 2)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ What makes it fast, and changes no verdict (tests/core_reference.py has the slow
 1. Choices share their beginning, which has one prefill into a KV cache. Then each choice's own end
    is read behind it, over the end of the choice before.
 2. Examples of similar length are read together.
-3. Only at scored positions are logits computed, and those in float32.
+3. Only at scored positions are logits computed, and those in float32. Of the other positions the
+   last block computes keys and values, and no more.
 4. The blocks compute in bfloat16 where the hardware multiplies it. Where a verdict hangs on a
-   margin that rounding might turn, the example is computed again in float32. How large a margin
-   rounding might turn is measured on examples of the same task (see NearTies).
+   margin that rounding might turn, the example is computed again in float32, without the choices
+   that are certainly worse. How large a margin rounding might turn is measured on a few examples
+   of every task (see NearTies).
 
 Shapes: N examples, K choices of each, P tokens of a shared beginning, n scored tokens, C width,
 V vocabulary.
@@ -39,11 +41,11 @@ SHOTS_SEED = 1234       # plus the index of the example (nanochat)
 TIE = 1e-6              # nats a token; choices that are closer share the credit
 CHUNK_LOGITS = 1 << 24  # logits in memory at once
 BATCH_TOKENS = 8192     # read in one forward pass
-FIRST_SAMPLE = 16       # examples that are computed in bfloat16 and in float32, of the first block
-SAMPLE = 4              # and of every other block
+FIRST_SAMPLE = 8        # examples that are computed in bfloat16 and in float32, of the first block
+SAMPLE = 2              # and of every other block
 SIMILAR = 32            # starts whose lengths differ by less are sorted by their ends
 BLOCK = 1024            # examples that are rendered, encoded and sorted by length together
-SAFETY = 5              # times the largest error of a margin that was seen
+SAFETY = 4              # times the largest error of a margin that was seen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,6 +293,27 @@ def padded(sequences, device):
     return torch.from_numpy(ids).to(device)
 
 
+def positions_of(units, number, T):
+    """Where pass `number` of each Unit is scored: (N, n), n neighbouring positions below T.
+
+    A Unit that is scored at fewer gets others besides. None where that would be all T.
+    """
+    scored = []
+    for unit in units:
+        parts = [part for part in unit.scored if part.in_pass == number]
+        first = min((part.first for part in parts), default=0)
+        end = max((part.first + len(part.tokens) for part in parts), default=0)
+        scored.append((first, end))
+    n = max(end - first for first, end in scored)
+    n = max(n, 1)
+    if n == T:
+        return None
+    # where fewer are scored at the end of a pass, the positions begin earlier
+    firsts = [min(first, T - n) for first, _ in scored]
+    firsts = torch.tensor(firsts)
+    return firsts[:, None] + torch.arange(n)
+
+
 class Passes:
     """The features of the scored positions of a batch of Units, gathered pass by pass."""
 
@@ -299,8 +322,20 @@ class Passes:
         self.targets, self.owners = [], []  # tokens, and (number of the example, choice)
         self.units = units
 
-    def gather(self, number, x, recent):
-        """Keep what is scored of pass `number`: x (N, T, C), recent (N, T, lookback) or None."""
+    def read(self, number, model, idx, **where):
+        """Read pass `number`, idx (N, T), and keep the features of what is scored of it.
+
+        where: of a model with a cache, kv_cache and slots.
+        """
+        # 1. the features of neighbouring positions, from the first scored one of each row on
+        at = positions_of(self.units, number, idx.size(1))
+        firsts = [0] * len(self.units)
+        if at is not None:
+            firsts = at[:, 0].tolist()
+            at = at.to(idx.device)
+        x, recent = model.features(idx, at=at, **where)  # N, n, C; N, n, lookback or None
+
+        # 2. those that are scored
         rows, positions = [], []
         for row, unit in enumerate(self.units):
             for part in unit.scored:
@@ -308,7 +343,8 @@ class Passes:
                     # neighbouring positions predict the tokens of a part
                     count = len(part.tokens)
                     rows += [row] * count
-                    positions += range(part.first, part.first + count)
+                    begin = part.first - firsts[row]
+                    positions += range(begin, begin + count)
                     self.targets += part.tokens
                     self.owners += [(unit.example, part.choice)] * count
         rows = torch.tensor(rows, dtype=torch.long, device=x.device)
@@ -333,14 +369,14 @@ def read_units(model, units, device):
     most = max(len(unit.ends) for unit in units)
     idx = padded(starts, device)
     if not most:
-        found.gather(0, *model.features(idx))
+        found.read(0, model, idx)
         return found
 
     # 1. what the choices of an example share, into a slot of its own
     longest = longest_end(units)
     kv_cache = model.new_kv_cache(len(units), idx.size(1) + longest)
     slots = list(range(len(units)))
-    found.gather(0, *model.features(idx, kv_cache, slots))
+    found.read(0, model, idx, kv_cache=kv_cache, slots=slots)
     kv_cache.advance(slots, [len(start) for start in starts])
 
     # 2. one end after another behind it; the lengths of the slots stay, so each overwrites the last
@@ -350,7 +386,7 @@ def read_units(model, units, device):
             has_one = number < len(unit.ends)
             ends.append(unit.ends[number] if has_one else [])
         idx = padded(ends, device)
-        found.gather(number + 1, *model.features(idx, kv_cache, slots))
+        found.read(number + 1, model, idx, kv_cache=kv_cache, slots=slots)
     return found
 
 
@@ -399,9 +435,13 @@ def leads_of(model, units, device):
 # log-probabilities -> verdicts
 
 class Verdict(NamedTuple):
-    """credit: 1 right, 0 wrong, a share where choices tie. margin: how far it is from the other."""
+    """credit: 1 right, 0 wrong, a share where choices tie. margin: how far it is from the other.
+
+    scores: of all choices; None of language_modeling.
+    """
     credit: float
     margin: float
+    scores: list = None
 
 
 def choose(scores, gold):
@@ -413,7 +453,7 @@ def choose(scores, gold):
     best = max(scores)
     tied = [best - score <= TIE for score in scores]
     others = [score for choice, score in enumerate(scores) if choice != gold]
-    return Verdict(tied[gold] / sum(tied), scores[gold] - max(others))
+    return Verdict(tied[gold] / sum(tied), scores[gold] - max(others), scores)
 
 
 def verdict_of(example, values):
@@ -494,30 +534,45 @@ class NearTies:
     A few examples of every task are computed both ways. What bfloat16 changed in their margins is a
     sample of its error. The error of a mean of n tokens shrinks with the root of n, so that the
     errors of all tasks make one sample, of a single token's. SAFETY times the largest is taken for
-    more than any error will be: of a hundred errors of a normal distribution the largest has about
-    2.6 standard deviations, and 5 times that are 13. Every example with a smaller margin is
-    computed in float32 as well, which makes the sample larger.
+    more than any error will be: of 8 errors of a normal distribution the largest has about 1.7
+    standard deviations, and 4 times that are 7. Every example with a smaller margin is computed in
+    float32 as well, which makes the sample larger.
     """
 
     def __init__(self):
         self.largest_error = 0.0  # of a margin of one token, in nats or in units of a logit
-        self.compared = 0         # examples
+        self.compared = 0         # examples, by judge_fast()
 
     def to_compare(self, examples):
         """Indices of the examples of a block that are computed both ways, whatever their margin."""
         wanted = SAMPLE if self.compared else FIRST_SAMPLE
         return range(min(wanted, len(examples)))
 
+    def bound(self, example):
+        """A margin that is larger stays on its side in float32."""
+        return SAFETY * self.largest_error / scored_tokens(example) ** 0.5
+
     def is_near(self, example, margin):
         """Whether float32 might turn this margin."""
-        bound = SAFETY * self.largest_error / scored_tokens(example) ** 0.5
-        return abs(margin) < bound
+        return abs(margin) < self.bound(example)
+
+    def rivals(self, example, scores):
+        """The Example without the choices that are certainly worse than the right one.
+
+        scores: of the choices by bfloat16. All of an example of language_modeling.
+        """
+        if example.gold < 0:
+            return example
+        least = scores[example.gold] - self.bound(example)
+        kept = [i for i, score in enumerate(scores) if i == example.gold or score > least]
+        sequences = [example.sequences[i] for i in kept]
+        spans = [example.spans[i] for i in kept]
+        return Example(sequences, spans, kept.index(example.gold))
 
     def compare(self, example, rough, exact):
         """Take the margins of one example as bfloat16 and float32 give them."""
         error = abs(rough - exact) * scored_tokens(example) ** 0.5
         self.largest_error = max(self.largest_error, error)
-        self.compared += 1
 
 
 def judge_fast(model, fast, examples, near_ties, device, progress=None):
@@ -527,20 +582,28 @@ def judge_fast(model, fast, examples, near_ties, device, progress=None):
     """
     if fast is None:
         return judge(model, examples, device, progress)
-    verdicts = judge(fast, examples, device, progress)
-    chosen = set(near_ties.to_compare(examples))
-    done = set()
+    rough = judge(fast, examples, device, progress)
+    verdicts = list(rough)
+    chosen = {i: examples[i] for i in near_ties.to_compare(examples)}
+    repeated = {}
     while chosen:
         # 1. the chosen ones in float32
-        numbers = sorted(chosen)
-        exact = judge(model, [examples[i] for i in numbers], device)
-        for i, verdict in zip(numbers, exact):
-            near_ties.compare(examples[i], verdicts[i].margin, verdict.margin)
+        exact = judge(model, list(chosen.values()), device)
+        for i, verdict in zip(chosen, exact):
+            near_ties.compare(examples[i], rough[i].margin, verdict.margin)
             verdicts[i] = verdict
-        done |= chosen
+        near_ties.compared += len(chosen.keys() - repeated.keys())
+        repeated |= chosen
+
         # 2. those that are near now; a larger error may have been seen
-        chosen = set()
+        chosen = {}
         for i, example in enumerate(examples):
-            if i not in done and near_ties.is_near(example, verdicts[i].margin):
-                chosen.add(i)
+            if not near_ties.is_near(example, rough[i].margin):
+                continue
+            doubtful = near_ties.rivals(example, rough[i].scores)
+            has_more = i not in repeated
+            if not has_more:
+                has_more = len(doubtful.sequences) > len(repeated[i].sequences)
+            if has_more:
+                chosen[i] = doubtful
     return verdicts

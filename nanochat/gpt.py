@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adamw import AdamW
-from nanochat.attention import cached_attention, causal_attention
+from nanochat.attention import attention_up_to, cached_attention, causal_attention
 from nanochat.common import UserError
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.loss import softcap, softcap_cross_entropy, token_log_probs
@@ -78,6 +78,14 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def take(x, at):
+    """x (B or 1, T, ...) at the positions `at` (B, n) -> (B, n, ...); None: x as it is."""
+    if at is None:
+        return x
+    sequences = torch.arange(len(at), device=at.device)[:, None]
+    return x.expand(len(at), *x.shape[1:])[sequences, at]
+
+
 # ------------------------------------------------------------------------------------------------
 # modules; `roles` says which optimizer trains each parameter (see OPTIMIZERS)
 
@@ -113,10 +121,10 @@ class Attention(nn.Module):
         self.v = Linear(config.width, config.kv_heads * config.head_dim)
         self.out = Linear(config.heads * config.head_dim, config.width)
 
-    def project(self, x):
-        """x (B, T, C) -> q (B, T, H, D), k and v (B, T, G, D)."""
+    def project(self, x, at=None):
+        """x (B, T, C) -> q (B, T, H, D), or (B, n, H, D) at positions (B, n); k, v (B, T, G, D)."""
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.heads, self.head_dim)
+        q = self.q(take(x, at)).view(B, -1, self.heads, self.head_dim)
         k = self.k(x).view(B, T, self.kv_heads, self.head_dim)
         v = self.v(x).view(B, T, self.kv_heads, self.head_dim)
         return q, k, v
@@ -125,19 +133,23 @@ class Attention(nn.Module):
         """Rotate queries or keys to their positions and normalise them (QK norm)."""
         return norm(rotate(q_or_k, cos, sin))
 
-    def forward(self, x, cos, sin, layer_cache=None, window=None, **more):
-        """x (B, T, C) -> (B, T, C). With a layer_cache, x continues the sequences in it."""
-        B, T, _ = x.shape
+    def forward(self, x, cos, sin, layer_cache=None, window=None, at=None, **more):
+        """x (B, T, C) -> (B, T, C). With a layer_cache, x continues the sequences in it.
+
+        at (B, n): the positions in x that attend, for a result of (B, n, C); None: all of them.
+        """
         # 1. queries, keys and values of each head, at their positions
-        q, k, v = self.project(x, **more)
-        q, k = self.place(q, cos, sin), self.place(k, cos, sin)
+        q, k, v = self.project(x, at, **more)
+        q, k = self.place(q, take(cos, at), take(sin, at)), self.place(k, cos, sin)
         # 2. attend to what is at or before each position
-        if layer_cache is None:
-            y = causal_attention(q, k, v)
+        if layer_cache is not None:
+            y = cached_attention(q, k, v, layer_cache, window, at)
+        elif at is not None:
+            y = attention_up_to(q, k, v, at)
         else:
-            y = cached_attention(q, k, v, layer_cache, window)
+            y = causal_attention(q, k, v)
         # 3. back to the residual stream
-        return self.out(y.reshape(B, T, -1))
+        return self.out(y.flatten(2))
 
     def new_layer_cache(self, slots, length, device, dtype):
         """An empty cache for this layer: what each attention keeps is its own business."""
@@ -166,8 +178,9 @@ class Block(nn.Module):
         self.attention = self.attention_class(config)
         self.mlp = self.mlp_class(config)
 
-    def forward(self, x, cos, sin, layer_cache=None, window=None):
-        x = x + self.attention(norm(x), cos, sin, layer_cache, window)
+    def forward(self, x, cos, sin, layer_cache=None, window=None, at=None):
+        """at (B, n): the positions that leave the block; None: all of them."""
+        x = take(x, at) + self.attention(norm(x), cos, sin, layer_cache, window, at)
         return x + self.mlp(norm(x))
 
 
@@ -305,10 +318,12 @@ class GPT(nn.Module):
         """What happens after the last block."""
         return norm(x)
 
-    def features(self, idx, kv_cache=None, slots=None):
+    def features(self, idx, kv_cache=None, slots=None, at=None):
         """idx (B, T) -> (x (B, T, C) after the last norm, the recent tokens or None).
 
         kv_cache, slots: idx continues these sequences of a cache (a list of B ints; None: all).
+        at (B, n) int64: the positions in idx that are wanted, for results of (B, n, ...). The last
+        block computes keys and values alone of the others: 2 of 12 C^2 multiplications a token.
         """
         # 1. where the tokens stand: the rotary angles of each position
         T = idx.size(1)
@@ -337,7 +352,11 @@ class GPT(nn.Module):
             # _call_impl is __call__ (hooks included) without torch.compile: inference has many
             # shapes, and each would be compiled
             call = block if compiled else block._call_impl
+            if at is not None and block is self.blocks[-1]:
+                more = {**more, "at": at}
             x = call(x, cos, sin, layer_cache, window, **more)
+        if recent is not None:
+            recent = take(recent, at)
         return self.leave(x), recent
 
     def forward(self, idx, targets=None, weights=None, kv_cache=None, slots=None):

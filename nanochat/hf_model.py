@@ -14,6 +14,7 @@ import torch
 
 from nanochat.common import UserError, expand_home
 from nanochat.core_eval import CHUNK_LOGITS
+from nanochat.gpt import take
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
 LONGEST_CONTEXT = 2048  # tokens, as nanochat's own models have: longer prompts differ from CORE's
@@ -32,10 +33,11 @@ class HFModel:
         self.config = types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=context)
         self.batch_tokens = max(context, CHUNK_LOGITS // vocab_size)
 
-    def features(self, idx):
-        """idx (B, T) -> (logits (B, T, V) in float32, None). The padding is behind, where it
-        changes nothing before it."""
-        return self.model(input_ids=idx, use_cache=False).logits.float(), None
+    def features(self, idx, at=None):
+        """idx (B, T) -> (logits (B, T, V) in float32, or (B, n, V) at positions (B, n); None).
+
+        The padding is behind, where it changes nothing before it."""
+        return take(self.model(input_ids=idx, use_cache=False).logits, at).float(), None
 
     def logits(self, x, recent):
         """x (n, V) as features() gave it."""

@@ -143,15 +143,53 @@ def test_near_ties_are_computed_again_until_none_is_left(monkeypatch):
     assert near_ties.compared == 4 and near_ties.largest_error == pytest.approx(0.5)
 
 
+def test_near_ties_are_repeated_without_the_choices_that_are_certainly_worse():
+    ids = [np.arange(length) for length in (3, 4, 5, 6)]
+    example = Example(ids, [(2, len(one)) for one in ids], 2)
+    near_ties = NearTies()
+    near_ties.compare(example, rough=0.5, exact=0.4)
+    assert near_ties.bound(example) == pytest.approx(core_eval.SAFETY * 0.1)
+    kept = near_ties.rivals(example, [-9.0, -1.1, -1.0, -1.9])
+    assert [len(one) for one in kept.sequences] == [4, 5]
+    assert kept.spans == [(2, 4), (2, 5)] and kept.gold == 1
+
+
+def test_a_choice_that_a_larger_error_makes_doubtful_is_read_as_well(monkeypatch):
+    """The choice of 4 tokens is beyond the bound, until those of 3 and 5 show a larger error."""
+    ids = {length: np.arange(length) for length in (3, 4, 5, 6, 7)}
+    sampled = Example([ids[6], ids[7]], [(5, 6), (6, 7)], 0)
+    example = Example([ids[3], ids[4], ids[5]], [(2, 3), (3, 4), (4, 5)], 0)
+    scores = {
+        "rough": {3: -1.0, 4: -1.5, 5: -1.1, 6: -1.0, 7: -5.0},
+        "exact": {3: -1.0, 4: -0.9, 5: -1.3, 6: -1.0, 7: -5.1},
+    }
+    read = []
+
+    def fake(model, examples, *_):
+        read.append([[len(ids) for ids in one.sequences] for one in examples])
+        verdicts = []
+        for one in examples:
+            verdicts.append(choose([scores[model][len(ids)] for ids in one.sequences], one.gold))
+        return verdicts
+
+    monkeypatch.setattr(core_eval, "judge", fake)
+    monkeypatch.setattr(core_eval, "FIRST_SAMPLE", 1)
+    monkeypatch.setattr(core_eval, "SAFETY", 3)
+    near_ties = NearTies()
+    found = judge_fast("exact", "rough", [sampled, example], near_ties, "cpu")
+    assert read == [[[6, 7], [3, 4, 5]], [[6, 7]], [[3, 5]], [[3, 4, 5]]]
+    assert [verdict.credit for verdict in found] == [1, 0] and near_ties.compared == 2
+
+
 # ------------------------------------------------------------------------------------------------
 # what a verdict means
 
 # docs/traps.md: core-baselines
 def test_choices_that_tie_share_the_credit():
-    assert choose([-1.0, -1.0, -2.0, -1.0], gold=0) == (1 / 3, 0.0)
+    assert choose([-1.0, -1.0, -2.0, -1.0], gold=0)[:2] == (1 / 3, 0.0)
     assert choose([-1.0, -1.0, -2.0, -1.0], gold=2).credit == 0
-    assert choose([-1.0, -1.5], gold=0) == (1.0, 0.5)
-    assert choose([-1.0, -1.5], gold=1) == (0.0, -0.5)
+    assert choose([-1.0, -1.5], gold=0)[:2] == (1.0, 0.5)
+    assert choose([-1.0, -1.5], gold=1)[:2] == (0.0, -0.5)
 
 
 # docs/traps.md: core-baselines
@@ -175,13 +213,13 @@ def test_a_diverged_model_is_an_error_and_no_verdict(kind):
 def test_equal_choices_tie_whatever_rounding_did():
     ids = np.arange(5)
     example = Example([ids, ids.copy()], [(3, 5), (3, 5)], 0)
-    assert verdict_of(example, [[-1.0, -2.0], [-1.1, -2.0]]) == (0.5, 0.0)
+    assert verdict_of(example, [[-1.0, -2.0], [-1.1, -2.0]])[:2] == (0.5, 0.0)
 
 
 def test_a_continuation_is_right_only_where_every_token_leads():
     example = Example([np.arange(5)], [(3, 5)], -1)
-    assert verdict_of(example, [[0.2, 0.1]]) == (1.0, 0.1)
-    assert verdict_of(example, [[0.2, -0.1]]) == (0.0, -0.1)
+    assert verdict_of(example, [[0.2, 0.1]])[:2] == (1.0, 0.1)
+    assert verdict_of(example, [[0.2, -0.1]])[:2] == (0.0, -0.1)
     assert verdict_of(example, [[0.2, 0.0]]).credit == 0, "a tie predicts nothing"
 
 

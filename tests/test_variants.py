@@ -178,6 +178,28 @@ def test_on_a_gpu_the_loss_and_the_entrance_are_compiled_for_training_alone(
 
 
 @every_class
+def test_features_of_some_positions_are_those_of_all_of_them(model_class):
+    """Alone, into an empty cache, and behind what a cache holds; of other positions each."""
+    model, idx = make_model(model_class, kv_heads=2).eval(), noise(3, 16)
+    at = torch.tensor([[0, 1, 2], [7, 8, 9], [13, 14, 15]])
+    cache = model.new_kv_cache(4, 24)
+    slots = [3, 0, 2]
+    cases = [{}, {"kv_cache": cache, "slots": slots}]
+    for where in cases:
+        x, recent = model.features(idx, **where)
+        some, some_recent = model.features(idx, **where, at=at)
+        torch.testing.assert_close(some, x.gather(1, at[..., None].expand_as(some)))
+        if recent is not None:
+            assert torch.equal(some_recent[1, 2], recent[1, 9])
+
+    cache.advance(slots, [16, 5, 11])
+    end, at = noise(3, 6), torch.tensor([[5], [0], [3]])
+    x, _ = model.features(end, cache, slots)
+    some, _ = model.features(end, cache, slots, at)
+    torch.testing.assert_close(some, x.gather(1, at[..., None].expand_as(some)))
+
+
+@every_class
 def test_the_compiled_entrance_of_every_class_is_one_graph_and_changes_nothing(model_class):
     graphs = []
 

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adagrad import RowAdagrad
-from nanochat.gpt import GPT, OPTIMIZERS, Attention, Block, Embedding, GPTConfig, Recipe, norm
+from nanochat.gpt import GPT, OPTIMIZERS, Attention, Block, Embedding, GPTConfig, Recipe, norm, take
 from nanochat.kv_cache import KVCache
 
 HASHED_ROWS_PER_TOKEN = 64
@@ -52,9 +52,9 @@ class HashedEmbedding(nn.Embedding):
 class LookupAttention(Attention):
     """Attention whose values have a value embedding added."""
 
-    def project(self, x, value):
+    def project(self, x, at, value):
         """value (B, T, G * D): the value embedding of each token."""
-        q, k, v = super().project(x)
+        q, k, v = super().project(x, at)
         return q, k, v + value.view(v.shape)
 
 
@@ -67,12 +67,15 @@ class LookupBlock(Block):
         super().__init__(config)
         self.blend = nn.Parameter(torch.empty(2))
 
-    def forward(self, x, cos, sin, layer_cache=None, window=None, *, x0, value, idx=None):
+    def forward(
+        self, x, cos, sin, layer_cache=None, window=None, at=None, *, x0, value, idx=None,
+    ):
         """value: the value embedding of each token; with idx the table of them, looked up here."""
         if idx is not None:
             value = F.embedding(idx, value).to(x.dtype)
         x = self.blend[0].to(x.dtype) * x + self.blend[1].to(x.dtype) * x0
-        x = x + self.attention(norm(x), cos, sin, layer_cache, window, value=value)
+        y = self.attention(norm(x), cos, sin, layer_cache, window, at, value=value)
+        x = take(x, at) + y
         return x + self.mlp(norm(x))
 
 

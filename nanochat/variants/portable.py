@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, MLP, Attention, Block, GPTConfig, Linear, rotate
+from nanochat.gpt import GPT, MLP, Attention, Block, GPTConfig, Linear, rotate, take
 
 
 @dataclass
@@ -51,8 +51,8 @@ class PortableAttention(Attention):
         self.q_norm = Norm(config.head_dim, config)
         self.k_norm = Norm(config.head_dim, config)
 
-    def project(self, x):
-        q, k, v = super().project(x)
+    def project(self, x, at=None):
+        q, k, v = super().project(x, at)
         return self.q_norm(q), self.k_norm(k), v
 
     def place(self, q_or_k, cos, sin):
@@ -82,8 +82,9 @@ class PortableBlock(Block):
         self.attention_norm = Norm(config.width, config)
         self.mlp_norm = Norm(config.width, config)
 
-    def forward(self, x, cos, sin, layer_cache=None, window=None):
-        x = x + self.attention(self.attention_norm(x), cos, sin, layer_cache, window)
+    def forward(self, x, cos, sin, layer_cache=None, window=None, at=None):
+        y = self.attention(self.attention_norm(x), cos, sin, layer_cache, window, at)
+        x = take(x, at) + y
         return x + self.mlp(self.mlp_norm(x))
 
 
