@@ -63,7 +63,7 @@ def difference_of(scores, alone):
     Only the scores of the best few matter, which are those that a batch can mistake.
     """
     best = alone.topk(min(5, len(alone))).indices
-    difference = (scores[best] - alone[best]).double()
+    difference = (scores[best] - alone[best]).cpu().double()
     return float(difference.max() - difference.min())
 
 
