@@ -206,6 +206,10 @@ has_rl() {
     [ -z "$MINUTES" ] || LC_ALL=C awk -v total="$MINUTES" 'BEGIN { exit !(total >= 20) }'
 }
 
+# The stage whose model is the chat that is evaluated and talked to.
+chat_source=sft
+if has_rl; then chat_source=rl; fi
+
 # shards_of DEPTH: shards of FineWeb-Edu, of 250 M characters each, for 20 tokens of 4.8 characters
 # for each weight in a matmul. Depth 20 at a vocabulary of 65,536 has 477 M (393 M in the blocks'
 # matrices, 84 M in the head): 183 shards, and seven to be on the safe side.
@@ -236,10 +240,8 @@ planned_depth() {
 # a third of what comes on top. The other stages and start-up are not in MINUTES: about a minute and
 # a half on two slow cores.
 minutes_of() {
-    local rl=0
-    if has_rl; then rl=1; fi
-    LC_ALL=C awk -v total="$MINUTES" -v stage="$1" -v rl="$rl" 'BEGIN {
-        minutes["chat_rl"] = rl * (total < 80 ? total / 8 : 10)
+    LC_ALL=C awk -v total="$MINUTES" -v stage="$1" -v source="$chat_source" 'BEGIN {
+        if (source == "rl") minutes["chat_rl"] = total < 80 ? total / 8 : 10
         total -= minutes["chat_rl"]
         base = total > 2.4 ? 0.63 * total - 0.99 : 0.2 * total
         minutes["base_train"] = base
@@ -248,10 +250,6 @@ minutes_of() {
         printf "%.3f", minutes[stage]
     }'
 }
-
-# The stage whose model is the chat that is evaluated and talked to.
-chat_source=sft
-if has_rl; then chat_source=rl; fi
 
 # tag_settings: prints two words, the setting that names this run's chat model and its base model,
 # or - where a command without it takes that model.
@@ -347,10 +345,9 @@ model_stage chat_sft ${CUSTOM:+"--custom=$CUSTOM"} ${NAME:+"--name=$NAME"} \
     ${MINUTES:+"--minutes=$(minutes_of chat_sft)"}
 
 # 6. Reinforcement learning: the model learns from those of its own answers that were right.
-if has_rl; then model_stage chat_rl ${MINUTES:+"--minutes=$(minutes_of chat_rl)"}; fi
-
 # 7. Evaluation: the chat model answers questions whose answers are known.
 if [ "$chat_source" = rl ]; then
+    model_stage chat_rl ${MINUTES:+"--minutes=$(minutes_of chat_rl)"}
     model_stage chat_eval --source=rl
 else
     model_stage chat_eval

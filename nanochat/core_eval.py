@@ -402,8 +402,13 @@ def log_probs_of(model, units, device):
         recent = recent[None]
     values = model.target_log_probs(x[None], recent, targets[None])[0]
     check_finite(values)
+    return by_owner(found.owners, values.tolist())
+
+
+def by_owner(owners, values):
+    """{owner: its values in their order}. owners: of each value."""
     result = {}
-    for owner, value in zip(found.owners, values.tolist()):
+    for owner, value in zip(owners, values):
         result.setdefault(owner, []).append(value)
     return result
 
@@ -416,7 +421,7 @@ def leads_of(model, units, device):
     """
     found = read_units(model, units, device)
     x, recent, targets = found.joined(device)
-    result = {}
+    leads = []
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
     for start in range(0, len(x), size):
         part = slice(start, start + size)
@@ -424,11 +429,9 @@ def leads_of(model, units, device):
         label = targets[part, None]
         wanted = logits.gather(1, label)[:, 0]
         best_other = logits.scatter(1, label, -torch.inf).amax(-1)
-        leads = wanted - best_other
-        check_finite(leads)
-        for owner, lead in zip(found.owners[part], leads.tolist()):
-            result.setdefault(owner, []).append(lead)
-    return result
+        check_finite(wanted - best_other)
+        leads += (wanted - best_other).tolist()
+    return by_owner(found.owners, leads)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -479,12 +479,15 @@ def test_every_documented_command_has_a_row(command):
     assert [right for left, right in ROWS if command in left], command
 
 
+def called_missing(rows):
+    """The modules and files that rows of the page say are not there yet."""
+    found = [re.match(r"not yet: `([^`]+)`", right) for _, right in rows]
+    return [match[1] for match in found if match]
+
+
 def test_what_the_page_calls_missing_is_missing():
-    named = []
-    for _, right in ROWS:
-        missing = re.match(r"not yet: `([^`]+)`", right)
-        if missing:
-            named.append(missing[1])
+    named = called_missing(ROWS)
+    assert called_missing([(["a"], "not yet: `docs/llada.md`, later")]) == ["docs/llada.md"]
     assert [name for name in named if is_here(name)] == []
     assert set(named) <= LATER.keys()
 
