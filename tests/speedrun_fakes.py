@@ -43,8 +43,9 @@ if [ "$1" = -c ]; then
 fi
 if [ "$2" = scripts.plan ]; then exit "${PLAN_STATUS:-0}"; fi
 env >"$CALLS.$2.environment"
-printf '%q ' "$@" >>"$CALLS"
-echo >>"$CALLS"
+# in one write: a download in the background writes down its call at the same time as a stage
+line="$(printf '%q ' "$@")"
+echo "$line" >>"$CALLS"
 record() {
     echo "{\"stage\": \"${2#*.}\", \"run\": \"${NANOCHAT_RUN:?}\"}" \
         >>"$NANOCHAT_BASE_DIR/metrics.jsonl"
