@@ -21,6 +21,7 @@ import os
 import signal
 import struct
 import sys
+import time
 
 from nanochat.confinement import (
     ConfinementError,
@@ -36,6 +37,7 @@ EXACT_INTEGER = 1 << 53         # larger ones travel in hexadecimal: no limit of
 FIRST_FD = 3                    # behind standard input, output and error
 HIGH_FD = 32                    # above those, below the limit of open files
 ALL_FDS = 1 << 16
+ENDING_SECONDS = 1.0            # for a candidate to end by itself when the checker has
 
 # --------------------------------------------------------------------------------------------------
 # plain data
@@ -360,13 +362,17 @@ def _run_init(config):
 
 
 def _status_of(candidate):
-    """How the candidate ended, or None where it has not; it is killed then.
+    """How the candidate ended, or None where it does not; it is killed then.
 
-    Where there is a namespace, the end of init kills it as well.
+    Its pipes close a moment before it can be waited for, so that the checker, which has read their
+    end, may be done first. Where there is a namespace, the end of init kills it as well.
     """
-    pid, status = os.waitpid(candidate, os.WNOHANG)
-    if pid:
-        return os.waitstatus_to_exitcode(status)
+    deadline = time.monotonic() + ENDING_SECONDS
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(candidate, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
     _kill(candidate)
     return None
 
