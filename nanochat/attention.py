@@ -27,6 +27,7 @@ from torch.compiler import config as compiler_config
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nanochat.fast_linear import materialize
 
 BLOCK_QUERIES = 64  # whose scores of all heads stay in a CPU's cache
 
@@ -105,8 +106,8 @@ def cached_attention(q, k, v, layer_cache, window, at=None):
     at (B, n): which of the new tokens the queries are of, q (B, n, H, D); None: all of them.
     """
     # 1. write the new keys and values at their positions
-    layer_cache.k[window.index, window.positions] = k.to(layer_cache.k.dtype)
-    layer_cache.v[window.index, window.positions] = v.to(layer_cache.v.dtype)
+    layer_cache.k[window.index, :, window.positions] = k.to(layer_cache.k.dtype)
+    layer_cache.v[window.index, :, window.positions] = v.to(layer_cache.v.dtype)
 
     # Into empty slots: nothing but the new tokens to attend to, and no mask to make. (On a GPU the
     # mask costs little, and the lengths of prefills stay away from cuDNN.)
@@ -116,12 +117,37 @@ def cached_attention(q, k, v, layer_cache, window, at=None):
 
     # 2. read what the slots hold, up to the longest of them
     q = q.transpose(1, 2)  # B, H, T, D
-    k = layer_cache.k[window.slots, :window.end].transpose(1, 2)  # B, G, S, D
-    v = layer_cache.v[window.slots, :window.end].transpose(1, 2)
+    k = layer_cache.k[window.slots, :, :window.end]  # B, G, S, D
+    v = layer_cache.v[window.slots, :, :window.end]
 
     # 3. attend, each token to the positions up to its own
     positions = window.positions if at is None else window.positions.gather(1, at)
+    is_decode = q.size(2) == 1 and q.device.type == "cpu"
+    if is_decode and torch.compiler.is_compiling():
+        return attend_by_sums(q, k, v, positions).transpose(1, 2)
     return attend_up_to(q, k, v, positions).transpose(1, 2)
+
+
+def attend_by_sums(q, k, v, positions):
+    """attend_up_to for one query of each sequence, (B, H, 1, D), as sums that the compiler fuses.
+
+    SDPA with a single query is slow on a CPU, and a call that nothing can be fused with
+    (fast_linear.py). positions (B, 1).
+    """
+    B, H, _, D = q.shape
+    G = k.size(1)
+
+    # 1. scores (B, G, H / G, S): key/value head g serves H / G query heads
+    q = materialize(q.float() * D ** -0.5).view(B, G, H // G, 1, D)
+    scores = (q * k[:, :, None].float()).sum(-1)
+    keys = torch.arange(k.size(2), device=q.device)
+    visible = keys <= positions[:, None, None]      # B, 1, 1, S
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    # 2. the values, weighted
+    probs = materialize(scores.softmax(-1))
+    y = (probs[..., None] * v[:, :, None].float()).sum(3)
+    return y.view(B, H, 1, D).to(v.dtype)
 
 
 @contextlib.contextmanager

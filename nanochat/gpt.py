@@ -242,6 +242,7 @@ class GPT(nn.Module):
         self.embed = Embedding(self.vocab_size_padded, config.width)
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.depth))
         self.head = Head(config.width, self.vocab_size_padded)
+        self.fast_head = None   # the FastLinear that replaces it in decoding (decoding.py)
         self.compute_dtype = torch.float32  # of the activations
         self.compile_loss = False  # parallel.prepare() sets it on a GPU,
         self.compiled_enter = None  # and this, to enter() compiled
@@ -318,16 +319,16 @@ class GPT(nn.Module):
         """What happens after the last block."""
         return norm(x)
 
-    def features(self, idx, kv_cache=None, slots=None, at=None):
+    def features(self, idx, kv_cache=None, slots=None, at=None, window=None):
         """idx (B, T) -> (x (B, T, C) after the last norm, the recent tokens or None).
 
         kv_cache, slots: idx continues these sequences of a cache (a list of B ints; None: all).
         at (B, n) int64: the positions in idx that are wanted, for results of (B, n, ...). The last
         block computes keys and values alone of the others: 2 of 12 C^2 multiplications a token.
+        window: the CacheWindow of slots, where the caller has made it; None: it is made here.
         """
         # 1. where the tokens stand: the rotary angles of each position
         T = idx.size(1)
-        window = None  # a CacheWindow: where new tokens belong in the cache
         if kv_cache is None:
             if T > self.config.max_seq_len:
                 raise UserError(
@@ -335,7 +336,7 @@ class GPT(nn.Module):
             cos, sin = self.cos[:, :T], self.sin[:, :T]
             layer_caches = [None] * len(self.blocks)
         else:
-            window = kv_cache.window(slots, T)
+            window = window or kv_cache.window(slots, T)
             cos, sin = self.cos[0, window.positions], self.sin[0, window.positions]  # B, T, 1, D/2
             layer_caches = kv_cache.layers
 
@@ -379,7 +380,10 @@ class GPT(nn.Module):
 
     def logits(self, x, recent):
         """x (..., C) -> float32 (..., V)."""
-        z = F.linear(x, self.head_weight().to(x.dtype)).float()
+        if self.fast_head is None:
+            z = F.linear(x, self.head_weight().to(x.dtype)).float()
+        else:
+            z = self.fast_head(x).float()
         return softcap(z, self.config.softcap)
 
     def loss(self, x, recent, targets, weights):

@@ -18,17 +18,20 @@ import torch
 
 
 class LayerCache:
-    """Keys and values of one layer: .k and .v, (S, L, G, D) each, zero at first."""
+    """Keys and values of one layer: .k and .v, (S, G, L, D) each, zero at first.
+
+    The tokens of a head are neighbours, so that decoding reads memory in one stretch a head.
+    """
 
     def __init__(self, slots, length, kv_heads, head_dim, device, dtype):
-        shape = (slots, length, kv_heads, head_dim)
+        shape = (slots, kv_heads, length, head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     @property
     def length(self):
         """How many tokens a slot can hold."""
-        return self.k.size(1)
+        return self.k.size(2)
 
     @property
     def nbytes(self):
@@ -37,7 +40,7 @@ class LayerCache:
     def copy(self, slot, others, length):
         """Give other slots (a list of ints) the first `length` tokens of one."""
         for cached in (self.k, self.v):
-            cached[others, :length] = cached[slot, :length]
+            cached[others, :, :length] = cached[slot, :, :length]
 
     def clear(self, slot):
         """Overwrite what is in a slot with zeros."""

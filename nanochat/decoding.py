@@ -1,0 +1,111 @@
+"""Decoding on a CPU as one compiled function.
+
+    use_fast_linear(model)                      # once, after cast_for_inference()
+    decode = CompiledDecode(model, kv_cache)
+    decode.warm_up(4)                           # compile for up to 4 sequences; else at first use
+    logits = decode(tokens, slots)              # (n, V), as model.decode() gives them
+
+A decode step of a small model is hundreds of small operations, each a call of several microseconds
+from Python through torch: several times what the arithmetic takes. Compiled, the step of one
+sequence is one loop nest after the other in one C++ function, with the products as sums in it
+(fast_linear.py); for several sequences the products are oneDNN's and everything between two of them
+is one function. The idea is gpt-fast's, the form that of a CPU.
+
+Shapes have to be static, so there is a function for each number of sequences in BATCHES, and a
+smaller number is padded. How many cached tokens are attended to is dynamic: one function serves all
+lengths. The first call of each takes seconds, the later ones read inductor's cache on disk.
+
+What a variant overrides in the forward pass is compiled with it. Where its logits() cannot be
+compiled as it is (counts of n-grams, whose number differs from token to token), torch runs this
+part as it is written.
+"""
+import functools
+import types
+
+import torch
+
+from nanochat.fast_linear import FastLinear
+from nanochat.gpt import Head, Linear
+from nanochat.kv_cache import CacheWindow
+
+BATCHES = 1, 2, 4, 8, 16, 32, 64, 128, 256     # numbers of sequences that are compiled for
+SHORTEST = 2    # cached tokens to attend to: a size of 1 would be compiled by itself
+
+
+def use_fast_linear(model, int8=False):
+    """Replace the matrices of a model, and the head, by FastLinear: for inference alone.
+
+    int8: round their weights to 8 bits.
+    """
+    make = functools.partial(FastLinear, dtype=model.compute_dtype, int8=int8)
+    model.fast_head = make(model.head_weight())
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear) and not isinstance(child, Head):
+                setattr(module, name, make(child.weight))
+    return model
+
+
+def decode_step(model, kv_cache, idx, slots, positions, keys):
+    """What is compiled: idx, slots and positions (n, 1) int64 -> logits (n, V).
+
+    keys: a tensor with as many elements as there are cached tokens to attend to.
+    """
+    window = CacheWindow(slots[:, 0], positions, keys.size(0), slots)
+    x, recent = model.features(idx, kv_cache, window=window)
+    if recent is not None:
+        recent = recent[:, 0]
+    return model.logits(x[:, 0], recent)
+
+
+def compile_for(batch):
+    """decode_step() compiled for one number of sequences, model and cache.
+
+    Whether the code on hand fits its arguments is decided by CompiledDecode. Torch would look at
+    every module and weight of the model again at each call, which takes a tenth of a step. What is
+    compiled belongs to a code object, so each function gets one of its own.
+    """
+    code = decode_step.__code__.replace(co_name=f"decode_step_of_{batch}")
+    own = types.FunctionType(code, decode_step.__globals__)
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    return torch.compile(own, dynamic=False, options=options)
+
+
+class CompiledDecode:
+    """model.decode() for some slots of one KV cache, compiled."""
+
+    def __init__(self, model, kv_cache):
+        self.model = model
+        self.kv_cache = kv_cache
+        self.keys = torch.arange(kv_cache.length)
+        self.batches = [n for n in BATCHES if n < kv_cache.slots] + [kv_cache.slots]
+        self.compiled = {batch: compile_for(batch) for batch in self.batches}
+
+    def __call__(self, tokens, slots):
+        """One more token in each slot: two lists of n ints -> the logits of the next, (n, V).
+
+        The caller advances the slots.
+        """
+        # 1. pad to a number that is compiled for: the first sequence again changes nothing
+        n = len(slots)
+        batch = next(size for size in self.batches if size >= n)
+        padding = batch - n
+        tokens = tokens + tokens[:1] * padding
+        slots = slots + slots[:1] * padding
+
+        # 2. where they stand
+        positions = [self.kv_cache.lengths[slot] for slot in slots]
+        rows = torch.tensor([tokens, slots, positions])[:, :, None]     # 3, n, 1
+        end = max(max(positions) + 1, SHORTEST)
+        keys = self.keys[:end]
+        torch._dynamo.mark_dynamic(keys, 0, min=SHORTEST, max=len(self.keys) - 1)
+        return self.compiled[batch](self.model, self.kv_cache, *rows, keys)[:n]
+
+    @torch.inference_mode()
+    def warm_up(self, most):
+        """Compile for up to `most` sequences. What it writes into slots is behind their ends."""
+        for batch in self.batches:
+            slots = list(range(batch))
+            self([0] * batch, slots)
+            if batch >= most:
+                return
