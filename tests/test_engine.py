@@ -15,6 +15,7 @@ from nanochat.engine import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
+from nanochat.sequence_text import TextOfSequence
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.ngrams import NGramGPT
@@ -480,6 +481,29 @@ def test_more_sequences_than_slots_all_get_the_tokens_that_they_get_alone(server
     assert [sequence.tokens for sequence in sequences] == [
         alone(server_engine, prompt, **SAMPLING) for prompt in PROMPTS * 2]
     assert server_engine.kv_cache.slots == 2 and server_engine.step() == []
+
+
+def test_a_server_reads_the_texts_of_all_its_sequences_after_each_step(server_engine):
+    """As docs/engine.md shows it: the server takes the steps, whoever ends is retired."""
+    tokenizer = server_engine.tokenizer
+    asked = [("the cat", {"seed": 5}), ([7, 7, 9], {"temperature": 0}), ([5] * 20, {})]
+    options = {"max_new_tokens": 12}
+    wanted = [server_engine.generate(prompt, **options, **own) for prompt, own in asked]
+    sequences = [admit(server_engine, prompt, **options, **own) for prompt, own in asked]
+    texts, shown = [TextOfSequence(tokenizer, one) for one in sequences], ["", "", ""]
+    for _ in range(100):
+        server_engine.step()
+        for place, text in enumerate(texts):
+            shown[place] += text.read()
+    assert shown == wanted and None not in [text.finish_reason for text in texts]
+
+
+def test_a_stop_string_ends_a_stream_and_frees_its_slot(engine):
+    told = engine.generate("the cat", max_new_tokens=20, seed=5)
+    stop = told[6:8]
+    stream = engine.stream("the cat", stop=[stop], max_new_tokens=20, seed=5)
+    assert "".join(stream) == told[:told.index(stop)] and stream.finish_reason == "stop"
+    assert engine.running == {} and engine.kv_cache is None
 
 
 def test_slots_that_are_far_apart_are_decoded_without_those_between():
