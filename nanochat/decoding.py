@@ -16,8 +16,8 @@ smaller number is padded. How many cached tokens are attended to is dynamic: one
 lengths. The first call of each takes seconds, the later ones read inductor's cache on disk.
 
 What a variant overrides in the forward pass is compiled with it. Where its logits() cannot be
-compiled as it is (counts of n-grams, whose number differs from token to token), torch runs this
-part as it is written.
+compiled (counts of n-grams, whose number differs from token to token), it says so by its attribute
+`compiles_logits`, and torch runs that part as it is written.
 """
 import functools
 import types
@@ -49,13 +49,15 @@ def use_fast_linear(model, int8=False):
 def decode_step(model, kv_cache, idx, slots, positions, keys):
     """What is compiled: idx, slots and positions (n, 1) int64 -> logits (n, V).
 
-    keys: a tensor with as many elements as there are cached tokens to attend to.
+    keys: a tensor with as many elements as there are cached tokens to attend to. Of a model that
+    does not compile its logits, the result is what they are made of: x (n, C) and recent tokens.
     """
     window = CacheWindow(slots[:, 0], positions, keys.size(0), slots)
     x, recent = model.features(idx, kv_cache, window=window)
+    x = x[:, 0]
     if recent is not None:
         recent = recent[:, 0]
-    return model.logits(x[:, 0], recent)
+    return model.logits(x, recent) if model.compiles_logits else (x, recent)
 
 
 def compile_for(batch):
@@ -68,7 +70,7 @@ def compile_for(batch):
     code = decode_step.__code__.replace(co_name=f"decode_step_of_{batch}")
     own = types.FunctionType(code, decode_step.__globals__)
     options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(own, dynamic=False, options=options)
+    return torch.compile(own, dynamic=False, fullgraph=True, options=options)
 
 
 class CompiledDecode:
@@ -99,7 +101,11 @@ class CompiledDecode:
         end = max(max(positions) + 1, SHORTEST)
         keys = self.keys[:end]
         torch._dynamo.mark_dynamic(keys, 0, min=SHORTEST, max=len(self.keys) - 1)
-        return self.compiled[batch](self.model, self.kv_cache, *rows, keys)[:n]
+        found = self.compiled[batch](self.model, self.kv_cache, *rows, keys)
+        if self.model.compiles_logits:
+            return found[:n]
+        x, recent = found
+        return self.model.logits(x[:n], recent[:n])
 
     @torch.inference_mode()
     def warm_up(self, most):

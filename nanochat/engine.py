@@ -32,6 +32,7 @@ import random
 import torch
 
 from nanochat.common import UserError
+from nanochat.decoding import CompiledDecode
 from nanochat.execution import use_tool
 from nanochat.retrieval import reply_within
 from nanochat.sampling import (
@@ -168,9 +169,11 @@ class Engine:
     max_slots   None, or the number of slots of a cache that is allocated at once, each as long as
                 the context, and is kept
     passages    the user's own text (retrieval.py), or None: then lookup() is refused
+    compiled_decode     the CompiledDecode that replaces model.decode(), or None. With compile=True,
+                which needs max_slots and a model on a CPU, it is there from the start
     """
 
-    def __init__(self, model, tokenizer, passages=None, max_slots=None):
+    def __init__(self, model, tokenizer, passages=None, max_slots=None, compile=False):
         self.model = model
         self.tokenizer = tokenizer
         self.passages = passages
@@ -180,6 +183,7 @@ class Engine:
         self.kv_cache = None
         if max_slots is not None:
             self.kv_cache = model.new_kv_cache(max_slots, self.max_seq_len)
+        self.compiled_decode = CompiledDecode(model, self.kv_cache) if compile else None
         self.waiting = []
         self.running = {}
         self._prefills = 0          # how many prefill steps there were
@@ -441,6 +445,9 @@ class Engine:
 
     def _decode(self, sequences):
         """Feed the last token of each sequence; logits (n, V) of the token after it, for each."""
+        if self.compiled_decode is not None:
+            last = [sequence.tokens[-1] for sequence in sequences]
+            return self.compiled_decode(last, [sequence.slot for sequence in sequences])
         slots = slots_to_decode([sequence.slot for sequence in sequences])
         row_of = {slot: row for row, slot in enumerate(slots)}
         rows = [row_of[sequence.slot] for sequence in sequences]

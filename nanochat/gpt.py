@@ -233,6 +233,7 @@ class GPT(nn.Module):
     block_class = Block
     optimizers = OPTIMIZERS
     lookback = 1  # tokens, up to and with the newest, that are looked at outside of attention
+    compiles_logits = True  # whether torch can compile logits() for decoding
 
     def __init__(self, config):
         super().__init__()

@@ -20,7 +20,7 @@ import torch
 class LayerCache:
     """Keys and values of one layer: .k and .v, (S, G, L, D) each, zero at first.
 
-    The tokens of a head are neighbours, so that decoding reads memory in one stretch a head.
+    The tokens of a head are neighbours, so that decoding reads each head without gaps.
     """
 
     def __init__(self, slots, length, kv_heads, head_dim, device, dtype):
