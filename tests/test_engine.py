@@ -1,6 +1,7 @@
 """Generation: cached equals recomputed, alone equals among others, chunks equal whole prompts, the
 tool runs inside, and nothing that looks like a control token is shown."""
 import contextlib
+import random
 
 import pytest
 import torch
@@ -483,6 +484,32 @@ def test_more_sequences_than_slots_all_get_the_tokens_that_they_get_alone(server
     assert server_engine.kv_cache.slots == 2 and server_engine.step() == []
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whoever_comes_and_leaves_all_others_get_the_tokens_that_they_get_alone(
+        tokenizer, any_model, monkeypatch, seed):
+    """Random prompts with common beginnings, random arrivals and departures, three slots."""
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 9)
+    monkeypatch.setattr("nanochat.engine.MIN_PREFIX", 4)
+    rng = random.Random(seed)
+    engine = Engine(any_model, tokenizer, max_slots=3)
+    beginnings = [LONG[:20], LONG[:9] + [3] * 6, [8] * 12]
+    sequences = []
+    for number in range(16):
+        prompt = rng.choice(beginnings)[:rng.randrange(1, 20)] + rng.choices(range(90), k=2)
+        options = {"seed": number, "max_new_tokens": rng.randrange(1, 7), "top_k": 0}
+        sequences.append((admit(engine, prompt, **options), options))
+        for _ in range(rng.randrange(4)):
+            engine.step()
+        if rng.random() < 0.3:
+            engine.retire(rng.choice(sequences)[0])
+    finish(engine, *(sequence for sequence, _ in sequences))
+    whole = [one for one in sequences if one[0].finish_reason]
+    assert len(whole) > 8 and any(sequence.cached_tokens for sequence, _ in whole)
+    for sequence, options in whole:
+        assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
 def test_a_server_reads_the_texts_of_all_its_sequences_after_each_step(server_engine):
     """As docs/engine.md shows it: the server takes the steps, whoever ends is retired."""
     tokenizer = server_engine.tokenizer
@@ -708,6 +735,40 @@ def test_control_tokens_are_not_printed_but_tool_calls_are_readable(tokenizer):
 
 def scripted(tokenizer, script):
     return Engine(Scripted(tokenizer, script), tokenizer)
+
+
+@pytest.mark.parametrize("max_slots", [None, 2])
+@pytest.mark.parametrize("limit", [40, 12])
+def test_a_long_reply_is_fed_in_one_step_and_changes_no_token(
+        tokenizer, monkeypatch, max_slots, limit):
+    monkeypatch.setattr("nanochat.engine.use_tool", lambda call: "the cat sat on the mat. " * 4)
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 25)
+    call, end = (tokenizer.encode_special(f"<|python_{name}|>") for name in ("start", "end"))
+    model = make_model(tokenizer, T=96)
+    (told,) = Engine(model, tokenizer).generate_batch([[5]], max_new_tokens=1, temperature=0)
+
+    def answer(short_reply):
+        """Tokens of a sequence that begins with a call, of another one, and the most of a step."""
+        monkeypatch.setattr("nanochat.engine.SHORT_REPLY", short_reply)
+        engine = Engine(model, tokenizer, max_slots=max_slots)
+        sequence, other = (
+            engine.new_sequence([5], max_new_tokens=limit, seed=i, ignore_stop_tokens=True)
+            for i in range(2))
+        sequence.forced = [*told, call, 7, end]
+        engine.admit(sequence)
+        engine.admit(other)
+        lengths = [0]
+        while sequence.status != "finished" or other.status != "finished":
+            engine.step()
+            lengths.append(len(sequence.tokens))
+        most = max(b - a for a, b in zip(lengths, lengths[1:]))
+        return sequence.tokens, sequence.sampled, other.tokens, most
+
+    *fed_one_by_one, most = answer(1000)
+    assert most == 1 and False in fed_one_by_one[1][4:]
+    *fed_at_once, most = answer(16)
+    assert fed_at_once == fed_one_by_one and len(fed_at_once[0]) == limit
+    assert most == min(25, limit - 4)
 
 
 def test_no_control_token_is_printed_wherever_it_comes(tokenizer):
