@@ -2,8 +2,9 @@
 
     use_fast_linear(model)                      # once, after cast_for_inference()
     decode = CompiledDecode(model, kv_cache)
-    decode.warm_up(4)                           # compile for up to 4 sequences; else at first use
-    logits = decode(tokens, slots)              # (n, V), as model.decode() gives them
+    decode.warm_up(1)                           # compile for one sequence
+    if decode.is_ready(1):
+        logits = decode(tokens, slots)          # (n, V), as model.decode() gives them
 
 A decode step of a small model is hundreds of small operations, each a call of several microseconds
 from Python through torch: several times what the arithmetic takes. Compiled, the step of one
@@ -20,12 +21,16 @@ compiled (counts of n-grams, whose number differs from token to token), it says 
 `compiles_logits`, and torch runs that part as it is written.
 """
 import functools
+import threading
+import time
 import types
 
 import torch
 
+from nanochat.common import print0
 from nanochat.fast_linear import FastLinear
 from nanochat.gpt import Head, Linear
+from nanochat.hardware import compile_problem
 from nanochat.kv_cache import CacheWindow
 
 BATCHES = 1, 2, 4, 8, 16, 32, 64, 128, 256     # numbers of sequences that are compiled for
@@ -74,7 +79,11 @@ def compile_for(batch):
 
 
 class CompiledDecode:
-    """model.decode() for some slots of one KV cache, compiled."""
+    """model.decode() for some slots of one KV cache, compiled.
+
+    batches    the numbers of sequences that there are functions for
+    ready      those of them whose function is compiled
+    """
 
     def __init__(self, model, kv_cache):
         self.model = model
@@ -82,6 +91,15 @@ class CompiledDecode:
         self.keys = torch.arange(kv_cache.length)
         self.batches = [n for n in BATCHES if n < kv_cache.slots] + [kv_cache.slots]
         self.compiled = {batch: compile_for(batch) for batch in self.batches}
+        self.ready = set()
+
+    def batch_for(self, n):
+        """The number in `batches` that n sequences are padded to."""
+        return next(batch for batch in self.batches if batch >= n)
+
+    def is_ready(self, n):
+        """Whether the function for n sequences is compiled."""
+        return self.batch_for(n) in self.ready
 
     def __call__(self, tokens, slots):
         """One more token in each slot: two lists of n ints -> the logits of the next, (n, V).
@@ -90,7 +108,7 @@ class CompiledDecode:
         """
         # 1. pad to a number that is compiled for: the first sequence again changes nothing
         n = len(slots)
-        batch = next(size for size in self.batches if size >= n)
+        batch = self.batch_for(n)
         padding = batch - n
         tokens = tokens + tokens[:1] * padding
         slots = slots + slots[:1] * padding
@@ -108,10 +126,41 @@ class CompiledDecode:
         return self.model.logits(x[:n], recent[:n])
 
     @torch.inference_mode()
-    def warm_up(self, most):
-        """Compile for up to `most` sequences. What it writes into slots is behind their ends."""
+    def warm_up(self, batch):
+        """Compile the function for one of `batches`; RuntimeError where that fails.
+
+        What it writes into the slots is behind their ends.
+        """
+        slots = list(range(batch))
+        self([0] * batch, slots)
+        self.ready.add(batch)
+
+    def warm_up_behind(self):
+        """Compile for all of `batches` on a thread of its own, which is returned.
+
+        It uses a cache of its own, which is freed at its end: whoever decodes meanwhile does so
+        without the functions that are not ready. Where compiling fails, one line says so.
+        """
+        thread = threading.Thread(target=self._warm_up_all, name="compile", daemon=True)
+        thread.start()
+        return thread
+
+    @torch.inference_mode()
+    def _warm_up_all(self):
+        slots, length = self.kv_cache.slots, self.kv_cache.length
+        scratch = CompiledDecode(self.model, self.model.new_kv_cache(slots, length))
+        scratch.compiled = self.compiled
+        begin = time.perf_counter()
+        problem = compile_problem(self.model.device)
+        if problem:
+            print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
+            return
         for batch in self.batches:
-            slots = list(range(batch))
-            self([0] * batch, slots)
-            if batch >= most:
+            try:
+                scratch.warm_up(batch)
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0][:200]
+                print0(f"warning: decoding stays uncompiled, which is slower ({reason})")
                 return
+            self.ready.add(batch)
+        print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")

@@ -32,8 +32,9 @@ import random
 import torch
 
 from nanochat.common import UserError
-from nanochat.decoding import CompiledDecode
+from nanochat.decoding import CompiledDecode, use_fast_linear
 from nanochat.execution import use_tool
+from nanochat.fast_linear import can_multiply_fast
 from nanochat.retrieval import reply_within
 from nanochat.sampling import (
     NonFiniteError,
@@ -178,11 +179,10 @@ class Engine:
     max_slots   None, or the number of slots of a cache that is allocated at once, each as long as
                 the context, and is kept
     passages    the user's own text (retrieval.py), or None: then lookup() is refused
-    compiled_decode     the CompiledDecode that replaces model.decode(), or None. With compile=True,
-                which needs max_slots and a model on a CPU, it is there from the start
+    compiled_decode     the CompiledDecode that replaces model.decode() where it is ready, or None
     """
 
-    def __init__(self, model, tokenizer, passages=None, max_slots=None, compile=False):
+    def __init__(self, model, tokenizer, passages=None, max_slots=None):
         self.model = model
         self.tokenizer = tokenizer
         self.passages = passages
@@ -192,7 +192,7 @@ class Engine:
         self.kv_cache = None
         if max_slots is not None:
             self.kv_cache = model.new_kv_cache(max_slots, self.max_seq_len)
-        self.compiled_decode = CompiledDecode(model, self.kv_cache) if compile else None
+        self.compiled_decode = None
         self.waiting = []
         self.running = {}
         self._prefills = 0          # how many prefill steps there were
@@ -486,9 +486,10 @@ class Engine:
 
     def _decode(self, sequences):
         """Feed the last token of each sequence; logits (n, V) of the token after it, for each."""
-        if self.compiled_decode is not None:
+        compiled = self.compiled_decode
+        if compiled is not None and compiled.is_ready(len(sequences)):
             last = [sequence.tokens[-1] for sequence in sequences]
-            return self.compiled_decode(last, [sequence.slot for sequence in sequences])
+            return compiled(last, [sequence.slot for sequence in sequences])
         slots = slots_to_decode([sequence.slot for sequence in sequences])
         row_of = {slot: row for row, slot in enumerate(slots)}
         rows = [row_of[sequence.slot] for sequence in sequences]
@@ -626,6 +627,34 @@ class Engine:
     def generate(self, prompt, **options):
         """The continuation of `prompt` (text or ids) as text."""
         return "".join(self.stream(prompt, **options))
+
+
+WEIGHTS = "", "int8"     # of an engine for serving
+
+
+def serving_engine(model, tokenizer, passages=None, max_slots=8, weights="", compile=True):
+    """An Engine with a kept cache of max_slots, as fast as this machine allows.
+
+    weights: "int8" rounds the matrices of a model on a CPU to 8 bits; "" leaves them as they are.
+    compile: on a CPU, compile the decode step (decoding.py) while the engine answers already; where
+    torch cannot, everything stays as it is. UserError for other weights, and for int8 where it
+    cannot be had.
+    """
+    can = can_multiply_fast(model.device)
+    if weights not in WEIGHTS:
+        raise UserError(f"weights={weights}: int8, or nothing for those of the checkpoint")
+    if weights and not can:
+        raise UserError(
+            f"weights={weights} is for CPUs whose torch has oneDNN, and the model is on "
+            f"{model.device}: leave it out"
+        )
+    if can and (compile or weights):
+        use_fast_linear(model, int8=weights == "int8")
+    engine = Engine(model, tokenizer, passages, max_slots)
+    if can and compile:
+        engine.compiled_decode = CompiledDecode(model, engine.kv_cache)
+        engine.compiled_decode.warm_up_behind()
+    return engine
 
 
 class Stream:

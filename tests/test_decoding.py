@@ -1,10 +1,13 @@
 """The compiled decode step against model.decode()."""
+import threading
+
 import pytest
 import torch
 from models import CONTEXT, make_model
 
+from nanochat.common import UserError
 from nanochat.decoding import CompiledDecode, use_fast_linear
-from nanochat.engine import Engine
+from nanochat.engine import Engine, serving_engine
 from nanochat.fast_linear import can_multiply_fast
 from nanochat.gpt import GPT
 from nanochat.variants.lookup import LookupGPT
@@ -99,10 +102,32 @@ class Tokenizer:
         return 97
 
 
-def test_the_engine_gives_the_same_tokens_compiled():
-    model = make_model(GPT, depth=1).eval()
+def test_the_engine_gives_the_same_tokens_before_and_after_it_is_compiled():
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_k": 20, "seed": 3}
-    plain = Engine(model, Tokenizer(), max_slots=SLOTS).generate_batch(PROMPTS, **options)
-    engine = Engine(use_fast_linear(model), Tokenizer(), max_slots=SLOTS, compile=True)
-    engine.compiled_decode.warm_up(SLOTS)
-    assert engine.generate_batch(PROMPTS, **options) == plain
+    plain = Engine(make_model(GPT, depth=1).eval(), Tokenizer(), max_slots=SLOTS)
+    wanted = plain.generate_batch(PROMPTS, **options)
+    engine = serving_engine(make_model(GPT, depth=1).eval(), Tokenizer(), max_slots=SLOTS)
+    early = engine.generate_batch(PROMPTS, **options)
+    [thread] = [one for one in threading.enumerate() if one.name == "compile"]
+    thread.join()
+    assert engine.compiled_decode.ready == {1, 2, 3}
+    assert engine.generate_batch(PROMPTS, **options) == early == wanted
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so_and_the_engine_answers(capsys):
+    model = make_model(GPT, depth=1).eval()
+    compiled = CompiledDecode(model, model.new_kv_cache(1, CONTEXT))
+
+    def fail(*inputs):
+        raise RuntimeError("no compiler\nand a long trace")
+
+    compiled.compiled = dict.fromkeys(compiled.batches, fail)
+    compiled.warm_up_behind().join()
+    assert not compiled.is_ready(1)
+    assert "stays uncompiled, which is slower (no compiler)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["int4", "float8"])
+def test_other_weights_are_refused(weights):
+    with pytest.raises(UserError, match=f"weights={weights}"):
+        serving_engine(make_model(GPT, depth=1), Tokenizer(), weights=weights)
