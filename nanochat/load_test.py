@@ -408,6 +408,8 @@ def how_counted(rows):
     if all(row["tokens_from_usage"] for row in rows):
         counted = "the server's usage"
     last = rows[-1]
-    return (f"Tokens are counted by {counted}: prompts of {last['input_tokens'] or 'unknown'}, "
+    prompts = last["input_tokens"]
+    prompts = "unknown" if prompts is None else f"{prompts:.0f}"
+    return (f"Tokens are counted by {counted}: prompts of {prompts}, "
             f"answers of {last['output_tokens']:.0f} tokens in {last['pieces']:.0f} pieces "
             f"on average at {last['concurrency']} at a time.")

@@ -213,13 +213,13 @@ def catching_environment(folder):
 
 
 @contextlib.contextmanager
-def play(*replies, models=("test/model-7b",)):
-    """A server with `address` and `asked` ([(body, headers)]).
+def play(*replies, models=("test/model-7b",), port=0):
+    """A server with `address` and `asked` ([(body, headers)]), on a free port where none is named.
 
     replies: each a Reply, a function from the question to one, or a Reply's body. Each question
     gets the next reply; where none is left, the last one again.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.replies = []
     for reply in replies:
         ready = isinstance(reply, Reply) or callable(reply)
