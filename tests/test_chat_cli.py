@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chat_fakes import FakeEngine, FakeTokenizer, type_lines
+from checkpoint_cases import folder, meta, save, tokenizer  # noqa: F401
 
 from nanochat.common import UserError
 from scripts import chat_cli, chat_web
@@ -248,6 +249,31 @@ def test_a_cut_answer_is_marked(capsys, monkeypatch):
     monkeypatch.setattr(chat_cli, "max_tokens", 2)
     chat_cli.Chat(FakeEngine(), FakeTokenizer()).ask("x")
     assert capsys.readouterr().out == "Hello (cut at max_tokens)\n"
+
+
+ASK = """
+import runpy, sys
+sys.argv = ["chat_cli", "--source=base", "--model_tag=d1", "-p", "the cat", "--max_tokens=3"]
+runpy.run_module("scripts.chat_cli", run_name="__main__", alter_sys=True)
+print([name for name in ("torch._dynamo", "sympy", "torch._inductor") if name in sys.modules])
+"""
+
+
+def test_an_answer_does_not_wait_for_the_import_of_torchs_compiler(
+    base_dir, folder, meta  # noqa: F811
+):
+    """It took a second, and four without compiled Python files."""
+    save(folder, 7, meta)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("the cat")
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("arguments, hint", [
