@@ -125,8 +125,8 @@ class SteadyEngine(Engine):
         self.difference = 0.0
         self.noise = {}
 
-    def _prefill(self, sequences):
-        return self._steady(sequences, super()._prefill(sequences))
+    def _prefill(self, sequences, counts):
+        return self._steady(sequences, super()._prefill(sequences, counts))
 
     def _decode(self, sequences):
         return self._steady(sequences, super()._decode(sequences))

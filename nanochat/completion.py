@@ -8,6 +8,7 @@ than the context is continued, without <|bos|>: pieces of documents were seen in
 import re
 
 from nanochat.conversation import prompt_room
+from nanochat.sequence_text import begun_stop
 
 # Control characters, which are removed: what a model writes must not steer the terminal.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -58,17 +59,6 @@ def print_continuation(engine, tokenizer, text, max_tokens, **sampling):
 
 # ------------------------------------------------------------------------------------------------
 # texts at which a continuation ends
-
-def begun_stop(text, stops):
-    """How many of the last characters of `text` may be the beginning of a stop text."""
-    longest = 0
-    for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:length]):
-                longest = length
-                break
-    return longest
-
 
 class UntilStop:
     """The pieces of a Stream up to the first of some stop texts, which is left out.

@@ -8,14 +8,19 @@
 All three are callers of the same three methods, and so is the server:
 
     engine.admit(sequence)      # queue it
-    engine.step()               # prefill what was admitted, else decode one token per sequence
+    engine.step()               # one forward pass: a prefill, or one more token per sequence
     engine.retire(sequence)     # free its slot; step() does so by itself for a finished sequence
 
-A prefill step reads whole prompts in one forward pass, padded to the longest; a prompt that several
+A prefill step reads prompts in one forward pass, padded to the longest; a prompt that several
 sequences share has one prefill. A decode step feeds the last token of every running sequence and
 samples the next, for all of them at once. Sequences start and end at any step, and each samples
 with the random numbers of a generator seeded for it alone: it gets the same tokens alone and among
 others.
+
+With max_slots, for a server, the cache is allocated once and kept. Long prompts are then read in
+chunks, between which those who are being answered get their tokens (chunked prefill, Sarathi-Serve,
+arXiv 2403.02310), and a prompt that begins like one whose keys and values are still in a slot is
+read from there on only (prefix caching, as in vLLM and SGLang, arXiv 2312.07104).
 
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
 tool's reply into that sequence, token by token, instead of sampling. The call lookup() is answered
@@ -27,114 +32,30 @@ import random
 import torch
 
 from nanochat.common import UserError
-from nanochat.conversation import LOOKUP_CALL, SHOWN
 from nanochat.execution import use_tool
 from nanochat.retrieval import reply_within
-from nanochat.tokenizer import StreamDecoder
+from nanochat.sampling import (
+    NonFiniteError,
+    SamplingOptions,
+    check_finite,
+    check_sampling,
+    logprobs_of,
+    sample,
+    wanted_logprobs,
+)
+from nanochat.sequence_text import TextOfSequence, is_lookup
 
+UNIFORM_BITS = 24       # of a random number: as many as float32 holds exactly
+QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in any language
 
-# ------------------------------------------------------------------------------------------------
-# sampling
-
-class NonFiniteError(UserError):
-    """The model gave logits that are NaN or infinite: there is no next token."""
-
-    status = 500    # of the server's answer: the request is not at fault
-
-    def __init__(self):
-        super().__init__(
-            "the model's logits are not finite (NaN or infinite): its weights have diverged, or "
-            "overflow in this dtype; take an earlier step, or --dtype=float32"
-        )
-
-
-UNIFORM_BITS = 24           # as many as float32 holds exactly
-TINY_TEMPERATURE = 1e-30    # below it, float32 would divide by zero; it is greedy already
-
-
-def check_finite(scores):
-    """NonFiniteError where one of several scores, of which the best is wanted, is not finite."""
-    if not scores.isfinite().all():
-        raise NonFiniteError
-
-
-def sample(logits, temperatures, top_ks, uniforms):
-    """One token id for each of n sequences, a list of ints, from their logits (n, V).
-
-    temperatures, top_ks, uniforms: a number for each sequence. Temperature 0 is greedy, top_k 0
-    samples among all tokens. A uniform number in [0, 1) decides which token is sampled: it is the
-    sequence's own, so that a sequence gets the same tokens alone and among others.
-    NonFiniteError where a largest logit is no finite number; -inf for some tokens is fine.
-    """
-    # 1. the sequences that take the same path, which is one computation for all of them
-    paths = {}
-    for place, (temperature, top_k) in enumerate(zip(temperatures, top_ks)):
-        path = "greedy" if temperature == 0 else top_k
-        paths.setdefault(path, []).append(place)
-
-    # 2. their tokens
-    choices = [0] * len(logits)
-    for path, places in paths.items():
-        some = logits if len(paths) == 1 else logits[places]
-        if path == "greedy":
-            found = likeliest(some)
-        else:
-            own = [(temperatures[place], uniforms[place]) for place in places]
-            found = draw(some, path, *zip(*own))
-        for place, choice in zip(places, found):
-            choices[place] = choice
-    return choices
-
-
-def likeliest(logits):
-    """The id of the largest logit of each sequence, a list of ints. logits (n, V)."""
-    values, choices = logits.max(-1)    # a NaN is the largest of all
-    check_finite(values)
-    return choices.tolist()
-
-
-def draw(logits, top_k, temperatures, uniforms):
-    """Sample an id for each sequence by the inverse of its distribution function.
-
-    logits (n, V); top_k is one for all, temperatures and uniforms are n numbers.
-    """
-    ids = None
-    if top_k and top_k < logits.size(1):
-        logits, ids = logits.topk(top_k)
-    numbers = torch.tensor([temperatures, uniforms], device=logits.device)  # 2, n
-    temperature, uniform = numbers[:, :, None]
-
-    # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    logits = logits.float()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=TINY_TEMPERATURE)
-    cumulated = torch.softmax(scaled, -1).cumsum(-1)
-    total = cumulated[:, -1:]           # about 1; one NaN or infinity makes it NaN
-    check_finite(total)
-
-    # The first token at which the sum exceeds uniform * total. The uniform number has 24 bits, so
-    # that float32 holds it exactly and the product stays below the total.
-    choices = (cumulated <= uniform * total).sum(-1, keepdim=True)  # n, 1
-    if ids is not None:
-        choices = ids.gather(1, choices)
-    return choices[:, 0].tolist()
-
-
-def check_sampling(temperature, top_k, max_new_tokens):
-    """UserError for values with which nothing can be sampled."""
-    if temperature >= 0 and top_k >= 0 and max_new_tokens >= 1:  # NaN is not >= 0
-        return
-    raise UserError(
-        f"temperature={temperature}, top_k={top_k}, max_tokens={max_new_tokens}: "
-        "the first two must not be negative (0: the likeliest token; all tokens), "
-        "and the last must be at least 1"
-    )
+# Prompt tokens of one prefill step with max_slots: while others wait for their next token, and
+# while none does. More would be no faster, and would make them wait.
+CHUNK_TOKENS = 256
+CHUNK_TOKENS_ALONE = 2048
 
 
 # ------------------------------------------------------------------------------------------------
 # sequences
-
-QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in any language
-
 
 class Sequence:
     """One prompt and what the model makes of it. Engine.new_sequence creates it.
@@ -143,37 +64,62 @@ class Sequence:
     tokens            ids generated so far, the tool's replies and the closing token included
     max_new_tokens    the most tokens to generate
     sampled           for each of the tokens whether the model chose it; the tool's reply is forced
-    temperature, top_k, generator    how its tokens are sampled
+    sampling          how its tokens are sampled, SamplingOptions
+    generator         the random.Random of this sequence
     uniform           the random number for the next token, drawn before that is there
+    ignore_stop_tokens    whether the answer continues behind the tokens that end one
+    tenant            prefixes of prompts are shared with sequences of the same tenant only
     status            "new", "waiting" (admitted, without a slot), "running" or "finished"
-    finish_reason     "stop" or "length"; None before the end, and for a caller who left early
+    finish_reason     "stop", "length" or "error"; None before the end, and for a caller who left
+                      early
+    error             the exception with which it ended, else None
     slot              its slot in the KV cache while it runs
+    cached_tokens     how many tokens of the prompt were in the KV cache already
+    logprobs          a TokenLogprob for each of the tokens, where the option was given
+    prompt_logprobs   None unless asked for; a TokenLogprob for each token of the prompt, None for
+                      the first one
     call              ids of the Python expression that is being written, None outside of one
     forced            ids of a tool's reply that are still to be fed in
     questions         the texts of the user's messages, of which the prompt may hold the last only;
                       None: those of the prompt
     quote_room        tokens that a quote may take besides: max_new_tokens is for what the model
                       writes
+    may_look_up       whether lookup() is answered
     """
 
     def __init__(
-            self, prompt, max_new_tokens=256, temperature=1.0, top_k=50, seed=42, questions=None):
-        check_sampling(temperature, top_k, max_new_tokens)
+        self,
+        prompt,
+        max_new_tokens=256,
+        seed=42,
+        questions=None,
+        prompt_logprobs=False,
+        ignore_stop_tokens=False,
+        tenant="",
+        **sampling,
+    ):
+        self.sampling = SamplingOptions(**sampling)
+        check_sampling(self.sampling.temperature, self.sampling.top_k, max_new_tokens)
         self.prompt = prompt
         self.tokens = []
         self.sampled = []
         self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_k = top_k
         self.generator = random.Random(seed)
         self.uniform = self._draw()
+        self.ignore_stop_tokens = ignore_stop_tokens
+        self.tenant = tenant
         self.status = "new"
         self.finish_reason = None
+        self.error = None
         self.slot = None
+        self.cached_tokens = 0
+        self.logprobs = []
+        self.prompt_logprobs = [None] if prompt_logprobs else None
         self.call = None
         self.forced = []
         self.questions = questions
         self.quote_room = 0
+        self.may_look_up = False
 
     def _draw(self):
         """The next number in [0, 1) of its generator."""
@@ -190,11 +136,6 @@ class Sequence:
     def max_length(self):
         """Tokens that its slot must be able to hold."""
         return len(self.prompt) + self.max_new_tokens + self.quote_room
-
-
-def is_lookup(call):
-    """Whether the text of a Python call asks for the user's own text."""
-    return call.strip() == LOOKUP_CALL
 
 
 def user_texts(tokenizer, ids):
@@ -218,23 +159,30 @@ class Engine:
     """Runs sequences in the slots of one KV cache. One thread at a time may call it.
 
     waiting     admitted sequences without a slot, in the order of admission
-    running     {slot: sequence}
+    running     {slot: sequence}, in the order in which they got their slots
     kv_cache    None while nothing runs. It is allocated for the sequences that wait when none runs,
                 with as many slots and as much length as they need. Sequences admitted later take
                 the slots that become free, where these are long enough; else they wait until no
                 sequence runs any more and the next cache is allocated.
+    max_slots   None, or the number of slots of a cache that is allocated at once, each as long as
+                the context, and is kept
     passages    the user's own text (retrieval.py), or None: then lookup() is refused
     """
 
-    def __init__(self, model, tokenizer, passages=None):
+    def __init__(self, model, tokenizer, passages=None, max_slots=None):
         self.model = model
         self.tokenizer = tokenizer
         self.passages = passages
         self.max_seq_len = model.config.max_seq_len
         self.device = model.embed.weight.device
+        self.max_slots = max_slots
         self.kv_cache = None
+        if max_slots is not None:
+            self.kv_cache = model.new_kv_cache(max_slots, self.max_seq_len)
         self.waiting = []
         self.running = {}
+        self._prefills = 0          # how many prefill steps there were
+        self._was_prefill = False   # whether the last step was one
 
     def new_sequence(self, prompt, **options):
         """A Sequence for a prompt: text, or a list of ids. options: as of Sequence.
@@ -255,8 +203,10 @@ class Engine:
                 f"the context holds {self.max_seq_len}: shorten it"
             )
         sequence = Sequence(ids, **options)
+        sequence.sampling.check_vocabulary(self.tokenizer.get_vocab_size())
         sequence.max_new_tokens = min(sequence.max_new_tokens, room)
-        if self.passages is not None:
+        sequence.may_look_up = self.passages is not None
+        if sequence.may_look_up:
             sequence.quote_room = min(QUOTE_TOKENS, room - sequence.max_new_tokens)
         return sequence
 
@@ -272,120 +222,268 @@ class Engine:
             self.waiting.remove(sequence)
         if sequence.status == "running":
             del self.running[sequence.slot]
-            self.kv_cache.reset(sequence.slot)
-            sequence.slot = None
+            self._free_slot(sequence)
         sequence.status = "finished"
-        if not self.running:
+        if not self.running and self.max_slots is None:
             self.kv_cache = None  # its memory is wanted elsewhere: training samples between steps
+
+    def _free_slot(self, sequence):
+        """Free the slot of a sequence. With max_slots its tokens stay, for prompts that follow."""
+        slot, sequence.slot = sequence.slot, None
+        if sequence.error:
+            self.kv_cache.clear(slot)   # behind a mask, NaN would still reach whoever comes next
+        elif self.max_slots is not None:
+            self.kv_cache.keep(slot, sequence.prompt + sequence.tokens, sequence.tenant)
+        else:
+            self.kv_cache.reset(slot)
 
     @torch.inference_mode()
     def step(self):
-        """One forward pass: prefill of the sequences that just got a slot, else decode of all.
+        """One forward pass: prefill of sequences whose prompt is not in the cache yet, else decode.
 
-        Returns the sequences that got a token; [] when there is nothing to do.
+        With max_slots, prefill and decode take turns, so that a long prompt delays the others by
+        one chunk at a time. Returns the sequences that got a token or ended; [] where a chunk ends
+        within a prompt, and when there is nothing to do.
         """
+        # 1. who is prefilled or decoded in this step
         self._assign_slots()
         running = list(self.running.values())
-        sequences = [sequence for sequence in running if not sequence.tokens]
-        if sequences:
-            # 1. prefill
-            logits = self._prefill(sequences)
-            counts = [len(sequence.prompt) for sequence in sequences]
-        elif running:
-            # 2. decode
-            sequences = running
+        decoding = [sequence for sequence in running if sequence.tokens]
+        prefilling = [sequence for sequence in running if not sequence.tokens]
+        takes_turns = self.max_slots is not None and self._was_prefill
+        is_prefill = bool(prefilling) and not (takes_turns and decoding)
+
+        # 2. the forward pass; what was only begun has no next token yet
+        if is_prefill:
+            sequences, counts = self._choose_chunks(prefilling, bool(decoding))
+            logits = self._prefill(sequences, counts)
+        elif decoding:
+            sequences, counts = decoding, [1] * len(decoding)
             logits = self._decode(sequences)
-            counts = [1] * len(sequences)
         else:
             return []
 
         # 3. sample. A slot advances together with its sequence: should an exception (Ctrl+C, no
         # memory) end this step, the next one repeats what is missing, with the same random numbers.
-        tokens = self._next_tokens(sequences, logits)
-        for sequence, token, count in zip(sequences, tokens, counts):
+        whole = [self._is_whole(*one) for one in zip(sequences, counts)]
+        complete = [sequence for sequence, is_whole in zip(sequences, whole) if is_whole]
+        logits = logits if all(whole) else logits[whole]
+        tokens, logprobs = self._next_tokens(complete, logits)
+        results = iter(zip(tokens, logprobs))
+        for sequence, count, is_whole in zip(sequences, counts, whole):
             self.kv_cache.advance([sequence.slot], [count])
-            self._append(sequence, token)
-            if sequence.finish_reason:
-                self.retire(sequence)
-        return sequences
+            if is_whole:
+                self._append(sequence, *next(results))
+        self._was_prefill = is_prefill
+        self._prefills += is_prefill
+        return complete
+
+    def _is_whole(self, sequence, count):
+        """Whether a sequence has a next token when `count` more of its tokens are in the cache."""
+        return self.kv_cache.lengths[sequence.slot] + count >= len(sequence.prompt)
+
+    # --------------------------------------------------------------------------------------------
+    # scheduling
 
     def _assign_slots(self):
         """Give free slots to waiting sequences, the first admitted first."""
-        if self.waiting and not self.running:
+        if self.max_slots is None and self.waiting and not self.running:
             length = max(sequence.max_length for sequence in self.waiting)
             self.kv_cache = self.model.new_kv_cache(len(self.waiting), length)
-        while self.waiting:
-            sequence = self.waiting[0]
+        for sequence in list(self.waiting):
             free = [slot for slot in range(self.kv_cache.slots) if slot not in self.running]
             if not free or sequence.max_length > self.kv_cache.length:
                 return
-            self.waiting.pop(0)
-            sequence.slot = free[0]
-            sequence.status = "running"
-            self.running[sequence.slot] = sequence
+            if self.max_slots is None:
+                slot = free[0]
+            else:
+                slot = self._slot_with_prefix(sequence, free)
+            if slot is not None:
+                self.waiting.remove(sequence)
+                sequence.slot = slot
+                sequence.status = "running"
+                self.running[slot] = sequence
 
-    def _prefill(self, sequences):
-        """Read the prompts into their slots; logits (n, V) of the token after each prompt.
+    def _slot_with_prefix(self, sequence, free):
+        """A free slot, which holds the beginning of the prompt where that was in the cache.
 
-        A prompt that several sequences share has one prefill, whose part of the cache is copied.
+        None where another sequence is about to put more of it there: then this one waits for that.
         """
+        # 1. where most of the prompt is; its last token is always computed, for its logits
+        source, length = None, 0
+        if sequence.prompt_logprobs is None:
+            source, length = self._longest_prefix(sequence, self._held_tokens())
+            prompts = {
+                other.slot: (other.prompt, other.tenant)
+                for other in self.running.values() if not other.tokens
+            }
+            coming = self._longest_prefix(sequence, prompts)[1]
+            if coming >= length + MIN_PREFIX:
+                return None
+
+        # 2. the slot whose last sequence ended first, unless the prompt continues another's
+        slot = self.kv_cache.least_recent(free)
+        if length < MIN_PREFIX:
+            length = 0
+        elif source in free and 2 * length >= self.kv_cache.lengths[source]:
+            slot = source
+        if length and slot != source:
+            self.kv_cache.copy(source, [slot], length)
+        self.kv_cache.take(slot, length)
+        sequence.cached_tokens = length
+        return slot
+
+    def _held_tokens(self):
+        """{slot: (ids of the tokens whose keys and values it holds, tenant)}"""
+        held = dict(self.kv_cache.kept)
+        for slot, sequence in self.running.items():
+            ids = sequence.prompt + sequence.tokens
+            held[slot] = ids[:self.kv_cache.lengths[slot]], sequence.tenant
+        return held
+
+    def _longest_prefix(self, sequence, held):
+        """(slot, length) of the longest beginning of a prompt, its last token aside, among `held`,
+        {slot: (ids, tenant)}; (None, 0) where there is none."""
+        wanted = sequence.prompt[:-1]
+        best = None, 0
+        for slot, (ids, tenant) in held.items():
+            if tenant != sequence.tenant:
+                continue
+            length = common_length(wanted, ids)
+            if length > best[1]:
+                best = slot, length
+        return best
+
+    def _choose_chunks(self, prefilling, others_decode):
+        """(sequences, how many tokens of each prompt to read) of a prefill step.
+
+        Without max_slots these are all of them, whole. Else the sequence that came first and the
+        one with the least to read take turns, so that neither a long prompt nor short ones wait for
+        ever; others whose whole rest fits beside it join.
+        """
+        lengths = self.kv_cache.lengths
+        left = {s: len(s.prompt) - lengths[s.slot] for s in prefilling}
+        if self.max_slots is None:
+            return prefilling, list(left.values())
+
+        # 1. the one whose turn it is
+        budget = CHUNK_TOKENS if others_decode else CHUNK_TOKENS_ALONE
+        by_length = sorted(prefilling, key=left.get)
+        first = by_length[0] if self._prefills % 2 else prefilling[0]
+        chunks = {first: min(left[first], budget)}
+        if first.prompt_logprobs is not None:
+            return [first], list(chunks.values())
+
+        # 2. others, as long as all of them padded to the longest stay within budget and slot
+        for sequence in by_length:
+            longest = max(left[sequence], *chunks.values())
+            padded = longest * (len(chunks) + 1)
+            starts = [lengths[one.slot] for one in (*chunks, sequence)]
+            fits = padded <= budget and max(starts) + longest <= self.kv_cache.length
+            if sequence not in chunks and sequence.prompt_logprobs is None and fits:
+                chunks[sequence] = left[sequence]
+        return list(chunks), list(chunks.values())
+
+    # --------------------------------------------------------------------------------------------
+    # forward passes
+
+    def _prefill(self, sequences, counts):
+        """Read the next `counts` tokens of prompts into their slots.
+
+        Returns logits (n, V) of the token after each of these chunks. A prompt that several
+        sequences share has one prefill, whose part of the cache is copied.
+        """
+        if sequences[0].prompt_logprobs is not None:
+            return torch.cat([self._score_prompt(*one) for one in zip(sequences, counts)])
+
         # 1. the first sequence of each distinct prompt
-        firsts = {}
-        for sequence in sequences:
-            firsts.setdefault(tuple(sequence.prompt), sequence)
-        lengths = [len(sequence.prompt) for sequence in firsts.values()]
+        starts = [self.kv_cache.lengths[sequence.slot] for sequence in sequences]
+        keys, firsts = [], {}
+        for sequence, start, count in zip(sequences, starts, counts):
+            keys.append((start, *sequence.prompt[:start + count]))
+            firsts.setdefault(keys[-1], sequence)
+        chunks = [key[1 + key[0]:] for key in firsts]
+        lengths = [len(chunk) for chunk in chunks]
         slots = [sequence.slot for sequence in firsts.values()]
 
-        # 2. What is behind a shorter prompt is overwritten before any query attends to it.
-        padded = [list(prompt) + [0] * (max(lengths) - len(prompt)) for prompt in firsts]
+        # 2. What is behind a shorter chunk is overwritten before any query attends to it.
+        padded = [list(chunk) + [0] * (max(lengths) - len(chunk)) for chunk in chunks]
         idx = torch.tensor(padded, device=self.device)  # n, T
         logits = self.model.prefill(idx, self.kv_cache, slots, lengths)
         if len(firsts) == len(sequences):
             return logits
 
         # 3. the others have the same keys and values, and the same logits
-        number = {prompt: i for i, prompt in enumerate(firsts)}
-        numbers = [number[tuple(sequence.prompt)] for sequence in sequences]
-        for prompt, first in firsts.items():
-            others = [s.slot for s in sequences if s is not first and tuple(s.prompt) == prompt]
+        number = {key: i for i, key in enumerate(firsts)}
+        for key, first in firsts.items():
+            pairs = zip(keys, sequences)
+            others = [s.slot for own, s in pairs if own == key and s is not first]
             if others:
-                self.kv_cache.copy(first.slot, others, len(prompt))
-        return logits[numbers]
+                self.kv_cache.copy(first.slot, others, len(key) - 1)
+        return logits[[number[key] for key in keys]]
+
+    def _score_prompt(self, sequence, count):
+        """_prefill() of one sequence, whose prompt_logprobs get a TokenLogprob for each token."""
+        start = self.kv_cache.lengths[sequence.slot]
+        idx = torch.tensor([sequence.prompt[start:start + count]], device=self.device)
+        x, recent = self.model.features(idx, self.kv_cache, [sequence.slot])
+        logits = self.model.logits(x, recent)[0]                    # count, V
+        targets = sequence.prompt[start + 1:start + 1 + count]      # behind the last one is none
+        scored = logprobs_of(logits[:len(targets)], targets, sequence.sampling.logprobs or 0)
+        sequence.prompt_logprobs[start + 1:] = scored
+        return logits[-1:]
 
     def _decode(self, sequences):
         """Feed the last token of each sequence; logits (n, V) of the token after it, for each."""
-        idx = [[0] for _ in range(self.kv_cache.slots)]  # idle slots read token 0
-        for sequence in sequences:
-            idx[sequence.slot] = [sequence.tokens[-1]]
-        logits = self.model.decode(torch.tensor(idx, device=self.device), self.kv_cache)  # S, V
-        return logits[[sequence.slot for sequence in sequences]]
+        slots = slots_to_decode([sequence.slot for sequence in sequences])
+        row_of = {slot: row for row, slot in enumerate(slots)}
+        rows = [row_of[sequence.slot] for sequence in sequences]
+        idx = [[0]] * len(slots)  # idle slots read token 0
+        for row, sequence in zip(rows, sequences):
+            idx[row] = [sequence.tokens[-1]]
+        idx = torch.tensor(idx, device=self.device)
+        if len(slots) == self.kv_cache.slots:
+            logits = self.model.decode(idx, self.kv_cache)  # S, V
+        else:
+            logits = self.model.decode(idx, self.kv_cache, slots)
+        return logits if rows == list(range(len(slots))) else logits[rows]
+
+    # --------------------------------------------------------------------------------------------
+    # the next token
 
     def _next_tokens(self, sequences, logits):
-        """The token after those of each sequence: forced by the tool's reply, or sampled."""
-        free = [place for place, sequence in enumerate(sequences) if not sequence.forced]
-        tokens = [sequence.forced[0] if sequence.forced else None for sequence in sequences]
-        if not free:
-            return tokens
-        if len(free) < len(sequences):
-            logits = logits[free]
-        own = [sequences[place] for place in free]
-        choices = sample(
-            logits,
-            [sequence.temperature for sequence in own],
-            [sequence.top_k for sequence in own],
-            [sequence.uniform for sequence in own],
-        )
-        for place, choice in zip(free, choices):
-            tokens[place] = choice
-        return tokens
+        """The token after those of each sequence, and its TokenLogprob where that is wanted.
 
-    def _append(self, sequence, token):
+        Two lists. The token is forced by the tool's reply, or sampled; None: there is no next one.
+        """
+        tokens = [sequence.forced[0] if sequence.forced else None for sequence in sequences]
+        free = [place for place, sequence in enumerate(sequences) if not sequence.forced]
+        if free:
+            own = logits if len(free) == len(sequences) else logits[free]
+            choices = sample(own, [sequences[place] for place in free])
+            for place, choice in zip(free, choices):
+                tokens[place] = choice
+        return tokens, wanted_logprobs(logits, sequences, tokens)
+
+    def _append(self, sequence, token, logprob):
+        """Append a token, or note the error where there is none, and retire what has ended."""
+        if token is None:
+            sequence.error = NonFiniteError()
+            sequence.finish_reason = "error"
+        else:
+            self._append_token(sequence, token)
+        if logprob is not None:
+            sequence.logprobs.append(logprob)
+        if sequence.finish_reason:
+            self.retire(sequence)
+
+    def _append_token(self, sequence, token):
         """Append a token, run the tool where the token closes a Python call, note the end."""
         special = self.tokenizer.encode_special
         sequence.add(token, sampled=not sequence.forced)
         if sequence.forced:
             sequence.forced.pop(0)
-        if token in (special("<|assistant_end|>"), special("<|bos|>")):
+        if self._is_stop(sequence, token):
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) == sequence.max_new_tokens:
             sequence.finish_reason = "length"
@@ -396,6 +494,12 @@ class Engine:
             sequence.call = None
         elif sequence.call is not None:
             sequence.call.append(token)
+
+    def _is_stop(self, sequence, token):
+        """Whether a token ends the answer."""
+        special = self.tokenizer.encode_special
+        ends = token in (special("<|assistant_end|>"), special("<|bos|>"))
+        return ends and not sequence.ignore_stop_tokens
 
     def _tool_reply(self, sequence):
         """Ids of the tool's reply to the call, with their markers; [] where it refuses."""
@@ -445,21 +549,25 @@ class Engine:
     def run(self, sequences):
         """Take steps until new sequences are finished, and return them.
 
-        Where an exception ends that, they are retired.
+        Where an exception ends that, they are retired. It may be that of a single sequence.
         """
         for sequence in sequences:
             self.admit(sequence)
         try:
             while any(sequence.status != "finished" for sequence in sequences):
-                self.step()
+                for ended in self.step():
+                    raise_error_of(ended)
         finally:
             for sequence in sequences:
                 self.retire(sequence)
         return sequences
 
-    def stream(self, prompt, **options):
-        """A Stream of text pieces that continue `prompt`: text, or ids of a conversation."""
-        return Stream(self, self.new_sequence(prompt, **options))
+    def stream(self, prompt, stop=(), **options):
+        """A Stream of text pieces that continue `prompt`: text, or ids of a conversation.
+
+        stop: strings before which it ends. options: as of Sequence.
+        """
+        return Stream(self, self.new_sequence(prompt, **options), stop)
 
     def generate(self, prompt, **options):
         """The continuation of `prompt` (text or ids) as text."""
@@ -469,73 +577,86 @@ class Engine:
 class Stream:
     """The text of one sequence: iterate for pieces. Leaving the loop early retires the sequence.
 
+    stop    strings before which the text ends
     prompt_tokens, completion_tokens    how many tokens the prompt has, and the pieces so far
     finish_reason                       None until the last piece, then "stop" or "length"
 
     Several streams of one engine may be read in turns: whoever needs a token takes a step, which
-    moves the others forward, too.
+    moves the others forward, too. A sequence that ends with an error raises it here.
     """
 
-    def __init__(self, engine, sequence):
-        self.prompt_tokens = len(sequence.prompt)
-        self.completion_tokens = 0
-        self.finish_reason = None
+    def __init__(self, engine, sequence, stop=()):
         self._engine = engine
         self._sequence = sequence
-        self._decoder = StreamDecoder(engine.tokenizer)
-        self._shown = {engine.tokenizer.encode_special(name): text for name, text in SHOWN.items()}
-        self._call = None       # the text of a call that may become a look-up, held back
-        self._quoting = False   # whether a look-up's reply is being shown
+        self._text = TextOfSequence(engine.tokenizer, sequence, stop)
+
+    @property
+    def prompt_tokens(self):
+        return self._text.prompt_tokens
+
+    @property
+    def completion_tokens(self):
+        return self._text.completion_tokens
+
+    @property
+    def finish_reason(self):
+        return self._text.finish_reason
 
     def __iter__(self):
         """Yield pieces of text, often "": the reader learns that a step is over, and may leave."""
         if self._sequence.status == "new":
             self._engine.admit(self._sequence)
         try:
-            while self._unread() or self._sequence.status != "finished":
-                if not self._unread():
+            while self._text.finish_reason is None and self._may_get_more():
+                if not self._text.unread:
                     self._engine.step()
-                yield self._next_piece() if self._unread() else ""
+                raise_error_of(self._sequence)
+                yield self._text.read()
         finally:
             self._engine.retire(self._sequence)
 
-    def _unread(self):
-        """How many tokens of the sequence were not shown yet."""
-        return len(self._sequence.tokens) - self.completion_tokens
+    def _may_get_more(self):
+        """Whether there are tokens to show, now or after a step."""
+        return self._text.unread or self._sequence.status != "finished"
 
-    def _next_piece(self):
-        """The text of the next token, and of a character that the last token leaves incomplete."""
-        token = self._sequence.tokens[self.completion_tokens]
-        self.completion_tokens += 1
-        if token in self._shown:
-            piece = self._decoder.flush() + self._shown_marker(token)
-        else:
-            piece = self._decoder.feed(token)
-        if self._call is not None:
-            self._call += piece
-            piece = ""
-        if self._sequence.finish_reason and not self._unread():
-            self.finish_reason = self._sequence.finish_reason
-            piece += (self._call or "") + self._decoder.flush()
-        return piece
 
-    def _shown_marker(self, token):
-        """How a marker of a tool call is shown. A look-up shows its reply and nothing else.
+def raise_error_of(sequence):
+    """Raise the error with which a sequence has ended, if it has."""
+    if sequence.error:
+        raise sequence.error
 
-        With passages, the text of a call is held back until it is known whether it is one.
-        """
-        special = self._engine.tokenizer.encode_special
-        text = self._shown[token]
-        if token == special("<|python_start|>") and self._engine.passages is not None:
-            self._call = ""
-            return text
-        if token == special("<|python_end|>") and self._call is not None:
-            call, self._call = self._call + text, None
-            self._quoting = is_lookup(call.partition(text)[2].removesuffix(text))
-            return "" if self._quoting else call
-        if token == special("<|output_start|>") and self._quoting:
-            return ""
-        return text
+
+# ------------------------------------------------------------------------------------------------
+# places
+
+MIN_PREFIX = 16     # tokens that two prompts must have in common to be worth sharing
+
+
+def common_length(a, b):
+    """How many items two lists have in common at their beginning.
+
+    >>> common_length([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    most = min(len(a), len(b))
+    if a[:most] == b[:most]:
+        return most
+    return next(place for place in range(most) if a[place] != b[place])
+
+
+def slots_to_decode(running):
+    """The slots of a decode step, a list of ints in order, given those that run.
+
+    Neighbours are a view of the cache, and others are copied for each step. So idle slots between
+    the running ones are decoded, too, unless they are the greater part.
+
+    >>> slots_to_decode([3, 1, 2]), slots_to_decode([0, 9])
+    ([1, 2, 3], [0, 9])
+    """
+    first, last = min(running), max(running)
+    if last + 1 - first <= 2 * len(running):
+        return list(range(first, last + 1))
+    return sorted(running)
 
 
 # ------------------------------------------------------------------------------------------------

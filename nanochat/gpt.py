@@ -427,12 +427,12 @@ class GPT(nn.Module):
         last = torch.tensor(lengths, device=idx.device) - 1
         return self.logits_at(x, recent, last)
 
-    def decode(self, idx, kv_cache):
-        """One more token in every slot: idx (S, 1) -> the logits of the next token, (S, V).
+    def decode(self, idx, kv_cache, slots=None):
+        """One more token in each slot: idx (n, 1) -> the logits of the next token, (n, V).
 
-        The caller advances the slots that are not idle.
+        slots: a list of n ints; None: all. The caller advances the slots that are not idle.
         """
-        x, recent = self.features(idx, kv_cache)
+        x, recent = self.features(idx, kv_cache, slots)
         first = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
         return self.logits_at(x, recent, first)
 

@@ -39,17 +39,27 @@ class LayerCache:
         for cached in (self.k, self.v):
             cached[others, :length] = cached[slot, :length]
 
+    def clear(self, slot):
+        """Overwrite what is in a slot with zeros."""
+        for cached in (self.k, self.v):
+            cached[slot] = 0
+
 
 class CacheWindow(NamedTuple):
     """Where one forward pass reads and writes: n slots with T new tokens each."""
     slots: slice | torch.Tensor  # the slots to read: a slice where they are neighbours, else (n,)
     positions: torch.Tensor      # (n, T) int64, where the new tokens belong in their slots
-    end: int                     # the largest position + 1: how many cached tokens to attend to
+    end: int                     # the largest position + 1 of a slot that is in use: how many
+                                 # cached tokens to attend to
     index: torch.Tensor          # (n, 1) int64, the slots, to be paired with positions in a write
 
 
 class KVCache:
     """What decoding remembers: a LayerCache per layer, and how many tokens each slot holds.
+
+    lengths    how many tokens each slot holds, a list of ints
+    kept       {slot: (ids, tenant)} of the slots whose sequence has ended and left its tokens, for
+               another prompt that begins like them; the least recent first
 
     A forward pass is three calls. The model makes the first two, its caller the third:
 
@@ -62,11 +72,12 @@ class KVCache:
     """
 
     def __init__(self, layers, slots, device):
-        """layers: list of LayerCache, or of a class that has .length, .nbytes and .copy(), too."""
+        """layers: list of LayerCache, or of a class with the same properties and methods."""
         self.layers = layers
         self.slots = slots
         self.device = device
         self.lengths = [0] * slots
+        self.kept = {}
 
     @property
     def length(self):
@@ -81,7 +92,9 @@ class KVCache:
         """The CacheWindow of T new tokens in each of `slots` (list of ints; None: all of them)."""
         chosen = list(range(self.slots)) if slots is None else slots
         lengths = [self.lengths[slot] for slot in chosen]
-        end = max(lengths) + T
+        # a slot that is kept is idle: nobody asks what it attends to
+        running = [self.lengths[slot] for slot in chosen if slot not in self.kept]
+        end = max(running, default=0) + T
 
         # One copy from host to device serves all layers of this forward pass.
         on_device = torch.tensor([chosen, lengths], device=self.device)  # 2, n
@@ -109,4 +122,24 @@ class KVCache:
 
     def reset(self, slot):
         """Empty a slot for another sequence, which will overwrite what is in it."""
-        self.lengths[slot] = 0
+        self.take(slot, 0)
+
+    def clear(self, slot):
+        """Empty a slot that holds NaN, which a mask would not hide."""
+        self.reset(slot)
+        for layer in self.layers:
+            layer.clear(slot)
+
+    def keep(self, slot, ids, tenant):
+        """Leave the tokens of a slot whose sequence, of these ids, has ended."""
+        self.kept[slot] = ids[:self.lengths[slot]], tenant
+
+    def take(self, slot, length):
+        """Give a slot to a sequence that continues the first `length` tokens in it."""
+        self.kept.pop(slot, None)
+        self.lengths[slot] = length
+
+    def least_recent(self, slots):
+        """Of some slots that nobody uses an empty one, else the one that was left first."""
+        empty = [slot for slot in slots if slot not in self.kept]
+        return min(empty) if empty else min(slots, key=list(self.kept).index)

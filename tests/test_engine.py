@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, NonFiniteError, check_finite, sample, sample_texts
+from nanochat.engine import Engine, sample, sample_texts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -281,94 +281,9 @@ def test_stream_pieces_join_to_what_generate_returns(engine):
 
 
 # ------------------------------------------------------------------------------------------------
-# sampling
+# errors
 
-def sample_one(logits, temperature, top_k, uniform=0.5):
-    """One token from logits (V,)."""
-    (token,) = sample(logits[None], [temperature], [top_k], [uniform])
-    return token
-
-
-UNIFORMS = [i / 1000 for i in range(1000)]
-
-
-def test_sampling_at_temperature_zero_is_greedy_and_top_k_bounds_it():
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.9])
-    assert sample_one(logits, 0, 50) == 1
-    assert {sample_one(logits, 1.0, 2, uniform) for uniform in UNIFORMS} == {1, 3}
-    assert {sample_one(logits, 1.0, 0, uniform) for uniform in UNIFORMS} == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 3), (1.5, 50)])
-def test_evenly_spaced_uniform_numbers_give_every_token_its_probability(temperature, top_k):
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.1, 1.1, -torch.inf])
-    count = len(UNIFORMS)
-    tokens = sample(logits.expand(count, -1), [temperature] * count, [top_k] * count, UNIFORMS)
-    shares = torch.bincount(torch.tensor(tokens), minlength=6) / count
-    kept = logits.clone()
-    if top_k and top_k < len(logits):
-        kept[logits < logits.sort().values[-top_k]] = -torch.inf
-    wanted = torch.softmax(kept / temperature, -1)
-    assert (shares - wanted).abs().max() < 0.002
-
-
-def test_the_largest_uniform_number_never_gives_a_token_that_cannot_come():
-    largest = 1 - 2.0**-24
-    for seed in range(200):
-        logits = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * 3
-        logits[-50:] = -torch.inf
-        assert sample_one(logits, 1.0, 0, largest) < 250
-        assert logits[sample_one(logits, 1.0, 280, largest)] > -torch.inf
-    assert sample_one(torch.tensor([-torch.inf, 0.0]), 1.0, 0, 0.0) == 1
-
-
-def test_sequences_sampled_together_get_what_each_gets_alone():
-    """docs/traps.md: shared-rng"""
-    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    temperatures, top_ks = [0, 1.0, 0.5, 1.0, 2.0, 0], [50, 0, 5, 5, 0, 1]
-    uniforms = [0.1, 0.9, 0.3, 0.3, 0.7, 0.2]
-    together = sample(logits, temperatures, top_ks, uniforms)
-    each = zip(logits, temperatures, top_ks, uniforms)
-    assert together == [sample_one(*own) for own in each]
-
-
-def test_sampling_takes_any_temperature_above_zero_and_refuses_those_below(engine):
-    logits = torch.randn(50) * 5
-    assert sample_one(logits, 1e-40, 50) == int(logits.argmax())
-    for wrong in (
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"top_k": -1},
-        {"max_new_tokens": 0},
-    ):
-        with pytest.raises(UserError, match="must not be negative"):
-            engine.generate("abc", **wrong)
-
-
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize("logits", [
-    [0.0, NAN, 1.0, 2.0], [NAN] * 4, [0.0, 1.0, 2.0, INF], [-INF] * 4, [NAN, INF, -INF, 0.0],
-])
-@pytest.mark.parametrize("temperature, top_k", [(0, 50), (1.0, 50), (0.5, 2), (1.0, 0)])
-def test_logits_that_are_not_finite_are_an_error(logits, temperature, top_k):
-    for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(NonFiniteError, match="not finite"):
-            sample_one(torch.tensor(logits, dtype=dtype), temperature, top_k)
-
-
-def test_scores_that_are_not_finite_have_no_best():
-    check_finite(torch.tensor([[-3.0, 1e9]]))
-    for wrong in (NAN, INF, -INF):
-        with pytest.raises(NonFiniteError):
-            check_finite(torch.tensor([[0.0, wrong], [1.0, 2.0]]))
-
-
-def test_a_token_that_is_ruled_out_is_no_error():
-    logits = torch.tensor([-INF, 1.0, -INF])
-    for temperature, top_k in ((0, 50), (1.0, 50), (1.0, 2), (1.0, 0)):
-        assert sample_one(logits, temperature, top_k) == 1
+NAN = float("nan")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "guard": 1, "tokenizer": 1, "conversation": 1, "dataset": 1, "sources": 1, "execution": 1,
     "roofline": 1, "loss": 1, "textfiles": 1, "completion": 1, "prompts": 1,
     "words": 1, "passages": 1, "retrieval": 1, "shards": 1, "userfiles": 1, "convert": 1,
+    "sequence_text": 1,
     "encoding": 1, "tables": 1, "download": 1, "hub": 1, "core_bundle": 1,
     "confinement": 1, "sandbox_runner": 1, "sandbox": 1,
     "gpt": 2, "dataloader": 2, "loss_eval": 2,
@@ -22,6 +23,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "optimizer_state": 4, "fsdp": 4, "parallel": 4, "memory": 4, "forecast": 4, "plan": 4,
     "checkpoint": 4, "checkpoint_manager": 4, "folders": 4,
     "start": 4, "run": 4, "engine": 4, "passage_store": 4, "rollouts": 4, "selftest": 4,
+    "sampling": 4,
     "server": 5, "report": 5, "doctor": 5, "benchmark": 5, "answers": 5, "core_eval": 5,
     "hf_model": 5, "load_test": 5,
 }
