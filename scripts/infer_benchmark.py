@@ -133,7 +133,7 @@ def make_engine(network, slots):
     if weights or compile:
         raise UserError(f"weights={weights}, compile={compile}: the engine has neither yet: leave "
                         "both out")
-    return Engine(network, PlainTokenizer(network.config.vocab_size))
+    return Engine(network, PlainTokenizer(network.config.vocab_size), max_slots=slots)
 
 
 def bytes_per_step(network, batch, context, itemsize):
@@ -155,17 +155,19 @@ def random_prompts(batch, context, size):
 
 def run_to_first_tokens(engine, prompts):
     """Seconds until each prompt has its first token, a sorted list."""
-    waiting = [engine.new_sequence(prompt, max_new_tokens=1) for prompt in prompts]
+    sequences = [engine.new_sequence(prompt, max_new_tokens=1) for prompt in prompts]
     begin = time.perf_counter()
-    for sequence in waiting:
+    for sequence in sequences:
         engine.admit(sequence)
     seconds = []
-    while waiting:
-        engine.step()
-        elapsed = time.perf_counter() - begin
-        still = [sequence for sequence in waiting if not sequence.tokens]
-        seconds += [elapsed] * (len(waiting) - len(still))
-        waiting = still
+    try:
+        while len(seconds) < len(sequences):
+            engine.step()
+            begun = sum(len(sequence.tokens) for sequence in sequences)
+            seconds += [time.perf_counter() - begin] * (begun - len(seconds))
+    finally:
+        for sequence in sequences:
+            engine.retire(sequence)
     return seconds
 
 
@@ -197,6 +199,23 @@ def measure_engine(engine, batch, context):
     prompts = random_prompts(batch, context, engine.model.config.vocab_size)
     first = run_to_first_tokens(engine, prompts)
     return first, run_decode_steps(engine, prompts, tokens)
+
+
+def warmed_up(network, batch):
+    """An Engine for a batch size, which has taken its first steps: those allocate and compile."""
+    engine = make_engine(network, batch)
+    run_decode_steps(engine, random_prompts(batch, 2, network.config.vocab_size), 2)
+    return engine
+
+
+def rows_of_batch(network, batch, lengths, bandwidth, itemsize):
+    """Yield the row of engine_row() for each context. The cache of the engine goes with it."""
+    engine, out_of_memory = attempt(warmed_up, network, batch)
+    for context in lengths:
+        if out_of_memory:
+            yield {"batch": batch, "context": context, "failed": "out of memory"}
+        else:
+            yield engine_row(engine, batch, context, bandwidth, itemsize)
 
 
 def engine_row(engine, batch, context, bandwidth, itemsize):
@@ -269,13 +288,10 @@ def benchmark_engine(settings):
     progress = Progress()
     print0(ENGINE_HEAD)
     for batch in sizes:
-        engine = make_engine(network, batch)
-        warm_up = random_prompts(batch, 2, network.config.vocab_size)
-        attempt(run_decode_steps, engine, warm_up, 2)
-        for context in lengths:
-            progress.say(f"{batch} sequences of {context} tokens")
-            rows.append(engine_row(engine, batch, context, bandwidth, itemsize))
-            print0(describe(rows[-1]))
+        for row in rows_of_batch(network, batch, lengths, bandwidth, itemsize):
+            rows.append(row)
+            print0(describe(row))
+            progress.say(f"{len(rows)} of {len(sizes) * len(lengths)} measured")
 
     # 3) for machines
     if all(problem_of(row) for row in rows):

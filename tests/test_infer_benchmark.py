@@ -138,6 +138,20 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(benchmark, monkeypat
         benchmark(*SMALL, "--batches=2", "--contexts=8")
 
 
+def test_a_cache_that_cannot_be_allocated_leaves_the_other_batch_sizes(benchmark, monkeypatch):
+    make = infer_benchmark.make_engine
+
+    def without_memory(network, slots):
+        if slots == 2:
+            raise MemoryError
+        return make(network, slots)
+
+    monkeypatch.setattr(infer_benchmark, "make_engine", without_memory)
+    _, record = benchmark(*SMALL, "--batches=2,1", "--contexts=8,9")
+    failed = [row.get("failed") for row in record["rows"]]
+    assert failed == ["out of memory", "out of memory", None, None]
+
+
 def test_a_trained_model_is_measured_as_far_as_its_context_goes(
     benchmark, folder, meta  # noqa: F811
 ):

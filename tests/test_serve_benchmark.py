@@ -72,7 +72,8 @@ def test_our_own_server_is_measured(benchmark):
     ]
     assert len(engine.calls) == 2 + 2 + 6
     for row in record["rows"]:
-        assert row["output_tokens"] == 5 and row["pieces"] == 5 and row["tokens_from_usage"]
+        assert row["output_tokens"] == 5 and row["tokens_from_usage"]
+        assert 1 <= row["pieces"] <= 5, "a server may send several tokens as one piece"
         assert 44 < row["input_tokens"] < 84, (
             "words differ in length, and this tokenizer's tokens are characters"
         )
@@ -103,7 +104,7 @@ def test_an_answer_longer_than_the_context_of_our_server_is_as_long_as_there_is_
 def test_a_prompt_longer_than_the_context_of_our_server_is_refused_with_its_reason(benchmark):
     with (
         serve(FakeEngine()) as address,
-        pytest.raises(UserError, match="the question takes .* the model reads 199: .*--input"),
+        pytest.raises(UserError, match="400: .* the model reads 199: .*--input"),
     ):
         benchmark(address, "--concurrency=2", "--input=400", "--output=5")
 
