@@ -377,6 +377,8 @@ def status_error(response):
             said = response.reason
     if response.status_code == 401:
         said += " (OPENAI_API_KEY holds the key)"
+    if response.status_code == 404:
+        said += f" (at {response.url}: are --url and --model right?)"
 
     again = None
     if response.status_code in RETRIED:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -355,6 +356,7 @@ def main():
         continue_texts(engine, tokenizer)
     else:
         talk(Chat(engine, tokenizer), shown_name(meta))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl+C twice: the program is ending already
     compute_cleanup()
 
 

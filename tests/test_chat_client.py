@@ -714,6 +714,13 @@ def test_a_reader_that_has_gone_is_no_traceback():
         process.stdin.close()
 
 
+def test_what_is_not_found_is_named_with_the_settings_that_may_be_wrong(once, waits):
+    with play(Reply({"error": {"message": "no such model"}}, status=404), models=None) as server:
+        for words in [], ["--model=x"]:
+            status, _, err = once(server, *words)
+            assert status == 1 and server.address in err and "--url and --model" in err
+
+
 def test_a_server_that_is_not_there_is_one_line_and_status_1(once, waits):
     with play(vllm("a")) as server:
         pass
