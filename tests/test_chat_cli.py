@@ -183,6 +183,19 @@ def test_a_path_at_the_beginning_of_a_question_is_no_command(monkeypatch, capsys
     assert prompts == ["\1\2/etc/hosts is what?\3"]
 
 
+@pytest.mark.parametrize("given, hint", [
+    ({"load": "no.json"}, "no.json cannot be read"),
+    ({"prompt": " "}, "-p"),
+    ({"source": "base", "system": "x"}, "leave --system and --load out"),
+    ({"source": "base", "load": "x.json"}, "leave --system and --load out"),
+])
+def test_settings_that_cannot_be_are_refused_before_a_model_is_loaded(monkeypatch, given, hint):
+    for name, value in given.items():
+        monkeypatch.setattr(chat_cli, name, value)
+    with pytest.raises(UserError, match=hint):
+        chat_cli.main()
+
+
 def test_help_names_every_command(monkeypatch, capsys):
     out, _ = converse(FakeEngine(), monkeypatch, capsys, "/help", "quit")
     for word in "/system", "/regenerate", "/set", "/save", "/load", "/clear", "/help", "quit":
@@ -279,8 +292,6 @@ def test_an_answer_does_not_wait_for_the_import_of_torchs_compiler(
 @pytest.mark.parametrize("arguments, hint", [
     (["scripts.chat_cli", "-p", " "], "-p"),
     (["scripts.chat_cli", "-p", "hello"], "sft"),
-    (["scripts.chat_cli", "--load=no.json"], "no.json"),
-    (["scripts.chat_cli", "--source=base", "--system=x"], "--system"),
     (["scripts.chat_web", "--port=99999"], "--port"),
     (["scripts.chat_web", "--prot=80"], "--port"),
 ])
