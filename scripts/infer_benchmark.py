@@ -428,7 +428,7 @@ def server_row(target, words, clients, process):
     """The figures of so many clients at a time as a dict."""
     before = memory_of(process)
     with HealthProbe(target.base) as probe:
-        done = run_clients(load_of(target, words, clients))
+        done = run_clients(target, load_of(target, words, clients))
     return {
         **measured(done, clients),
         "health": median(probe.seconds),

@@ -123,7 +123,7 @@ def main(settings):
         queues = [
             [Request(server, words, output) for _ in range(rounds)] for _ in range(clients)
         ]
-        row = measured(run_clients(queues), clients)
+        row = measured(run_clients(server, queues), clients)
         if model:
             row["roofline"] = roofline(row)
         rows.append(row)

@@ -274,7 +274,7 @@ def test_pieces_are_timed_when_they_come_not_when_the_answer_ends(chunked):
     with play(Reply([first, gate, *rest], chunked=chunked)) as server:
         request = load_test.Request(load_test.Server(server.address + "/v1", "x"), 3, 5)
         request.times = Times()
-        request.run()
+        request.run(load_test.open_session(request.server.base))
     assert request.error == "" and len(request.times) == 2
 
 
