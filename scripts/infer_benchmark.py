@@ -91,6 +91,7 @@ dtype = ""                  # float32 or bfloat16. Empty: what the hardware does
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ("", "int8")
+WARM_UP_TOKENS = 64     # of the prompts that come before those that are measured
 START_SECONDS = 300     # that a server may take until it is ready
 STOP_SECONDS = 30       # that it may take to end
 HEALTH_SECONDS = 0.2    # between two requests of /health
@@ -204,7 +205,8 @@ def measure_engine(engine, batch, context):
 def warmed_up(network, batch):
     """An Engine for a batch size, which has taken its first steps: those allocate and compile."""
     engine = make_engine(network, batch)
-    run_decode_steps(engine, random_prompts(batch, 2, network.config.vocab_size), 2)
+    context = min(WARM_UP_TOKENS, engine.max_seq_len // 2)
+    run_decode_steps(engine, random_prompts(batch, context, network.config.vocab_size), 2)
     return engine
 
 
