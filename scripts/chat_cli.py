@@ -73,7 +73,7 @@ class Chat:
         self.engine = engine
         self.tokenizer = tokenizer
         self.name = name
-        self.system = system
+        self.system = in_unicode(system)
         self.messages = []
         self.sampling = {key: globals()[key] for key in SAMPLING}
         self.answers = 0
@@ -100,11 +100,16 @@ class Chat:
         if self.name:
             print(f"{self.name}: ", end="", flush=True)
         self.answers += 1
-        head = [{"role": "system", "content": self.system}] if self.system else []
         sampling = {**self.sampling, "seed": self.sampling["seed"] + self.answers}
-        reply = answer(self.engine, self.tokenizer, [*head, *messages], **sampling)
+        reply = answer(self.engine, self.tokenizer, self._with_system(messages), **sampling)
         if reply.strip():
             self.messages = [*messages, {"role": "assistant", "content": reply}]
+
+    def _with_system(self, messages):
+        """The messages behind the system prompt, if there is one."""
+        if not self.system:
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
     # what the commands do; each gets the text behind its word
 
@@ -128,13 +133,12 @@ class Chat:
     def save(self, name):
         """Write the conversation. A file that holds something else is not overwritten."""
         path = file_of(name)
-        if path.exists():
-            read_conversation(path)
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*head, *self.messages]
+        messages = self._with_system(self.messages)
         if not messages:
             raise UserError("there is nothing to save yet: ask a question")
         try:
+            if path.exists():
+                read_conversation(path)
             atomic_write(path, json.dumps({"messages": messages}, indent=1, ensure_ascii=False))
         except OSError as error:
             raise UserError(
@@ -201,7 +205,7 @@ def command(word):
 
 def file_of(name):
     """The path of a file that the user named. UserError for no name."""
-    if not name:
+    if not name or "\0" in name:
         raise UserError("name a file, such as talk.json")
     return Path(expand_home(name, "name the file by its whole path"))
 
@@ -265,14 +269,15 @@ def print_stats(stream, seconds):
 
 
 def question(text):
-    """The text as a user's message. UserError when there is nothing in it.
-
-    Half a character, which -p may bring as a lone surrogate, becomes "?".
-    """
+    """The text as a user's message. UserError when there is nothing in it."""
     if not text.strip():
         raise UserError('the prompt is empty: write -p "your question"')
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return {"role": "user", "content": text.strip()}
+    return {"role": "user", "content": in_unicode(text).strip()}
+
+
+def in_unicode(text):
+    """The text with "?" for half a character, which the command line brings as a lone surrogate."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def converse(chat):
@@ -364,7 +369,7 @@ def talk(chat, name):
     """Answer the one question of -p, or hold a conversation as `name`."""
     if load:
         chat.load(load)
-        chat.system = system or chat.system
+        chat.system = in_unicode(system) or chat.system
     if prompt is not None:
         chat.ask(prompt)
         return

@@ -163,9 +163,16 @@ def test_a_command_that_cannot_be_is_one_line_and_the_conversation_continues(
     assert len(errors) == 1 and said in errors[0] and prompts == ["\1\2one\3"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(monkeypatch, capsys):
-    out, _ = converse(FakeEngine(), monkeypatch, capsys, "one", "/save /no/talk.json", "quit")
-    assert "(/no/talk.json cannot be written (No such file or directory): name another file)" in out
+@pytest.mark.parametrize("name, said", [
+    ("/no/talk.json", "(/no/talk.json cannot be written (No such file or directory): name another"),
+    ("x" * 5000, "cannot be written (File name too long): name another file)"),
+    ("talk\0.json", "(name a file, such as talk.json)"),
+])
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, name, said):
+    lines = "one", f"/save {name}", f"/load {name}", "two", "quit"
+    out, prompts = converse(FakeEngine(), monkeypatch, capsys, *lines)
+    assert said in out and len([line for line in out.splitlines() if line[:1] == "("]) == 2
+    assert prompts[1] == "\1\2one\2Hello 🙂!\2two\3"
 
 
 def test_sampling_is_changed_from_the_next_answer_on(monkeypatch, capsys):
@@ -254,8 +261,12 @@ def test_an_answer_stands_behind_the_models_name(monkeypatch, capsys):
     assert "Bob: Hi\n" in capsys.readouterr().out
 
 
-def test_half_a_character_of_a_prompt_in_the_command_is_replaced():
+def test_half_a_character_in_the_command_is_replaced(monkeypatch):
     assert chat_cli.question("caf\udcc3 ") == {"role": "user", "content": "caf?"}
+    monkeypatch.setattr(chat_cli, "system", "caf\udcc3")
+    engine = FakeEngine()
+    chat_cli.Chat(engine, FakeTokenizer()).ask("x")
+    assert "".join(map(chr, engine.calls[0]["prompt"])) == "\1\2caf?\2x\3"
 
 
 def test_a_cut_answer_is_marked(capsys, monkeypatch):
