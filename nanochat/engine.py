@@ -23,7 +23,7 @@ arXiv 2403.02310), and a prompt that begins like one whose keys and values are s
 read from there on only (prefix caching, as in vLLM and SGLang, arXiv 2312.07104).
 
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
-tool's reply into that sequence, token by token, instead of sampling. The call lookup() is answered
+tool's reply into that sequence instead of sampling. The call lookup() is answered
 with what the user's own text says about the last question, where the engine was given its passages
 (retrieval.py): the model decides whether to look up, the quote is exact.
 """
@@ -52,6 +52,8 @@ QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in an
 # while none does. More would be no faster, and would make them wait.
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_ALONE = 2048
+SHORT_REPLY = 16        # tokens of a tool's reply that are fed one by one, beside other sequences
+MIN_PREFIX = 16         # tokens that two prompts must have in common to share their keys and values
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,6 +133,14 @@ class Sequence:
         self.sampled.append(sampled)
         if sampled:
             self.uniform = self._draw()
+
+    @property
+    def has_long_reply(self):
+        """Whether a tool's reply is better fed in one forward pass than beside other sequences.
+
+        Logprobs, which are wanted of every token, come from decode steps.
+        """
+        return len(self.forced) > SHORT_REPLY and self.sampling.logprobs is None
 
     @property
     def max_length(self):
@@ -245,38 +255,70 @@ class Engine:
         one chunk at a time. Returns the sequences that got a token or ended; [] where a chunk ends
         within a prompt, and when there is nothing to do.
         """
-        # 1. who is prefilled or decoded in this step
+        # 1. who waits for what
         self._assign_slots()
         running = list(self.running.values())
         decoding = [sequence for sequence in running if sequence.tokens]
         prefilling = [sequence for sequence in running if not sequence.tokens]
-        takes_turns = self.max_slots is not None and self._was_prefill
-        is_prefill = bool(prefilling) and not (takes_turns and decoding)
+        replying = [sequence for sequence in decoding if sequence.has_long_reply]
 
-        # 2. the forward pass; what was only begun has no next token yet
-        if is_prefill:
-            sequences, counts = self._choose_chunks(prefilling, bool(decoding))
-            logits = self._prefill(sequences, counts)
-        elif decoding:
-            sequences, counts = decoding, [1] * len(decoding)
-            logits = self._decode(sequences)
-        else:
-            return []
+        # 2. whose turn it is
+        is_decodes_turn = self._was_prefill and self.max_slots is not None
+        if replying and not is_decodes_turn:
+            return self._feed_reply(replying[0])
+        if prefilling and not (is_decodes_turn and decoding):
+            return self._prefill_step(prefilling, bool(decoding))
+        return self._decode_step(decoding) if decoding else []
 
-        # 3. sample. A slot advances together with its sequence: should an exception (Ctrl+C, no
-        # memory) end this step, the next one repeats what is missing, with the same random numbers.
+    def _prefill_step(self, prefilling, others_decode):
+        """step() for some of the sequences whose prompt is not in the cache."""
+        sequences, counts = self._choose_chunks(prefilling, others_decode)
+        logits = self._prefill(sequences, counts)
+        self._was_prefill = True
+        self._prefills += 1
+        return self._advance(sequences, counts, logits)
+
+    def _decode_step(self, sequences):
+        """step() for all sequences whose prompt is in the cache."""
+        logits = self._decode(sequences)
+        self._was_prefill = False
+        return self._advance(sequences, [1] * len(sequences), logits)
+
+    def _advance(self, sequences, counts, logits):
+        """Sample the next token of each sequence that has one now; returns these sequences.
+
+        counts: of how many more tokens the keys and values are in the cache. logits (n, V).
+        """
+        # 1. what was only begun has no next token yet
         whole = [self._is_whole(*one) for one in zip(sequences, counts)]
         complete = [sequence for sequence, is_whole in zip(sequences, whole) if is_whole]
         logits = logits if all(whole) else logits[whole]
         tokens, logprobs = self._next_tokens(complete, logits)
+
+        # 2. A slot advances together with its sequence: should an exception (Ctrl+C, no memory) end
+        # this step, the next one repeats what is missing, with the same random numbers.
         results = iter(zip(tokens, logprobs))
         for sequence, count, is_whole in zip(sequences, counts, whole):
             self.kv_cache.advance([sequence.slot], [count])
             if is_whole:
                 self._append(sequence, *next(results))
-        self._was_prefill = is_prefill
-        self._prefills += is_prefill
         return complete
+
+    def _feed_reply(self, sequence):
+        """step() for a tool's long reply: one forward pass for many tokens, none of them sampled.
+
+        The last one is not fed: the next decode step does that, and samples what comes after it.
+        """
+        room = sequence.max_new_tokens - len(sequence.tokens)
+        reply = sequence.forced[:min(room, CHUNK_TOKENS)]
+        ids = [sequence.tokens[-1], *reply[:-1]]
+        idx = torch.tensor([ids], device=self.device)
+        self.model.prefill(idx, self.kv_cache, [sequence.slot], [len(ids)])
+        self._was_prefill = True
+        for token in reply:
+            self.kv_cache.advance([sequence.slot], [1])
+            self._append(sequence, token, None)
+        return [sequence]
 
     def _is_whole(self, sequence, count):
         """Whether a sequence has a next token when `count` more of its tokens are in the cache."""
@@ -290,15 +332,18 @@ class Engine:
         if self.max_slots is None and self.waiting and not self.running:
             length = max(sequence.max_length for sequence in self.waiting)
             self.kv_cache = self.model.new_kv_cache(len(self.waiting), length)
+        reserved = 0    # slots for those who wait for a prefix
         for sequence in list(self.waiting):
             free = [slot for slot in range(self.kv_cache.slots) if slot not in self.running]
-            if not free or sequence.max_length > self.kv_cache.length:
+            if len(free) <= reserved or sequence.max_length > self.kv_cache.length:
                 return
             if self.max_slots is None:
                 slot = free[0]
             else:
                 slot = self._slot_with_prefix(sequence, free)
-            if slot is not None:
+            if slot is None:
+                reserved += 1
+            else:
                 self.waiting.remove(sequence)
                 sequence.slot = slot
                 sequence.status = "running"
@@ -309,25 +354,19 @@ class Engine:
 
         None where another sequence is about to put more of it there: then this one waits for that.
         """
-        # 1. where most of the prompt is; its last token is always computed, for its logits
+        # 1. where most of the prompt is, or soon will be
         source, length = None, 0
         if sequence.prompt_logprobs is None:
             source, length = self._longest_prefix(sequence, self._held_tokens())
-            prompts = {
-                other.slot: (other.prompt, other.tenant)
-                for other in self.running.values() if not other.tokens
-            }
-            coming = self._longest_prefix(sequence, prompts)[1]
+            _, coming = self._longest_prefix(sequence, self._prompts_in_prefill())
             if coming >= length + MIN_PREFIX:
                 return None
 
         # 2. the slot whose last sequence ended first, unless the prompt continues another's
         slot = self.kv_cache.least_recent(free)
-        if length < MIN_PREFIX:
-            length = 0
-        elif source in free and 2 * length >= self.kv_cache.lengths[source]:
+        if source in free and 2 * length >= self.kv_cache.lengths[source]:
             slot = source
-        if length and slot != source:
+        elif length and slot != source:
             self.kv_cache.copy(source, [slot], length)
         self.kv_cache.take(slot, length)
         sequence.cached_tokens = length
@@ -341,16 +380,24 @@ class Engine:
             held[slot] = ids[:self.kv_cache.lengths[slot]], sequence.tenant
         return held
 
+    def _prompts_in_prefill(self):
+        """{slot: (ids of the prompt, tenant)} of the sequences that are being prefilled."""
+        return {
+            slot: (sequence.prompt, sequence.tenant)
+            for slot, sequence in self.running.items() if not sequence.tokens
+        }
+
     def _longest_prefix(self, sequence, held):
-        """(slot, length) of the longest beginning of a prompt, its last token aside, among `held`,
-        {slot: (ids, tenant)}; (None, 0) where there is none."""
+        """(slot, length) of the longest beginning of a prompt among `held`, {slot: (ids, tenant)}.
+
+        (None, 0) where it is shorter than MIN_PREFIX. The last token of a prompt is no part of it,
+        for that is always computed: its logits are wanted.
+        """
         wanted = sequence.prompt[:-1]
         best = None, 0
         for slot, (ids, tenant) in held.items():
-            if tenant != sequence.tenant:
-                continue
-            length = common_length(wanted, ids)
-            if length > best[1]:
+            length = common_length(wanted, ids) if tenant == sequence.tenant else 0
+            if length >= max(MIN_PREFIX, best[1] + 1):
                 best = slot, length
         return best
 
@@ -627,10 +674,7 @@ def raise_error_of(sequence):
 
 
 # ------------------------------------------------------------------------------------------------
-# places
-
-MIN_PREFIX = 16     # tokens that two prompts must have in common to be worth sharing
-
+# slots
 
 def common_length(a, b):
     """How many items two lists have in common at their beginning.
