@@ -458,6 +458,25 @@ def seconds_of(call, calls, device):
     return time.perf_counter() - begin
 
 
+READ_BYTES = 2**28  # more than any cache holds
+
+
+def measure_read_bandwidth(device, seconds=1.0):
+    """Bytes a second that the device reads from its memory, as a decode step reads its weights.
+
+    The fastest of several reductions of a large tensor: which of them reaches the memory's rate,
+    and which is bound by its arithmetic, differs from machine to machine.
+    """
+    x = torch.ones(READ_BYTES // 4, device=device)
+    reductions = (torch.sum, torch.amax, torch.linalg.vector_norm)
+    share = seconds / len(reductions)
+    rates = []
+    for reduction in reductions:
+        times = measure_calls(lambda: reduction(x), device, share)
+        rates.append(x.nbytes / times.median)
+    return max(rates)
+
+
 class Progress:
     """Lines on standard error, none sooner than two seconds after the one before."""
 

@@ -313,7 +313,9 @@ def problem_of(meta, step):
     """Why this is not the meta file that was written for a step, or None."""
     if not isinstance(meta, dict):
         return "is damaged (it holds no object)"
-    # the first meta files had no digest
+    # the first meta files had neither a format nor a digest
+    if "digest" not in meta and "format" in meta:
+        return "is damaged (it has no digest)"
     if "digest" in meta and meta["digest"] != digest_of(meta):
         return "is damaged (its digest differs)"
     kinds = {"step": int, "saved": float, "world_size": int, "files": dict}

@@ -18,12 +18,14 @@ may be copied anywhere.
 import argparse
 import contextlib
 import ipaddress
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import time
+from email.utils import parsedate_to_datetime
 
 try:
     import requests
@@ -35,9 +37,12 @@ CONNECT_TIMEOUT = 10                    # seconds
 PIECE_TIMEOUT = 600                     # seconds between two pieces: prefill may take minutes
 RETRIED = (408, 429, 502, 503, 504)     # statuses that may be different on another try
 LONGEST_WAIT = 60                       # seconds, whatever a server asks for
+LONGEST_ANSWER = 2**20                  # bytes of one event, or of an answer that is no stream
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "<think>", "</think>"
 DONE = {"choices": []}                  # stands for the end that a server marks
+# What is raised where a body is no JSON: its end is lost, another text, nested without an end
+NO_JSON = (requests.RequestException, ValueError, RecursionError)
 
 # What a model writes must not control the terminal: all of these are removed.
 ESCAPE = re.compile("|".join([
@@ -156,20 +161,53 @@ class Thoughts:
         return text
 
 
+def lines_of(response):
+    """Yield the lines of a stream without their ends, LF or CR LF, each as soon as it is whole.
+
+    ServerError for a line that does not end. (iter_lines of requests joins and splits all that it
+    holds at every piece: a line of 200 MB kept it busy for 40 s.)
+    """
+    # None yields the pieces as they arrive. Without chunks on the wire it would wait for more, and
+    # only reading byte by byte does not.
+    chunk_size = None if response.raw.chunked else 1
+    held = bytearray()      # of a line that has not ended
+    for piece in response.iter_content(chunk_size):
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            yield bytes(held + end).removesuffix(b"\r")
+            held.clear()
+        held += rest
+        check_length(held)
+    yield bytes(held)
+
+
+def joined(pieces):
+    """The bytes of a whole answer. ServerError where they are too many for one."""
+    text = bytearray()
+    for piece in pieces:
+        text += piece
+        check_length(text)
+    return bytes(text)
+
+
+def check_length(text):
+    """ServerError for more bytes than an answer, or one event of it, can have."""
+    if len(text) > LONGEST_ANSWER:
+        raise ServerError(f"the server sent more than {LONGEST_ANSWER:,} bytes in place of an "
+                          "answer: is --url right?")
+
+
 def events(response):
     """Yield the JSON objects of a stream of server-sent events; DONE where its end is marked.
 
     A server that answers with one JSON object, as if no stream was asked for, gives that and DONE.
     ServerError where the stream breaks off or says that something failed.
     """
-    # None yields the pieces as they arrive. Without chunks on the wire it would wait for more, and
-    # only reading byte by byte does not.
-    chunk_size = None if response.raw.chunked else 1
-    lines = response.iter_lines(chunk_size=chunk_size)
+    lines = lines_of(response)
     try:
         for line in lines:
             if line.lstrip().startswith((b"{", b"[")):
-                yield checked(json.loads(b"\n".join([line, *lines])), "choices")
+                yield checked(json.loads(joined(itertools.chain([line], lines))), "choices")
                 yield DONE
                 return
             if line.lstrip().startswith(b"<"):
@@ -182,14 +220,17 @@ def events(response):
             yield checked(json.loads(line[5:]))
     except requests.RequestException as error:
         raise ServerError("the connection was lost", again=1) from error
-    except ValueError as error:
+    except NO_JSON as error:
         raise ServerError("the server sent an event that is not JSON") from error
 
 
 def checked(event, *fields):
-    """`event`; ServerError with what it says where it is an error, or lacks one of the fields."""
+    """`event`; ServerError with what it says where it is an error, or lacks one of the fields.
+
+    Older versions of vLLM mark an error in a stream by its "object" alone.
+    """
     known = isinstance(event, dict) and all(field in event for field in fields)
-    if not known or event.get("error"):
+    if not known or event.get("error") or event.get("object") == "error":
         raise ServerError(message_of(event))
     return event
 
@@ -301,6 +342,7 @@ class Server:
             response = self.session.request(
                 method,
                 self.base + path,
+                stream=True,    # so that the length of what comes is limited here
                 timeout=(CONNECT_TIMEOUT, PIECE_TIMEOUT),
                 **options,
             )
@@ -317,9 +359,12 @@ class Server:
     def models(self):
         """The names of all models that the server lists."""
         try:
-            return [row["id"] for row in self.request("GET", "/models").json()["data"]]
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"{self.base}/models is no list of models: name one with --model"
+            with self.request("GET", "/models") as response:
+                listed = json.loads(joined(response.iter_content(2**16)))
+            return [row["id"] for row in listed["data"]]
+        except (*NO_JSON, KeyError, TypeError) as error:
+            message = (f"{self.base}/models is no list of models: is --url right? If it is, name "
+                       "one with --model")
             raise ServerError(message) from error
 
 
@@ -327,17 +372,32 @@ def status_error(response):
     """The ServerError for a response whose status is not 200."""
     with response:
         try:
-            said = message_of(response.json())
-        except (ValueError, requests.RequestException):
+            said = message_of(json.loads(joined(response.iter_content(2**16))))
+        except (*NO_JSON, ServerError):
             said = response.reason
     if response.status_code == 401:
         said += " (OPENAI_API_KEY holds the key)"
+    if response.status_code == 404:
+        said += f" (at {response.url}: are --url and --model right?)"
 
     again = None
     if response.status_code in RETRIED:
-        wait = response.headers.get("Retry-After", "")
-        again = min(LONGEST_WAIT, int(wait)) if wait.isdecimal() else 1
+        again = seconds_of(response.headers.get("Retry-After", ""))
     return ServerError(f"{response.status_code}: {said}", again)
+
+
+def seconds_of(retry_after):
+    """How long to wait by the header Retry-After: seconds, or a date (RFC 9110, 10.2.3).
+
+    1 where it says neither, and at most LONGEST_WAIT.
+    """
+    if re.fullmatch("[0-9]{1,9}", retry_after):
+        return min(LONGEST_WAIT, int(retry_after))
+    try:
+        then = parsedate_to_datetime(retry_after).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return 1
+    return min(LONGEST_WAIT, max(1, math.ceil(then - time.time())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,7 +431,7 @@ class Screen:
 
 def ask_once(server, body, answer, screen):
     """Send one request and show its answer as it comes."""
-    with server.request("POST", "/chat/completions", json=body, stream=True) as response:
+    with server.request("POST", "/chat/completions", json=body) as response:
         for is_thought, text in answer.read(response):
             screen.show(is_thought, text)
 

@@ -54,6 +54,98 @@ def vllm(*deltas, finish="stop", usage=None):
     return lines + [b"data: [DONE]\n\n"] * bool(finish)
 
 
+# Streams as they are on the wire, written down from what the servers document and send: field for
+# field, with the fields that a client does not know.
+#
+# vLLM 0.11 with --reasoning-parser: thoughts in reasoning_content, null fields, a usage chunk
+VLLM_WIRE = b'''\
+data: {"id":"chatcmpl-3f9c","object":"chat.completion.chunk","created":1763683200,\
+"model":"Qwen/Qwen3-32B","choices":[{"index":0,"delta":{"role":"assistant","content":""},\
+"logprobs":null,"finish_reason":null}],"prompt_token_ids":null}
+
+data: {"id":"chatcmpl-3f9c","object":"chat.completion.chunk","created":1763683200,\
+"model":"Qwen/Qwen3-32B","choices":[{"index":0,"delta":{"reasoning_content":"12 * 7"},\
+"logprobs":null,"finish_reason":null,"token_ids":null}]}
+
+data: {"id":"chatcmpl-3f9c","object":"chat.completion.chunk","created":1763683200,\
+"model":"Qwen/Qwen3-32B","choices":[{"index":0,"delta":{"reasoning_content":" is 84."},\
+"logprobs":null,"finish_reason":null,"token_ids":null}]}
+
+data: {"id":"chatcmpl-3f9c","object":"chat.completion.chunk","created":1763683200,\
+"model":"Qwen/Qwen3-32B","choices":[{"index":0,"delta":{"content":"\\n\\nIt is"},\
+"logprobs":null,"finish_reason":null,"token_ids":null}]}
+
+data: {"id":"chatcmpl-3f9c","object":"chat.completion.chunk","created":1763683200,\
+"model":"Qwen/Qwen3-32B","choices":[{"index":0,"delta":{"content":" 84."},\
+"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}]}
+
+data: {"id":"chatcmpl-3f9c","object":"chat.completion.chunk","created":1763683200,\
+"model":"Qwen/Qwen3-32B","choices":[],"usage":{"prompt_tokens":18,"total_tokens":31,\
+"completion_tokens":13}}
+
+data: [DONE]
+
+'''
+
+# ollama's /v1: every delta names the role, thoughts are in reasoning, a fingerprint of its own
+OLLAMA_WIRE = b'''\
+data: {"id":"chatcmpl-523","object":"chat.completion.chunk","created":1763683200,\
+"model":"qwen3:32b","system_fingerprint":"fp_ollama","choices":[{"index":0,"delta":\
+{"role":"assistant","content":"","reasoning":"12 * 7"},"finish_reason":null}]}
+
+data: {"id":"chatcmpl-523","object":"chat.completion.chunk","created":1763683200,\
+"model":"qwen3:32b","system_fingerprint":"fp_ollama","choices":[{"index":0,"delta":\
+{"role":"assistant","content":"","reasoning":" is 84."},"finish_reason":null}]}
+
+data: {"id":"chatcmpl-523","object":"chat.completion.chunk","created":1763683201,\
+"model":"qwen3:32b","system_fingerprint":"fp_ollama","choices":[{"index":0,"delta":\
+{"role":"assistant","content":"It is"},"finish_reason":null}]}
+
+data: {"id":"chatcmpl-523","object":"chat.completion.chunk","created":1763683201,\
+"model":"qwen3:32b","system_fingerprint":"fp_ollama","choices":[{"index":0,"delta":\
+{"role":"assistant","content":" 84."},"finish_reason":null}]}
+
+data: {"id":"chatcmpl-523","object":"chat.completion.chunk","created":1763683202,\
+"model":"qwen3:32b","system_fingerprint":"fp_ollama","choices":[{"index":0,"delta":\
+{"role":"assistant","content":""},"finish_reason":"stop"}]}
+
+data: [DONE]
+
+'''
+
+# vLLM's errors in the middle of a stream, of now and of older versions; [DONE] follows all the same
+VLLM_ERROR = b'''\
+data: {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": null, \
+"code": 500}}
+
+data: [DONE]
+
+'''
+OLD_VLLM_ERROR = b'''\
+data: {"object": "error", "message": "EngineCore died", "type": "InternalServerError", \
+"param": null, "code": 500}
+
+data: [DONE]
+
+'''
+# ollama says it on a line of its own, without "data:"
+OLLAMA_ERROR = b'''\
+{"error": "EngineCore died"}
+'''
+
+
+def variants_of(wire):
+    """{what differs: the same stream as other servers and proxies would send it}"""
+    return {
+        "as it is": wire,
+        "CR LF": wire.replace(b"\n", b"\r\n"),
+        "no blank behind data:": wire.replace(b"data: ", b"data:"),
+        "keep-alive comments": wire.replace(b"data: ", b": ping\n\n: keep-alive\n\ndata: "),
+        "event names and ids": wire.replace(b"data: ", b"event: message\nid: 7\ndata: "),
+        "no [DONE]": wire.replace(b"data: [DONE]\n\n", b""),
+    }
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -121,13 +213,13 @@ def catching_environment(folder):
 
 
 @contextlib.contextmanager
-def play(*replies, models=("test/model-7b",)):
-    """A server with `address` and `asked` ([(body, headers)]).
+def play(*replies, models=("test/model-7b",), port=0):
+    """A server with `address` and `asked` ([(body, headers)]), on a free port where none is named.
 
     replies: each a Reply, a function from the question to one, or a Reply's body. Each question
     gets the next reply; where none is left, the last one again.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.replies = []
     for reply in replies:
         ready = isinstance(reply, Reply) or callable(reply)

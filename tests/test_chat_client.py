@@ -1,5 +1,5 @@
-"""The terminal client against hand-written streams in vLLM's documented shape (stream_fakes.vllm),
-and against our own server."""
+"""The terminal client against hand-written streams in the shapes of vLLM and ollama
+(stream_fakes.py), and against our own server."""
 
 import ast
 import contextlib
@@ -13,7 +13,18 @@ import threading
 
 import pytest
 from chat_fakes import FakeEngine, serve, type_lines
-from stream_fakes import Reply, catching_environment, play, vllm
+from stream_fakes import (
+    OLD_VLLM_ERROR,
+    OLLAMA_ERROR,
+    OLLAMA_WIRE,
+    VLLM_ERROR,
+    VLLM_WIRE,
+    Reply,
+    catching_environment,
+    play,
+    variants_of,
+    vllm,
+)
 
 from conftest import ROOT
 from scripts import chat
@@ -299,6 +310,57 @@ def test_thoughts_that_used_up_the_tokens_leave_no_trace(converse, terminal):
 
 
 # --------------------------------------------------------------------------------------------------
+# streams as they are on the wire
+
+
+@pytest.mark.parametrize("wire", [VLLM_WIRE, OLLAMA_WIRE], ids=["vLLM", "ollama"])
+@pytest.mark.parametrize("variant", variants_of(b""))
+@pytest.mark.parametrize("size", [1000, 7])
+def test_streams_of_vllm_and_of_ollama_are_read_wherever_they_are_cut(
+    converse, terminal, wire, variant, size
+):
+    wire = variants_of(wire)[variant]
+    pieces = [wire[i:i + size] for i in range(0, len(wire), size)]
+    with play(pieces) as server:
+        out = converse(server, "one", "two", "quit")
+    assert out.count(f"{chat.DIM}12 * 7 is 84.{chat.PLAIN}\nIt is 84.\n") == 2
+    assert contents(server)[1] == [("user", "one"), ("assistant", "It is 84."), ("user", "two")]
+
+
+@pytest.mark.parametrize("error", [VLLM_ERROR, OLD_VLLM_ERROR, OLLAMA_ERROR])
+def test_an_error_in_the_middle_of_a_stream_is_said_and_leaves_no_trace(converse, error):
+    begun = VLLM_WIRE.partition(b'"content":" 84."')[0].rpartition(b"data: ")[0]
+    with play([begun, error], vllm("Hello")) as server:
+        out = converse(server, "one", "two", "quit")
+    assert "It is" in out and "(EngineCore died)" in out
+    assert contents(server)[1] == [("user", "two")]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("reply", [b"data: ", b'{"choices": "', b"[\n", b"<"])
+def test_a_line_without_an_end_is_given_up(once, waits, monkeypatch, reply, chunked):
+    monkeypatch.setattr(chat, "LONGEST_ANSWER", 100_000)
+    body = [reply, *[b"x" * 10_000] * 30]
+    if reply == b"[\n":
+        body = [reply, *[b"1,\n" * 1000] * 100]
+    with play(Reply(body, chunked=chunked)) as server:
+        status, out, err = once(server)
+    assert (status, out, waits) == (1, "\n", []) and err.count("\n") == 1
+    assert "more than 100,000 bytes" in err and "--url" in err
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_long_answer_is_given_up_where_no_stream_is_expected(once, waits, monkeypatch, status):
+    monkeypatch.setattr(chat, "LONGEST_ANSWER", 100_000)
+    long = "x" * 200_000
+    with play(Reply({"error": long}, status=status), models=[long]) as server:
+        code, out, err = once(server)
+        assert (code, out) == (1, "") and "more than 100,000 bytes" in err
+        code, out, err = once(server, "--model=m")
+    assert (code, out, waits) == (1, "\n", []) and len(err) < 300 and err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------
 # what reaches the terminal
 
 
@@ -440,6 +502,15 @@ def test_before_the_first_token_a_passing_failure_is_tried_again(once, waits, fa
         and err.count("trying again") == 2
         and len(server.asked) == 3
     )
+
+
+def test_a_wait_may_be_named_by_a_date(monkeypatch):
+    monkeypatch.setattr(chat.time, "time", lambda: 1_763_683_200.0)    # 00:00:00
+    assert chat.seconds_of("Fri, 21 Nov 2025 00:00:09 GMT") == 9
+    assert chat.seconds_of("Fri, 21 Nov 2025 09:00:00 GMT") == chat.LONGEST_WAIT
+    assert chat.seconds_of("Mon, 01 Jan 0001 00:00:00 GMT") == 1
+    for nonsense in ("", "soon", "-3", "1e9", "9" * 5000, "٣"):
+        assert chat.seconds_of(nonsense) == 1
 
 
 def test_after_three_tries_it_gives_up(once, waits):
@@ -584,17 +655,10 @@ def test_it_runs_from_anywhere_without_torch_and_the_rest_of_the_repository(tmp_
             env={**os.environ, "PYTHONPATH": str(tmp_path)},
         )
     assert (process.returncode, process.stdout, process.stderr) == (0, "Grüße\n", "")
-    names = {
-        alias.name
-        for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    names |= {
-        node.module
-        for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom)
-    }
+    nodes = list(ast.walk(ast.parse(FILE.read_text(encoding="utf-8"))))
+    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = {name.partition(".")[0] for name in names}
     assert names <= sys.stdlib_module_names | {"requests"}
 
 
@@ -648,6 +712,13 @@ def test_a_reader_that_has_gone_is_no_traceback():
         assert process.wait(timeout=60) == 1 and process.stderr.read() == ""
         process.stderr.close()
         process.stdin.close()
+
+
+def test_what_is_not_found_is_named_with_the_settings_that_may_be_wrong(once, waits):
+    with play(Reply({"error": {"message": "no such model"}}, status=404), models=None) as server:
+        for words in [], ["--model=x"]:
+            status, _, err = once(server, *words)
+            assert status == 1 and server.address in err and "--url and --model" in err
 
 
 def test_a_server_that_is_not_there_is_one_line_and_status_1(once, waits):

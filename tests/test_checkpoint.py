@@ -27,6 +27,7 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
 from nanochat import checkpoint, checkpoint_manager
 from nanochat.checkpoint import (
     damaged_files,
+    digest_of,
     load_checkpoint,
     read_meta,
     save_checkpoint,
@@ -790,6 +791,17 @@ def test_a_meta_file_that_misses_a_key_is_refused_in_one_line(folder, meta, key,
     del found[key], found["digest"]
     if format == 1:
         del found["format"]
+    else:
+        found["digest"] = digest_of(found)
     path.write_text(json.dumps(found), encoding="utf-8")
     message = error_of(load_model, "base", "cpu")
     assert f"has no {key}" in message and "meta_000005.json" in message
+
+
+def test_a_meta_file_without_its_digest_is_damaged(folder, meta):
+    save(folder, 5, meta)
+    path = folder / "meta_000005.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    del found["digest"]
+    path.write_text(json.dumps({**found, "val_bpb": 0.01}), encoding="utf-8")
+    assert "meta_000005.json is damaged (it has no digest)" in error_of(load_model, "base", "cpu")

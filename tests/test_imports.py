@@ -25,7 +25,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "start": 4, "run": 4, "engine": 4, "passage_store": 4, "rollouts": 4, "selftest": 4,
     "sampling": 4, "decoding": 4,
     "server": 5, "report": 5, "doctor": 5, "benchmark": 5, "answers": 5, "core_eval": 5,
-    "hf_model": 5,
+    "hf_model": 5, "load_test": 5,
 }
 TASKS, SCRIPTS = 6, 7
 SOURCES = [

@@ -8,6 +8,7 @@ from chat_fakes import MODEL, FakeEngine, serve
 from stream_fakes import Reply, catching_environment, play, vllm
 
 from conftest import last_json
+from nanochat import load_test
 from nanochat.common import UserError
 from nanochat.configurator import configure
 from nanochat.hardware import DEVICES
@@ -71,7 +72,8 @@ def test_our_own_server_is_measured(benchmark):
     ]
     assert len(engine.calls) == 2 + 2 + 6
     for row in record["rows"]:
-        assert row["output_tokens"] == 5 and row["pieces"] == 5 and row["tokens_from_usage"]
+        assert row["output_tokens"] == 5 and row["tokens_from_usage"]
+        assert 1 <= row["pieces"] <= 5, "a server may send several tokens as one piece"
         assert 44 < row["input_tokens"] < 84, (
             "words differ in length, and this tokenizer's tokens are characters"
         )
@@ -102,7 +104,7 @@ def test_an_answer_longer_than_the_context_of_our_server_is_as_long_as_there_is_
 def test_a_prompt_longer_than_the_context_of_our_server_is_refused_with_its_reason(benchmark):
     with (
         serve(FakeEngine()) as address,
-        pytest.raises(UserError, match="the question takes .* the model reads 199: .*--input"),
+        pytest.raises(UserError, match="400: .* the model reads 199: .*--input"),
     ):
         benchmark(address, "--concurrency=2", "--input=400", "--output=5")
 
@@ -119,7 +121,7 @@ def test_prompts_have_the_tokens_asked_for_and_nothing_in_common(benchmark):
         )
     bodies = [body for body, _ in server.asked[2:]]
     texts = [
-        body["messages"][0]["content"].removesuffix(serve_benchmark.TASK).split() for body in bodies
+        body["messages"][0]["content"].removesuffix(load_test.TASK).split() for body in bodies
     ]
     assert [len(text) for text in texts] == [54] * 8 and len(
         {tuple(text[:20]) for text in texts}
@@ -154,7 +156,7 @@ def test_without_usage_pieces_are_counted_and_the_report_says_so(benchmark):
     )
     assert "pieces of the streams" in out and "prompts of unknown" in out
     assert len(server.asked[2][0]["messages"][0]["content"].split()) == 9 + len(
-        serve_benchmark.TASK.split()
+        load_test.TASK.split()
     )
 
 
@@ -270,9 +272,9 @@ def test_pieces_are_timed_when_they_come_not_when_the_answer_ends(chunked):
 
     first, *rest = vllm("a", finish=None)[1:] + vllm("b")[1:]
     with play(Reply([first, gate, *rest], chunked=chunked)) as server:
-        request = serve_benchmark.Request(3, 5)
+        request = load_test.Request(load_test.Server(server.address + "/v1", "x"), 3, 5)
         request.times = Times()
-        request.run(server.address + "/v1", "x")
+        request.run(load_test.open_session(request.server.base))
     assert request.error == "" and len(request.times) == 2
 
 
@@ -286,9 +288,9 @@ def test_a_usage_without_numbers_is_no_usage(benchmark):
 
 
 def test_a_server_whose_list_of_models_fails_is_no_bad_input(benchmark, monkeypatch):
-    broken = serve_benchmark.requests.Response()
+    broken = load_test.requests.Response()
     broken.status_code = 500
-    monkeypatch.setattr(serve_benchmark.requests.Session, "get", lambda *_, **__: broken)
+    monkeypatch.setattr(load_test.requests.Session, "get", lambda *_, **__: broken)
     with pytest.raises(ConnectionError, match="500"):
         benchmark("http://localhost:1")
 
@@ -329,16 +331,16 @@ def test_netrc_and_proxies_do_not_come_between_client_and_server(
     with play(*probes_then(vllm("a"))) as server:
         benchmark(server.address, "--concurrency=1", "--rounds=1")
     assert {headers["Authorization"] for _, headers in server.asked} == {"Bearer secret"}
-    assert serve_benchmark.open_session("http://a.test/v1").proxies["http"]
+    assert load_test.open_session("http://a.test/v1").proxies["http"]
 
 
 def test_percentiles_are_values_that_were_seen():
     values = list(range(1, 101))
     assert (
-        serve_benchmark.percentile(values[::-1], 0.95) == 95
-        and serve_benchmark.percentile([7], 0.95) == 7
+        load_test.percentile(values[::-1], 0.95) == 95
+        and load_test.percentile([7], 0.95) == 7
     )
-    assert serve_benchmark.percentile([], 0.95) is None
+    assert load_test.percentile([], 0.95) is None
 
 
 @pytest.mark.parametrize(
