@@ -10,6 +10,7 @@ import pytest
 
 from chat_fakes import FakeEngine, serve
 from page_fakes import (
+    CHROMIUM,
     DESKTOP,
     PHONE,
     SMALL_PHONE,
@@ -684,9 +685,12 @@ def test_no_colour_stands_outside_of_the_table():
 
 
 def test_without_javascript_the_page_says_what_it_needs(browser, server):
-    page = open_page(browser, server, java_script_enabled=False)
-    assert page.get_by_text("This page talks to the model with JavaScript").is_visible()
-    page.context.close()
+    without = ["--no-sandbox", "--blink-settings=scriptEnabled=false"]
+    with browser.browser_type.launch(executable_path=CHROMIUM, args=without) as browser:
+        page = open_page(browser, server)
+        assert page.locator(".noscript").is_visible()
+        assert "with JavaScript" in page.locator(".noscript").inner_text()
+        assert page.get_by_label("Your message").is_hidden()
 
 
 # ------------------------------------------------------------------------------------------------
