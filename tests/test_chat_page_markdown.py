@@ -191,6 +191,21 @@ def test_an_answer_that_grew_is_the_same_as_a_whole_one(page, text):
     assert growing == whole
 
 
+def test_what_a_reader_selects_stays_selected_while_the_answer_grows(page):
+    selected = page.evaluate("""() => {
+      const element = document.body.appendChild(document.createElement("div"));
+      const view = new MarkdownView(element);
+      view.update("a\\n\\n- b\\n\\n```\\nfirst", true);
+      const text = element.querySelector("pre code").firstChild;
+      getSelection().setBaseAndExtent(text, 0, text, 5);
+      view.update("a\\n\\n- b\\n\\n```\\nfirst\\nsecond\\n```\\nend", true);
+      const selected = [getSelection().toString(), element.querySelector("pre").textContent];
+      element.remove();
+      return selected;
+    }""")
+    assert selected == ["first", "first\nsecond"]
+
+
 LONG = {
     "backticks": "`" * MEGABYTE,
     "backticks apart": "` " * (MEGABYTE // 2),
