@@ -678,6 +678,11 @@ def test_every_text_has_the_contrast_of_wcag_aa(page, scheme):
     assert not {pair: value for pair, value in low.items() if value < pair[2]}
 
 
+def test_no_line_of_the_page_is_over_100_columns():
+    lines = PlayedServer().page.split("\n")
+    assert not [line for line in lines if len(line) > 100]
+
+
 def test_no_colour_stands_outside_of_the_table():
     page = PlayedServer().page
     rules = page.partition("/* --- Everywhere */")[2].partition("</style>")[0]

@@ -1,5 +1,6 @@
 """The Markdown of the chat page, in a headless Chromium: what an answer becomes, and that it is
 inert, in linear time, and steady while it is being written."""
+import random
 import re
 
 import pytest
@@ -65,7 +66,9 @@ CASES = {
     "#hash": "<p>#hash</p>",
     "a\n---\nb": "<p>a</p><hr><p>b</p>",
     "* * *": "<hr>",
-    "> a\n> > b\n\nc": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>",
+    "> a\n> > b\n\nc": (
+        "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"
+    ),
     # code
     "```py title\nif a < b:\n\tc\n```\nd": code("if a &lt; b:\n\tc", "py") + "<p>d</p>",
     "````\n```\n````": code("```"),
@@ -86,7 +89,8 @@ CASES = {
     "-1 and -2": "<p>-1 and -2</p>",
     # tables
     "| a | b |\n|:-:|--:|\n| `1` | 2 | 3 |\n| x": (
-        '<div class="table"><table><thead><tr><th class="center">a</th><th class="right">b</th></tr></thead>'
+        '<div class="table"><table><thead>'
+        '<tr><th class="center">a</th><th class="right">b</th></tr></thead>'
         '<tbody><tr><td class="center"><code>1</code></td><td class="right">2</td></tr>'
         '<tr><td class="center">x</td></tr></tbody></table></div>'
     ),
@@ -185,10 +189,18 @@ def test_what_is_shown_of_a_growing_answer_only_ever_grows(page):
     assert growing == whole
 
 
-@pytest.mark.parametrize("text", [text for text in CASES if len(text) > 1])
-def test_an_answer_that_grew_is_the_same_as_a_whole_one(page, text):
-    _, growing, whole = page.evaluate(GROW, text)
-    assert growing == whole
+def random_texts(number):
+    """Texts of all marks in any order, as nobody would write them; the same in every run."""
+    marks = "* ** _ ~~ ` `` ``` - > # | |-| [ ] ]( ) < ! --- 1. a é 🙂 http://a.b".split()
+    marks += ["\\", "\n", "\n\n", "  ", "\t", " → ", "(source: a)"]
+    chance = random.Random(1)
+    return ["".join(chance.choices(marks, k=chance.randint(2, 25))) for _ in range(number)]
+
+
+def test_an_answer_that_grew_is_the_same_as_a_whole_one(page):
+    for text in [*CASES, *random_texts(300)]:
+        _, growing, whole = page.evaluate(GROW, text)
+        assert growing == whole, text
 
 
 def test_what_a_reader_selects_stays_selected_while_the_answer_grows(page):
