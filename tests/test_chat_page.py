@@ -396,6 +396,16 @@ def test_a_new_chat_leaves_the_unfinished_answer_in_its_own(page, server):
     assert shown(page, "assistant") == ["begun"]
 
 
+def test_opening_the_chat_that_is_shown_does_not_stop_its_answer(page, server):
+    server.answers = [Played(["so ", "far"], gate=1)]
+    ask(page, "question")
+    in_log(page, "so", exact=True).wait_for()
+    page.locator("#chats .open").click()
+    server.gate.set()
+    wait_for_end(page)
+    assert shown(page, "assistant") == ["so far"]
+
+
 def test_a_page_that_is_left_keeps_what_came(page, server):
     server.answers = [Played(["begun", "more"], gate=1)]
     ask(page, "question")
