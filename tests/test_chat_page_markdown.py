@@ -123,6 +123,9 @@ CASES = {
         "<blockquote><p>Sow in May.</p><cite>(source: garden.md, Beans)</cite></blockquote>"
         "<p>Yes.</p>"
     ),
+    "- Sow in May.\n(source: garden.md)": (
+        "<ul><li><p>Sow in May.</p></li></ul><cite>(source: garden.md)</cite>"
+    ),
     # links
     '[a *b*](http://c.d/e_(f) "g")': '<p><a href="http://c.d/e_(f)">a <em>b</em></a></p>',
     "see (https://a.b/c_(d)).": (
