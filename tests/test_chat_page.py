@@ -12,6 +12,7 @@ from chat_fakes import FakeEngine, serve
 from page_fakes import (
     CHROMIUM,
     DESKTOP,
+    GATE_SECONDS,
     PHONE,
     SMALL_PHONE,
     Played,
@@ -153,6 +154,7 @@ def test_stop_keeps_what_came_and_leaves_the_server(page, server, way):
     in_log(page, "Stopped.").wait_for()
     assert shown(page, "assistant") == ["begun"]
     server.gate.set()
+    assert server.left.wait(GATE_SECONDS)
     server.answers = [Played(["done"])]
     ask(page, "continue")
     wait_for_end(page)
