@@ -38,10 +38,12 @@ SHORTEST = 2    # cached tokens to attend to: a size of 1 would be compiled by i
 
 
 def use_fast_linear(model, int8=False):
-    """Replace the matrices of a model, and the head, by FastLinear: for inference alone.
+    """Replace the matrices of a model, and the head, by FastLinear: once, and for inference alone.
 
     int8: round their weights to 8 bits.
     """
+    if model.fast_head is not None:
+        return model
     make = functools.partial(FastLinear, dtype=model.compute_dtype, int8=int8)
     model.fast_head = make(model.head_weight())
     for module in list(model.modules()):

@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 
 import requests
+import torch
 
 from nanochat.benchmark import (
     Progress,
@@ -45,7 +46,9 @@ from nanochat.benchmark import (
 from nanochat.checkpoint_manager import build_model, load_model
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import check_choices, configure, require
+from nanochat.decoding import CompiledDecode, use_fast_linear
 from nanochat.engine import Engine
+from nanochat.fast_linear import can_multiply_fast
 from nanochat.hardware import text_of
 from nanochat.load_test import (
     TITLES,
@@ -85,7 +88,7 @@ rounds = 3                  # requests that each client sends
 minutes: float = None       # send requests for that long, in place of rounds
 ignore_eos = False          # ask the server for full-length answers
 weights = ""                # int8: weights of 8 bits; empty: those of the dtype
-compile = False             # compile the decode step
+compile = True              # compile the decode step, where the model is on a CPU
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
@@ -131,21 +134,37 @@ def make_model(compute, max_seq_len):
 
 def make_engine(network, slots):
     """The Engine that is measured, for at most so many sequences at a time."""
-    if weights or compile:
-        raise UserError(f"weights={weights}, compile={compile}: the engine has neither yet: leave "
-                        "both out")
-    return Engine(network, PlainTokenizer(network.config.vocab_size), max_slots=slots)
+    is_fast = can_multiply_fast(network.device)
+    if weights and not is_fast:
+        raise UserError(f"weights={weights} is for CPUs whose torch has oneDNN: leave it out")
+    if is_fast and (compile or weights):
+        use_fast_linear(network, int8=weights == "int8")
+    engine = Engine(network, PlainTokenizer(network.config.vocab_size), max_slots=slots)
+    if is_fast and compile:
+        engine.compiled_decode = CompiledDecode(network, engine.kv_cache)
+        with torch.inference_mode():
+            engine.compiled_decode.warm_up(slots)
+    return engine
 
 
-def bytes_per_step(network, batch, context, itemsize):
+def bytes_per_step(network, batch, context, matrix_bytes):
     """Bytes that a decode step reads: each matrix once, and the cache of every sequence.
 
-    context: tokens in the cache of each. itemsize: bytes of a weight. Of the embeddings, one row
+    context: tokens in the cache of each. matrix_bytes: of all matrices. Of the embeddings, one row
     for each sequence is read, which counts for nothing.
     """
     few = 64
     of_token = network.new_kv_cache(1, few).nbytes / few
-    return network.matmul_parameters() * itemsize + batch * context * of_token
+    return matrix_bytes + batch * context * of_token
+
+
+def matrix_bytes_of(batch, parameters, itemsize):
+    """Bytes of the matrices that a step of `batch` sequences reads.
+
+    itemsize: of the dtype. int8 weights are read as such for one sequence (fast_linear.py).
+    """
+    is_int8 = weights == "int8" and batch == 1
+    return parameters * (1 if is_int8 else itemsize)
 
 
 def random_prompts(batch, context, size):
@@ -210,17 +229,17 @@ def warmed_up(network, batch):
     return engine
 
 
-def rows_of_batch(network, batch, lengths, bandwidth, itemsize):
+def rows_of_batch(network, batch, lengths, bandwidth, matrix_bytes):
     """Yield the row of engine_row() for each context. The cache of the engine goes with it."""
     engine, out_of_memory = attempt(warmed_up, network, batch)
     for context in lengths:
         if out_of_memory:
             yield {"batch": batch, "context": context, "failed": "out of memory"}
         else:
-            yield engine_row(engine, batch, context, bandwidth, itemsize)
+            yield engine_row(engine, batch, context, bandwidth, matrix_bytes)
 
 
-def engine_row(engine, batch, context, bandwidth, itemsize):
+def engine_row(engine, batch, context, bandwidth, matrix_bytes):
     """The figures of a batch size and a context as a dict; "skipped" or "failed" and why where
     there are none."""
     row = {"batch": batch, "context": context}
@@ -233,7 +252,7 @@ def engine_row(engine, batch, context, bandwidth, itemsize):
     if not seconds:
         return {**row, "failed": "no decode step had all sequences at once"}
     steps = summarize(seconds)
-    size = bytes_per_step(engine.model, batch, context + tokens / 2, itemsize)
+    size = bytes_per_step(engine.model, batch, context + tokens / 2, matrix_bytes)
     return {
         **row,
         "ttft": statistics.median(first),
@@ -278,7 +297,7 @@ def benchmark_engine(settings):
     lengths = numbers(contexts, "contexts")
     compute = compute_init(device_type, dtype)
     network, title = make_model(compute, max(lengths) + 2 * tokens)
-    itemsize = 1 if weights == "int8" else compute.dtype.itemsize
+    matrix_parameters = network.matmul_parameters()     # before make_engine() replaces the matrices
     bandwidth = measure_read_bandwidth(compute.device)
     name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")
     parameters = network.matmul_parameters()
@@ -290,7 +309,8 @@ def benchmark_engine(settings):
     progress = Progress()
     print0(ENGINE_HEAD)
     for batch in sizes:
-        for row in rows_of_batch(network, batch, lengths, bandwidth, itemsize):
+        matrix_bytes = matrix_bytes_of(batch, matrix_parameters, compute.dtype.itemsize)
+        for row in rows_of_batch(network, batch, lengths, bandwidth, matrix_bytes):
             rows.append(row)
             print0(describe(row))
             progress.say(f"{len(rows)} of {len(sizes) * len(lengths)} measured")
@@ -325,7 +345,7 @@ def server_command(port):
         "device_type": device_type,
         "dtype": dtype,
         "weights": weights,
-        "compile": compile or None,
+        "compile": None if compile else 0,
     }
     return words + [f"--{key}={value}" for key, value in given.items() if value not in (None, "")]
 
