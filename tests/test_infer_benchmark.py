@@ -67,8 +67,11 @@ def test_the_bytes_of_a_step_are_those_of_the_matrices_and_of_the_caches():
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     assert len(matrices) == 2 * 6 + 1      # of each block, and the head
     cached = model.new_kv_cache(3, 40).nbytes
-    found = infer_benchmark.bytes_per_step(model, 3, 40, 2)
-    assert found == 2 * sum(p.numel() for p in matrices) + cached
+    elements = sum(p.numel() for p in matrices)
+    assert model.matmul_parameters() == elements
+    read = infer_benchmark.matrix_bytes_of(3, elements, 2)
+    assert read == 2 * elements
+    assert infer_benchmark.bytes_per_step(model, 3, 40, read) == read + cached
 
 
 class OneAtATime:
