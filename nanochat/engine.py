@@ -23,8 +23,8 @@ arXiv 2403.02310), and a prompt that begins like one whose keys and values are s
 read from there on only (prefix caching, as in vLLM and SGLang, arXiv 2312.07104).
 
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
-tool's reply into that sequence instead of sampling. The call lookup() is answered
-with what the user's own text says about the last question, where the engine was given its passages
+tool's reply into that sequence instead of sampling. The call lookup() is answered with what the
+user's own text says about the last question, where the engine was given its passages
 (retrieval.py): the model decides whether to look up, the quote is exact.
 """
 import random
@@ -39,7 +39,6 @@ from nanochat.retrieval import reply_within
 from nanochat.sampling import (
     NonFiniteError,
     SamplingOptions,
-    check_finite,
     check_sampling,
     logprobs_of,
     sample,
@@ -191,6 +190,8 @@ class Engine:
         self.max_slots = max_slots
         self.kv_cache = None
         if max_slots is not None:
+            if max_slots < 1:
+                raise UserError(f"max_slots={max_slots}: a server needs at least 1")
             self.kv_cache = model.new_kv_cache(max_slots, self.max_seq_len)
         self.compiled_decode = None
         self.waiting = []
@@ -261,9 +262,9 @@ class Engine:
         """
         # 1. who waits for what
         self._assign_slots()
-        running = list(self.running.values())
-        decoding = [sequence for sequence in running if sequence.tokens]
-        prefilling = [sequence for sequence in running if not sequence.tokens]
+        prefilling = [sequence for sequence in self.running.values() if not sequence.tokens]
+        by_slot = [self.running[slot] for slot in sorted(self.running)]
+        decoding = [sequence for sequence in by_slot if sequence.tokens]
         replying = [sequence for sequence in decoding if sequence.has_long_reply]
 
         # 2. whose turn it is
@@ -410,28 +411,30 @@ class Engine:
 
         Without max_slots these are all of them, whole. Else the sequence that came first and the
         one with the least to read take turns, so that neither a long prompt nor short ones wait for
-        ever; others whose whole rest fits beside it join.
+        ever; others whose whole rest fits beside it join. A prompt whose logprobs are wanted is
+        read alone, in chunks, for it has V logits at each of its tokens.
         """
+        # 1. the one whose turn it is
         lengths = self.kv_cache.lengths
         left = {s: len(s.prompt) - lengths[s.slot] for s in prefilling}
-        if self.max_slots is None:
-            return prefilling, list(left.values())
-
-        # 1. the one whose turn it is
         budget = CHUNK_TOKENS if others_decode else CHUNK_TOKENS_ALONE
         by_length = sorted(prefilling, key=left.get)
         first = by_length[0] if self._prefills % 2 else prefilling[0]
-        chunks = {first: min(left[first], budget)}
         if first.prompt_logprobs is not None:
-            return [first], list(chunks.values())
+            return [first], [min(left[first], CHUNK_TOKENS)]
+        if self.max_slots is None:
+            whole = [s for s in prefilling if s.prompt_logprobs is None]
+            return whole, [left[sequence] for sequence in whole]
 
         # 2. others, as long as all of them padded to the longest stay within budget and slot
+        chunks = {first: min(left[first], budget)}
         for sequence in by_length:
             longest = max(left[sequence], *chunks.values())
             padded = longest * (len(chunks) + 1)
             starts = [lengths[one.slot] for one in (*chunks, sequence)]
             fits = padded <= budget and max(starts) + longest <= self.kv_cache.length
-            if sequence not in chunks and sequence.prompt_logprobs is None and fits:
+            is_other = sequence not in chunks and sequence.prompt_logprobs is None
+            if is_other and fits:
                 chunks[sequence] = left[sequence]
         return list(chunks), list(chunks.values())
 
@@ -445,7 +448,7 @@ class Engine:
         sequences share has one prefill, whose part of the cache is copied.
         """
         if sequences[0].prompt_logprobs is not None:
-            return torch.cat([self._score_prompt(*one) for one in zip(sequences, counts)])
+            return self._score_prompt(sequences[0], counts[0])
 
         # 1. the first sequence of each distinct prompt
         starts = [self.kv_cache.lengths[sequence.slot] for sequence in sequences]
@@ -485,23 +488,20 @@ class Engine:
         return logits[-1:]
 
     def _decode(self, sequences):
-        """Feed the last token of each sequence; logits (n, V) of the token after it, for each."""
+        """Feed the last token of each sequence; logits (n, V) of the token after it, for each.
+
+        The sequences are in the order of their slots: neighbours are a view of the cache. Others
+        are copied, which takes a small part of the time that idle slots between them would.
+        """
+        last = [sequence.tokens[-1] for sequence in sequences]
+        slots = [sequence.slot for sequence in sequences]
         compiled = self.compiled_decode
         if compiled is not None and compiled.is_ready(len(sequences)):
-            last = [sequence.tokens[-1] for sequence in sequences]
-            return compiled(last, [sequence.slot for sequence in sequences])
-        slots = slots_to_decode([sequence.slot for sequence in sequences])
-        row_of = {slot: row for row, slot in enumerate(slots)}
-        rows = [row_of[sequence.slot] for sequence in sequences]
-        idx = [[0]] * len(slots)  # idle slots read token 0
-        for row, sequence in zip(rows, sequences):
-            idx[row] = [sequence.tokens[-1]]
-        idx = torch.tensor(idx, device=self.device)
-        if len(slots) == self.kv_cache.slots:
-            logits = self.model.decode(idx, self.kv_cache)  # S, V
-        else:
-            logits = self.model.decode(idx, self.kv_cache, slots)
-        return logits if rows == list(range(len(slots))) else logits[rows]
+            return compiled(last, slots)
+        idx = torch.tensor(last, device=self.device)[:, None]  # n, 1
+        if len(sequences) == self.kv_cache.slots:
+            return self.model.decode(idx, self.kv_cache)
+        return self.model.decode(idx, self.kv_cache, slots)
 
     # --------------------------------------------------------------------------------------------
     # the next token
@@ -610,8 +610,9 @@ class Engine:
             self.admit(sequence)
         try:
             while any(sequence.status != "finished" for sequence in sequences):
-                for ended in self.step():
-                    raise_error_of(ended)
+                self.step()
+                for sequence in sequences:
+                    raise_error_of(sequence)
         finally:
             for sequence in sequences:
                 self.retire(sequence)
@@ -709,9 +710,6 @@ def raise_error_of(sequence):
         raise sequence.error
 
 
-# ------------------------------------------------------------------------------------------------
-# slots
-
 def common_length(a, b):
     """How many items two lists have in common at their beginning.
 
@@ -722,21 +720,6 @@ def common_length(a, b):
     if a[:most] == b[:most]:
         return most
     return next(place for place in range(most) if a[place] != b[place])
-
-
-def slots_to_decode(running):
-    """The slots of a decode step, a list of ints in order, given those that run.
-
-    Neighbours are a view of the cache, and others are copied for each step. So idle slots between
-    the running ones are decoded, too, unless they are the greater part.
-
-    >>> slots_to_decode([3, 1, 2]), slots_to_decode([0, 9])
-    ([1, 2, 3], [0, 9])
-    """
-    first, last = min(running), max(running)
-    if last + 1 - first <= 2 * len(running):
-        return list(range(first, last + 1))
-    return sorted(running)
 
 
 # ------------------------------------------------------------------------------------------------

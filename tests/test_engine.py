@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import (
-    Engine,
-    NonFiniteError,
-    sample,
-    sample_texts,
-    slots_to_decode,
-)
+from nanochat.engine import Engine, NonFiniteError, sample, sample_texts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.sequence_text import TextOfSequence
@@ -533,12 +527,6 @@ def test_a_stop_string_ends_a_stream_and_frees_its_slot(engine):
     assert engine.running == {} and engine.kv_cache is None
 
 
-def test_slots_that_are_far_apart_are_decoded_without_those_between():
-    assert slots_to_decode([4]) == [4]
-    assert slots_to_decode([5, 2]) == [2, 3, 4, 5]
-    assert slots_to_decode([6, 2]) == [2, 6]
-
-
 def test_sequences_in_slots_that_are_far_apart_get_the_tokens_that_they_get_alone(tokenizer):
     engine = Engine(make_model(tokenizer), tokenizer, max_slots=8)
     prompts = [[i, i + 1, 70] for i in range(8)]
@@ -547,22 +535,22 @@ def test_sequences_in_slots_that_are_far_apart_get_the_tokens_that_they_get_alon
     for sequence in sequences[1:7]:
         engine.retire(sequence)
     finish(engine, *sequences)
-    for place in (0, 7):
+    for place in (0, 7):    # those between are not decoded
         assert sequences[place].tokens == alone(engine, prompts[place], **SAMPLING)
 
 
 # ------------------------------------------------------------------------------------------------
 # logprobs
 
-@pytest.mark.parametrize("chunk", [100, 4])
+@pytest.mark.parametrize("chunk, max_slots", [(100, 2), (4, 2), (100, None), (4, None)])
 def test_logprobs_of_prompt_and_answer_are_those_of_one_forward_pass(
-        tokenizer, any_model, monkeypatch, chunk):
-    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", chunk)
-    engine = Engine(any_model, tokenizer, max_slots=2)
+        tokenizer, any_model, monkeypatch, chunk, max_slots):
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", chunk)
+    engine = Engine(any_model, tokenizer, max_slots=max_slots)
     sequence = engine.new_sequence(
         LONG, max_new_tokens=5, logprobs=2, prompt_logprobs=True, ignore_stop_tokens=True)
-    other = engine.new_sequence([5, 6], max_new_tokens=3)
-    engine.run([sequence, other])
+    other, third = (engine.new_sequence([5, i], max_new_tokens=3) for i in (6, 7))
+    engine.run([other, sequence, third])
     with torch.no_grad():
         logits = any_model(torch.tensor([LONG + sequence.tokens]))[0]
     wanted = logits.log_softmax(-1)
@@ -575,6 +563,7 @@ def test_logprobs_of_prompt_and_answer_are_those_of_one_forward_pass(
         best = wanted[place].topk(2)
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
     assert other.logprobs == [] and other.prompt_logprobs is None
+    assert third.tokens == alone(engine, third.prompt, max_new_tokens=3)
 
 
 def test_an_answer_may_continue_behind_the_tokens_that_end_one(tokenizer):
@@ -626,6 +615,24 @@ def test_logits_that_are_not_finite_end_their_own_sequence_alone(
     monkeypatch.undo()
     for sequence in (sequences[0], sequences[2]):
         assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
+def test_an_error_of_another_caller_s_sequence_is_not_raised(server_engine, monkeypatch):
+    spoilt, real = admit(server_engine, [5, 6]), sample
+
+    def fails(logits, asking):
+        tokens = real(logits, asking)
+        return [None if one is spoilt else token for one, token in zip(asking, tokens)]
+
+    monkeypatch.setattr("nanochat.engine.sample", fails)
+    (tokens,) = server_engine.generate_batch([[7, 8]], max_new_tokens=4)
+    assert spoilt.finish_reason == "error" and tokens
+    assert list(server_engine.stream([7, 8], max_new_tokens=4))
+
+
+def test_an_engine_without_a_slot_is_refused(tokenizer):
+    with pytest.raises(UserError, match="max_slots=0"):
+        Engine(make_model(tokenizer), tokenizer, max_slots=0)
 
 
 def test_a_slot_that_held_nan_serves_the_next_sequence(server_engine):
