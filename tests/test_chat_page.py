@@ -344,6 +344,7 @@ def test_a_server_with_a_key_is_asked_with_it(browser):
         button(page, "Continue").click()
         ask(page, "question")
         in_log(page, "The server asks for a key, and the one it got is not right.").wait_for()
+        page.get_by_text("The key that was given is not the right one.").wait_for()
         page.get_by_role("textbox", name="Key").fill("right")
         button(page, "Continue").click()
         in_log(page, "Hello 🙂!").wait_for()
