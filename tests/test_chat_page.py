@@ -325,15 +325,19 @@ def test_a_server_that_is_away_is_told(browser):
     page.context.close()
 
 
-def test_a_question_waits_until_the_model_is_loaded(page, server):
+def test_a_question_waits_until_the_model_is_loaded(browser, server):
     server.answers = [Played(status=503, body=error_body("loading")), Played(["loaded"])]
     server.is_ready = False
+    page = open_page(browser, server)
+    page.get_by_text("The model is being loaded …").wait_for()
     ask(page, "question")
     in_log(page, "The model is being loaded.").wait_for()
     server.is_ready = True
     in_log(page, "loaded", exact=True).wait_for()
     wait_for_end(page)
-    assert shown(page, "assistant") == ["loaded"]
+    assert shown(page, "assistant") == ["loaded"] and titles(page) == ["question"]
+    assert page.locator(".note").inner_text().startswith("test · ")
+    page.context.close()
 
 
 def test_a_server_with_a_key_is_asked_with_it(browser):
@@ -590,14 +594,12 @@ def test_the_end_is_followed_until_the_reader_scrolls_away(page, server):
     ask(page, "long")
     in_log(page, "Paragraph 59.").wait_for()
     page.wait_for_function("distanceToEnd() < 5")
-    page.locator("main").hover()
-    page.mouse.wheel(0, -1500)
+    page.evaluate("pane().scrollTop = 100")
     jump = page.get_by_label("Jump to the end")
     jump.wait_for()
-    place = page.evaluate("pane().scrollTop")
     server.gate.set()
     wait_for_end(page)
-    assert page.evaluate("pane().scrollTop") == place
+    assert page.evaluate("pane().scrollTop") == 100
     jump.click()
     page.wait_for_function("distanceToEnd() < 5")
     jump.wait_for(state="hidden")
