@@ -118,7 +118,7 @@ class PlayedHandler(BaseHTTPRequestHandler):
         if self.path == "/":
             self.reply(200, server.page, server.page_headers, "text/html; charset=utf-8")
         elif self.path == "/about":
-            self.reply(200, json.dumps(server.about))
+            self.reply(200 if server.is_ready else 503, json.dumps(server.about))
         elif self.path == "/ready":
             self.reply(200 if server.is_ready else 503, "{}")
         else:

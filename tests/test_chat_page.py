@@ -325,15 +325,19 @@ def test_a_server_that_is_away_is_told(browser):
     page.context.close()
 
 
-def test_a_question_waits_until_the_model_is_loaded(page, server):
+def test_a_question_waits_until_the_model_is_loaded(browser, server):
     server.answers = [Played(status=503, body=error_body("loading")), Played(["loaded"])]
     server.is_ready = False
+    page = open_page(browser, server)
+    page.get_by_text("The model is being loaded …").wait_for()
     ask(page, "question")
     in_log(page, "The model is being loaded.").wait_for()
     server.is_ready = True
     in_log(page, "loaded", exact=True).wait_for()
     wait_for_end(page)
-    assert shown(page, "assistant") == ["loaded"]
+    assert shown(page, "assistant") == ["loaded"] and titles(page) == ["question"]
+    assert page.locator(".note").inner_text().startswith("test · ")
+    page.context.close()
 
 
 def test_a_server_with_a_key_is_asked_with_it(browser):
@@ -344,6 +348,7 @@ def test_a_server_with_a_key_is_asked_with_it(browser):
         button(page, "Continue").click()
         ask(page, "question")
         in_log(page, "The server asks for a key, and the one it got is not right.").wait_for()
+        page.get_by_text("The key that was given is not the right one.").wait_for()
         page.get_by_role("textbox", name="Key").fill("right")
         button(page, "Continue").click()
         in_log(page, "Hello 🙂!").wait_for()
@@ -551,19 +556,21 @@ def test_every_control_has_a_name_and_a_visible_focus(page):
     ask(page, "question")
     wait_for_end(page)
     page.get_by_label("Your message").focus()
-    names, outlines = set(), []
-    for _ in range(14):
+    outlines = {}
+    for _ in range(16):
         page.keyboard.press("Tab")
         name, outline = page.evaluate("""() => {
-          const element = document.activeElement, style = getComputedStyle(element);
-          return [element.ariaLabel || element.textContent, style.outlineStyle];
+          const element = document.activeElement;
+          const name = element.ariaLabel || element.textContent;
+          return [element === document.body ? "the browser" : name,
+                  getComputedStyle(element).outlineStyle];
         }""")
-        names.add(name)
-        outlines.append((name, outline))
-    assert {"New chat", "question", "Settings", "Copy", "Edit", "Delete", "Regenerate"} <= names
-    box = {"Your message", "nanochat"}      # the box has a ring of its own, body is no control
-    without = {name for name, outline in outlines if outline == "none" and name not in box}
-    assert not {name for name in without if len(name) < 40}
+        outlines[name] = outline
+    del outlines["the browser"]         # after the last control
+    assert outlines.pop("Your message") == "none"       # the frame around the box is drawn instead
+    controls = {"New chat", "question", "Rename question", "Settings", "Conversation"}
+    assert controls | {"Copy", "Edit", "Delete", "Regenerate"} <= outlines.keys()
+    assert set(outlines.values()) <= {"solid", "auto"}
     unnamed = page.evaluate("""() => [...document.querySelectorAll("button, input, textarea")]
       .filter(it => !(it.ariaLabel || it.textContent.trim() || it.labels?.length)).length""")
     assert unnamed == 0
@@ -589,14 +596,12 @@ def test_the_end_is_followed_until_the_reader_scrolls_away(page, server):
     ask(page, "long")
     in_log(page, "Paragraph 59.").wait_for()
     page.wait_for_function("distanceToEnd() < 5")
-    page.locator("main").hover()
-    page.mouse.wheel(0, -1500)
+    page.evaluate("pane().scrollTop = 100")
     jump = page.get_by_label("Jump to the end")
     jump.wait_for()
-    place = page.evaluate("pane().scrollTop")
     server.gate.set()
     wait_for_end(page)
-    assert page.evaluate("pane().scrollTop") == place
+    assert page.evaluate("pane().scrollTop") == 100
     jump.click()
     page.wait_for_function("distanceToEnd() < 5")
     jump.wait_for(state="hidden")
