@@ -32,7 +32,9 @@ SHOWN = {
     "<|output_start|>": " → ",
     "<|output_end|>": "\n",
 }
-SHOWN_CALL = re.compile(r"`([^`]+)` → ([^\n]*)\n")
+# The bounds keep the search linear: anybody may send a megabyte of backticks. The tool reads 200
+# characters at most, and writes fewer than 80 (execution.py).
+SHOWN_CALL = re.compile(r"`([^`]{1,200})` → ([^\n]{0,80})\n")
 
 # The call that looks the last question up in the user's own text. It has no argument: a small model
 # cannot copy a long question. It is not shown; its reply is, and ends with the source of a quote.
@@ -75,6 +77,9 @@ def check_conversation(conversation):
 def check_content(content, role, number):
     """UserError unless content is a string or a list of parts that this role may send.
 
+    A user's text must not be empty, for that is an oversight as a rule; a turn that is meant to be
+    empty is a list without parts.
+
     number: the message's place in the conversation, from 1, for the error message.
     """
     parts = as_parts(content)
@@ -86,7 +91,7 @@ def check_content(content, role, number):
         if not is_part(part, allowed):
             shape = f'{{"type": {"|".join(allowed)}, "text": str}}'
             raise UserError(f"a part of message {number} ({role}) is not {shape}")
-    if role == "user" and not any(part["text"] for part in parts):
+    if role == "user" and parts and not any(part["text"] for part in parts):
         raise UserError(f"message {number} (user) is empty: write something")
 
 
@@ -124,23 +129,28 @@ ROLES = {
 }
 # What other programs call a part that is text
 TEXT_TYPES = ("text", "input_text", "output_text")
+# The parts of a user's message that says nothing
+EMPTY_TURN = [{"type": "text", "text": ""}]
 # Tools whose one argument is Python already
 PYTHON_TOOLS = ("python", "calculator", "code_interpreter")
 
 
-def normalise_messages(messages, changes=None):
+def normalise_messages(messages, changes=None, may_be_empty=False):
     """The messages of a conversation as well-formed ones, a new list.
 
     messages: a list of {"role", "content"} or ShareGPT's {"from", "value"}, roles as in ROLES.
     changes: a Counter that learns what was changed, or None.
+    may_be_empty: whether a user's message may be empty, as in OpenAI's API. A greeting, with which
+    the assistant begins, then stands behind an empty one; else it is left out.
 
     In phases. Every message is read as parts: content may be null, text, or a list of parts, and a
     tool's call and its reply become those of the Python tool. Messages without content are left
     out. System messages are joined to one that comes first, and so are messages of one role that
-    follow each other. A greeting, with which the assistant begins, is left out.
+    follow each other.
 
     The result may be empty, and its last message may be anybody's: the caller knows what is due.
-    UserError for an unknown role, an unknown form of content, and a user's empty message.
+    UserError for an unknown role, an unknown form of content, and a user's message that must not be
+    empty.
 
     >>> normalise_messages([{"from": "human", "value": "Hi"}, {"from": "human", "value": "there"}])
     [{'role': 'user', 'content': 'Hi\\n\\nthere'}]
@@ -151,6 +161,11 @@ def normalise_messages(messages, changes=None):
     read = []
     for number, message in enumerate(messages, start=1):
         role, parts = _read_message(message, number, changes)
+        if role == "user" and not parts and may_be_empty:
+            parts = EMPTY_TURN
+        elif role == "user" and not parts:
+            raise UserError(
+                f"message {number} (user) has no content: write a text that is not empty")
         if parts:
             read.append((role, parts))
         else:
@@ -161,8 +176,8 @@ def normalise_messages(messages, changes=None):
     changes["later system messages moved to the beginning"] += later
     turns = _join_neighbours([turn for turn in read if turn[0] != "system"], changes)
     if turns and turns[0][0] == "assistant":
-        turns = turns[1:]
-        changes["greetings left out"] += 1
+        turns = [("user", EMPTY_TURN), *turns] if may_be_empty else turns[1:]
+        changes["greetings left out"] += not may_be_empty
     joined = _join_neighbours(system, Counter()) + turns
     return [{"role": role, "content": _as_content(parts)} for role, parts in joined]
 
@@ -221,8 +236,6 @@ def _read_message(message, number, changes):
     parts = [part for part in parts if part["text"]]
     if not any(part["text"].strip() for part in parts):
         parts = []
-    if role == "user" and not parts:
-        raise UserError(f"message {number} (user) has no content: write a text that is not empty")
     return role, parts
 
 
@@ -362,12 +375,15 @@ def _join_parts(parts, more):
     """The parts of two messages as those of one, with a blank line between text and text."""
     if parts[-1]["type"] != "text" or more[0]["type"] != "text":
         return parts + more
-    text = parts[-1]["text"] + "\n\n" + more[0]["text"]
+    text = "\n\n".join(filter(None, (parts[-1]["text"], more[0]["text"])))
     return [*parts[:-1], {"type": "text", "text": text}, *more[1:]]
 
 
 def _as_content(parts):
-    """Parts as content, without ids: the string alone where there is nothing but one text."""
+    """Parts as content, without ids: the string alone where there is nothing but one text, a list
+    without parts where that is empty."""
+    if parts == EMPTY_TURN:
+        return []
     if len(parts) == 1 and parts[0]["type"] == "text":
         return parts[0]["text"]
     return [{"type": part["type"], "text": part["text"]} for part in parts]
@@ -404,7 +420,8 @@ def restore_tool_calls(message):
 
 def questions_of(messages):
     """The texts of the user's messages, a list of str. messages: of normalise_messages()."""
-    return [message["content"] for message in messages if message["role"] == "user"]
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return [content for content in asked if isinstance(content, str)]
 
 
 def prompt_room(context, max_new_tokens):
@@ -417,19 +434,21 @@ def prompt_room(context, max_new_tokens):
     return context - min(max_new_tokens, context // 2)
 
 
-def fit_conversation(tokenizer, messages, max_tokens):
+def fit_conversation(tokenizer, messages, max_tokens, continue_final_message=False):
     """The newest messages whose rendering fits max_tokens.
 
     The oldest exchanges are dropped first, a system message stays. The last message is kept even
     where it does not fit alone: the caller reports that.
+    continue_final_message: as of Tokenizer.render_for_completion.
     """
+    options = {"continue_final_message": True} if continue_final_message else {}
     messages = [restore_tool_calls(message) for message in messages]
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = [message for message in messages if message["role"] != "system"]
 
     def fits(dropped):
         kept = {"messages": system + turns[dropped:]}
-        return len(tokenizer.render_for_completion(kept)) <= max_tokens
+        return len(tokenizer.render_for_completion(kept, **options)) <= max_tokens
 
     # Binary search: one rendering per dropped exchange takes minutes for a long conversation.
     choices = range(0, max(1, len(turns)), 2)

@@ -52,6 +52,7 @@ QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in an
 # while none does. More would be no faster, and would make them wait.
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_ALONE = 2048
+MIN_PREFIX = 16         # tokens that two prompts must have in common to share their keys and values
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,15 +291,18 @@ class Engine:
         if self.max_slots is None and self.waiting and not self.running:
             length = max(sequence.max_length for sequence in self.waiting)
             self.kv_cache = self.model.new_kv_cache(len(self.waiting), length)
+        reserved = 0    # slots for those who wait for a prefix
         for sequence in list(self.waiting):
             free = [slot for slot in range(self.kv_cache.slots) if slot not in self.running]
-            if not free or sequence.max_length > self.kv_cache.length:
+            if len(free) <= reserved or sequence.max_length > self.kv_cache.length:
                 return
             if self.max_slots is None:
                 slot = free[0]
             else:
                 slot = self._slot_with_prefix(sequence, free)
-            if slot is not None:
+            if slot is None:
+                reserved += 1
+            else:
                 self.waiting.remove(sequence)
                 sequence.slot = slot
                 sequence.status = "running"
@@ -309,25 +313,19 @@ class Engine:
 
         None where another sequence is about to put more of it there: then this one waits for that.
         """
-        # 1. where most of the prompt is; its last token is always computed, for its logits
+        # 1. where most of the prompt is, or soon will be
         source, length = None, 0
         if sequence.prompt_logprobs is None:
             source, length = self._longest_prefix(sequence, self._held_tokens())
-            prompts = {
-                other.slot: (other.prompt, other.tenant)
-                for other in self.running.values() if not other.tokens
-            }
-            coming = self._longest_prefix(sequence, prompts)[1]
+            _, coming = self._longest_prefix(sequence, self._prompts_in_prefill())
             if coming >= length + MIN_PREFIX:
                 return None
 
         # 2. the slot whose last sequence ended first, unless the prompt continues another's
         slot = self.kv_cache.least_recent(free)
-        if length < MIN_PREFIX:
-            length = 0
-        elif source in free and 2 * length >= self.kv_cache.lengths[source]:
+        if source in free and 2 * length >= self.kv_cache.lengths[source]:
             slot = source
-        if length and slot != source:
+        elif length and slot != source:
             self.kv_cache.copy(source, [slot], length)
         self.kv_cache.take(slot, length)
         sequence.cached_tokens = length
@@ -341,16 +339,24 @@ class Engine:
             held[slot] = ids[:self.kv_cache.lengths[slot]], sequence.tenant
         return held
 
+    def _prompts_in_prefill(self):
+        """{slot: (ids of the prompt, tenant)} of the sequences that are being prefilled."""
+        return {
+            slot: (sequence.prompt, sequence.tenant)
+            for slot, sequence in self.running.items() if not sequence.tokens
+        }
+
     def _longest_prefix(self, sequence, held):
-        """(slot, length) of the longest beginning of a prompt, its last token aside, among `held`,
-        {slot: (ids, tenant)}; (None, 0) where there is none."""
+        """(slot, length) of the longest beginning of a prompt among `held`, {slot: (ids, tenant)}.
+
+        (None, 0) where it is shorter than MIN_PREFIX. The last token of a prompt is no part of it,
+        for that is always computed: its logits are wanted.
+        """
         wanted = sequence.prompt[:-1]
         best = None, 0
         for slot, (ids, tenant) in held.items():
-            if tenant != sequence.tenant:
-                continue
-            length = common_length(wanted, ids)
-            if length > best[1]:
+            length = common_length(wanted, ids) if tenant == sequence.tenant else 0
+            if length >= max(MIN_PREFIX, best[1] + 1):
                 best = slot, length
         return best
 
@@ -627,10 +633,7 @@ def raise_error_of(sequence):
 
 
 # ------------------------------------------------------------------------------------------------
-# places
-
-MIN_PREFIX = 16     # tokens that two prompts must have in common to be worth sharing
-
+# slots
 
 def common_length(a, b):
     """How many items two lists have in common at their beginning.

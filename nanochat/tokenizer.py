@@ -371,13 +371,17 @@ class Tokenizer:
             add([self._specials[f"<|{role}_end|>"]], assistant)
         return ids[:max_tokens], mask[:max_tokens]
 
-    def render_for_completion(self, conversation):
+    def render_for_completion(self, conversation, continue_final_message=False):
         """Ids of a conversation up to its last user message, and <|assistant_start|>.
 
         This is the prompt that the model continues with its answer. A trailing assistant message
-        is dropped. UserError where no user message is left to answer.
+        is dropped; with continue_final_message it stays, without its end, and is what the model
+        continues. UserError where no user message is left to answer.
         """
         messages = check_conversation(conversation)
+        if continue_final_message and messages[-1]["role"] == "assistant":
+            ids, _ = self.render_conversation(conversation)
+            return ids[:-1]
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if messages[-1]["role"] != "user":

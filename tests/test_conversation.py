@@ -1,6 +1,7 @@
 """Chat messages: an answer that comes back as history is parts again, old turns make room, and what
 people write is made well formed."""
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from nanochat.conversation import (
     check_conversation,
     fit_conversation,
     normalise_messages,
+    questions_of,
     restore_tool_calls,
 )
 from nanochat.tokenizer import Tokenizer
@@ -56,6 +58,31 @@ def test_a_long_conversation_is_shortened_in_few_attempts(tokenizer, monkeypatch
     assert len(asked) < 15 and kept == messages[-len(kept):] and kept[0]["role"] == "user"
     one_turn_more = messages[-len(kept) - 2:]
     assert len(render({"messages": kept})) <= 128 < len(render({"messages": one_turn_more}))
+
+
+@pytest.mark.parametrize("piece", [
+    "`a` → ", "`", "`a` → `\n", "`a", "` → \n(source: a", "\n(source: )", "`" + "a" * 199,
+])
+def test_a_megabyte_of_history_is_read_at_once(piece):
+    """docs/traps.md: quadratic-patterns. Ten seconds stand for the hours that it would take."""
+    text = piece * (1_000_000 // len(piece))
+    start = time.monotonic()
+    restored = restore_tool_calls({"role": "assistant", "content": text})
+    assert time.monotonic() - start < 10
+    assert restored["content"] == text or len(restored["content"]) > 1
+
+
+def test_an_answer_may_be_continued_where_the_last_message_is_the_assistants(tokenizer):
+    messages = [message("user", "12*7?"), message("assistant", "It is 8")]
+    ids = tokenizer.render_for_completion({"messages": messages}, continue_final_message=True)
+    asked = tokenizer.render_for_completion({"messages": messages})
+    assert ids == asked + tokenizer.encode("It is 8")
+    only = {"messages": messages[:1]}
+    assert tokenizer.render_for_completion(only, continue_final_message=True) == asked
+
+    turns = [message("user", "the cat"), message("assistant", "sat")] * 3 + messages
+    fitted = fit_conversation(tokenizer, turns, len(ids) + 1, continue_final_message=True)
+    assert fitted == messages
 
 
 # ------------------------------------------------------------------------------------------------
@@ -108,6 +135,30 @@ def test_messages_are_made_well_formed(messages, normal):
     assert json.dumps(messages) == before, "what was given is not changed"
     if normal:
         assert check_conversation({"messages": normal}) == normal
+
+
+EMPTY = message("user", [])
+
+
+@pytest.mark.parametrize("messages, normal", [
+    ([message("assistant", "Welcome!"), HI], [EMPTY, message("assistant", "Welcome!"), HI]),
+    ([message("system", "s"), message("assistant", "Welcome!")],
+     [message("system", "s"), EMPTY, message("assistant", "Welcome!")]),
+    ([message("user", "")], [EMPTY]),
+    ([message("user", [])], [EMPTY]),
+    ([message("user", None)], [EMPTY]),
+    ([HI, HELLO, message("user", " ")], [HI, HELLO, EMPTY]),
+    ([message("user", ""), HI, message("user", []), HELLO], [HI, HELLO]),
+    ([HI, message("user", "there"), HELLO], [message("user", "Hi\n\nthere"), HELLO]),
+])
+def test_a_server_takes_empty_turns_and_keeps_greetings(tokenizer, messages, normal):
+    found = normalise_messages(messages, may_be_empty=True)
+    assert found == normal
+    ids = tokenizer.render_for_completion({"messages": found}, continue_final_message=True)
+    start, end = (tokenizer.encode_special(f"<|user_{name}|>") for name in ("start", "end"))
+    assert ids.count(start) == ids.count(end) == sum(one["role"] == "user" for one in found)
+    asked = [one["content"] for one in found if one["role"] == "user" and one != EMPTY]
+    assert questions_of(found) == asked
 
 
 def test_tool_calls_and_replies_become_those_of_the_python_tool(tokenizer):

@@ -1,17 +1,24 @@
-"""Generation: cached equals recomputed, alone equals among others, the tool runs inside, and
-nothing that looks like a control token is shown."""
+"""Generation: cached equals recomputed, alone equals among others, chunks equal whole prompts, the
+tool runs inside, and nothing that looks like a control token is shown."""
 import contextlib
 
 import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, sample, sample_texts
+from nanochat.engine import (
+    Engine,
+    NonFiniteError,
+    sample,
+    sample_texts,
+    slots_to_decode,
+)
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.ngrams import NGramGPT
+from nanochat.variants.portable import PortableGPT
 from models import make_model as make_any_model
 
 
@@ -281,9 +288,307 @@ def test_stream_pieces_join_to_what_generate_returns(engine):
 
 
 # ------------------------------------------------------------------------------------------------
+# a cache that is kept: chunked prefill and prefix reuse
+
+CLASSES = [GPT, LookupGPT, NGramGPT, PortableGPT]
+
+
+@pytest.fixture(params=CLASSES, ids=lambda model_class: model_class.__name__)
+def any_model(request, tokenizer):
+    return make_any_model(request.param, vocab_size=tokenizer.get_vocab_size()).eval()
+
+
+def read_tokens(engine, monkeypatch):
+    """A list that gets, at each prefill of the engine, how many tokens of each prompt it reads."""
+    prefill, read = engine._prefill, []
+
+    def counted(sequences, counts):
+        read.append(list(counts))
+        return prefill(sequences, counts)
+
+    monkeypatch.setattr(engine, "_prefill", counted)
+    return read
+
+
+def admit(engine, prompt, **options):
+    sequence = engine.new_sequence(prompt, **options)
+    engine.admit(sequence)
+    return sequence
+
+
+def finish(engine, *sequences):
+    """Take steps until the sequences are finished; within a prompt a step gives nobody a token."""
+    for _ in range(500):
+        if all(sequence.status == "finished" for sequence in sequences):
+            return
+        engine.step()
+    pytest.fail("the sequences do not end")
+
+
+LONG = [(7 * i) % 89 for i in range(25)]
+
+
+def test_prompts_in_chunks_get_the_tokens_that_whole_prompts_get(
+        tokenizer, any_model, monkeypatch):
+    """Lookups and counts look back across the borders of chunks."""
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 4)
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 6)
+    engine = Engine(any_model, tokenizer, max_slots=3)
+    read = read_tokens(engine, monkeypatch)
+    prompts = [LONG, [5, 9, 70], LONG[3:], [7, 7], LONG[9:20]]
+    options = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "ignore_stop_tokens": True}
+    sequences = [admit(engine, prompt, seed=i, **options) for i, prompt in enumerate(prompts)]
+    finish(engine, *sequences)
+    assert max(map(sum, read)) <= 6 and sum(map(sum, read)) == sum(map(len, prompts))
+    for i, sequence in enumerate(sequences):
+        assert sequence.tokens == alone(engine, prompts[i], seed=i, **options)
+
+
+def test_a_prompt_that_begins_like_another_is_read_from_there_on(tokenizer, any_model, monkeypatch):
+    """From a slot whose sequence has ended, and from one that is running."""
+    engine = Engine(any_model, tokenizer, max_slots=3)
+    read = read_tokens(engine, monkeypatch)
+    options = {"max_new_tokens": 4, "temperature": 0, "ignore_stop_tokens": True}
+    first = admit(engine, LONG[:20], **options)
+    finish(engine, first)
+    slot = engine.kv_cache.kept.copy().popitem()[0]
+
+    # the conversation continues in its slot, with what the model wrote
+    second = admit(engine, first.prompt + first.tokens + [8], max_new_tokens=5, temperature=0)
+    engine.step()
+    assert (second.cached_tokens, second.slot, read[-1]) == (23, slot, [2])
+
+    # two others begin like it, one of them after a while
+    third = admit(engine, LONG[:20] + [3, 4], **options)
+    engine.step()
+    engine.step()
+    fourth = admit(engine, LONG[:18] + [6], seed=3, max_new_tokens=4)
+    finish(engine, second, third, fourth)
+    assert (third.cached_tokens, fourth.cached_tokens) == (20, 18)
+    for sequence, own in [
+        (second, {"max_new_tokens": 5, "temperature": 0}),
+        (third, options),
+        (fourth, {"max_new_tokens": 4, "seed": 3}),
+    ]:
+        assert sequence.tokens == alone(engine, sequence.prompt, **own)
+
+
+@pytest.fixture
+def server_engine(tokenizer):
+    return Engine(make_model(tokenizer), tokenizer, max_slots=2)
+
+
+def test_the_same_prompt_again_computes_its_last_token_alone(server_engine, monkeypatch):
+    read = read_tokens(server_engine, monkeypatch)
+    options = {"max_new_tokens": 3, "temperature": 0}
+    first = server_engine.generate_batch([LONG], **options)
+    assert server_engine.generate_batch([LONG], **options) == first
+    assert read == [[25], [1]]
+
+
+def test_prefixes_are_shared_within_a_tenant_and_not_where_they_are_short(server_engine):
+    def cached(prompt, **options):
+        (sequence,) = server_engine.run(
+            [server_engine.new_sequence(prompt, max_new_tokens=1, **options)])
+        return sequence.cached_tokens
+
+    assert cached(LONG, tenant="a") == 0
+    assert cached(LONG, tenant="b") == 0
+    assert cached(LONG, tenant="b") == 24
+    assert cached(LONG, tenant="b", prompt_logprobs=True) == 0, "all of its logits are needed"
+    assert cached(LONG[:15] + [1], tenant="b") == 0
+    assert cached(LONG[:16] + [1], tenant="b") == 16
+
+
+def test_a_prompt_waits_for_one_that_is_being_read_and_begins_alike(server_engine, monkeypatch):
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 10)
+    read = read_tokens(server_engine, monkeypatch)
+    sequences = [admit(server_engine, LONG, seed=i, max_new_tokens=3) for i in range(2)]
+    server_engine.step()
+    assert [sequence.status for sequence in sequences] == ["running", "waiting"]
+    finish(server_engine, *sequences)
+    assert read == [[10], [10], [5, 5]], "what is left of the first is as short as a prefix may be"
+    for i, sequence in enumerate(sequences):
+        assert sequence.tokens == alone(server_engine, LONG, seed=i, max_new_tokens=3)
+
+
+def test_the_slot_that_was_left_first_is_taken_first(server_engine):
+    def run_one(prompt):
+        sequence = admit(server_engine, prompt, max_new_tokens=2, temperature=0)
+        server_engine.step()
+        slot = sequence.slot
+        finish(server_engine, sequence)
+        return slot, sequence.cached_tokens
+
+    other, third = LONG[::-1], [3] * 20
+    assert [run_one(prompt) for prompt in (LONG, other)] == [(0, 0), (1, 0)]
+    assert run_one(LONG) == (0, 24)
+    assert run_one(third) == (1, 0), "LONG was used later than the other"
+    assert run_one(LONG) == (0, 24) and run_one(other) == (1, 0)
+
+
+def test_a_long_prompt_delays_a_running_stream_by_one_chunk_at_a_time(server_engine, monkeypatch):
+    """docs/traps.md: prefill-blocks-decode"""
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 5)
+    read = read_tokens(server_engine, monkeypatch)
+    talker = admit(server_engine, [5, 6], max_new_tokens=30, ignore_stop_tokens=True)
+    server_engine.step()
+    long = admit(server_engine, LONG, max_new_tokens=2)
+    got = []
+    while not long.tokens:
+        before = len(talker.tokens)
+        server_engine.step()
+        got.append(len(talker.tokens) - before)
+    assert got == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0] and read[1:] == [[5]] * 5
+
+
+def test_short_prompts_do_not_wait_for_long_ones_nor_long_ones_for_ever(tokenizer, monkeypatch):
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 4)
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 4)
+    engine = Engine(make_model(tokenizer), tokenizer, max_slots=2)
+    long = admit(engine, [1] * 40, max_new_tokens=2)
+    steps = 0
+    while not long.tokens:
+        short = admit(engine, [5, 6, 7], max_new_tokens=1)
+        for waited in range(1, 4):
+            engine.step()
+            if short.tokens:
+                break
+        assert short.tokens, "at most two prefills and a decode"
+        steps += waited
+    assert steps <= 24
+
+
+def test_a_sequence_may_leave_in_the_middle_of_its_prefill(server_engine, monkeypatch):
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 18)
+    leaving = admit(server_engine, LONG)
+    assert server_engine.step() == [] and leaving.status == "running"
+    server_engine.retire(leaving)
+    assert server_engine.running == {} and leaving.finish_reason is None
+    again = admit(server_engine, LONG, max_new_tokens=3)
+    finish(server_engine, again)
+    assert again.cached_tokens == 18
+    assert again.tokens == alone(server_engine, LONG, max_new_tokens=3)
+
+
+def test_more_sequences_than_slots_all_get_the_tokens_that_they_get_alone(server_engine):
+    sequences = [admit(server_engine, prompt, **SAMPLING) for prompt in PROMPTS * 2]
+    for _ in range(3):
+        server_engine.step()
+    assert len(server_engine.running) == 2 and len(server_engine.waiting) == 6
+    finish(server_engine, *sequences)
+    assert [sequence.tokens for sequence in sequences] == [
+        alone(server_engine, prompt, **SAMPLING) for prompt in PROMPTS * 2]
+    assert server_engine.kv_cache.slots == 2 and server_engine.step() == []
+
+
+def test_slots_that_are_far_apart_are_decoded_without_those_between():
+    assert slots_to_decode([4]) == [4]
+    assert slots_to_decode([5, 2]) == [2, 3, 4, 5]
+    assert slots_to_decode([6, 2]) == [2, 6]
+
+
+def test_sequences_in_slots_that_are_far_apart_get_the_tokens_that_they_get_alone(tokenizer):
+    engine = Engine(make_model(tokenizer), tokenizer, max_slots=8)
+    prompts = [[i, i + 1, 70] for i in range(8)]
+    sequences = [admit(engine, prompt, **SAMPLING) for prompt in prompts]
+    engine.step()
+    for sequence in sequences[1:7]:
+        engine.retire(sequence)
+    finish(engine, *sequences)
+    for place in (0, 7):
+        assert sequences[place].tokens == alone(engine, prompts[place], **SAMPLING)
+
+
+# ------------------------------------------------------------------------------------------------
+# logprobs
+
+@pytest.mark.parametrize("chunk", [100, 4])
+def test_logprobs_of_prompt_and_answer_are_those_of_one_forward_pass(
+        tokenizer, any_model, monkeypatch, chunk):
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", chunk)
+    engine = Engine(any_model, tokenizer, max_slots=2)
+    sequence = engine.new_sequence(
+        LONG, max_new_tokens=5, logprobs=2, prompt_logprobs=True, ignore_stop_tokens=True)
+    other = engine.new_sequence([5, 6], max_new_tokens=3)
+    engine.run([sequence, other])
+    with torch.no_grad():
+        logits = any_model(torch.tensor([LONG + sequence.tokens]))[0]
+    wanted = logits.log_softmax(-1)
+    scored = sequence.prompt_logprobs + sequence.logprobs
+    assert scored[0] is None and len(scored) == len(LONG) + 5
+    for place, one in enumerate(scored[1:]):
+        token = (LONG + sequence.tokens)[place + 1]
+        assert one.token == token
+        assert one.logprob == pytest.approx(float(wanted[place, token]), abs=1e-3)
+        best = wanted[place].topk(2)
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+    assert other.logprobs == [] and other.prompt_logprobs is None
+
+
+def test_an_answer_may_continue_behind_the_tokens_that_end_one(tokenizer):
+    end = tokenizer.encode_special("<|assistant_end|>")
+    engine = scripted(tokenizer, [5, end, 6, end, 7])
+    (stopped,) = engine.generate_batch([[9]], temperature=0, max_new_tokens=5)
+    assert stopped == [5, end]
+    engine = scripted(tokenizer, [5, end, 6, end, 7])
+    options = {"temperature": 0, "max_new_tokens": 5, "ignore_stop_tokens": True}
+    assert engine.generate_batch([[9]], **options) == [[5, end, 6, end, 7]]
+
+
+def test_a_bias_decides_what_is_said_and_one_of_an_unknown_token_is_refused(engine):
+    (tokens,) = engine.generate_batch([[5]], logit_bias={33: 100}, max_new_tokens=4)
+    assert tokens == [33] * 4
+    with pytest.raises(UserError, match="logit_bias names token 290"):
+        engine.generate("abc", logit_bias={290: 1})
+
+
+# ------------------------------------------------------------------------------------------------
 # errors
 
 NAN = float("nan")
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_p": 0.9}])
+@pytest.mark.parametrize("when", [1, 3])
+def test_logits_that_are_not_finite_end_their_own_sequence_alone(
+        tokenizer, monkeypatch, options, when):
+    """docs/traps.md: non-finite-logits. In the prefill, and in a decode step."""
+    engine = Engine(make_model(tokenizer), tokenizer, max_slots=3)
+    options = {"max_new_tokens": 8, "ignore_stop_tokens": True, **options}
+    sequences = [admit(engine, prompt, **options) for prompt in ([5, 6], [7, 8], [9, 10])]
+    spoilt, real, calls = sequences[1], sample, []
+
+    def fails_at_times(logits, asking):
+        calls.append(1)
+        if len(calls) == when:
+            logits = logits.clone()
+            logits[asking.index(spoilt), 3] = NAN
+        return real(logits, asking)
+
+    monkeypatch.setattr("nanochat.engine.sample", fails_at_times)
+    ended = [sequence for _ in range(when) for sequence in engine.step() if sequence.error]
+    assert ended == [spoilt] and len(engine.running) == 2
+    assert isinstance(spoilt.error, NonFiniteError) and spoilt.finish_reason == "error"
+    assert len(spoilt.tokens) == when - 1 and spoilt.status == "finished"
+    finish(engine, *sequences)
+    monkeypatch.undo()
+    for sequence in (sequences[0], sequences[2]):
+        assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
+def test_a_slot_that_held_nan_serves_the_next_sequence(server_engine):
+    spoilt = admit(server_engine, LONG, **SAMPLING)
+    server_engine.step()
+    for layer in server_engine.kv_cache.layers:
+        layer.k[spoilt.slot].fill_(NAN)
+        layer.v[spoilt.slot].fill_(NAN)
+    server_engine.step()
+    assert isinstance(spoilt.error, NonFiniteError)
+    assert server_engine.running == {} and server_engine.kv_cache.kept == {}
+    (tokens,) = server_engine.generate_batch([LONG], **SAMPLING)
+    assert tokens == alone(server_engine, LONG, **SAMPLING)
+    assert all(layer.v.isfinite().all() for layer in server_engine.kv_cache.layers)
 
 
 @pytest.fixture

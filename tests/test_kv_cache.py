@@ -76,3 +76,33 @@ def test_a_cache_of_half_the_size_answers_in_the_dtype_of_the_query():
     y = cached_attention(q, k, v, kv_cache.layers[0], kv_cache.window(None, 4))
     assert y.dtype == torch.float32 and kv_cache.nbytes == 2 * 4 * 2 * D * 2
     torch.testing.assert_close(y, causal_attention(q, k, v), atol=0.05, rtol=0.05)
+
+
+def test_kept_slots_are_taken_empty_ones_first_then_the_one_that_was_left_first():
+    kv_cache = make_cache(3, 8, 1)
+    kv_cache.advance([0, 2], [5, 2])
+    kv_cache.keep(2, [7, 8, 9], "a")
+    kv_cache.keep(0, [1, 2, 3, 4, 5], "")
+    assert kv_cache.kept == {2: ([7, 8], "a"), 0: ([1, 2, 3, 4, 5], "")}
+    assert [kv_cache.least_recent(slots) for slots in ([0, 1, 2], [0, 2], [0])] == [1, 2, 0]
+    kv_cache.take(2, 1)
+    assert kv_cache.kept.keys() == {0} and kv_cache.lengths == [5, 0, 1]
+
+
+def test_idle_slots_that_are_kept_do_not_make_the_others_attend_to_more():
+    kv_cache = make_cache(3, 8, 1)
+    kv_cache.advance([0, 1, 2], [2, 7, 3])
+    assert kv_cache.window(None, 1).end == 8
+    kv_cache.keep(1, list(range(7)), "")
+    window = kv_cache.window(None, 1)
+    assert window.end == 4 and window.positions.tolist() == [[2], [7], [3]]
+
+
+def test_a_slot_that_is_cleared_holds_zeros_and_the_others_what_they_held():
+    kv_cache = make_cache(2, 4, 1)
+    for cached in (kv_cache.layers[0].k, kv_cache.layers[0].v):
+        cached.fill_(float("nan"))
+    kv_cache.advance([0, 1], [3, 3])
+    kv_cache.clear(1)
+    assert kv_cache.lengths == [3, 0] and not kv_cache.layers[0].k[1].any()
+    assert kv_cache.layers[0].v[0].isnan().all() and not kv_cache.layers[0].v[1].any()
