@@ -14,8 +14,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import signal
+import sys
 import time
 import traceback
 from collections import namedtuple
@@ -793,3 +795,12 @@ class ChatServer(uvicorn.Server):
         lines = "".join(traceback.format_exception(error))
         logging.getLogger("uvicorn.error").error("the model has failed\n%s", printable(lines))
         return 1
+
+
+def end_process(pool, status):
+    """End this process with an exit status, also where an engine's thread never ends."""
+    pool.join(GONE_SECONDS)
+    sys.stdout.flush()
+    if pool.is_running:
+        os._exit(status)
+    sys.exit(status)

@@ -12,7 +12,6 @@ which any model continues texts (docs/serving.md). The server listens on this ma
 """
 import os
 import socket
-import sys
 
 from nanochat.async_engine import EnginePool
 from nanochat.checkpoint_manager import load_model
@@ -29,7 +28,7 @@ from nanochat.folders import chosen_line
 from nanochat.http_guard import Access, is_loopback
 from nanochat.passage_store import load_passages
 from nanochat.prompts import suggestions_of
-from nanochat.server import ChatServer, Settings, create_app
+from nanochat.server import ChatServer, Settings, create_app, end_process
 from nanochat.serving_stats import ServingStats
 from tasks.identity import shown_name
 
@@ -172,17 +171,8 @@ def main():
 
         # 4. serve until a signal comes
         status = ChatServer(app, pool, drain_seconds).serve_until_end(listener)
-    end(pool, status)
-
-
-def end(pool, status):
-    """End the process, also where a model's thread never ends."""
-    pool.join(seconds=2)
     compute_cleanup()
-    sys.stdout.flush()
-    if pool.is_running:
-        os._exit(status)
-    sys.exit(status)
+    end_process(pool, status)
 
 
 if __name__ == "__main__":

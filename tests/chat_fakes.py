@@ -1,14 +1,16 @@
 """A tokenizer, an engine and a running server, for the tests of all that is between a model and its
 user."""
 import contextlib
+import json
 import socket
+import sys
 import threading
 import time
 
 from nanochat.async_engine import EnginePool
 from nanochat.common import UserError
 from nanochat.http_guard import Access
-from nanochat.server import ChatServer, Settings, create_app
+from nanochat.server import ChatServer, Settings, create_app, end_process
 from nanochat.serving_stats import ServingStats
 
 MODEL = "nanochat-test"
@@ -249,3 +251,27 @@ def wait_until(condition, seconds=30):
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.005)
+
+
+def run_server(settings):
+    """Serve a fake engine in this process until a signal ends it; prints its port.
+
+    settings: pieces and delay of the engine; fails: whether a step ends the thread; hangs: whether
+    one never ends; drain_seconds.
+    """
+    engine = FakeEngine(settings.get("pieces", ["word "] * 20))
+    engine.delay = settings.get("delay", 0.05)
+    if settings.get("fails"):
+        engine.pieces = ["word ", SystemExit(3)]
+    if settings.get("hangs"):
+        engine.gate = threading.Event()
+    pool = fake_pool(engine, max_queue=settings.get("max_queue", 100))
+    app = create_app(pool, Settings(MODEL, hang_seconds=0.2))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        status = ChatServer(app, pool, settings.get("drain_seconds", 30)).serve_until_end(listener)
+    end_process(pool, status)
+
+
+if __name__ == "__main__":
+    run_server(json.loads(sys.argv[1]))
