@@ -21,7 +21,8 @@ from nanochat.openai_api import ApiError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # What is answered without a key: whether the server is alive, and the page that asks for the key.
-OPEN_PATHS = ("/health", "/", "/about")
+OPEN_PATHS = ("/health", "/")
+PAGE_DATA = "/about"        # says without a key that one is needed, and refuses a wrong one
 READING = ("GET", "HEAD")   # what asks for a page; HEAD, for nothing but whether it is there
 
 HEAD_SECONDS = 20           # in which the head of a request must be complete
@@ -70,12 +71,21 @@ class Access:
     def check_key(self, scope):
         """The tenant of a request: "" without keys, else a text for each key. ApiError for one
         without a valid key that needs it."""
+        if not self.needs_key:
+            return ""
         tenant = self.tenant(scope)
-        is_open = scope["path"] in OPEN_PATHS and scope["method"] in READING
-        if self.needs_key and tenant is None and not is_open:
+        if tenant is None and not self.is_open(scope):
             problem = "a valid key is needed: send the header Authorization: Bearer KEY"
             raise ApiError(401, problem, code="invalid_api_key")
         return tenant or ""
+
+    def is_open(self, scope):
+        """Whether a request is answered without a key."""
+        if scope["method"] not in READING:
+            return False
+        if scope["path"] == PAGE_DATA:
+            return not header_values(scope, b"authorization")
+        return scope["path"] in OPEN_PATHS
 
     def check_host(self, scope):
         """ApiError for a Host that is not this server's."""

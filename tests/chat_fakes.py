@@ -218,17 +218,26 @@ def fake_pool(*engines, max_queue=100, stats=None):
 
 
 @contextlib.contextmanager
-def serve(engine, max_queue=100, drain_seconds=1, access=None, engines=(), **settings):
+def serve(
+    engine,
+    max_queue=100,
+    drain_seconds=1,
+    access=None,
+    engines=(),
+    load=None,
+    **settings,
+):
     """Serve the engine on a free port of this machine; yields the server's address.
 
-    engines: others besides; settings: of Settings, and `suggestions` and `shown_name` of the page.
+    engines: others besides; load: what loads the engine, for which nobody waits; settings: of
+    Settings, and `suggestions` and `shown_name` of the page.
     """
     described = {}
     for name, field in (("suggestions", "suggestions"), ("shown_name", "name")):
         if name in settings:
             described[field] = settings.pop(name)
     stats = ServingStats()
-    pool = fake_pool(engine, *engines, max_queue=max_queue, stats=stats)
+    pool = fake_pool(load or engine, *engines, max_queue=max_queue, stats=stats)
     settings = Settings(MODEL, describe=lambda: described, **settings)
     app = create_app(pool, settings, access or Access(), stats)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -236,7 +245,7 @@ def serve(engine, max_queue=100, drain_seconds=1, access=None, engines=(), **set
         server = ChatServer(app, pool, drain_seconds)
         thread = threading.Thread(target=server.serve_until_end, args=[listener])
         thread.start()
-        wait_until(lambda: pool.state != "loading")
+        wait_until(lambda: load or pool.state != "loading")
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:

@@ -343,6 +343,7 @@ def test_without_a_valid_key_every_path_but_health_and_the_page_is_401(locked, a
             assert status_with(locked[1], path, *authorizations, method=method) == 401, path
     assert status_with(locked[1], "/health", *authorizations) == 200
     assert status_with(locked[1], "/", *authorizations) == 200
+    assert status_with(locked[1], "/about", *authorizations) == (401 if authorizations else 200)
 
 
 def test_with_a_key_everything_is_served_and_without_one_the_page_learns_that_it_needs_one(locked):

@@ -1,4 +1,5 @@
 import json
+import socket
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ from chat_fakes import MODEL, FakeEngine, serve, wait_until
 
 from nanochat.common import UserError
 from nanochat.engine import NonFiniteError
+from scripts import chat_web
 
 HELLO = [{"role": "user", "content": "hello"}]
 BODY = {"messages": HELLO}
@@ -475,6 +477,58 @@ def test_the_schema_names_the_routes_and_the_bounds(address):
     fields = body["content"]["application/json"]["schema"]["properties"]
     assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
     assert "/v1/completions" in schema["paths"]
+
+
+def test_while_the_model_is_loaded_requests_are_told_to_come_again():
+    engine, loaded = FakeEngine(), threading.Event()
+
+    def load():
+        assert loaded.wait(30)
+        return engine
+
+    with serve(engine, load=load) as address:
+        wait_until(lambda: answers(address + "/health"))
+        assert requests.get(address + "/health", timeout=30).json() == {"status": "loading"}
+        for refused in (
+            requests.get(address + "/ready", timeout=30),
+            requests.get(address + "/about", timeout=30),
+            post(address),
+            complete(address, prompt="x"),
+        ):
+            assert refused.status_code == 503 and int(refused.headers["Retry-After"]) >= 1
+            assert "being loaded" in refused.json()["error"]["message"]
+        assert requests.get(address + "/", timeout=30).status_code == 200
+        loaded.set()
+        wait_until(lambda: requests.get(address + "/ready", timeout=30).status_code == 200)
+        assert post(address).status_code == 200
+
+
+def answers(url):
+    """Whether anybody answers there."""
+    try:
+        return requests.get(url, timeout=30)
+    except requests.ConnectionError:
+        return None
+
+
+def test_every_piece_is_sent_when_it_is_there():
+    """Nagle's algorithm would hold it back until the client has acknowledged the last one."""
+    with chat_web.listen("127.0.0.1", 0) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.close()
+        accepted.close()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_slots", 0), ("max_queue", -1), ("drain_seconds", -1), ("num_gpus", 0),
+    ("temperature", -1), ("max_tokens", 0),
+])
+def test_settings_with_which_nothing_can_be_served_are_refused(monkeypatch, name, value):
+    monkeypatch.setattr(chat_web, name, value)
+    with pytest.raises(UserError, match=str(value)):
+        chat_web.check_settings()
 
 
 def test_two_engines_share_the_requests(engine):
