@@ -30,8 +30,10 @@ from typing import NamedTuple
 import torch
 
 from nanochat.conversation import fit_conversation, prompt_room
-from nanochat.engine import Engine, check_finite
+from nanochat.engine import Engine
 from nanochat.loss_eval import pad_batch
+from nanochat.sampling import check_finite
+
 
 class Near(NamedTuple):
     """The margin below which a decision is a near tie."""

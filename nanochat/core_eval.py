@@ -33,8 +33,8 @@ import numpy as np
 import torch
 
 from nanochat.core_bundle import OPTIONS
-from nanochat.engine import check_finite
 from nanochat.gpt import Head, Linear
+from nanochat.sampling import check_finite
 
 ORDER_SEED = 1337       # of the rows of a task (nanochat)
 SHOTS_SEED = 1234       # plus the index of the example (nanochat)

@@ -23,8 +23,8 @@ arXiv 2403.02310), and a prompt that begins like one whose keys and values are s
 read from there on only (prefix caching, as in vLLM and SGLang, arXiv 2312.07104).
 
 When a sequence closes a Python call, the engine runs the expression (execution.py) and forces the
-tool's reply into that sequence, token by token, instead of sampling. The call lookup() is answered
-with what the user's own text says about the last question, where the engine was given its passages
+tool's reply into that sequence instead of sampling. The call lookup() is answered with what the
+user's own text says about the last question, where the engine was given its passages
 (retrieval.py): the model decides whether to look up, the quote is exact.
 """
 import random
@@ -37,7 +37,6 @@ from nanochat.retrieval import reply_within
 from nanochat.sampling import (
     NonFiniteError,
     SamplingOptions,
-    check_finite,
     check_sampling,
     logprobs_of,
     sample,
@@ -52,6 +51,7 @@ QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in an
 # while none does. More would be no faster, and would make them wait.
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_ALONE = 2048
+SHORT_REPLY = 16        # tokens of a tool's reply that are fed one by one, beside other sequences
 MIN_PREFIX = 16         # tokens that two prompts must have in common to share their keys and values
 
 
@@ -134,6 +134,14 @@ class Sequence:
             self.uniform = self._draw()
 
     @property
+    def has_long_reply(self):
+        """Whether a tool's reply is better fed in one forward pass than beside other sequences.
+
+        Logprobs, which are wanted of every token, come from decode steps.
+        """
+        return len(self.forced) > SHORT_REPLY and self.sampling.logprobs is None
+
+    @property
     def max_length(self):
         """Tokens that its slot must be able to hold."""
         return len(self.prompt) + self.max_new_tokens + self.quote_room
@@ -179,6 +187,8 @@ class Engine:
         self.max_slots = max_slots
         self.kv_cache = None
         if max_slots is not None:
+            if max_slots < 1:
+                raise UserError(f"max_slots={max_slots}: a server needs at least 1")
             self.kv_cache = model.new_kv_cache(max_slots, self.max_seq_len)
         self.waiting = []
         self.running = {}
@@ -246,38 +256,70 @@ class Engine:
         one chunk at a time. Returns the sequences that got a token or ended; [] where a chunk ends
         within a prompt, and when there is nothing to do.
         """
-        # 1. who is prefilled or decoded in this step
+        # 1. who waits for what
         self._assign_slots()
         running = list(self.running.values())
         decoding = [sequence for sequence in running if sequence.tokens]
         prefilling = [sequence for sequence in running if not sequence.tokens]
-        takes_turns = self.max_slots is not None and self._was_prefill
-        is_prefill = bool(prefilling) and not (takes_turns and decoding)
+        replying = [sequence for sequence in decoding if sequence.has_long_reply]
 
-        # 2. the forward pass; what was only begun has no next token yet
-        if is_prefill:
-            sequences, counts = self._choose_chunks(prefilling, bool(decoding))
-            logits = self._prefill(sequences, counts)
-        elif decoding:
-            sequences, counts = decoding, [1] * len(decoding)
-            logits = self._decode(sequences)
-        else:
-            return []
+        # 2. whose turn it is
+        is_decodes_turn = self._was_prefill and self.max_slots is not None
+        if replying and not is_decodes_turn:
+            return self._feed_reply(replying[0])
+        if prefilling and not (is_decodes_turn and decoding):
+            return self._prefill_step(prefilling, bool(decoding))
+        return self._decode_step(decoding) if decoding else []
 
-        # 3. sample. A slot advances together with its sequence: should an exception (Ctrl+C, no
-        # memory) end this step, the next one repeats what is missing, with the same random numbers.
+    def _prefill_step(self, prefilling, others_decode):
+        """step() for some of the sequences whose prompt is not in the cache."""
+        sequences, counts = self._choose_chunks(prefilling, others_decode)
+        logits = self._prefill(sequences, counts)
+        self._was_prefill = True
+        self._prefills += 1
+        return self._advance(sequences, counts, logits)
+
+    def _decode_step(self, sequences):
+        """step() for all sequences whose prompt is in the cache."""
+        logits = self._decode(sequences)
+        self._was_prefill = False
+        return self._advance(sequences, [1] * len(sequences), logits)
+
+    def _advance(self, sequences, counts, logits):
+        """Sample the next token of each sequence that has one now; returns these sequences.
+
+        counts: of how many more tokens the keys and values are in the cache. logits (n, V).
+        """
+        # 1. what was only begun has no next token yet
         whole = [self._is_whole(*one) for one in zip(sequences, counts)]
         complete = [sequence for sequence, is_whole in zip(sequences, whole) if is_whole]
         logits = logits if all(whole) else logits[whole]
         tokens, logprobs = self._next_tokens(complete, logits)
+
+        # 2. A slot advances together with its sequence: should an exception (Ctrl+C, no memory) end
+        # this step, the next one repeats what is missing, with the same random numbers.
         results = iter(zip(tokens, logprobs))
         for sequence, count, is_whole in zip(sequences, counts, whole):
             self.kv_cache.advance([sequence.slot], [count])
             if is_whole:
                 self._append(sequence, *next(results))
-        self._was_prefill = is_prefill
-        self._prefills += is_prefill
         return complete
+
+    def _feed_reply(self, sequence):
+        """step() for a tool's long reply: one forward pass for many tokens, none of them sampled.
+
+        The last one is not fed: the next decode step does that, and samples what comes after it.
+        """
+        room = sequence.max_new_tokens - len(sequence.tokens)
+        reply = sequence.forced[:min(room, CHUNK_TOKENS)]
+        ids = [sequence.tokens[-1], *reply[:-1]]
+        idx = torch.tensor([ids], device=self.device)
+        self.model.prefill(idx, self.kv_cache, [sequence.slot], [len(ids)])
+        self._was_prefill = True
+        for token in reply:
+            self.kv_cache.advance([sequence.slot], [1])
+            self._append(sequence, token, None)
+        return [sequence]
 
     def _is_whole(self, sequence, count):
         """Whether a sequence has a next token when `count` more of its tokens are in the cache."""
@@ -365,28 +407,30 @@ class Engine:
 
         Without max_slots these are all of them, whole. Else the sequence that came first and the
         one with the least to read take turns, so that neither a long prompt nor short ones wait for
-        ever; others whose whole rest fits beside it join.
+        ever; others whose whole rest fits beside it join. A prompt whose logprobs are wanted is
+        read alone, in chunks, for it has V logits at each of its tokens.
         """
+        # 1. the one whose turn it is
         lengths = self.kv_cache.lengths
         left = {s: len(s.prompt) - lengths[s.slot] for s in prefilling}
-        if self.max_slots is None:
-            return prefilling, list(left.values())
-
-        # 1. the one whose turn it is
         budget = CHUNK_TOKENS if others_decode else CHUNK_TOKENS_ALONE
         by_length = sorted(prefilling, key=left.get)
         first = by_length[0] if self._prefills % 2 else prefilling[0]
-        chunks = {first: min(left[first], budget)}
         if first.prompt_logprobs is not None:
-            return [first], list(chunks.values())
+            return [first], [min(left[first], CHUNK_TOKENS)]
+        if self.max_slots is None:
+            whole = [s for s in prefilling if s.prompt_logprobs is None]
+            return whole, [left[sequence] for sequence in whole]
 
         # 2. others, as long as all of them padded to the longest stay within budget and slot
+        chunks = {first: min(left[first], budget)}
         for sequence in by_length:
             longest = max(left[sequence], *chunks.values())
             padded = longest * (len(chunks) + 1)
             starts = [lengths[one.slot] for one in (*chunks, sequence)]
             fits = padded <= budget and max(starts) + longest <= self.kv_cache.length
-            if sequence not in chunks and sequence.prompt_logprobs is None and fits:
+            is_other = sequence not in chunks and sequence.prompt_logprobs is None
+            if is_other and fits:
                 chunks[sequence] = left[sequence]
         return list(chunks), list(chunks.values())
 
@@ -400,7 +444,7 @@ class Engine:
         sequences share has one prefill, whose part of the cache is copied.
         """
         if sequences[0].prompt_logprobs is not None:
-            return torch.cat([self._score_prompt(*one) for one in zip(sequences, counts)])
+            return self._score_prompt(sequences[0], counts[0])
 
         # 1. the first sequence of each distinct prompt
         starts = [self.kv_cache.lengths[sequence.slot] for sequence in sequences]
@@ -561,8 +605,9 @@ class Engine:
             self.admit(sequence)
         try:
             while any(sequence.status != "finished" for sequence in sequences):
-                for ended in self.step():
-                    raise_error_of(ended)
+                self.step()
+                for sequence in sequences:
+                    raise_error_of(sequence)
         finally:
             for sequence in sequences:
                 self.retire(sequence)

@@ -15,12 +15,12 @@ Every sequence has SamplingOptions of its own, and they are applied in vLLM's or
 
 What is left is sampled by the inverse of its distribution function: one number in [0, 1) of the
 sequence's own decides, so that a sequence gets the same tokens alone and among others. The tokens
-stand in the order of their ids, and with top_k or top_p the likeliest first.
+stand in the order of their ids; with top_k or in a nucleus of at most NUCLEUS tokens, the likeliest
+first.
 
 Sequences with the same top_k are one computation. No vocabulary is sorted: the k largest of V
 logits are found among the k blocks whose maxima are the largest, which is many times faster on a
-CPU. A nucleus is looked for among the NUCLEUS likeliest tokens, and the whole vocabulary is sorted
-for those sequences alone whose nucleus is larger.
+CPU. A nucleus is looked for among the NUCLEUS likeliest tokens first.
 
 Shapes: n sequences, V vocabulary, k candidates.
 """
@@ -33,7 +33,9 @@ from nanochat.common import UserError
 
 MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy, as in vLLM
 BLOCK = 32              # logits of which the maximum is taken before the largest are looked for
-NUCLEUS = 128           # tokens among which a nucleus is looked for first
+NUCLEUS = 64            # tokens among which a nucleus is looked for first
+DIGIT_BITS = 10
+DIGITS = 1 << DIGIT_BITS
 MAX_LOGPROBS = 20       # alternatives that may be asked for, as in OpenAI's API
 MAX_BIAS = 100
 
@@ -212,9 +214,9 @@ def draw_from_top_k(logits, sequences, top_k):
 
 def draw_from_nucleus(logits, sequences, _):
     """A token for each sequence that has top_p and no top_k, (n,). logits (n, V)."""
-    # 1. the probabilities of the whole vocabulary, and their sum
+    # 1. the probabilities of the whole vocabulary, and what the nucleus must reach
     numbers = numbers_of(sequences, logits.device)
-    probs = torch.softmax(scaled(logits, numbers), -1)
+    probs = torch.softmax(logits / numbers[0], -1)
     probs = without_unlikely(probs, sequences, numbers)
     total = probs.sum(-1, keepdim=True)
 
@@ -226,10 +228,45 @@ def draw_from_nucleus(logits, sequences, _):
     # 3. the others
     rest = (~is_whole).nonzero()[:, 0]
     if len(rest):
-        likely, ids = probs[rest].sort(-1, descending=True)
-        kept, _ = nucleus(likely, total[rest], numbers[:, rest])
-        choices[rest] = ids.gather(1, invert(kept, numbers[:, rest])[:, None])[:, 0]
+        numbers = numbers[:, rest]
+        kept = large_nucleus(probs[rest], numbers[2] * total[rest])
+        choices[rest] = invert(kept, numbers)
     return choices
+
+
+def large_nucleus(probs, enough):
+    """probs (n, V) with 0 outside of the nucleus: the likeliest that sum to `enough` (n, 1), and
+    others as likely as the last of them.
+
+    Positive floats are in the order of their bits, read as integers, and 1.0 has 30 of them. So the
+    smallest probability of the nucleus is found digit by digit (radix selection): at each digit,
+    the probabilities that begin like it are summed by the value of theirs. Sorting 32,768 floats
+    takes ten times as long.
+    """
+    bits = probs.view(torch.int32)
+    border = torch.zeros_like(enough, dtype=torch.int32)    # n, 1
+    for shift in (20, 10, 0):
+        begins_alike = bits >> (shift + DIGIT_BITS) == border >> (shift + DIGIT_BITS)
+        digits = bits >> shift & (DIGITS - 1)
+        digit, above = digit_at(digits, probs * begins_alike, enough)
+        border = border + (digit << shift)
+        enough = enough - above
+    return probs * (bits >= border)
+
+
+def digit_at(digits, weights, enough):
+    """Where the weights (n, V) of the largest digits (n, V) reach `enough` (n, 1).
+
+    Returns (that digit as int32, the weight of all larger ones), (n, 1) both.
+    """
+    n = len(digits)
+    first = torch.arange(0, n * DIGITS, DIGITS, device=digits.device)[:, None]
+    flat = (digits + first).flatten()
+    sums = torch.bincount(flat, weights.flatten(), n * DIGITS).view(n, DIGITS)
+    from_above = sums.flip(-1).cumsum(-1)
+    place = torch.searchsorted(from_above, enough.to(sums.dtype)).clamp(max=DIGITS - 1)
+    above = from_above.gather(1, place) - sums.flip(-1).gather(1, place)
+    return (DIGITS - 1 - place).int(), above
 
 
 PATHS = {
@@ -258,8 +295,7 @@ def without_unlikely(probs, sequences, numbers):
     """probs (n, k) with 0 for those below min_p times the largest one."""
     if not any(sequence.sampling.min_p for sequence in sequences):
         return probs
-    least = numbers[3] * probs.amax(-1, keepdim=True)
-    return torch.where(probs >= least, probs, 0)
+    return probs * (probs >= numbers[3] * probs.amax(-1, keepdim=True))
 
 
 def nucleus(probs, total, numbers):
@@ -273,7 +309,7 @@ def nucleus(probs, total, numbers):
     missing = cumulated < top_p * total
     before = torch.nn.functional.pad(missing[:, :-1], (1, 0), value=True)
     inside = before | (top_p >= 1)
-    return torch.where(inside, probs, 0), ~missing[:, -1]
+    return probs * inside, ~missing[:, -1]
 
 
 def invert(probs, numbers):

@@ -166,20 +166,20 @@ def test_bad_input_of_complete_is_one_line_and_status_2(tmp_path, words, hint):
 # ------------------------------------------------------------------------------------------------
 # from Python
 
-def lines_of_the_readme():
-    """The Python code of the README's section "From Python"."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## From Python\n")[2]
+def lines_from_python(page):
+    """The Python code of a page's section "From Python"."""
+    section = (ROOT / page).read_text(encoding="utf-8").partition("## From Python\n")[2]
     return section.partition("```python\n")[2].partition("```")[0]
 
 
-def test_the_lines_of_the_readme_load_a_model_and_stream_an_answer(
-    base_dir, folder, meta, tmp_path
+@pytest.mark.parametrize("page", ["README.md", "docs/engine.md"])
+def test_the_documented_lines_load_a_model_and_stream_an_answer(
+    base_dir, folder, meta, tmp_path, page
 ):
     chat_folder = base_dir / "chatsft_checkpoints" / "d1"
     config = {**CONFIG, "max_seq_len": 128}
     save(chat_folder, 3, {**meta, "stage": "chat_sft", "config": config})
-    lines = lines_of_the_readme()
+    lines = lines_from_python(page)
     assert 5 <= len([line for line in lines.split("\n") if line.strip()]) <= 10
     done = subprocess.run(
         [sys.executable, "-c", lines + "\nassert stream.completion_tokens > 0"],

@@ -1,6 +1,7 @@
 """Generation: cached equals recomputed, alone equals among others, chunks equal whole prompts, the
 tool runs inside, and nothing that looks like a control token is shown."""
 import contextlib
+import random
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nanochat.engine import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
+from nanochat.sequence_text import TextOfSequence
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.ngrams import NGramGPT
@@ -482,6 +484,55 @@ def test_more_sequences_than_slots_all_get_the_tokens_that_they_get_alone(server
     assert server_engine.kv_cache.slots == 2 and server_engine.step() == []
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whoever_comes_and_leaves_all_others_get_the_tokens_that_they_get_alone(
+        tokenizer, any_model, monkeypatch, seed):
+    """Random prompts with common beginnings, random arrivals and departures, three slots."""
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 6)
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 9)
+    monkeypatch.setattr("nanochat.engine.MIN_PREFIX", 4)
+    rng = random.Random(seed)
+    engine = Engine(any_model, tokenizer, max_slots=3)
+    beginnings = [LONG[:20], LONG[:9] + [3] * 6, [8] * 12]
+    sequences = []
+    for number in range(16):
+        prompt = rng.choice(beginnings)[:rng.randrange(1, 20)] + rng.choices(range(90), k=2)
+        options = {"seed": number, "max_new_tokens": rng.randrange(1, 7), "top_k": 0}
+        sequences.append((admit(engine, prompt, **options), options))
+        for _ in range(rng.randrange(4)):
+            engine.step()
+        if rng.random() < 0.3:
+            engine.retire(rng.choice(sequences)[0])
+    finish(engine, *(sequence for sequence, _ in sequences))
+    whole = [one for one in sequences if one[0].finish_reason]
+    assert len(whole) > 8 and any(sequence.cached_tokens for sequence, _ in whole)
+    for sequence, options in whole:
+        assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
+def test_a_server_reads_the_texts_of_all_its_sequences_after_each_step(server_engine):
+    """As docs/engine.md shows it: the server takes the steps, whoever ends is retired."""
+    tokenizer = server_engine.tokenizer
+    asked = [("the cat", {"seed": 5}), ([7, 7, 9], {"temperature": 0}), ([5] * 20, {})]
+    options = {"max_new_tokens": 12}
+    wanted = [server_engine.generate(prompt, **options, **own) for prompt, own in asked]
+    sequences = [admit(server_engine, prompt, **options, **own) for prompt, own in asked]
+    texts, shown = [TextOfSequence(tokenizer, one) for one in sequences], ["", "", ""]
+    for _ in range(100):
+        server_engine.step()
+        for place, text in enumerate(texts):
+            shown[place] += text.read()
+    assert shown == wanted and None not in [text.finish_reason for text in texts]
+
+
+def test_a_stop_string_ends_a_stream_and_frees_its_slot(engine):
+    told = engine.generate("the cat", max_new_tokens=20, seed=5)
+    stop = told[6:8]
+    stream = engine.stream("the cat", stop=[stop], max_new_tokens=20, seed=5)
+    assert "".join(stream) == told[:told.index(stop)] and stream.finish_reason == "stop"
+    assert engine.running == {} and engine.kv_cache is None
+
+
 def test_slots_that_are_far_apart_are_decoded_without_those_between():
     assert slots_to_decode([4]) == [4]
     assert slots_to_decode([5, 2]) == [2, 3, 4, 5]
@@ -503,15 +554,15 @@ def test_sequences_in_slots_that_are_far_apart_get_the_tokens_that_they_get_alon
 # ------------------------------------------------------------------------------------------------
 # logprobs
 
-@pytest.mark.parametrize("chunk", [100, 4])
+@pytest.mark.parametrize("chunk, max_slots", [(100, 2), (4, 2), (100, None), (4, None)])
 def test_logprobs_of_prompt_and_answer_are_those_of_one_forward_pass(
-        tokenizer, any_model, monkeypatch, chunk):
-    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", chunk)
-    engine = Engine(any_model, tokenizer, max_slots=2)
+        tokenizer, any_model, monkeypatch, chunk, max_slots):
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", chunk)
+    engine = Engine(any_model, tokenizer, max_slots=max_slots)
     sequence = engine.new_sequence(
         LONG, max_new_tokens=5, logprobs=2, prompt_logprobs=True, ignore_stop_tokens=True)
-    other = engine.new_sequence([5, 6], max_new_tokens=3)
-    engine.run([sequence, other])
+    other, third = (engine.new_sequence([5, i], max_new_tokens=3) for i in (6, 7))
+    engine.run([other, sequence, third])
     with torch.no_grad():
         logits = any_model(torch.tensor([LONG + sequence.tokens]))[0]
     wanted = logits.log_softmax(-1)
@@ -524,6 +575,7 @@ def test_logprobs_of_prompt_and_answer_are_those_of_one_forward_pass(
         best = wanted[place].topk(2)
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
     assert other.logprobs == [] and other.prompt_logprobs is None
+    assert third.tokens == alone(engine, third.prompt, max_new_tokens=3)
 
 
 def test_an_answer_may_continue_behind_the_tokens_that_end_one(tokenizer):
@@ -575,6 +627,24 @@ def test_logits_that_are_not_finite_end_their_own_sequence_alone(
     monkeypatch.undo()
     for sequence in (sequences[0], sequences[2]):
         assert sequence.tokens == alone(engine, sequence.prompt, **options)
+
+
+def test_an_error_of_another_caller_s_sequence_is_not_raised(server_engine, monkeypatch):
+    spoilt, real = admit(server_engine, [5, 6]), sample
+
+    def fails(logits, asking):
+        tokens = real(logits, asking)
+        return [None if one is spoilt else token for one, token in zip(asking, tokens)]
+
+    monkeypatch.setattr("nanochat.engine.sample", fails)
+    (tokens,) = server_engine.generate_batch([[7, 8]], max_new_tokens=4)
+    assert spoilt.finish_reason == "error" and tokens
+    assert list(server_engine.stream([7, 8], max_new_tokens=4))
+
+
+def test_an_engine_without_a_slot_is_refused(tokenizer):
+    with pytest.raises(UserError, match="max_slots=0"):
+        Engine(make_model(tokenizer), tokenizer, max_slots=0)
 
 
 def test_a_slot_that_held_nan_serves_the_next_sequence(server_engine):
@@ -684,6 +754,40 @@ def test_control_tokens_are_not_printed_but_tool_calls_are_readable(tokenizer):
 
 def scripted(tokenizer, script):
     return Engine(Scripted(tokenizer, script), tokenizer)
+
+
+@pytest.mark.parametrize("max_slots", [None, 2])
+@pytest.mark.parametrize("limit", [40, 12])
+def test_a_long_reply_is_fed_in_one_step_and_changes_no_token(
+        tokenizer, monkeypatch, max_slots, limit):
+    monkeypatch.setattr("nanochat.engine.use_tool", lambda call: "the cat sat on the mat. " * 4)
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS", 25)
+    call, end = (tokenizer.encode_special(f"<|python_{name}|>") for name in ("start", "end"))
+    model = make_model(tokenizer, T=96)
+    (told,) = Engine(model, tokenizer).generate_batch([[5]], max_new_tokens=1, temperature=0)
+
+    def answer(short_reply):
+        """Tokens of a sequence that begins with a call, of another one, and the most of a step."""
+        monkeypatch.setattr("nanochat.engine.SHORT_REPLY", short_reply)
+        engine = Engine(model, tokenizer, max_slots=max_slots)
+        sequence, other = (
+            engine.new_sequence([5], max_new_tokens=limit, seed=i, ignore_stop_tokens=True)
+            for i in range(2))
+        sequence.forced = [*told, call, 7, end]
+        engine.admit(sequence)
+        engine.admit(other)
+        lengths = [0]
+        while sequence.status != "finished" or other.status != "finished":
+            engine.step()
+            lengths.append(len(sequence.tokens))
+        most = max(b - a for a, b in zip(lengths, lengths[1:]))
+        return sequence.tokens, sequence.sampled, other.tokens, most
+
+    *fed_one_by_one, most = answer(1000)
+    assert most == 1 and False in fed_one_by_one[1][4:]
+    *fed_at_once, most = answer(16)
+    assert fed_at_once == fed_one_by_one and len(fed_at_once[0]) == limit
+    assert most == min(25, limit - 4)
 
 
 def test_no_control_token_is_printed_wherever_it_comes(tokenizer):

@@ -8,9 +8,11 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.sampling import (
+    NUCLEUS,
     NonFiniteError,
     SamplingOptions,
     check_finite,
+    large_nucleus,
     largest,
     logprobs_of,
     sample,
@@ -71,6 +73,8 @@ def distribution(logits, sequence):
         if mass < options.top_p * total or options.top_p == 1:
             inside.append((token, weight))
         mass += weight
+    if len(inside) > NUCLEUS and not top_k:
+        inside.sort()
     total = sum(w for _, w in inside)
     return [(token, w / total) for token, w in inside]
 
@@ -178,6 +182,20 @@ def test_equal_logits_give_the_first_of_them():
     logits[[40, 41, 77]] = 2.0
     assert sample_one(logits, temperature=0) == 40
     assert sample_one(logits[:95], temperature=0) == 40
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.95, 0.999999])
+def test_a_large_nucleus_found_digit_by_digit_is_that_found_by_sorting(top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3000, generator=generator) * torch.arange(8)[:, None]
+    probs = torch.softmax(logits, -1)       # the first row has equal ones only
+    kept = large_nucleus(probs, torch.full((8, 1), top_p))
+    for row, own in zip(probs.double(), kept):
+        values = row.sort(descending=True).values
+        mass = values.cumsum(-1)
+        last = values[int((mass < top_p - 1e-7).sum())], values[int((mass < top_p + 1e-7).sum())]
+        assert last[1] <= own[own > 0].min() <= last[0]
+        assert torch.equal(own > 0, row >= own[own > 0].min())
 
 
 @pytest.mark.parametrize("V", [64, 640, 4096, 4097])
