@@ -1,7 +1,7 @@
 """
 The engine on a thread of its own, and the event loop's view of it.
 
-    pool = EnginePool([load], max_slots=8, max_queue=64)    # load() -> Engine, called on the thread
+    pool = EnginePool([load], max_queue=64, stats=stats)    # load() -> Engine, on the thread
     pool.start(loop)
     request = pool.submit(generations)                      # QueueFull where there is no place
     async for index, generation in request.moves(): ...     # pieces of text, as they come
@@ -425,17 +425,16 @@ class EnginePool:
     """One engine or several replicas, behind one bounded queue.
 
     loads         a load() for each engine
-    max_slots     sequences that one engine runs at a time
-    max_queue     sequences that may wait besides, for all engines together
+    max_queue     sequences that may wait besides those that run, for all engines together
     is_draining   whether new work is refused, as the server is about to end
     """
 
-    def __init__(self, loads, max_slots, max_queue, stats):
+    def __init__(self, loads, max_queue, stats):
         self.engines = [
             AsyncEngine(load, stats, f"engine-{number}")
             for number, load in enumerate(loads)
         ]
-        self.max_slots, self.max_queue = max_slots * len(loads), max_queue
+        self.max_queue = max_queue
         self.is_draining = False
 
     def start(self, loop):
@@ -458,6 +457,11 @@ class EnginePool:
     def in_flight(self):
         """Sequences that run or wait."""
         return sum(len(engine.generations) for engine in self.engines)
+
+    @property
+    def max_slots(self):
+        """Sequences that run at a time, once the engines are ready."""
+        return sum(engine.engine.max_slots for engine in self.engines)
 
     @property
     def capacity(self):

@@ -14,6 +14,7 @@ import os
 import socket
 
 from nanochat.async_engine import EnginePool
+from nanochat.benchmark import free_memory
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import (
     UserError,
@@ -43,7 +44,7 @@ allowed_origins = ""        # other addresses whose pages may use it, such as ht
 temperature = 0.6           # where a request does not say: 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens
 max_tokens = 256            # longest answer
-max_slots: int = None       # sequences that run at a time. None: 8 on a CPU, 32 on a GPU
+max_slots: int = None       # sequences that run at a time. None: 32, as far as memory allows
 max_queue = 128             # sequences that may wait besides; more are refused
 drain_seconds = 30          # after Ctrl+C or SIGTERM, answers under way have so long to end
 hang_seconds = 60           # a step of the model that takes longer counts as one that never ends
@@ -52,7 +53,8 @@ device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
 KEY_VARIABLE = "NANOCHAT_API_KEY"   # the environment's api_key, which no list of processes shows
-CPU_SLOTS, GPU_SLOTS = 8, 32
+MOST_SLOTS = 32             # by default
+SLOTS_SHARE = 0.25          # of the memory that is free, which their KV cache may take by default
 
 
 def listen(host, port):
@@ -106,8 +108,8 @@ class Loader:
     number: of the GPU.
     """
 
-    def __init__(self, number, slots):
-        self.number, self.slots, self.meta = number, slots, None
+    def __init__(self, number):
+        self.number, self.meta = number, None
 
     def __call__(self):
         compute = compute_init(device_type, dtype)
@@ -119,11 +121,30 @@ class Loader:
             print0(chosen_line(source, meta))
         model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
         self.meta = meta
-        return Engine(model, tokenizer, load_passages(meta), max_slots=self.slots)
+        slots = max_slots or fitting_slots(model, device)
+        engine = Engine(model, tokenizer, load_passages(meta), max_slots=slots)
+        warm_up(engine)
+        return engine
 
     def describe(self):
         """What the page shows of the model."""
         return {"name": shown_name(self.meta), "suggestions": suggestions_of(self.meta)}
+
+
+def warm_up(engine):
+    """Take a first prefill and decode step, which prepare kernels and take longer than others."""
+    prompt = [engine.tokenizer.get_bos_token_id()]
+    engine.generate_batch([prompt], max_new_tokens=2, ignore_stop_tokens=True)
+
+
+def fitting_slots(model, device):
+    """How many slots of the whole context take no more than their share of the free memory."""
+    layers = model.new_kv_cache(1, model.config.max_seq_len).layers
+    slot_bytes = sum(layer.nbytes for layer in layers)
+    free = free_memory(device)
+    if free is None:
+        return MOST_SLOTS
+    return max(1, min(MOST_SLOTS, int(SLOTS_SHARE * free / slot_bytes)))
 
 
 def gpu(number):
@@ -146,10 +167,9 @@ def main():
 
     with listen(host, port) as listener:
         # 2. the engines, which load the model on their own threads
-        slots = max_slots or (GPU_SLOTS if kind == "cuda" else CPU_SLOTS)
-        loaders = [Loader(number, slots) for number in range(num_gpus)]
+        loaders = [Loader(number) for number in range(num_gpus)]
         stats = ServingStats()
-        pool = EnginePool(loaders, slots, max_queue, stats)
+        pool = EnginePool(loaders, max_queue, stats)
 
         # 3. the application
         continues = source == "base"

@@ -126,9 +126,9 @@ class FakeEngine:
 
     max_seq_len = 200
 
-    def __init__(self, pieces=("Hel", "lo", " ", "🙂", "!"), slots=4):
+    def __init__(self, pieces=("Hel", "lo", " ", "🙂", "!"), max_slots=4):
         self.tokenizer = FakeTokenizer()
-        self.running, self.gate, self.slots = [], threading.Event(), slots
+        self.running, self.gate, self.max_slots = [], threading.Event(), max_slots
         self.reset(pieces)
 
     def reset(self, pieces=("Hel", "lo", " ", "🙂", "!")):
@@ -162,7 +162,7 @@ class FakeEngine:
         assert self.gate.wait(30)
         time.sleep(self.delay)
         self.steps += 1
-        moved = self.running[:self.slots]
+        moved = self.running[:self.max_slots]
         self.most_running = max(self.most_running, len(moved))
         for sequence in moved:
             self._append(sequence)
@@ -213,8 +213,7 @@ def fake_pool(*engines, max_queue=100, stats=None):
     loads = []
     for engine in engines:
         loads.append(engine if not hasattr(engine, "step") else lambda engine=engine: engine)
-    slots = getattr(engines[0], "slots", 4)
-    return EnginePool(loads, slots, max_queue, stats or ServingStats())
+    return EnginePool(loads, max_queue, stats or ServingStats())
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def test_a_sequence_that_comes_later_joins_the_steps_of_the_others():
 
 
 def test_what_a_step_brings_to_all_sequences_comes_in_one_callback():
-    engine = FakeEngine(["a"] * 20, slots=8)
+    engine = FakeEngine(["a"] * 20, max_slots=8)
 
     @played(engine)
     async def scenario(pool):
@@ -90,7 +90,7 @@ def test_a_slow_reader_finds_the_pieces_joined():
 
 
 def test_a_cancelled_sequence_is_retired_within_a_step_wherever_it_is():
-    engine = FakeEngine(["word "] * 10**6, slots=1)
+    engine = FakeEngine(["word "] * 10**6, max_slots=1)
 
     @played(engine)
     async def scenario(pool):
@@ -110,7 +110,7 @@ def test_a_cancelled_sequence_is_retired_within_a_step_wherever_it_is():
 
 
 def test_a_full_queue_refuses_and_takes_more_when_there_is_room():
-    engine = FakeEngine(["a"], slots=1)
+    engine = FakeEngine(["a"], max_slots=1)
 
     @played(engine, max_queue=2)
     async def scenario(pool):

@@ -252,7 +252,7 @@ def test_200_clients_that_leave_cost_nothing(address, engine):
     engine.pieces, engine.most_running, engine.delay = ["a", "b", "c"], 0, 0.02
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda _: post(address).status_code, range(8)))
-    assert answers == [200] * 8 and engine.most_running == engine.slots, "full capacity"
+    assert answers == [200] * 8 and engine.most_running == engine.max_slots, "full capacity"
 
 
 def test_a_client_that_never_reads_holds_no_slot(address, engine):
@@ -497,7 +497,7 @@ class Poisoned(Engine):
 def real(tokenizer):
     model = make_model(GPT, vocab_size=tokenizer.get_vocab_size()).eval()
     engine = Poisoned(model, tokenizer, max_slots=8)
-    engine.slots, engine.gate = 8, threading.Event()    # of a fake, which this is not
+    engine.gate = threading.Event()     # of a fake, which this is not
     threads = torch.get_num_threads()
     torch.set_num_threads(1)        # two that share a busy machine wait for each other
     with serve(engine, max_queue=64) as address:

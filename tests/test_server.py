@@ -6,6 +6,7 @@ import pytest
 import requests
 from chat_fakes import MODEL, FakeEngine, serve, wait_until
 
+from models import make_model
 from nanochat.common import UserError
 from nanochat.engine import NonFiniteError
 from scripts import chat_web
@@ -263,7 +264,7 @@ def test_sequences_of_many_clients_share_the_steps_while_health_answers(address,
     for thread in threads:
         thread.join()
     assert [a["choices"][0]["message"]["content"] for a in answers] == [TEXT] * 8
-    assert engine.most_running == engine.slots, "a slot for each, as far as there are slots"
+    assert engine.most_running == engine.max_slots, "a slot for each, as far as there are slots"
 
 
 def test_a_client_that_leaves_frees_the_slot(address, engine):
@@ -529,6 +530,17 @@ def test_settings_with_which_nothing_can_be_served_are_refused(monkeypatch, name
     monkeypatch.setattr(chat_web, name, value)
     with pytest.raises(UserError, match=str(value)):
         chat_web.check_settings()
+
+
+@pytest.mark.parametrize("free, slots", [
+    (10**12, 32), (4 * 5 * 2 * 16_384 + 9, 5), (1, 1), (None, 32),
+])
+def test_so_many_slots_are_chosen_as_the_free_memory_holds(monkeypatch, free, slots):
+    model = make_model(depth=2, vocab_size=300)     # 32 tokens of 64 numbers, keys and values
+    monkeypatch.setattr(chat_web, "free_memory", lambda device: free)
+    [layer, other] = model.new_kv_cache(1, model.config.max_seq_len).layers
+    assert layer.nbytes == other.nbytes == 32 * 64 * 2 * 4
+    assert chat_web.fitting_slots(model, None) == slots
 
 
 def test_two_engines_share_the_requests(engine):
