@@ -258,9 +258,9 @@ class Engine:
         """
         # 1. who waits for what
         self._assign_slots()
-        running = list(self.running.values())
-        decoding = [sequence for sequence in running if sequence.tokens]
-        prefilling = [sequence for sequence in running if not sequence.tokens]
+        prefilling = [sequence for sequence in self.running.values() if not sequence.tokens]
+        by_slot = [self.running[slot] for slot in sorted(self.running)]
+        decoding = [sequence for sequence in by_slot if sequence.tokens]
         replying = [sequence for sequence in decoding if sequence.has_long_reply]
 
         # 2. whose turn it is
@@ -484,19 +484,16 @@ class Engine:
         return logits[-1:]
 
     def _decode(self, sequences):
-        """Feed the last token of each sequence; logits (n, V) of the token after it, for each."""
-        slots = slots_to_decode([sequence.slot for sequence in sequences])
-        row_of = {slot: row for row, slot in enumerate(slots)}
-        rows = [row_of[sequence.slot] for sequence in sequences]
-        idx = [[0]] * len(slots)  # idle slots read token 0
-        for row, sequence in zip(rows, sequences):
-            idx[row] = [sequence.tokens[-1]]
-        idx = torch.tensor(idx, device=self.device)
-        if len(slots) == self.kv_cache.slots:
-            logits = self.model.decode(idx, self.kv_cache)  # S, V
-        else:
-            logits = self.model.decode(idx, self.kv_cache, slots)
-        return logits if rows == list(range(len(slots))) else logits[rows]
+        """Feed the last token of each sequence; logits (n, V) of the token after it, for each.
+
+        The sequences are in the order of their slots: neighbours are a view of the cache. Others
+        are copied, which takes a small part of the time that idle slots between them would.
+        """
+        last = [[sequence.tokens[-1]] for sequence in sequences]
+        idx = torch.tensor(last, device=self.device)  # n, 1
+        if len(sequences) == self.kv_cache.slots:
+            return self.model.decode(idx, self.kv_cache)
+        return self.model.decode(idx, self.kv_cache, [sequence.slot for sequence in sequences])
 
     # --------------------------------------------------------------------------------------------
     # the next token
@@ -677,9 +674,6 @@ def raise_error_of(sequence):
         raise sequence.error
 
 
-# ------------------------------------------------------------------------------------------------
-# slots
-
 def common_length(a, b):
     """How many items two lists have in common at their beginning.
 
@@ -690,21 +684,6 @@ def common_length(a, b):
     if a[:most] == b[:most]:
         return most
     return next(place for place in range(most) if a[place] != b[place])
-
-
-def slots_to_decode(running):
-    """The slots of a decode step, a list of ints in order, given those that run.
-
-    Neighbours are a view of the cache, and others are copied for each step. So idle slots between
-    the running ones are decoded, too, unless they are the greater part.
-
-    >>> slots_to_decode([3, 1, 2]), slots_to_decode([0, 9])
-    ([1, 2, 3], [0, 9])
-    """
-    first, last = min(running), max(running)
-    if last + 1 - first <= 2 * len(running):
-        return list(range(first, last + 1))
-    return sorted(running)
 
 
 # ------------------------------------------------------------------------------------------------

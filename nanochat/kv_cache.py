@@ -2,9 +2,9 @@
 computes one token per step and not the whole text again.
 
 The cache is static: S slots of L tokens each, allocated at once. A sequence holds one slot. Every
-slot stands at a length of its own, so that sequences may start and end at any step. Idle slots are
-computed along with the others, which keeps the shape of the batch constant. They do not advance,
-and what is written into them is overwritten before any query attends to it.
+slot stands at a length of its own, so that sequences may start and end at any step. A forward pass
+is for some of the slots. Of all of them, idle ones are computed along with the others: they do not
+advance, and what is written into them is overwritten before any query attends to it.
 
 Lengths are kept on the host, as a list of ints. A forward pass takes a CacheWindow, made once for
 all layers, so that no layer waits for the device to learn how long the longest slot is.
@@ -49,8 +49,7 @@ class CacheWindow(NamedTuple):
     """Where one forward pass reads and writes: n slots with T new tokens each."""
     slots: slice | torch.Tensor  # the slots to read: a slice where they are neighbours, else (n,)
     positions: torch.Tensor      # (n, T) int64, where the new tokens belong in their slots
-    end: int                     # the largest position + 1 of a slot that is in use: how many
-                                 # cached tokens to attend to
+    end: int                     # the largest position + 1: how many cached tokens to attend to
     index: torch.Tensor          # (n, 1) int64, the slots, to be paired with positions in a write
 
 
@@ -92,9 +91,7 @@ class KVCache:
         """The CacheWindow of T new tokens in each of `slots` (list of ints; None: all of them)."""
         chosen = list(range(self.slots)) if slots is None else slots
         lengths = [self.lengths[slot] for slot in chosen]
-        # a slot that is kept is idle: nobody asks what it attends to
-        running = [self.lengths[slot] for slot in chosen if slot not in self.kept]
-        end = max(running, default=0) + T
+        end = max(lengths) + T
 
         # One copy from host to device serves all layers of this forward pass.
         on_device = torch.tensor([chosen, lengths], device=self.device)  # 2, n

@@ -89,15 +89,6 @@ def test_kept_slots_are_taken_empty_ones_first_then_the_one_that_was_left_first(
     assert kv_cache.kept.keys() == {0} and kv_cache.lengths == [5, 0, 1]
 
 
-def test_idle_slots_that_are_kept_do_not_make_the_others_attend_to_more():
-    kv_cache = make_cache(3, 8, 1)
-    kv_cache.advance([0, 1, 2], [2, 7, 3])
-    assert kv_cache.window(None, 1).end == 8
-    kv_cache.keep(1, list(range(7)), "")
-    window = kv_cache.window(None, 1)
-    assert window.end == 4 and window.positions.tolist() == [[2], [7], [3]]
-
-
 def test_a_slot_that_is_cleared_holds_zeros_and_the_others_what_they_held():
     kv_cache = make_cache(2, 4, 1)
     for cached in (kv_cache.layers[0].k, kv_cache.layers[0].v):
