@@ -53,7 +53,7 @@ def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none():
 def test_a_stop_text_frees_the_models_slot():
     engine = FakeEngine(["a", "stop", "b"])
     assert "".join(UntilStop(engine.stream([1]), ["stop"])) == "a"
-    assert engine.running == 0
+    assert not engine.running
 
 
 def test_the_continuation_is_printed_behind_its_text_without_control_characters(capsys):

@@ -137,7 +137,7 @@ def test_the_users_number_of_threads_is_told_from_torchruns(
 
 @pytest.mark.parametrize("script, given, policy, turns", [
     ("scripts.chat_cli", {}, "passive", None),
-    ("scripts.chat_web", {}, "passive", None),
+    ("scripts.chat_web", {}, None, "1000"),
     ("scripts.base_train", {}, None, "1000"),
     ("scripts.chat_cli", {"OMP_WAIT_POLICY": "active"}, "active", None),
     ("scripts.base_train", {"OMP_WAIT_POLICY": "active"}, "active", None),

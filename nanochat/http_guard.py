@@ -1,0 +1,182 @@
+"""
+Who may ask the server, and how much of it one client may hold.
+
+Access decides by a request's head alone, before anything of it is read or routed:
+
+    Host      must be a name of this machine, so that a foreign name which was pointed at it by DNS
+              (DNS rebinding) reaches nothing
+    Origin    where a browser sends one, must be this server itself or one of allowed_origins
+    key       every path but OPEN_PATHS needs `Authorization: Bearer KEY`, where keys are set
+
+GuardedProtocol bounds connections: their number, the time in which a request's head must arrive,
+and the bytes that one of them may bring before the others have their turn.
+"""
+import hashlib
+import hmac
+from urllib.parse import urlsplit
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from nanochat.openai_api import ApiError
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# What is answered without a key: whether the server is alive, and the page that asks for the key.
+OPEN_PATHS = ("/health", "/")
+PAGE_DATA = "/about"        # says without a key that one is needed, and refuses a wrong one
+READING = ("GET", "HEAD")   # what asks for a page; HEAD, for nothing but whether it is there
+
+HEAD_SECONDS = 20           # in which the head of a request must be complete
+MAX_CONNECTIONS = 1000
+READ_BYTES = 16_384         # taken from one connection at a time: asyncio would take 262,144
+
+
+def is_loopback(host):
+    """Whether only this machine can reach a server that listens on host."""
+    return host in LOOPBACK or host.startswith("127.")
+
+
+def header_values(scope, name):
+    """The values of a header of an ASGI scope, a list of str. name: bytes in lower case."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+def host_name(netloc):
+    """The host of "host:port", without the port and the brackets of an IPv6 address; "" for
+    anything else."""
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class Access:
+    """What a request's head must say.
+
+    host               the address on which the server listens
+    keys               the keys; empty: none is needed
+    allowed_hosts      names besides this machine's own; "*": any
+    allowed_origins    origins of pages that may use the server from elsewhere; "*": any
+    """
+
+    def __init__(self, host="127.0.0.1", keys=(), allowed_hosts=(), allowed_origins=()):
+        self.hosts = {*LOOPBACK, host.lower(), *(name.lower() for name in allowed_hosts)}
+        self.origins = set(allowed_origins)
+        self.digests = [hashlib.sha256(key.encode("utf-8")).digest() for key in keys]
+
+    @property
+    def needs_key(self):
+        """Whether keys are set."""
+        return bool(self.digests)
+
+    def check_key(self, scope):
+        """The tenant of a request: "" without keys, else a text for each key. ApiError for one
+        without a valid key that needs it."""
+        if not self.needs_key:
+            return ""
+        tenant = self.tenant(scope)
+        if tenant is None and not self.is_open(scope):
+            problem = "a valid key is needed: send the header Authorization: Bearer KEY"
+            raise ApiError(401, problem, code="invalid_api_key")
+        return tenant or ""
+
+    def is_open(self, scope):
+        """Whether a request is answered without a key."""
+        if scope["method"] not in READING:
+            return False
+        if scope["path"] == PAGE_DATA:
+            return not header_values(scope, b"authorization")
+        return scope["path"] in OPEN_PATHS
+
+    def check_host(self, scope):
+        """ApiError for a Host that is not this server's."""
+        hosts = header_values(scope, b"host")
+        name = host_name(hosts[0]) if len(hosts) == 1 else ""
+        own = scope["server"][0] if scope.get("server") else ""
+        if name not in self.hosts | {own} and "*" not in self.hosts:
+            problem = "this server does not go by that name: start it with --allowed_hosts=NAME"
+            raise ApiError(403, problem, code="foreign_host")
+
+    def check_origin(self, scope):
+        """ApiError for a page from elsewhere."""
+        origins = header_values(scope, b"origin")
+        hosts = header_values(scope, b"host")
+        for origin in origins:
+            is_own = [origin.partition("://")[2]] == hosts
+            if not is_own and not self.allows_origin(origin):
+                problem = "pages from elsewhere are refused: start it with --allowed_origins=ORIGIN"
+                raise ApiError(403, problem, code="foreign_origin")
+
+    def allows_origin(self, origin):
+        """Whether pages of an origin may use this server from elsewhere."""
+        return origin in self.origins or "*" in self.origins
+
+    def tenant(self, scope):
+        """Whose key a request has, or None. All keys are compared, each in constant time."""
+        values = header_values(scope, b"authorization")
+        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        digest = hashlib.sha256(key.encode("latin-1")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
+        if scheme != "Bearer" or not any(matches):
+            return None
+        return f"key-{matches.index(True)}"
+
+    def cross_origin_headers(self, scope):
+        """The headers that let a page of an allowed origin read the answer."""
+        for origin in header_values(scope, b"origin"):
+            if self.allows_origin(origin):
+                return [
+                    (b"access-control-allow-origin", origin.encode("latin-1")),
+                    (b"access-control-allow-headers", b"authorization, content-type"),
+                    (b"access-control-allow-methods", b"GET, POST"),
+                    (b"vary", b"origin"),
+                ]
+        return []
+
+
+class GuardedProtocol(AutoHTTPProtocol):
+    """uvicorn's protocol of one connection, with bounds on what it may hold."""
+
+    def connection_made(self, transport):
+        """Begin to wait for a request, in place of a connection that waits longer where there are
+        too many."""
+        super().connection_made(transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
+        self.head_timer = None
+        self.waits_since = self.loop.time()
+        self._watch_head()
+        if len(self.connections) > MAX_CONNECTIONS:
+            idle = [one for one in self.connections if one.waits_for_client()]
+            oldest = min(idle or [self], key=lambda one: one.waits_since)
+            oldest.transport.abort()
+
+    def data_received(self, data):
+        """Read on. A head that is not complete yet has HEAD_SECONDS from its first byte."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc):
+        """The client has closed the connection, or it was closed here."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def waits_for_client(self):
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _watch_head(self):
+        if not self.waits_for_client():
+            self._stop_timer()
+            self.waits_since = self.loop.time()
+        elif self.head_timer is None:
+            self.head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _stop_timer(self):
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def _give_up(self):
+        self.head_timer = None
+        if self.waits_for_client():
+            self.transport.close()
