@@ -33,7 +33,7 @@ from nanochat.gpt import Head, Linear
 from nanochat.hardware import compile_problem
 from nanochat.kv_cache import CacheWindow
 
-BATCHES = 1, 2, 4, 8, 16, 32, 64, 128, 256     # numbers of sequences that are compiled for
+BATCHES = 1, 4, 8, 16, 32, 64, 128     # numbers of sequences that are compiled for
 SHORTEST = 2    # cached tokens to attend to: a size of 1 would be compiled by itself
 
 

@@ -633,6 +633,12 @@ class Engine:
 WEIGHTS = "", "int8"     # of an engine for serving
 
 
+def require_weights(weights):
+    """UserError for weights that no engine has."""
+    if weights not in WEIGHTS:
+        raise UserError(f"weights={weights}: int8, or nothing for those of the checkpoint")
+
+
 def serving_engine(model, tokenizer, passages=None, max_slots=8, weights="", compile=True):
     """An Engine with a kept cache of max_slots, as fast as this machine allows.
 
@@ -641,9 +647,8 @@ def serving_engine(model, tokenizer, passages=None, max_slots=8, weights="", com
     torch cannot, everything stays as it is. UserError for other weights, and for int8 where it
     cannot be had.
     """
+    require_weights(weights)
     can = can_multiply_fast(model.device)
-    if weights not in WEIGHTS:
-        raise UserError(f"weights={weights}: int8, or nothing for those of the checkpoint")
     if weights and not can:
         raise UserError(
             f"weights={weights} is for CPUs whose torch has oneDNN, and the model is on "

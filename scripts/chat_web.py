@@ -24,7 +24,7 @@ from nanochat.common import (
     print0,
 )
 from nanochat.configurator import configure
-from nanochat.engine import Engine, check_sampling
+from nanochat.engine import check_sampling, require_weights, serving_engine
 from nanochat.folders import chosen_line
 from nanochat.http_guard import Access, is_loopback
 from nanochat.passage_store import load_passages
@@ -49,6 +49,8 @@ max_queue = 128             # sequences that may wait besides; more are refused
 drain_seconds = 30          # after Ctrl+C or SIGTERM, answers under way have so long to end
 hang_seconds = 60           # a step of the model that takes longer counts as one that never ends
 num_gpus = 1                # GPUs that hold the model, each answering its share of the requests
+weights = ""                # int8: weights of 8 bits on a CPU. Empty: those of the dtype
+compile = True              # on a CPU, compile the decode step behind the running server
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
@@ -95,6 +97,7 @@ def read_keys(host):
 def check_settings():
     """UserError for settings with which nothing can be served."""
     check_sampling(temperature, top_k, max_tokens)
+    require_weights(weights)
     smallest = {"max_slots": 1, "max_queue": 0, "drain_seconds": 0, "num_gpus": 1}
     for name, least in smallest.items():
         value = globals()[name]
@@ -122,7 +125,8 @@ class Loader:
         model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
         self.meta = meta
         slots = max_slots or fitting_slots(model, device)
-        engine = Engine(model, tokenizer, load_passages(meta), max_slots=slots)
+        passages = load_passages(meta)
+        engine = serving_engine(model, tokenizer, passages, slots, weights, compile)
         warm_up(engine)
         return engine
 
