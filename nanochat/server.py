@@ -63,7 +63,7 @@ ROUTES |= {CHATS, TEXTS}
 Settings = namedtuple(
     "Settings",
     "model temperature top_k max_tokens continues describe hang_seconds",
-    defaults=(0.6, 50, 256, False, None, 60),
+    defaults=(0.6, 50, 256, False, None, 120),
 )
 
 
