@@ -9,6 +9,7 @@ A field falls into one of four kinds. NUMBERS and the fields with a reader of th
 field of UNSUPPORTED would change the answer in a way that this server cannot, so that any value
 but those which ask for nothing is refused. Whatever else a client sends is ignored.
 """
+import codecs
 import json
 import math
 import random
@@ -330,12 +331,25 @@ def refuse_media(messages):
             raise ApiError(400, problem, "messages", "unsupported_content")
 
 
+def without_emptied(messages):
+    """The messages but for the user's that hold nothing, as a client leaves them behind that
+    empties a turn. The last message stays: that one is to be answered."""
+    kept = []
+    for number, message in enumerate(messages, start=1):
+        is_user = isinstance(message, dict) and message.get("role") == "user"
+        is_emptied = is_user and message.get("content") in ("", [], None)
+        if not is_emptied or number == len(messages):
+            kept.append(message)
+    return kept
+
+
 def read_messages(fields):
     """The messages of a chat, well formed. The last one is the user's, or one of the assistant's
     that the answer continues."""
     messages = fields.get("messages")
     if isinstance(messages, list):
         refuse_media(messages)
+        messages = without_emptied(messages)
     try:
         messages = normalise_messages(messages)
     except (UserError, RecursionError) as error:
@@ -463,14 +477,14 @@ def text_logprobs(tokenizer, entries, tokens, offset=0):
     offset: characters of the choice's text before the first of them.
     """
     shape = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    data = b""
+    characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token, entry in zip(tokens, entries):
         shape["tokens"].append(token_text(tokenizer, token))
-        shape["text_offset"].append(offset + len(data.decode("utf-8", "ignore")))
+        shape["text_offset"].append(offset)
+        offset += len(characters.decode(tokenizer.id_to_bytes(token)))
         logprob = None if entry is None else as_json_logprob(entry.logprob)
         shape["token_logprobs"].append(logprob)
         shape["top_logprobs"].append(None if entry is None else top_texts(tokenizer, entry))
-        data += tokenizer.id_to_bytes(token)
     return shape
 
 

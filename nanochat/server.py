@@ -33,7 +33,12 @@ from nanochat import openai_api as api
 from nanochat.async_engine import EngineStopped, Generation, QueueFull
 from nanochat.common import UserError
 from nanochat.completion import fit_text, printable
-from nanochat.conversation import fit_conversation, prompt_room, questions_of
+from nanochat.conversation import (
+    fit_conversation,
+    prompt_room,
+    questions_of,
+    restore_tool_calls,
+)
 from nanochat.http_guard import READING, Access, GuardedProtocol
 from nanochat.openai_api import ApiError
 from nanochat.openai_schema import openapi_schema
@@ -58,7 +63,7 @@ ROUTES |= {CHATS, TEXTS}
 Settings = namedtuple(
     "Settings",
     "model temperature top_k max_tokens continues describe hang_seconds",
-    defaults=(0.6, 50, 256, False, None, 60),
+    defaults=(0.6, 50, 256, False, None, 120),
 )
 
 
@@ -201,7 +206,8 @@ def begun_turn(tokenizer, message):
     """Ids of an assistant's message that is not over: as it is rendered, but for its last token."""
     question = [{"role": "user", "content": "?"}]
     before = tokenizer.render_for_completion({"messages": question})
-    ids, _ = tokenizer.render_conversation({"messages": [*question, message]})
+    turns = [*question, restore_tool_calls(message)]
+    ids, _ = tokenizer.render_conversation({"messages": turns})
     return ids[len(before):-1]
 
 
@@ -540,14 +546,22 @@ class Service:
                 found.append(Generation(ids, own, asked.stop))
         return found
 
+    def require_place(self):
+        """ApiError where the queue is full: nothing of a request is read then."""
+        if self.pool.in_flight >= self.pool.capacity:
+            raise self.no_place()
+
+    def no_place(self):
+        """The refusal of a request that finds no place in the queue."""
+        problem = f"the queue is full: {self.pool.in_flight} sequences run or wait"
+        return ApiError(429, problem, code="queue_full", retry_after=RETRY_SECONDS)
+
     def submit(self, generations):
-        """A Request under way. ApiError where it has no place."""
+        """A Request in flight. ApiError where it has no place."""
         try:
             return self.pool.submit(generations)
         except QueueFull as error:
-            problem = f"the queue is full: {self.pool.in_flight} sequences run or wait"
-            raise ApiError(
-                429, problem, code="queue_full", retry_after=RETRY_SECONDS) from error
+            raise self.no_place() from error
         except EngineStopped as error:
             raise ApiError(503, str(error), retry_after=RETRY_SECONDS) from error
 
@@ -575,6 +589,7 @@ class Service:
         # 1. read and check the request
         fields = await read_fields(request)
         self.require_ready()
+        self.require_place()
         if self.settings.continues:
             raise ApiError(400, NO_CHATS)
         served = self.served()
@@ -597,6 +612,7 @@ class Service:
         # 1. read and check the request
         fields = await read_fields(request)
         self.require_ready()
+        self.require_place()
         served = self.served()
         asked = api.read_continuation(fields, served)
         given = api.read_prompts(fields, served)

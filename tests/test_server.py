@@ -226,6 +226,8 @@ SYSTEM, ANSWER = {"role": "system", "content": "s"}, {"role": "assistant", "cont
     ([*HELLO, {"role": "assistant", "content": None}, *HELLO], "\1\2hello\n\nhello\3"),
     ([*HELLO, {"role": "assistant"}, *HELLO], "\1\2hello\n\nhello\3"),
     ([*HELLO, *HELLO], "\1\2hello\n\nhello\3"),
+    ([{"role": "user", "content": ""}, *HELLO], "\1\2hello\3"),
+    ([*HELLO, ANSWER, {"role": "user", "content": []}, *HELLO], "\1\2hello\2hi\2hello\3"),
     ([*HELLO, ANSWER, ANSWER, *HELLO], "\1\2hello\2hi\n\nhi\2hello\3"),
     ([ANSWER, *HELLO], "\1\2hello\3"),
     ([SYSTEM, ANSWER, *HELLO], "\1\2s\2hello\3"),
