@@ -38,8 +38,11 @@ def materialize(x):
     """x, computed once and stored, where the compiler would compute it again for every use.
 
     as_strided() is what inductor cannot fuse through: it needs its input in memory.
+
+    Whether this very call is being compiled says is_dynamo_compiling(). While any thread compiles,
+    is_compiling() is true on all of them, of which one decodes.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return x
     return torch.as_strided(x, x.shape, x.stride())
 
@@ -132,7 +135,7 @@ class FastLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, self.K)
-        if len(rows) == 1 and torch.compiler.is_compiling():
+        if len(rows) == 1 and torch.compiler.is_dynamo_compiling():
             y = self.multiply_one(materialize(rows)[0]).to(x.dtype)
         else:
             y = torch.ops.nanochat.packed_linear(rows, self.packed, self.N)

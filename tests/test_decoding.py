@@ -8,7 +8,7 @@ from models import CONTEXT, make_model
 from nanochat.common import UserError
 from nanochat.decoding import CompiledDecode, use_fast_linear
 from nanochat.engine import Engine, serving_engine
-from nanochat.fast_linear import can_multiply_fast
+from nanochat.fast_linear import FastLinear, can_multiply_fast
 from nanochat.gpt import GPT
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.ngrams import NGramGPT
@@ -89,6 +89,19 @@ def test_a_number_of_sequences_between_two_that_are_compiled_is_padded():
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     for layer, old in zip(kv_cache.layers, before):
         assert layer.k[1].equal(old[1])     # the slot that nobody decodes
+
+
+def test_while_another_thread_compiles_the_engine_decodes_as_ever(monkeypatch):
+    """docs/traps.md: compiling-elsewhere"""
+    model = use_fast_linear(make_model(GPT, depth=1).eval())
+    with torch.inference_mode():
+        kv_cache = filled_cache(model)
+        wanted = model.decode(torch.tensor([[11]]), kv_cache, [0])
+        # what torch sets for the whole process, and what only compiled code is to call
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr("nanochat.attention.attend_by_sums", None)
+        monkeypatch.setattr(FastLinear, "multiply_one", None)
+        assert model.decode(torch.tensor([[11]]), kv_cache, [0]).equal(wanted)
 
 
 class Tokenizer:
