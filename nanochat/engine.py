@@ -639,13 +639,22 @@ def require_weights(weights):
         raise UserError(f"weights={weights}: int8, or nothing for those of the checkpoint")
 
 
-def serving_engine(model, tokenizer, passages=None, max_slots=8, weights="", compile=True):
+def serving_engine(
+    model,
+    tokenizer,
+    passages=None,
+    max_slots=8,
+    weights="",
+    compile=True,
+    wait=False,
+):
     """An Engine with a kept cache of max_slots, as fast as this machine allows.
 
     weights: "int8" rounds the matrices of a model on a CPU to 8 bits; "" leaves them as they are.
     compile: on a CPU, compile the decode step (decoding.py) while the engine answers already; where
-    torch cannot, everything stays as it is. UserError for other weights, and for int8 where it
-    cannot be had.
+    torch cannot, everything stays as it is. wait: compile that of max_slots sequences before the
+    engine is returned, and no other; RuntimeError where torch cannot. UserError for other weights,
+    and for int8 where it cannot be had.
     """
     require_weights(weights)
     can = can_multiply_fast(model.device)
@@ -659,7 +668,10 @@ def serving_engine(model, tokenizer, passages=None, max_slots=8, weights="", com
     engine = Engine(model, tokenizer, passages, max_slots)
     if can and compile:
         engine.compiled_decode = CompiledDecode(model, engine.kv_cache)
-        engine.compiled_decode.warm_up_behind()
+        if wait:
+            engine.compiled_decode.warm_up(max_slots)
+        else:
+            engine.compiled_decode.warm_up_behind()
     return engine
 
 

@@ -32,7 +32,6 @@ import time
 from pathlib import Path
 
 import requests
-import torch
 
 from nanochat.benchmark import (
     Progress,
@@ -46,10 +45,9 @@ from nanochat.benchmark import (
 from nanochat.checkpoint_manager import build_model, load_model
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import check_choices, configure, require
-from nanochat.decoding import CompiledDecode, use_fast_linear
-from nanochat.engine import Engine
+from nanochat.engine import WEIGHTS, serving_engine
 from nanochat.fast_linear import can_multiply_fast
-from nanochat.hardware import text_of
+from nanochat.hardware import compile_problem, text_of
 from nanochat.load_test import (
     TITLES,
     Request,
@@ -93,7 +91,6 @@ device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = ("", "int8")
 WARM_UP_TOKENS = 64     # of the prompts that come before those that are measured
 START_SECONDS = 300     # that a server may take until it is ready
 STOP_SECONDS = 30       # that it may take to end
@@ -134,17 +131,16 @@ def make_model(compute, max_seq_len):
 
 def make_engine(network, slots):
     """The Engine that is measured, for at most so many sequences at a time."""
-    is_fast = can_multiply_fast(network.device)
-    if weights and not is_fast:
-        raise UserError(f"weights={weights} is for CPUs whose torch has oneDNN: leave it out")
-    if is_fast and (compile or weights):
-        use_fast_linear(network, int8=weights == "int8")
-    engine = Engine(network, PlainTokenizer(network.config.vocab_size), max_slots=slots)
-    if is_fast and compile:
-        engine.compiled_decode = CompiledDecode(network, engine.kv_cache)
-        with torch.inference_mode():
-            engine.compiled_decode.warm_up(slots)
-    return engine
+    tokenizer = PlainTokenizer(network.config.vocab_size)
+    return serving_engine(network, tokenizer, None, slots, weights, compile, wait=True)
+
+
+def require_compiler(device):
+    """UserError where the decode step is to be compiled, and torch cannot."""
+    problem = compile_problem(device) if compile and can_multiply_fast(device) else None
+    if problem:
+        raise UserError(f"the decode step cannot be compiled ({problem}): --compile=0 measures it "
+                        "as it is written")
 
 
 def bytes_per_step(network, batch, context, matrix_bytes):
@@ -296,11 +292,11 @@ def benchmark_engine(settings):
     sizes = numbers(batches, "batches")
     lengths = numbers(contexts, "contexts")
     compute = compute_init(device_type, dtype)
+    require_compiler(compute.device)
     network, title = make_model(compute, max(lengths) + 2 * tokens)
-    matrix_parameters = network.matmul_parameters()     # before make_engine() replaces the matrices
+    parameters = network.matmul_parameters()    # before make_engine() replaces the matrices
     bandwidth = measure_read_bandwidth(compute.device)
     name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")
-    parameters = network.matmul_parameters()
     print0(f"{title}, {parameters / 1e6:,.1f} M weights in {weights or dtype_name}, on {name}, "
            f"which reads {bandwidth / 1e9:,.1f} GB/s; {tokens} decode steps of each")
 
@@ -309,7 +305,7 @@ def benchmark_engine(settings):
     progress = Progress()
     print0(ENGINE_HEAD)
     for batch in sizes:
-        matrix_bytes = matrix_bytes_of(batch, matrix_parameters, compute.dtype.itemsize)
+        matrix_bytes = matrix_bytes_of(batch, parameters, compute.dtype.itemsize)
         for row in rows_of_batch(network, batch, lengths, bandwidth, matrix_bytes):
             rows.append(row)
             print0(describe(row))

@@ -155,6 +155,13 @@ def test_a_cache_that_cannot_be_allocated_leaves_the_other_batch_sizes(benchmark
     assert failed == ["out of memory", "out of memory", None, None]
 
 
+def test_a_machine_without_a_compiler_is_told_how_to_measure(benchmark, monkeypatch):
+    monkeypatch.setattr(infer_benchmark, "can_multiply_fast", lambda device: True)
+    monkeypatch.setattr(infer_benchmark, "compile_problem", lambda device: "no C++ compiler")
+    with pytest.raises(UserError, match=r"\(no C\+\+ compiler\): --compile=0"):
+        benchmark(*SMALL)
+
+
 def test_a_trained_model_is_measured_as_far_as_its_context_goes(
     benchmark, folder, meta  # noqa: F811
 ):
