@@ -125,12 +125,15 @@ class ShownCalls:
         """How a marker of a tool call is shown."""
         text = SHOWN[marker]
         if marker == "<|python_start|>" and self._may_look_up:
-            self._call = text
-            return ""
+            unfinished, self._call = self._call or "", text
+            return self._visible(unfinished)
         if marker == "<|python_end|>" and self._call is not None:
             call, self._call = self._call, None
             self._quoting = is_lookup(call.removeprefix(text))
             return "" if self._quoting else self._visible(call + text)
+        if self._call is not None:      # a marker where none belongs
+            self._call += text
+            return ""
         if marker == "<|output_start|>" and self._quoting:
             return ""
         starts = marker in ("<|python_start|>", "<|output_start|>")

@@ -149,6 +149,14 @@ def test_a_call_that_is_cut_or_refused_is_shown_as_it_stands(tokenizer, may_look
         assert "".join(pieces) == ("So  then" if told[-1] == " then" else "So ")
 
 
+@pytest.mark.parametrize("may_look_up", [True, False])
+def test_markers_where_none_belong_lose_no_text_and_change_no_order(tokenizer, may_look_up):
+    start, output = "<|python_start|>", "<|output_start|>"
+    told = (start, "12", start, "7", output, "84", "<|python_end|>")
+    pieces, _ = read_all(tokenizer, ids(tokenizer, *told), may_look_up=may_look_up)
+    assert "".join(pieces) == "`12`7 → 84`"
+
+
 @pytest.mark.parametrize("shows_calls", [True, False])
 def test_of_a_look_up_the_reply_alone_is_shown(tokenizer, shows_calls):
     told = ("<|python_start|>", " lookup() ", "<|python_end|>", "<|output_start|>", "A quote.",
