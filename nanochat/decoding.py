@@ -30,7 +30,7 @@ import torch
 from nanochat.common import print0
 from nanochat.fast_linear import FastLinear
 from nanochat.gpt import Head, Linear
-from nanochat.hardware import compile_problem
+from nanochat.hardware import COMPILE_ERRORS, compile_problem, reason_of
 from nanochat.kv_cache import CacheWindow
 
 BATCHES = 1, 4, 8, 16, 32, 64, 128     # numbers of sequences that are compiled for
@@ -147,22 +147,23 @@ class CompiledDecode:
         thread.start()
         return thread
 
-    @torch.inference_mode()
     def _warm_up_all(self):
-        slots, length = self.kv_cache.slots, self.kv_cache.length
-        scratch = CompiledDecode(self.model, self.model.new_kv_cache(slots, length))
-        scratch.compiled = self.compiled
         begin = time.perf_counter()
-        problem = compile_problem(self.model.device)
+        problem = compile_problem(self.model.device) or self._problem_of_warming_up()
         if problem:
             print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
-            return
-        for batch in self.batches:
-            try:
+        else:
+            print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
+
+    def _problem_of_warming_up(self):
+        """Compile for all of `batches`; why that fails, as one line, or None."""
+        try:
+            kv_cache = self.model.new_kv_cache(self.kv_cache.slots, self.kv_cache.length)
+            scratch = CompiledDecode(self.model, kv_cache)
+            scratch.compiled = self.compiled
+            for batch in self.batches:
                 scratch.warm_up(batch)
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0][:200]
-                print0(f"warning: decoding stays uncompiled, which is slower ({reason})")
-                return
-            self.ready.add(batch)
-        print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
+                self.ready.add(batch)
+        except COMPILE_ERRORS as error:
+            return reason_of(str(error))
+        return None

@@ -131,12 +131,12 @@ def test_where_nothing_can_be_compiled_one_line_says_so_and_the_engine_answers(c
     compiled = CompiledDecode(model, model.new_kv_cache(1, CONTEXT))
 
     def fail(*inputs):
-        raise RuntimeError("no compiler\nand a long trace")
+        raise OSError("no room\nand a long trace")
 
     compiled.compiled = dict.fromkeys(compiled.batches, fail)
     compiled.warm_up_behind().join()
     assert not compiled.is_ready(1)
-    assert "stays uncompiled, which is slower (no compiler)" in capsys.readouterr().out
+    assert "stays uncompiled, which is slower (no room)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("weights", ["int4", "float8"])
