@@ -245,7 +245,10 @@ class Engine:
     def _free_slot(self, sequence):
         """Free the slot of a sequence. With max_slots its tokens stay, for prompts that follow."""
         slot, sequence.slot = sequence.slot, None
-        if sequence.error:
+        is_spoilt = sequence.error is not None
+        if not sequence.tokens:         # it leaves in its prefill: nobody has looked at its logits
+            is_spoilt = is_spoilt or not self.kv_cache.is_finite(slot)
+        if is_spoilt:
             self.kv_cache.clear(slot)   # behind a mask, NaN would still reach whoever comes next
         elif self.max_slots is not None:
             self.kv_cache.keep(slot, sequence.prompt + sequence.tokens, sequence.tenant)

@@ -42,6 +42,10 @@ class LayerCache:
         for cached in (self.k, self.v):
             cached[others, :, :length] = cached[slot, :, :length]
 
+    def is_finite(self, slot):
+        """Whether nothing in a slot is NaN or infinite."""
+        return all(bool(cached[slot].isfinite().all()) for cached in (self.k, self.v))
+
     def clear(self, slot):
         """Overwrite what is in a slot with zeros."""
         for cached in (self.k, self.v):
@@ -123,6 +127,10 @@ class KVCache:
     def reset(self, slot):
         """Empty a slot for another sequence, which will overwrite what is in it."""
         self.take(slot, 0)
+
+    def is_finite(self, slot):
+        """Whether nothing in a slot is NaN or infinite."""
+        return all(layer.is_finite(slot) for layer in self.layers)
 
     def clear(self, slot):
         """Empty a slot that holds NaN, which a mask would not hide."""

@@ -649,6 +649,20 @@ def test_a_slot_that_held_nan_serves_the_next_sequence(server_engine):
     assert all(layer.v.isfinite().all() for layer in server_engine.kv_cache.layers)
 
 
+def test_whoever_leaves_in_the_middle_of_a_prefill_leaves_no_nan_behind(tokenizer, monkeypatch):
+    """A table may hold NaN for some tokens alone, and no logits were looked at yet."""
+    monkeypatch.setattr("nanochat.engine.CHUNK_TOKENS_ALONE", 18)
+    engine = Engine(make_model(tokenizer), tokenizer, max_slots=2)
+    engine.model.embed.weight.data[70] = NAN
+    leaving = admit(engine, [*LONG[:4], 70, *LONG])
+    assert engine.step() == []
+    engine.retire(leaving)
+    options = {"max_new_tokens": 6, "temperature": 0, "ignore_stop_tokens": True}
+    sequences = [admit(engine, prompt, **options) for prompt in ([9] * 20, [8, 8])]
+    finish(engine, *sequences)
+    assert [sequence.finish_reason for sequence in sequences] == ["length", "length"]
+
+
 @pytest.fixture
 def diverged(tokenizer):
     """A model whose weights are NaN."""
