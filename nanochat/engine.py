@@ -47,6 +47,7 @@ from nanochat.sampling import (
 from nanochat.sequence_text import TextOfSequence, is_lookup
 
 UNIFORM_BITS = 24       # of a random number: as many as float32 holds exactly
+SEEDS = 2**64           # negative ones count down from here
 QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in any language
 
 # Prompt tokens of one prefill step with max_slots: while others wait for their next token, and
@@ -107,7 +108,7 @@ class Sequence:
         self.tokens = []
         self.sampled = []
         self.max_new_tokens = max_new_tokens
-        self.generator = random.Random(seed)
+        self.generator = random.Random(seed % SEEDS)    # -1 alone would be 1
         self.uniform = self._draw()
         self.ignore_stop_tokens = ignore_stop_tokens
         self.tenant = tenant

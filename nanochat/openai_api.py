@@ -12,7 +12,6 @@ but those which ask for nothing is refused. Whatever else a client sends is igno
 import codecs
 import json
 import math
-import random
 import time
 import uuid
 from collections import namedtuple
@@ -265,7 +264,7 @@ def read_options(fields, served):
         "frequency_penalty": float(number("frequency_penalty")),
         "repetition_penalty": float(number("repetition_penalty")),
         "logit_bias": read_bias(fields, served.vocab_size),
-        "seed": number("seed", random.getrandbits(31)),
+        "seed": number("seed"),     # None: the server draws one for each prompt
         "ignore_stop_tokens": read_typed(fields, "ignore_eos", False),
     }
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import signal
 import sys
@@ -541,8 +542,9 @@ class Service:
             room = self.pool.context - len(ids)
             options = {**asked.options, "tenant": tenant}
             options["max_new_tokens"] = min(options["max_new_tokens"], room)
+            seed = random.getrandbits(31) if options["seed"] is None else options["seed"]
             for choice in range(asked.n):
-                own = {**options, "seed": options["seed"] + choice}
+                own = {**options, "seed": seed + choice}
                 found.append(Generation(ids, own, asked.stop))
         return found
 

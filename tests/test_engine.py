@@ -80,8 +80,9 @@ def test_a_request_alone_and_in_a_ragged_batch_give_the_same_tokens(engine):
 
 def test_each_sample_of_a_prompt_has_the_tokens_of_its_own_seed(engine):
     prompt, options = [5, 9, 70], {"max_new_tokens": 12, "temperature": 1.0}
-    samples = engine.generate_batch([prompt] * 3, seeds=[1, 2, 1], **options)
+    samples = engine.generate_batch([prompt] * 4, seeds=[1, 2, 1, -1], **options)
     assert samples[0] == samples[2] != samples[1]
+    assert samples[3] != samples[0]
     assert [samples[1]] == engine.generate_batch([prompt], seed=2, **options)
 
 

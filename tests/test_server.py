@@ -627,6 +627,13 @@ def test_openai_client_continues_a_text(base_address, base_engine):
     assert "".join(c.choices[0].text for c in echoed) == "My name" + TEXT
 
 
+def test_the_same_prompt_twice_is_sampled_twice_unless_a_seed_is_given(base_address, base_engine):
+    for seed in (None, 7):
+        assert complete(base_address, prompt=["x", "x"], seed=seed).status_code == 200
+    first, second, *seeded = [call["seed"] for call in base_engine.calls]
+    assert first != second and seeded == [7, 7]
+
+
 @pytest.mark.parametrize("fields, text, reason", [
     ({"stop": "lo"}, "Hel", "stop"),
     ({"stop": ["x", " "]}, "Hello", "stop"),
