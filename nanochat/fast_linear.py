@@ -77,7 +77,7 @@ def multiply_tiles(x, tiles):
 
 
 def multiply_int8_tiles(x, tiles):
-    """x (K,) float32, tiles of int8_tiles_of() -> (N,) float32 without the scale, with the padding."""
+    """x (K,) float32, tiles of int8_tiles_of() -> (N,) float32, padded and without the scale."""
     offset = OFFSET * x.sum()
     parts = []
     for byte, mask in enumerate(MASKS):
