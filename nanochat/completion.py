@@ -8,7 +8,6 @@ than the context is continued, without <|bos|>: pieces of documents were seen in
 import re
 
 from nanochat.conversation import prompt_room
-from nanochat.sequence_text import begun_stop
 
 # Control characters, which are removed: what a model writes must not steer the terminal.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -55,42 +54,3 @@ def print_continuation(engine, tokenizer, text, max_tokens, **sampling):
     continuation = print_stream(engine.stream(ids, max_new_tokens=max_tokens, **sampling))
     print(flush=True)
     return continuation
-
-
-# ------------------------------------------------------------------------------------------------
-# texts at which a continuation ends
-
-class UntilStop:
-    """The pieces of a Stream up to the first of some stop texts, which is left out.
-
-    What may be the beginning of a stop text is held back until it is known to be none. Has the
-    attributes of a Stream.
-    """
-
-    def __init__(self, stream, stops):
-        self.finish_reason = None
-        self._stream = stream
-        self._stops = stops
-
-    @property
-    def prompt_tokens(self):
-        return self._stream.prompt_tokens
-
-    @property
-    def completion_tokens(self):
-        return self._stream.completion_tokens
-
-    def __iter__(self):
-        held = ""
-        for piece in self._stream:
-            held += piece
-            places = [held.find(stop) for stop in self._stops if stop in held]
-            if places:
-                self.finish_reason = "stop"
-                yield held[:min(places)]
-                return      # leaving the loop retires the sequence
-            shown = len(held) - begun_stop(held, self._stops)
-            yield held[:shown]
-            held = held[shown:]
-        self.finish_reason = self._stream.finish_reason
-        yield held

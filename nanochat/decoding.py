@@ -108,19 +108,23 @@ class CompiledDecode:
 
         The caller advances the slots.
         """
+        positions = [self.kv_cache.lengths[slot] for slot in slots]
+        return self._run(tokens, slots, positions)
+
+    def _run(self, tokens, slots, positions):
+        """__call__() with the positions at which the tokens stand."""
         # 1. pad to a number that is compiled for: the first sequence again changes nothing
         n = len(slots)
         batch = self.batch_for(n)
-        padding = batch - n
-        tokens = tokens + tokens[:1] * padding
-        slots = slots + slots[:1] * padding
+        columns = [column + column[:1] * (batch - n) for column in (tokens, slots, positions)]
+        rows = torch.tensor(columns)[:, :, None]        # 3, batch, 1
 
-        # 2. where they stand
-        positions = [self.kv_cache.lengths[slot] for slot in slots]
-        rows = torch.tensor([tokens, slots, positions])[:, :, None]     # 3, n, 1
+        # 2. how many cached tokens there are to attend to
         end = max(max(positions) + 1, SHORTEST)
         keys = self.keys[:end]
         torch._dynamo.mark_dynamic(keys, 0, min=SHORTEST, max=len(self.keys) - 1)
+
+        # 3. the compiled part, and what is left of it
         found = self.compiled[batch](self.model, self.kv_cache, *rows, keys)
         if self.model.compiles_logits:
             return found[:n]
@@ -131,10 +135,11 @@ class CompiledDecode:
     def warm_up(self, batch):
         """Compile the function for one of `batches`; RuntimeError where that fails.
 
-        What it writes into the slots is behind their ends.
+        The slots must be empty. The compiler takes the number of cached tokens that it sees for the
+        usual one: of few, it would leave attention to a single thread.
         """
-        slots = list(range(batch))
-        self([0] * batch, slots)
+        middle = len(self.keys) // 2
+        self._run([0] * batch, list(range(batch)), [middle] * batch)
         self.ready.add(batch)
 
     def warm_up_behind(self):

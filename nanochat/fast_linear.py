@@ -75,13 +75,12 @@ def int8_tiles_of(quantized):
 
 
 def multiply_tiles(x, tiles):
-    """x (K,), tiles of bfloat16 or float32 -> (N,) float32, with the padding."""
-    return (x.float()[:, None] * tiles.float()).sum(1).flatten()
+    """x (K,) float32, tiles of bfloat16 or float32 -> (N,) float32, with the padding."""
+    return (x[:, None] * tiles.float()).sum(1).flatten()
 
 
 def multiply_int8_tiles(x, tiles):
-    """x (K,), tiles of int8_tiles_of() -> (N,) float32 without the scale, with the padding."""
-    x = x.float()
+    """x (K,) float32, tiles of int8_tiles_of() -> (N,) float32, padded and without the scale."""
     offset = OFFSET * x.sum()
     parts = []
     for byte, mask in enumerate(MASKS):
@@ -136,13 +135,13 @@ class FastLinear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, self.K)
         if len(rows) == 1 and torch.compiler.is_dynamo_compiling():
-            y = self.multiply_one(materialize(rows)[0]).to(x.dtype)
+            y = self.multiply_one(materialize(rows.float())[0]).to(x.dtype)
         else:
             y = torch.ops.nanochat.packed_linear(rows, self.packed, self.N)
         return y.view(*x.shape[:-1], self.N)
 
     def multiply_one(self, x):
-        """x (K,) -> (N,) float32."""
+        """x (K,) float32 -> (N,) float32."""
         if self.int8:
             return multiply_int8_tiles(x, self.tiles)[:self.N] * self.scale
         return multiply_tiles(x, self.tiles)[:self.N]

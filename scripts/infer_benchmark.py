@@ -77,6 +77,7 @@ vocab_size = 32768          # and its vocabulary
 batches = "1,2,4,8,16,32"   # sequences at a time
 contexts = "128,512,1024"   # tokens of each prompt
 tokens = 32                 # decode steps to measure for each batch size and context
+temperature = 1.0           # of their sampling, among the 50 likeliest. 0: the likeliest token
 server = False              # measure the server in place of the engine; of source, or of sft
 url: str = None             # measure a server that runs already, with or without /v1
 concurrency = "1,4,16,32"   # clients at a time
@@ -193,7 +194,8 @@ def run_decode_steps(engine, prompts, steps):
     The prompts may need several steps until all of them are in the cache; none of those counts.
     """
     limit = engine.max_seq_len - len(prompts[0])
-    sequences = [engine.new_sequence(prompt, max_new_tokens=limit) for prompt in prompts]
+    options = {"max_new_tokens": limit, "temperature": temperature}
+    sequences = [engine.new_sequence(prompt, **options) for prompt in prompts]
     for sequence in sequences:
         engine.admit(sequence)
     seconds = []

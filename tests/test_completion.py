@@ -8,18 +8,11 @@ from chat_fakes import FakeEngine, FakeTokenizer, type_lines
 
 from checkpoint_cases import CONFIG, folder, meta, save, tokenizer  # noqa: F401 - fixtures
 from conftest import ROOT
-from nanochat.completion import UntilStop, begun_stop, fit_text, print_continuation
+from nanochat.completion import fit_text, print_continuation
 from nanochat.configurator import configure
 from nanochat.engine import Engine
 from nanochat.checkpoint_manager import load_model
 from scripts import chat_cli, complete
-
-
-def until(pieces, *stops):
-    """(the text of a stream with these pieces up to the stop texts, its finish_reason)."""
-    stream = UntilStop(FakeEngine(pieces).stream([1, 2]), stops)
-    assert stream.prompt_tokens == 2
-    return "".join(stream), stream.finish_reason
 
 
 def test_a_text_begins_with_bos_and_of_a_longer_one_the_end_is_continued(tokenizer):
@@ -28,32 +21,6 @@ def test_a_text_begins_with_bos_and_of_a_longer_one_the_end_is_continued(tokeniz
     assert fit_text(tokenizer, "the cat sat on the mat", 100) == [bos, *ids]
     assert fit_text(tokenizer, "the cat sat on the mat", 3) == ids[-3:]
     assert fit_text(tokenizer, "", 3) == [bos]
-
-
-@pytest.mark.parametrize("pieces, stops, text, reason", [
-    (["Hel", "lo"], [], "Hello", "stop"),
-    (["a", "b\n", "\nc"], ["\n\n"], "ab", "stop"),
-    (["a", "b\n", "c"], ["\n\n"], "ab\nc", "stop"),
-    (["one. two. ", "three"], [". ", "two"], "one", "stop"),
-    (["x<en", "d>y"], ["<end>"], "x", "stop"),
-    (["x<en"], ["<end>"], "x<en", "stop"),
-    (["x"] * 300, ["y"], "x" * 256, "length"),
-])
-def test_a_continuation_ends_before_the_first_stop_text(pieces, stops, text, reason):
-    assert until(pieces, *stops) == (text, reason)
-
-
-def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none():
-    pieces = list(UntilStop(FakeEngine(["a.", ".", ".", "b"]).stream([1]), ["....", ".b"]))
-    assert "".join(pieces) == "a.."
-    assert all("." not in piece for piece in pieces[:2])
-    assert begun_stop("ab\n", ["\n\n", "b\n-"]) == 2 and begun_stop("ab", ["c"]) == 0
-
-
-def test_a_stop_text_frees_the_models_slot():
-    engine = FakeEngine(["a", "stop", "b"])
-    assert "".join(UntilStop(engine.stream([1]), ["stop"])) == "a"
-    assert not engine.running
 
 
 def test_the_continuation_is_printed_behind_its_text_without_control_characters(capsys):

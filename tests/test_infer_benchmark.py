@@ -21,7 +21,7 @@ DEFAULTS = {
     for name, value in vars(infer_benchmark).items()
     if name.islower() and (value is None or isinstance(value, (int, float, str)))
 }
-SMALL = ("--depth=1", "--vocab_size=300", "--tokens=3")
+SMALL = ("--depth=1", "--vocab_size=300", "--tokens=3", "--compile=0")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ class OneAtATime:
     def __init__(self):
         self.waiting, self.running, self.steps = [], [], 0
 
-    def new_sequence(self, prompt, max_new_tokens):
+    def new_sequence(self, prompt, max_new_tokens, temperature=1.0):
         sequence = type("Sequence", (), {})()
         sequence.prompt, sequence.tokens = prompt, []
         sequence.limit, sequence.finish_reason = max_new_tokens, None
