@@ -39,7 +39,7 @@ from nanochat.conversation import (
     questions_of,
     restore_tool_calls,
 )
-from nanochat.http_guard import READING, Access, GuardedProtocol
+from nanochat.http_guard import READING, Access, GuardedProtocol, has_two_framings
 from nanochat.openai_api import ApiError
 from nanochat.openai_schema import openapi_schema
 from nanochat.prompts import SUGGESTIONS
@@ -133,6 +133,9 @@ class Guard:
 
     def _admit(self, scope, extra):
         """The tenant of a request. ApiError for one that is refused."""
+        if has_two_framings(scope):
+            extra.append((b"connection", b"close"))     # who knows where the next request begins
+            raise ApiError(400, "send either Content-Length or Transfer-Encoding, not both")
         self.access.check_host(scope)
         self.access.check_origin(scope)
         extra += self.access.cross_origin_headers(scope)
@@ -435,6 +438,8 @@ def load_page():
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
     )
     return page, {
         "Content-Security-Policy": "; ".join(policy),
@@ -594,13 +599,15 @@ class Service:
             raise ApiError(400, NO_CHATS)
         served = self.served()
         asked = api.read_chat(fields, served)
-        messages = api.read_messages(fields)
-        asked.options["questions"] = questions_of(messages)
-
-        # 2. its tokens, beside the event loop: there may be many
         room = prompt_room(served.context, asked.options["max_new_tokens"])
-        ids = await asyncio.to_thread(
-            chat_prompt, self.tokenizer, messages, room, served.context)
+
+        # 2. its messages and their tokens, beside the event loop: there may be many
+        def read():
+            messages = api.read_messages(fields)
+            ids = chat_prompt(self.tokenizer, messages, room, served.context)
+            return questions_of(messages), ids
+
+        asked.options["questions"], ids = await asyncio.to_thread(read)
 
         # 3. answer
         generations = self.generations(asked, [ids], request.state.tenant)
