@@ -287,6 +287,7 @@ class Answer:
     def __init__(self, asked, tokenizer, model, prompts):
         self.asked, self.tokenizer, self.prompts = asked, tokenizer, prompts
         self.head = api.head_of(self.chunk_kind if asked.stream else self.kind, self.prefix, model)
+        self.opening = f"{json.dumps(self.head)[:-1]}, "    # of every event: written once
 
     def usage(self, generations):
         """The usage of all choices together. A prompt counts once, however many its choices."""
@@ -323,7 +324,7 @@ class Answer:
 
     def event(self, choice):
         """A chunk with one choice."""
-        return api.event({**self.head, "choices": [choice]})
+        return f'data: {self.opening}"choices": [{json.dumps(choice)}]}}\n\n'
 
 
 class ChatAnswer(Answer):

@@ -8,6 +8,7 @@ import requests
 from chat_fakes import MODEL, FakeEngine, serve, wait_until
 
 from models import make_model
+from nanochat import server
 from nanochat.common import UserError
 from nanochat.engine import NonFiniteError
 from scripts import chat_web
@@ -320,6 +321,16 @@ def test_a_failing_model_says_so_and_the_next_request_is_served(address, engine)
     assert "the prompt is too long" in post(address, stream=True).text
     engine.pieces = ["fine"]
     assert post(address).json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_an_error_of_the_server_itself_is_not_shown(monkeypatch, address):
+    def fail(*_):
+        raise RuntimeError("/home/secret detail")
+
+    monkeypatch.setattr(server, "chat_prompt", fail)
+    response = post(address)
+    assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
 
 
 def test_logits_that_are_not_finite_are_the_servers_failure_with_its_reason(address, engine):
