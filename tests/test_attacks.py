@@ -395,6 +395,7 @@ def gauge(address, name):
 # keys, hosts and origins
 
 KEYS = ("secret-one", "secret-two")
+WITH_KEY = {"Authorization": "Bearer secret-one"}
 PATHS = (
     "/v1/models", f"/v1/models/{MODEL}", CHATS, TEXTS, "/ready", "/metrics", "/openapi.json",
     "//v1/models", "/v1//models", "/v1/../health", "/V1/models", "/v1/../v1/models", "/HEALTH",
@@ -502,15 +503,16 @@ def test_our_own_page_and_the_names_of_this_machine_are_served(address):
 
 def test_other_hosts_and_origins_can_be_allowed(engine):
     page = "http://other.test:3000"
-    access = Access(allowed_hosts=["chat.test"], allowed_origins=[page])
+    access = Access(keys=KEYS, allowed_hosts=["chat.test"], allowed_origins=[page])
     with serve(engine, access=access) as address:
-        headers = {"Host": "chat.test", "Origin": "https://chat.test"}
+        headers = {"Host": "chat.test", "Origin": "https://chat.test", **WITH_KEY}
         assert send(address, json.dumps(BODY), **headers).status_code == 200
-        answer = send(address, json.dumps(BODY), Origin=page)
+        answer = send(address, json.dumps(BODY), Origin=page, **WITH_KEY)
         assert answer.headers["Access-Control-Allow-Origin"] == page
         preflight = {"Origin": page, "Access-Control-Request-Method": "POST"}
         asked = requests.options(address + CHATS, headers=preflight, timeout=30)
-        assert asked.status_code == 204 and "POST" in asked.headers["Access-Control-Allow-Methods"]
+        assert asked.status_code == 204, "a browser asks without the key"
+        assert "POST" in asked.headers["Access-Control-Allow-Methods"]
         assert requests.get(address + "/", headers={"Host": "evil.test"}).status_code == 403
 
 
