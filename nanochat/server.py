@@ -787,8 +787,7 @@ class ChatServer(uvicorn.Server):
             self.pool.is_draining = True
             self.deadline = time.monotonic() + self.drain_seconds
         elif sig == signal.SIGINT:
-            self.deadline = time.monotonic()
-            self.force_exit = True
+            self.deadline = time.monotonic()    # not force_exit, which skips the lifespan's end
 
     async def on_tick(self, counter):
         """Whether to end, ten times a second."""

@@ -90,6 +90,8 @@ class Chat:
                 self.ask(line)
         except UserError as error:
             print(f"({error})")
+        except KeyboardInterrupt:   # before the answer's first step
+            print(" (stopped)")
 
     def ask(self, text):
         """Print the answer to a question, and keep both."""

@@ -55,6 +55,15 @@ def test_ctrl_c_ends_the_answer_only(monkeypatch, capsys):
     assert prompts == ["\1\2one\3", "\1\2two\3"]
 
 
+def test_ctrl_c_before_the_first_step_ends_the_answer_only(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_cli, "fit_conversation", interrupt)
+    out, prompts = converse(FakeEngine(), monkeypatch, capsys, "one", "two", "quit")
+    assert out.count("nanochat:  (stopped)") == 2 and prompts == []
+
+
 def test_a_question_that_is_too_long_is_told_and_the_conversation_continues(monkeypatch, capsys):
     engine = FakeEngine([UserError("the prompt is too long")])
     out, prompts = converse(engine, monkeypatch, capsys, "one", "two", "quit")
