@@ -12,7 +12,7 @@ that turns these into the form above: for the user's own conversations, the serv
 import bisect
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict, deque
 
 from nanochat.common import UserError
 
@@ -343,40 +343,93 @@ def _join_neighbours(turns, changes):
     joined = []
     for role, parts in turns:
         owner = "assistant" if role == "tool" else role
-        if not joined or joined[-1][0] != owner:
-            joined.append((owner, list(parts)))
+        if not joined or joined[-1].owner != owner:
+            joined.append(_JoinedTurn(owner))
+            joined[-1].add(parts)
         elif role == "tool":
-            _insert_reply(joined[-1][1], parts[0])
+            joined[-1].answer(parts[0])
         else:
-            both_text = joined[-1][1][-1]["type"] == parts[0]["type"] == "text"
+            both_text = joined[-1].last_type == parts[0]["type"] == "text"
             changes["messages joined to one of the same role"] += both_text
-            joined[-1] = (owner, _join_parts(joined[-1][1], parts))
-    return joined
+            joined[-1].add(parts)
+    return [(turn.owner, turn.parts()) for turn in joined]
 
 
-def _insert_reply(parts, reply):
-    """Put a tool's reply behind the call that it answers.
+class _JoinedTurn:
+    """Messages of one role that follow each other, as one.
 
-    That is the one whose id the reply names, since replies may come in any order; else the first
-    call that has none; where every call has one, the end.
+    A message of a client may be one of many thousands: adding it takes the time of its own parts,
+    however many are there already.
+
+    cells    lists of parts that stay together: texts that become one, or a call and its reply
     """
-    kinds = [part["type"] for part in parts] + ["end"]
-    waiting = []
-    for place, kind in enumerate(kinds[:-1]):
-        if kind == "python" and kinds[place + 1] != "python_output":
-            waiting.append(place)
-    named = [place for place in waiting if parts[place].get("id") == reply["id"]]
-    places = named if named and reply["id"] is not None else waiting
-    place = places[0] + 1 if places else len(parts)
-    parts.insert(place, reply)
+
+    def __init__(self, owner):
+        self.owner, self.cells = owner, []
+        self._calls = deque()       # cells of calls; of the answered ones some, until they are met
+        self._calls_by_id = defaultdict(deque)
+
+    @property
+    def last_type(self):
+        """The type of the last part."""
+        return self.cells[-1][-1]["type"]
+
+    def add(self, parts):
+        """Add the parts of a message. Its first text continues the text before it."""
+        if self.cells and self.last_type == parts[0]["type"] == "text":
+            self.cells[-1].append(parts[0])
+            parts = parts[1:]
+        for part in parts:
+            self._add_part(part)
+
+    def _add_part(self, part):
+        is_reply = part["type"] == "python_output"
+        if is_reply and self.cells and _is_waiting(self.cells[-1]):
+            self.cells[-1].append(part)
+            return
+        cell = [part]
+        self.cells.append(cell)
+        if part["type"] == "python":
+            self._calls.append(cell)
+            self._calls_by_id[repr(part.get("id"))].append(cell)
+
+    def answer(self, reply):
+        """Put a tool's reply behind the call that it answers.
+
+        That is the one whose id the reply names, since replies may come in any order; else the
+        first call that has none; where every call has one, the end.
+        """
+        named = []
+        if reply["id"] is not None:
+            named = self._calls_by_id.get(repr(reply["id"]), [])
+        cell = _first_waiting(named) or _first_waiting(self._calls)
+        if cell is None:
+            self.cells.append([reply])
+        else:
+            cell.append(reply)
+
+    def parts(self):
+        """All parts, with a blank line between text and text."""
+        found = []
+        for cell in self.cells:
+            if cell[0]["type"] == "text":
+                text = "\n\n".join(part["text"] for part in cell if part["text"])
+                found.append({"type": "text", "text": text})
+            else:
+                found += cell
+        return found
 
 
-def _join_parts(parts, more):
-    """The parts of two messages as those of one, with a blank line between text and text."""
-    if parts[-1]["type"] != "text" or more[0]["type"] != "text":
-        return parts + more
-    text = "\n\n".join(filter(None, (parts[-1]["text"], more[0]["text"])))
-    return [*parts[:-1], {"type": "text", "text": text}, *more[1:]]
+def _is_waiting(cell):
+    """Whether a cell is a call without a reply."""
+    return len(cell) == 1 and cell[0]["type"] == "python"
+
+
+def _first_waiting(cells):
+    """The first of a deque's cells that has no reply, or None. Those before it are taken out."""
+    while cells and not _is_waiting(cells[0]):
+        cells.popleft()
+    return cells[0] if cells else None
 
 
 def _as_content(parts):

@@ -94,6 +94,7 @@ class CompiledDecode:
         self.batches = [n for n in BATCHES if n < kv_cache.slots] + [kv_cache.slots]
         self.compiled = {batch: compile_for(batch) for batch in self.batches}
         self.ready = set()
+        self.is_compiling = False       # whether a thread of its own compiles
 
     def batch_for(self, n):
         """The number in `batches` that n sequences are padded to."""
@@ -148,9 +149,16 @@ class CompiledDecode:
         It uses a cache of its own, which is freed at its end: whoever decodes meanwhile does so
         without the functions that are not ready. Where compiling fails, one line says so.
         """
-        thread = threading.Thread(target=self._warm_up_all, name="compile", daemon=True)
+        self.is_compiling = True
+        thread = threading.Thread(target=self._compile_behind, name="compile", daemon=True)
         thread.start()
         return thread
+
+    def _compile_behind(self):
+        try:
+            self._warm_up_all()
+        finally:
+            self.is_compiling = False
 
     def _warm_up_all(self):
         begin = time.perf_counter()

@@ -28,6 +28,7 @@ user's own text says about the last question, where the engine was given its pas
 (retrieval.py): the model decides whether to look up, the quote is exact.
 """
 import random
+import time
 
 import torch
 
@@ -55,6 +56,8 @@ QUOTE_TOKENS = 512      # a look-up may add to max_new_tokens: two quotes, in an
 CHUNK_TOKENS = 256
 CHUNK_TOKENS_ALONE = 2048
 SHORT_REPLY = 16        # tokens of a tool's reply that are fed one by one, beside other sequences
+COMPILING_ATTEMPTS = 20     # of a step beside a compilation, and the seconds between two of them
+ATTEMPT_SECONDS = 0.1
 MIN_PREFIX = 16         # tokens that two prompts must have in common to share their keys and values
 
 
@@ -256,14 +259,34 @@ class Engine:
         else:
             self.kv_cache.reset(slot)
 
-    @torch.inference_mode()
+    @property
+    def is_compiling(self):
+        """Whether decoding is being compiled on another thread."""
+        return self.compiled_decode is not None and self.compiled_decode.is_compiling
+
     def step(self):
         """One forward pass: prefill of sequences whose prompt is not in the cache yet, else decode.
 
         With max_slots, prefill and decode take turns, so that a long prompt delays the others by
         one chunk at a time. Returns the sequences that got a token or ended; [] where a chunk ends
         within a prompt, and when there is nothing to do.
+
+        A step that fails beside a compilation is taken again: torch's tracer patches the modules of
+        the whole process for some milliseconds, and theirs is the error. It may be repeated, since
+        sequences and slots advance at its end only.
         """
+        for _ in range(COMPILING_ATTEMPTS):
+            was_compiling = self.is_compiling
+            try:
+                return self._step()
+            except Exception:
+                if not was_compiling:
+                    raise
+                time.sleep(ATTEMPT_SECONDS)
+        return self._step()
+
+    @torch.inference_mode()
+    def _step(self):
         # 1. who waits for what
         self._assign_slots()
         prefilling = [sequence for sequence in self.running.values() if not sequence.tokens]

@@ -8,16 +8,21 @@ Access decides by a request's head alone, before anything of it is read or route
     Origin    where a browser sends one, must be this server itself or one of allowed_origins
     key       every path but OPEN_PATHS needs `Authorization: Bearer KEY`, where keys are set
 
+    framing   a body has a length or comes in chunks: a head that says both is read by two programs
+              as two different requests, of which the second was never checked (request smuggling)
+
 GuardedProtocol bounds connections: their number, the time in which a request's head must arrive,
-and the bytes that one of them may bring before the others have their turn.
+the time for which a client may leave an answer unread, and the bytes that one of them may bring
+before the others have their turn.
 """
 import hashlib
 import hmac
-from urllib.parse import urlsplit
+import json
+import re
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from nanochat.openai_api import ApiError
+from nanochat.openai_api import ApiError, error_body
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # What is answered without a key: whether the server is alive, and the page that asks for the key.
@@ -27,7 +32,11 @@ READING = ("GET", "HEAD")   # what asks for a page; HEAD, for nothing but whethe
 
 HEAD_SECONDS = 20           # in which the head of a request must be complete
 MAX_CONNECTIONS = 1000
-READ_BYTES = 16_384         # taken from one connection at a time: asyncio would take 262,144
+STALL_SECONDS = 60          # for which an answer may wait for its client to read on
+READ_BYTES = 4_096          # taken from one connection at a time: asyncio would take 262,144
+
+# "name", "name:port" or "[IPv6 address]:port"
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/?#@\\\s]+)(?::[0-9]{0,5})?")
 
 
 def is_loopback(host):
@@ -43,10 +52,26 @@ def header_values(scope, name):
 def host_name(netloc):
     """The host of "host:port", without the port and the brackets of an IPv6 address; "" for
     anything else."""
-    try:
-        return urlsplit(f"//{netloc}").hostname or ""
-    except ValueError:
-        return ""
+    match = HOST.fullmatch(netloc)
+    return match[1].strip("[]").lower() if match else ""
+
+
+def has_two_framings(scope):
+    """Whether the body of a request has a length and comes in chunks as well."""
+    names = {name for name, _ in scope["headers"]}
+    return {b"content-length", b"transfer-encoding"} <= names
+
+
+def not_http():
+    """The answer to bytes that are no request, as it is sent."""
+    body = json.dumps(error_body(ApiError(400, "this is not a valid HTTP request")))
+    head = (
+        "HTTP/1.1 400 Bad Request",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    )
+    return "\r\n".join((*head, "", body)).encode("ascii")
 
 
 class Access:
@@ -142,7 +167,7 @@ class GuardedProtocol(AutoHTTPProtocol):
         super().connection_made(transport)
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
-        self.head_timer = None
+        self.head_timer = self.stall_timer = None
         self.waits_since = self.loop.time()
         self._watch_head()
         if len(self.connections) > MAX_CONNECTIONS:
@@ -158,7 +183,26 @@ class GuardedProtocol(AutoHTTPProtocol):
     def connection_lost(self, exc):
         """The client has closed the connection, or it was closed here."""
         self._stop_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self):
+        """The client does not read as fast as it is answered. It has STALL_SECONDS to read on."""
+        super().pause_writing()
+        self.stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self):
+        """The client has read on."""
+        self._stop_stall_timer()
+        super().resume_writing()
+
+    def send_400_response(self, msg):
+        """Say that something is no HTTP, unless it comes amid an answer, and close the connection.
+        """
+        is_amid_answer = not self.waits_for_client() and self.cycle.response_started
+        if not is_amid_answer:
+            self.transport.write(not_http())
+        self.transport.close()
 
     def waits_for_client(self):
         """Whether no request is being answered."""
@@ -175,6 +219,11 @@ class GuardedProtocol(AutoHTTPProtocol):
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
+
+    def _stop_stall_timer(self):
+        if self.stall_timer is not None:
+            self.stall_timer.cancel()
+            self.stall_timer = None
 
     def _give_up(self):
         self.head_timer = None

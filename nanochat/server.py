@@ -40,7 +40,7 @@ from nanochat.conversation import (
     questions_of,
     restore_tool_calls,
 )
-from nanochat.http_guard import READING, Access, GuardedProtocol
+from nanochat.http_guard import READING, Access, GuardedProtocol, has_two_framings
 from nanochat.openai_api import ApiError
 from nanochat.openai_schema import openapi_schema
 from nanochat.prompts import SUGGESTIONS
@@ -134,6 +134,9 @@ class Guard:
 
     def _admit(self, scope, extra):
         """The tenant of a request. ApiError for one that is refused."""
+        if has_two_framings(scope):
+            extra.append((b"connection", b"close"))     # who knows where the next request begins
+            raise ApiError(400, "send either Content-Length or Transfer-Encoding, not both")
         self.access.check_host(scope)
         self.access.check_origin(scope)
         extra += self.access.cross_origin_headers(scope)
@@ -285,6 +288,7 @@ class Answer:
     def __init__(self, asked, tokenizer, model, prompts):
         self.asked, self.tokenizer, self.prompts = asked, tokenizer, prompts
         self.head = api.head_of(self.chunk_kind if asked.stream else self.kind, self.prefix, model)
+        self.opening = f"{json.dumps(self.head)[:-1]}, "    # of every event: written once
 
     def usage(self, generations):
         """The usage of all choices together. A prompt counts once, however many its choices."""
@@ -321,7 +325,7 @@ class Answer:
 
     def event(self, choice):
         """A chunk with one choice."""
-        return api.event({**self.head, "choices": [choice]})
+        return f'data: {self.opening}"choices": [{json.dumps(choice)}]}}\n\n'
 
 
 class ChatAnswer(Answer):
@@ -436,6 +440,8 @@ def load_page():
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
     )
     return page, {
         "Content-Security-Policy": "; ".join(policy),
@@ -596,13 +602,15 @@ class Service:
             raise ApiError(400, NO_CHATS)
         served = self.served()
         asked = api.read_chat(fields, served)
-        messages = api.read_messages(fields)
-        asked.options["questions"] = questions_of(messages)
-
-        # 2. its tokens, beside the event loop: there may be many
         room = prompt_room(served.context, asked.options["max_new_tokens"])
-        ids = await asyncio.to_thread(
-            chat_prompt, self.tokenizer, messages, room, served.context)
+
+        # 2. its messages and their tokens, beside the event loop: there may be many
+        def read():
+            messages = api.read_messages(fields)
+            ids = chat_prompt(self.tokenizer, messages, room, served.context)
+            return questions_of(messages), ids
+
+        asked.options["questions"], ids = await asyncio.to_thread(read)
 
         # 3. answer
         generations = self.generations(asked, [ids], request.state.tenant)

@@ -61,15 +61,22 @@ class FakeTokenizer:
     def render_conversation(self, conversation, max_tokens=None):
         ids = [1]
         for message in conversation["messages"]:
-            ids += [2, *map(ord, message["content"])]
+            ids += [2, *map(ord, text_of(message["content"]))]
             ids += [4] if message["role"] == "assistant" else []
         return ids[:max_tokens], [0] * len(ids[:max_tokens])
 
     def render_for_completion(self, conversation):
-        if any(not m["content"].strip() for m in conversation["messages"]):
+        if any(not text_of(m["content"]).strip() for m in conversation["messages"]):
             raise UserError("a message is empty")
         ids = self.render_conversation(conversation)[0]
         return [token for token in ids if token != 4] + [3]
+
+
+def text_of(content):
+    """The text of a message's content, of which parts may be calls."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
 
 
 class FakeStream:

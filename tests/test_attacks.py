@@ -60,13 +60,20 @@ def send(address, body, path=CHATS, **headers):
 
 def raw(address, data, seconds=30):
     """All that the server says to these bytes, until it closes the connection."""
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        connection.sendall(data)
+    with connected(address, seconds) as connection:
         answer = b""
-        while part := connection.recv(65_536):
-            answer += part
+        with contextlib.suppress(ConnectionError):      # closed while it was still being sent
+            connection.sendall(data)
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65_536):
+                answer += part
     return answer
+
+
+def connected(address, seconds=30):
+    """A connection to the server."""
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=seconds)
 
 
 def is_refused(response, status=400):
@@ -89,7 +96,7 @@ BAD_BIASES = (
     {"1": None},
     {"1": True},
     {"1" * 5000: 1},
-    {str(i): 1 for i in range(1001)},
+    {str(i).zfill(width): 1 for width in (4, 5) for i in range(501)},
 )
 
 
@@ -157,10 +164,79 @@ def test_a_body_that_never_comes_and_a_head_that_never_ends_have_a_deadline(monk
 def test_of_too_many_connections_the_oldest_idle_one_is_closed(monkeypatch, engine):
     monkeypatch.setattr(http_guard, "MAX_CONNECTIONS", 5)
     with serve(engine) as address, contextlib.ExitStack() as stack:
-        host, port = address.removeprefix("http://").split(":")
-        for _ in range(20):
-            stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+        opened = [stack.enter_context(connected(address, 5)) for _ in range(20)]
         assert requests.get(address + "/health", timeout=30).status_code == 200
+        assert opened[0].recv(1) == b""
+
+
+def test_a_client_that_stops_to_read_loses_its_connection(monkeypatch, engine):
+    """Else 500 of them would hold all the requests that a server handles at a time."""
+    monkeypatch.setattr(http_guard, "STALL_SECONDS", 0.1)
+    engine.pieces = ["word " * 20_000] * 100
+    body = json.dumps({**BODY, "stream": True})
+    with serve(engine) as address:
+        head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with connected(address) as connection:
+            request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}"
+            connection.sendall(request.encode("ascii"))
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            wait_until(lambda: gauge(address, "nanochat_sequences") == 0)
+            time.sleep(0.3)
+            rest = b""
+            while part := connection.recv(65_536):
+                rest += part
+            assert b"[DONE]" not in rest
+
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("data", [
+    b"\r\n" * 100_000,
+    b"GET /health\r\n\r\n",
+    b"\x16\x03\x01\x02\x00" + b"x" * 100,
+    HEAD + b"X: " + b"a" * 100_000,
+    HEAD + b"Host: evil.test\r\n\r\n",
+    HEAD + b"X: a\0b\r\n\r\n",
+    HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    HEAD + b"Content-Length: -1\r\n\r\n",
+    HEAD + b"Transfer-Encoding: xchunked\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + HEAD + b"\r\n",
+], ids=lambda data: str(data[-40:]))
+def test_what_is_no_request_is_answered_once_and_closed(address, data, caplog):
+    answer = raw(address, data)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error" and "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("chunk", [b"-5\r\nabc", b"z\r\n", b"f" * 30 + b"\r\n"])
+def test_a_broken_chunk_is_400_also_behind_an_answer(address, chunk, caplog):
+    head = b"POST " + CHATS.encode("ascii") + b" HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Transfer-Encoding: chunked\r\n"
+    declared = head + b"Content-Type: application/json\r\n\r\n"
+    assert raw(address, declared + chunk).startswith(b"HTTP/1.1 400 ")
+    with connected(address) as connection:
+        connection.sendall(head + b"\r\n")       # of a type that is refused at once
+        assert b"application/json" in connection.recv(65_536)
+        connection.sendall(chunk)
+        while connection.recv(65_536):
+            pass
+    assert "Traceback" not in caplog.text
+
+
+def test_one_connection_brings_a_few_bytes_at_a_time(monkeypatch, address):
+    sizes = []
+    received = http_guard.GuardedProtocol.data_received
+
+    def noted(protocol, data):
+        sizes.append(len(data))
+        received(protocol, data)
+
+    monkeypatch.setattr(http_guard.GuardedProtocol, "data_received", noted)
+    assert is_refused(send(address, b" " * 500_000))
+    assert sum(sizes) > 500_000 and max(sizes) <= http_guard.READ_BYTES <= 5_000
 
 
 @pytest.mark.parametrize("depth", [10**4, 10**5])
@@ -191,13 +267,14 @@ def test_100_000_messages_are_413_or_served_in_part(address, engine):
 def other_requests_are_answered(address, work):
     """Whether /health is answered again and again while work() runs; the longest wait is below
     what stands for a server that hangs."""
-    thread = threading.Thread(target=work)
-    thread.start()
     longest = 0
-    while thread.is_alive():
-        began = time.monotonic()
-        assert requests.get(address + "/health", timeout=30).status_code == 200
-        longest = max(longest, time.monotonic() - began)
+    with ThreadPoolExecutor(1) as thread:
+        working = thread.submit(work)
+        while not working.done():
+            began = time.monotonic()
+            assert requests.get(address + "/health", timeout=30).status_code == 200
+            longest = max(longest, time.monotonic() - began)
+        working.result()
     return longest < 5
 
 
@@ -206,7 +283,8 @@ def test_a_body_in_chunks_of_one_byte_does_not_block_the_others(address):
         host = address.removeprefix("http://")
         head = f"POST {CHATS} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         head += "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
-        raw(address, head.encode("ascii") + b"1\r\n \r\n" * 100_000 + b"0\r\n\r\n")
+        chunks = b"1\r\n \r\n" * 100_000 + b"0\r\n\r\n"
+        assert raw(address, head.encode("ascii") + chunks).startswith(b"HTTP/1.1 400 ")
 
     assert other_requests_are_answered(address, work)
 
@@ -219,12 +297,22 @@ def test_a_body_in_chunks_of_one_byte_does_not_block_the_others(address):
 ], ids=["calls", "backticks", "arrows", "sources"])
 def test_a_long_crafted_history_does_not_block_the_others(address, text):
     history = [*HELLO, {"role": "assistant", "content": text}, *HELLO]
+    assert other_requests_are_answered(address, lambda: chat(address, history))
 
-    def work():
-        body = json.dumps({"messages": history, "max_tokens": 1}, ensure_ascii=False)
-        assert send(address, body.encode("utf-8")).status_code in (200, 400)
 
-    assert other_requests_are_answered(address, work)
+def test_thousands_of_replies_and_calls_do_not_block_the_others(address):
+    """Each reply is put behind the call that it answers: a search among all of them each time would
+    take minutes."""
+    reply, call = {"role": "tool", "content": "1"}, {"function": {"name": "f"}}
+    called = {"role": "assistant", "content": "x", "tool_calls": [call] * 10_000}
+    for answers in ([called, *[reply] * 10_000], [*HELLO, {"role": "assistant", "content": "x"}]):
+        history = [*HELLO, *answers, *[reply] * 8_000, *HELLO]
+        assert other_requests_are_answered(address, lambda: chat(address, history))
+
+
+def chat(address, messages):
+    body = json.dumps({"messages": messages, "max_tokens": 1}, ensure_ascii=False)
+    assert send(address, body.encode("utf-8")).status_code in (200, 400)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,9 +366,23 @@ def test_a_full_queue_is_429_while_health_answers(address, engine):
             refused = post(address, stream=True)
             assert is_refused(refused, 429) and int(refused.headers["Retry-After"]) >= 1
             assert requests.get(address + "/health", timeout=30).status_code == 200
+        assert is_refused(post(address, messages="none"), 429), "before its messages are read"
         engine.gate.set()
         assert {answer.result().status_code for answer in waiting} == {200}
     assert post(address).status_code == 200, "and then there is room again"
+
+
+def test_too_many_requests_at_a_time_are_503_while_health_answers(monkeypatch, address, engine):
+    monkeypatch.setattr(server, "MAX_REQUESTS", 3)
+    engine.gate.clear()
+    with ThreadPoolExecutor(3) as clients:
+        waiting = [clients.submit(post, address) for _ in range(3)]
+        wait_until(lambda: len(engine.running) == 3)
+        refused = post(address)
+        assert is_refused(refused, 503) and int(refused.headers["Retry-After"]) >= 1
+        assert requests.get(address + "/health", timeout=30).status_code == 200
+        engine.gate.set()
+        assert {answer.result().status_code for answer in waiting} == {200}
 
 
 def gauge(address, name):
@@ -293,6 +395,7 @@ def gauge(address, name):
 # keys, hosts and origins
 
 KEYS = ("secret-one", "secret-two")
+WITH_KEY = {"Authorization": "Bearer secret-one"}
 PATHS = (
     "/v1/models", f"/v1/models/{MODEL}", CHATS, TEXTS, "/ready", "/metrics", "/openapi.json",
     "//v1/models", "/v1//models", "/v1/../health", "/V1/models", "/v1/../v1/models", "/HEALTH",
@@ -377,9 +480,12 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
 
 @pytest.mark.parametrize("headers", [
     {"Host": "evil.test"}, {"Host": "evil.test:8000"}, {"Host": "localhost.evil.test"},
-    {"Host": ""}, {"Host": "["}, {"Host": "127.0.0.1@evil.test"},
+    {"Host": ""}, {"Host": "["}, {"Host": "127.0.0.1@evil.test"}, {"Host": "evil.test@localhost"},
+    {"Host": "localhost/evil.test"}, {"Host": "localhost?x"}, {"Host": "evil.test\\@localhost"},
+    {"Host": "localhost:x"}, {"Host": "localhost."}, {"Host": "127.1"},
     {"Origin": "http://evil.test"}, {"Origin": "null"}, {"Origin": "http://localhost:1"},
     {"Origin": "http://localhost.evil.test"}, {"Origin": "file://"}, {"Origin": ""},
+    {"Origin": "http://127.0.0.1:1"}, {"Origin": "http://127.0.0.1.evil.test"},
 ])
 def test_a_foreign_host_or_origin_is_refused(address, engine, headers):
     for path in ("/health", "/", "/v1/models"):
@@ -397,15 +503,16 @@ def test_our_own_page_and_the_names_of_this_machine_are_served(address):
 
 def test_other_hosts_and_origins_can_be_allowed(engine):
     page = "http://other.test:3000"
-    access = Access(allowed_hosts=["chat.test"], allowed_origins=[page])
+    access = Access(keys=KEYS, allowed_hosts=["chat.test"], allowed_origins=[page])
     with serve(engine, access=access) as address:
-        headers = {"Host": "chat.test", "Origin": "https://chat.test"}
+        headers = {"Host": "chat.test", "Origin": "https://chat.test", **WITH_KEY}
         assert send(address, json.dumps(BODY), **headers).status_code == 200
-        answer = send(address, json.dumps(BODY), Origin=page)
+        answer = send(address, json.dumps(BODY), Origin=page, **WITH_KEY)
         assert answer.headers["Access-Control-Allow-Origin"] == page
         preflight = {"Origin": page, "Access-Control-Request-Method": "POST"}
         asked = requests.options(address + CHATS, headers=preflight, timeout=30)
-        assert asked.status_code == 204 and "POST" in asked.headers["Access-Control-Allow-Methods"]
+        assert asked.status_code == 204, "a browser asks without the key"
+        assert "POST" in asked.headers["Access-Control-Allow-Methods"]
         assert requests.get(address + "/", headers={"Host": "evil.test"}).status_code == 403
 
 

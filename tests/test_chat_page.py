@@ -516,9 +516,12 @@ def test_what_the_model_and_the_user_write_is_inert(page, server):
     assert links == ["http://evil.example/"]
     assert page.title() == "nanochat" and page.problems == [] and page.elsewhere == []
 
-    # and markup that did get in would not run
+    # the page cannot make markup of a text, and a script that did get in would not run
+    for sink in ("document.body.innerHTML = '<p>'", "document.createElement('script').text = '1'"):
+        with pytest.raises(Exception, match="requires 'Trusted"):
+            page.evaluate(sink)
     page.evaluate("""const script = document.createElement("script");
-                     script.textContent = "document.title = 'owned'";
+                     script.append("document.title = 'owned'");
                      document.body.append(script)""")
     assert page.title() == "nanochat"
 

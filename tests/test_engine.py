@@ -2,6 +2,7 @@
 tool runs inside, and nothing that looks like a control token is shown."""
 import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,29 @@ def test_a_step_that_fails_can_be_repeated(engine, monkeypatch):
             engine.step()
     monkeypatch.undo()
     assert [sequence.tokens for sequence in sequences] == engine.generate_batch(PROMPTS, **SAMPLING)
+
+
+@pytest.mark.parametrize("compiling", [True, False])
+def test_a_step_that_fails_beside_a_compilation_is_taken_again(engine, monkeypatch, compiling):
+    """torch's tracer patches the modules of all threads: "module is not installed as a submodule".
+    """
+    expected = engine.generate_batch([[5, 6, 7]], temperature=0, max_new_tokens=4)
+    compilation = SimpleNamespace(is_compiling=compiling, is_ready=lambda count: False)
+    monkeypatch.setattr(engine, "compiled_decode", compilation)
+    errors = [NameError("module is not installed as a submodule")] * 2
+    features = engine.model.features
+
+    def traced(*arguments):
+        if errors:
+            raise errors.pop()
+        return features(*arguments)
+
+    monkeypatch.setattr(engine.model, "features", traced)
+    if compiling:
+        assert engine.generate_batch([[5, 6, 7]], temperature=0, max_new_tokens=4) == expected
+    else:
+        with pytest.raises(NameError):
+            engine.generate_batch([[5, 6, 7]])
 
 
 def test_the_forward_pass_never_asks_the_device_for_a_number(tokenizer, monkeypatch):

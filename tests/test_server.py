@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 import threading
 
@@ -7,6 +8,7 @@ import requests
 from chat_fakes import MODEL, FakeEngine, serve, wait_until
 
 from models import make_model
+from nanochat import server
 from nanochat.common import UserError
 from nanochat.engine import NonFiniteError
 from scripts import chat_web
@@ -319,6 +321,16 @@ def test_a_failing_model_says_so_and_the_next_request_is_served(address, engine)
     assert "the prompt is too long" in post(address, stream=True).text
     engine.pieces = ["fine"]
     assert post(address).json()["choices"][0]["message"]["content"] == "fine"
+
+
+def test_an_error_of_the_server_itself_is_not_shown(monkeypatch, address):
+    def fail(*_):
+        raise RuntimeError("/home/secret detail")
+
+    monkeypatch.setattr(server, "chat_prompt", fail)
+    response = post(address)
+    assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
 
 
 def test_logits_that_are_not_finite_are_the_servers_failure_with_its_reason(address, engine):
@@ -750,6 +762,17 @@ def test_a_failing_base_model_says_so(base_address, base_engine):
 def test_page_allows_nothing_from_elsewhere(address):
     response = requests.get(address + "/", timeout=30)
     policy = response.headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+    assert re.sub("'sha256-[^']{44}'", "HASH", policy).split("; ") == [
+        "default-src 'none'",
+        "script-src HASH",
+        "style-src HASH",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "innerHTML" not in response.text and " src=" not in response.text

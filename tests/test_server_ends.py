@@ -86,7 +86,7 @@ def test_at_the_deadline_streams_end_with_an_error_event():
 
 
 def test_a_second_ctrl_c_ends_at_once_also_where_the_model_hangs():
-    with Process(hangs=True) as server:
+    with Process(hangs=True, drain_seconds=600) as server:
         stream = server.stream()    # the engine takes it, and its step never ends
         wait_until(lambda: server.get("/health") == 503)
         refused = requests.post(server.address + "/v1/chat/completions", json=BODY, timeout=30)
