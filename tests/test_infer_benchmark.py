@@ -159,7 +159,7 @@ def test_a_machine_without_a_compiler_is_told_how_to_measure(benchmark, monkeypa
     monkeypatch.setattr(infer_benchmark, "can_multiply_fast", lambda device: True)
     monkeypatch.setattr(infer_benchmark, "compile_problem", lambda device: "no C++ compiler")
     with pytest.raises(UserError, match=r"\(no C\+\+ compiler\): --compile=0"):
-        benchmark(*SMALL)
+        benchmark("--depth=1")
 
 
 def test_a_trained_model_is_measured_as_far_as_its_context_goes(
