@@ -86,6 +86,8 @@ def listed(text):
 def read_keys(host):
     """The keys that clients must send. UserError where others could come without one."""
     keys = listed(api_key or os.environ.get(KEY_VARIABLE, ""))
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise UserError("api_key: a key may have ASCII characters only, as no header holds others")
     if not keys and not is_loopback(host):
         raise UserError(
             f"host={host} lets others on the network use the model: set --api_key=SECRET "

@@ -525,6 +525,14 @@ def test_a_public_address_without_a_key_is_refused(monkeypatch, host):
     assert chat_web.read_keys(host) == ["a", "b"]
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "a\x1bb", "good, k\u2026y"])
+def test_a_key_that_no_client_can_send_is_refused(monkeypatch, key):
+    monkeypatch.setattr(chat_web, "api_key", key)
+    with pytest.raises(UserError, match="ASCII") as error:
+        chat_web.read_keys("127.0.0.1")
+    assert key not in str(error.value)
+
+
 def test_this_machine_alone_needs_no_key(monkeypatch):
     monkeypatch.delenv(chat_web.KEY_VARIABLE, raising=False)
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):

@@ -447,6 +447,17 @@ def test_what_is_no_chat_in_the_memory_is_passed_over(page):
     assert titles(page) == ["question"] and page.problems == []
 
 
+@pytest.mark.parametrize("settings", [
+    {"temperature": {"a": 1}, "system": [1], "theme": 5, "seed": None}, [], "dark", 5,
+])
+def test_what_is_no_setting_in_the_memory_is_passed_over(page, server, settings):
+    page.evaluate("text => localStorage.setItem('nanochat.settings', text)", json.dumps(settings))
+    page.reload()
+    ask(page, "question")
+    wait_for_end(page)
+    assert shown(page, "assistant") == ["Hello 🙂!"] and page.problems == []
+
+
 def test_two_tabs_see_each_others_chats(page, server):
     other = page.context.new_page()
     other.goto(server.address + "/")
