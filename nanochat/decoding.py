@@ -92,7 +92,7 @@ class CompiledDecode:
         self.kv_cache = kv_cache
         self.keys = torch.arange(kv_cache.length)
         self.batches = [n for n in BATCHES if n < kv_cache.slots] + [kv_cache.slots]
-        self.compiled = {batch: compile_for(batch) for batch in self.batches}
+        self.compiled = {}              # {batch: its function}
         self.ready = set()
         self.is_compiling = False       # whether a thread of its own compiles
 
@@ -126,6 +126,8 @@ class CompiledDecode:
         torch._dynamo.mark_dynamic(keys, 0, min=SHORTEST, max=len(self.keys) - 1)
 
         # 3. the compiled part, and what is left of it
+        if batch not in self.compiled:
+            self.compiled[batch] = compile_for(batch)
         found = self.compiled[batch](self.model, self.kv_cache, *rows, keys)
         if self.model.compiles_logits:
             return found[:n]

@@ -279,7 +279,7 @@ class Engine:
             was_compiling = self.is_compiling
             try:
                 return self._step()
-            except Exception:
+            except NameError:   # "module is not installed as a submodule"
                 if not was_compiling:
                     raise
                 time.sleep(ATTEMPT_SECONDS)
