@@ -373,11 +373,11 @@ def test_a_full_queue_is_429_while_health_answers(address, engine):
 
 
 def test_too_many_requests_at_a_time_are_503_while_health_answers(monkeypatch, address, engine):
-    monkeypatch.setattr(server, "MAX_REQUESTS", 3)
     engine.gate.clear()
     with ThreadPoolExecutor(3) as clients:
         waiting = [clients.submit(post, address) for _ in range(3)]
-        wait_until(lambda: len(engine.running) == 3)
+        wait_until(lambda: gauge(address, "nanochat_sequences") == 3)
+        monkeypatch.setattr(server, "MAX_REQUESTS", 3)
         refused = post(address)
         assert is_refused(refused, 503) and int(refused.headers["Retry-After"]) >= 1
         assert requests.get(address + "/health", timeout=30).status_code == 200
