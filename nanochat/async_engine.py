@@ -33,6 +33,7 @@ from collections import namedtuple
 
 from nanochat.common import UserError
 from nanochat.completion import printable
+from nanochat.sampling import TokenLogprob
 from nanochat.sequence_text import TextOfSequence
 
 FAILED_STEPS = 3    # after so many that raised, one after the other, an engine is given up
@@ -403,19 +404,28 @@ class _Live:
         """The logprobs of the tokens of which the text that was sent has shown a part.
 
         Text may be held back, as it may begin a stop text; the logprobs of its tokens are held back
-        with it. The token that ends an answer has no text, and is not listed.
+        with it. The token that ends an answer has no text, and is not listed. Those of a tool's
+        reply are part of the text, so they are listed, as what they were: certain.
         """
         self.sent_bytes += len(text.encode("utf-8", "replace"))
         is_whole = finish_reason is not None and not self.text.is_stopped
         found = []
-        for entry in self.sequence.logprobs[self.sent_logprobs:]:
+        start = self.sent_logprobs
+        for entry, is_sampled in zip(self.sequence.logprobs[start:], self.sequence.sampled[start:]):
             if self.began_bytes >= self.sent_bytes and not is_whole:
                 break
             self.sent_logprobs += 1
             self.began_bytes += len(self.token_bytes(entry.token))
             if self.token_bytes(entry.token):
-                found.append(entry)
+                found.append(entry if is_sampled else certain(entry))
         return found
+
+
+def certain(entry):
+    """The TokenLogprob of a token that was forced: the model had no choice, whatever it had taken.
+    """
+    top = [(entry.token, 0.0)] if entry.top else []
+    return TokenLogprob(entry.token, 0.0, top)
 
 
 # ------------------------------------------------------------------------------------------------

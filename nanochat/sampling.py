@@ -130,14 +130,15 @@ class SamplingOptions:
 
 
 def check_sampling(temperature, top_k, max_new_tokens):
-    """UserError for values with which nothing can be sampled."""
-    if temperature >= 0 and top_k >= 0 and max_new_tokens >= 1:  # NaN is not >= 0
-        return
-    raise UserError(
-        f"temperature={temperature}, top_k={top_k}, max_tokens={max_new_tokens}: "
-        "the first two must not be negative (0: the likeliest token; all tokens), "
-        "and the last must be at least 1"
+    """UserError for a value with which nothing can be sampled. It names the one that is wrong."""
+    rules = (
+        ("temperature", temperature, 0, "; 0 takes the likeliest token"),
+        ("top_k", top_k, 0, "; 0 allows all tokens"),
+        ("max_tokens", max_new_tokens, 1, ""),
     )
+    for name, value, lowest, meaning in rules:
+        if not value >= lowest:     # written so that NaN does not pass
+            raise UserError(f"{name}={value} must be at least {lowest}{meaning}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from nanochat.conversation import (
     prompt_room,
     questions_of,
 )
-from nanochat.engine import Engine
+from nanochat.engine import Engine, check_sampling
 from nanochat.folders import chosen_line
 from nanochat.passage_store import load_passages
 from tasks.identity import shown_name
@@ -57,8 +57,13 @@ stats = False               # after each answer, say how many tokens a second th
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
-# What /set changes, with the type of its value
-SAMPLING = {"temperature": float, "top_k": int, "max_tokens": int, "seed": int}
+# What /set changes, with the type of its value and the lowest one
+SAMPLING = {
+    "temperature": (float, 0),
+    "top_k": (int, 0),
+    "max_tokens": (int, 1),
+    "seed": (int, 0),
+}
 
 
 class Chat:
@@ -163,12 +168,13 @@ class Chat:
         if key not in SAMPLING:
             current = ", ".join(f"{key} {value}" for key, value in self.sampling.items())
             raise UserError(f"/set takes a name and a value; now: {current}")
+        kind, lowest = SAMPLING[key]
         try:
-            number = SAMPLING[key](value)
+            number = kind(value)
         except ValueError:
             number = -1
-        if not 0 <= number < math.inf:
-            raise UserError(f"{key} must be a number from 0, such as {self.sampling[key]}")
+        if not lowest <= number < math.inf:
+            raise UserError(f"{key} must be a number from {lowest}, such as {self.sampling[key]}")
         self.sampling[key] = number
         print(f"{key} is {number} from the next answer on")
 
@@ -339,6 +345,7 @@ def check_settings(continues):
 
     continues: whether it is a base model.
     """
+    check_sampling(temperature, top_k, max_tokens)
     if continues and (system or load):
         raise UserError("a base model has read no conversations: leave --system and --load out")
     if prompt is not None and not continues:

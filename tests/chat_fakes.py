@@ -113,7 +113,7 @@ class FakeSequence:
 
     def __init__(self, prompt, max_new_tokens, logprobs, prompt_logprobs):
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        self.tokens, self.status = [], "new"
+        self.tokens, self.sampled, self.status = [], [], "new"
         self.finish_reason = self.error = None
         self.cached_tokens, self.may_look_up = 0, False
         self.logprobs = [] if logprobs is not None else None
@@ -128,6 +128,7 @@ class FakeEngine:
     pieces      texts, each one token; an exception ends its sequence (UserError) or the step
     gate        closed: a step "computes" until the test opens it
     calls       the options of all sequences
+    forced      pieces that the model did not choose, as those of a tool's reply
     running     sequences that were admitted and not retired
     """
 
@@ -142,7 +143,7 @@ class FakeEngine:
         """As new, for the next test. Waits until nothing runs any more."""
         self.gate.set()
         wait_until(lambda: not self.running)
-        self.pieces, self.calls = list(pieces), []
+        self.pieces, self.calls, self.forced = list(pieces), [], ()
         self.most_running, self.steps, self.delay = 0, 0, 0
 
     def new_sequence(self, prompt, **options):
@@ -191,6 +192,7 @@ class FakeEngine:
         token = 900 if piece is None else self.tokenizer.piece_id(piece)
         sequence.status = "running"
         sequence.tokens.append(token)
+        sequence.sampled.append(piece not in self.forced)
         if sequence.logprobs is not None:
             sequence.logprobs.append(FakeLogprob(token))
         if len(sequence.tokens) >= len(self.pieces) and piece is self.pieces[-1]:

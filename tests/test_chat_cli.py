@@ -163,6 +163,7 @@ def test_a_file_that_is_no_conversation_is_neither_loaded_nor_overwritten(
     ("/set temperature nan", "temperature must be a number from 0, such as 0.6"),
     ("/set top_k 1.5", "top_k must be a number from 0, such as 50"),
     ("/set seed -1", "seed must be a number from 0, such as 42"),
+    ("/set max_tokens 0", "max_tokens must be a number from 1, such as 256"),
 ])
 def test_a_command_that_cannot_be_is_one_line_and_the_conversation_continues(
     monkeypatch, capsys, line, said
@@ -312,12 +313,26 @@ def test_an_answer_does_not_wait_for_the_import_of_torchs_compiler(
 @pytest.mark.parametrize("arguments, hint", [
     (["scripts.chat_cli", "-p", " "], "-p"),
     (["scripts.chat_cli", "-p", "hello"], "sft"),
+    (["scripts.chat_cli", "-p", "hello", "--max_tokens=0"], "error: max_tokens=0 must be at least"),
+    (["scripts.chat_web", "--top_k=-1"], "error: top_k=-1 must be at least 0"),
     (["scripts.chat_web", "--port=99999"], "--port"),
     (["scripts.chat_web", "--prot=80"], "--port"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, hint):
     result = run(tmp_path, *arguments)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and hint in result.stderr
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.chat_cli"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
 def test_a_port_in_use_is_one_line_naming_the_setting(tmp_path):

@@ -211,7 +211,7 @@ def test_two_ranks_learn_what_one_learns(sft, run_of, one_rank, parallel):
     (("--source=base",), "choose sft, mid or rl"),
     (("--num_samples=1",), "num_samples=1 must be at least 2"),
     (("--temperature=0",), "would all be the same"),
-    (("--temperature=-1",), "must not be negative"),
+    (("--temperature=-1",), "temperature=-1.0 must be at least 0"),
     (("--minutes=0",), "a budget must be above zero"),
 ])
 def test_bad_input_is_one_line_with_the_remedy(sft, words, said):

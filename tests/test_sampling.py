@@ -217,9 +217,9 @@ def test_a_tiny_temperature_is_greedy():
 
 
 @pytest.mark.parametrize("wrong, hint", [
-    ({"temperature": -1.0}, "must not be negative"),
-    ({"temperature": math.nan}, "must not be negative"),
-    ({"top_k": -1}, "must not be negative"),
+    ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+    ({"temperature": math.nan}, "temperature=nan must be at least 0"),
+    ({"top_k": -1}, "top_k=-1 must be at least 0"),
     ({"top_p": 0}, "top_p=0"),
     ({"top_p": 1.1}, "top_p=1.1"),
     ({"top_p": math.nan}, "top_p=nan"),

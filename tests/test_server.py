@@ -439,6 +439,15 @@ def test_openai_client_logprobs_of_a_chat(client, engine):
     assert tokens == ["Hel", "lo"], "what is cut off is not listed"
 
 
+def test_the_tokens_of_a_tools_reply_are_listed_as_certain(address, engine):
+    engine.forced = ["lo", " "]
+    content = post(address, logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == TEXT
+    assert [entry["logprob"] for entry in content] == [-0.5, 0, 0, -0.5, -0.5]
+    assert [top["token"] for top in content[0]["top_logprobs"]] == ["Hel", "a"]
+    assert [top["token"] for top in content[1]["top_logprobs"]] == ["lo"]
+
+
 def test_a_piece_of_a_character_has_its_bytes_as_its_token(address, engine):
     engine.pieces = ["🙂".encode("utf-8")[:2], "🙂".encode("utf-8")[2:]]
     choice = post(address, logprobs=True).json()["choices"][0]
