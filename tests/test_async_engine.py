@@ -5,6 +5,7 @@ import time
 import pytest
 from chat_fakes import FakeEngine, fake_pool, wait_until
 
+from nanochat import async_engine
 from nanochat.async_engine import EngineStopped, Generation, QueueFull, StepFailed
 from nanochat.common import UserError
 from nanochat.serving_stats import ServingStats
@@ -76,6 +77,24 @@ def test_what_a_step_brings_to_all_sequences_comes_in_one_callback():
         finally:
             loop.call_soon_threadsafe = original
         assert len(callbacks) <= engine.steps <= 22
+
+
+def test_between_the_first_token_and_the_end_tokens_travel_together(monkeypatch):
+    """What is not due yet waits: for its time, which never comes here, or for the end."""
+    engine = FakeEngine(["a", "b", "c", "d"])
+    monkeypatch.setattr(async_engine, "SECONDS_OF_PIECE", 1e9)
+
+    @played(engine)
+    async def scenario(pool):
+        requests = [pool.submit([generation()]) for _ in range(3)]
+        for request in requests:
+            pieces = [one.take()[0] async for _, one in request.moves()]
+            assert [piece for piece in pieces if piece] in (["a", "bcd"], ["abcd"])
+        assert engine.steps < 12
+        monkeypatch.setattr(async_engine, "SECONDS_OF_PIECE", 0)
+        engine.delay = 0.01
+        pieces = [one.take()[0] async for _, one in pool.submit([generation()]).moves()]
+        assert [piece for piece in pieces if piece] == ["a", "b", "c", "d"]
 
 
 def test_a_slow_reader_finds_the_pieces_joined():
