@@ -17,7 +17,7 @@ event loop.
     deliver()           <- call_soon_threadsafe <-  one list of Updates
 
 To send a piece of an answer takes the event loop a tenth of a millisecond of Python, in which the
-engine's thread stands still: with many clients of a small model that was more than the steps. So
+engine's thread waits: with many clients of a small model that was more than the steps took. So
 what comes within SECONDS_OF_PIECE for each sequence travels together (vLLM's --stream-interval
 counts tokens in the place of time): one client gets its tokens one by one, and each of 32 gets a
 piece 30 times a second. The first token and the end of a sequence never wait.
