@@ -41,6 +41,7 @@ NUMBERS = {
     "repetition_penalty": Number(0.01, 10, REAL, 1.0),
     "seed": Number(-2**63, 2**63 - 1, WHOLE, None),
 }
+TRUNCATION = Number(-1, MAX_TOKENS_BOUND, WHOLE, None)
 SMALLEST_TOP_P = 1e-6       # top_p=0 is what some clients send for "the likeliest token"
 
 # Fields that this server cannot honour, with the values that ask for nothing. None is one of them.
@@ -129,8 +130,13 @@ Served = namedtuple(
 
 # What was asked for. options: of Engine.new_sequence(), but for the prompt; n: choices of each
 # prompt; stop: texts; echo: whether the prompt is repeated; scoring: nothing is generated, the
-# prompt's own logprobs are wanted.
-Asked = namedtuple("Asked", "options n stop stream include_usage logprobs echo scoring")
+# prompt's own logprobs are wanted; truncate: how many of a prompt's last tokens are kept, -1: what
+# leaves room for the answer, None: all of them.
+Asked = namedtuple(
+    "Asked",
+    "options n stop stream include_usage logprobs echo scoring truncate",
+    defaults=(None,),
+)
 
 
 def parse_body(body):
@@ -312,7 +318,16 @@ def read_continuation(fields, served):
     asked = read_common(fields, served, logprobs, echo, scoring)
     if echo and logprobs is not None:
         asked.options["prompt_logprobs"] = True
-    return asked
+    return asked._replace(truncate=read_truncation(fields))
+
+
+def read_truncation(fields):
+    """How many of a prompt's last tokens are kept, by vLLM's field: None, -1, or at least 1."""
+    kept = read_number(fields, "truncate_prompt_tokens", TRUNCATION)
+    if kept == 0:
+        problem = "truncate_prompt_tokens must be at least 1, or -1 to leave room for the answer"
+        raise ApiError(400, problem, "truncate_prompt_tokens")
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ CHAT = {
 CONTINUATION = {
     "prompt": {"anyOf": [TEXT, TEXTS, IDS, {"type": "array", "items": IDS, "minItems": 1}]},
     "echo": FLAG,
+    "truncate_prompt_tokens": {"type": ["integer", "null"], "minimum": -1, "not": {"const": 0}},
     "logprobs": {"type": "integer", "minimum": 0, "maximum": TOP_LOGPROBS},
 }
 

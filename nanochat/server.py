@@ -33,7 +33,7 @@ from starlette.requests import ClientDisconnect
 from nanochat import openai_api as api
 from nanochat.async_engine import EngineStopped, Generation, QueueFull
 from nanochat.common import UserError
-from nanochat.completion import fit_text, printable
+from nanochat.completion import printable
 from nanochat.conversation import (
     fit_conversation,
     prompt_room,
@@ -54,6 +54,7 @@ RETRY_SECONDS = 1           # after which a client may try again
 
 # Where a model is asked, and what a base model says to a conversation
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+TRUNCATE = "shorten it, or send truncate_prompt_tokens: -1, which keeps its end"
 NO_CHATS = f"this is a base model, which continues texts: use POST {TEXTS} with a prompt"
 ROUTES = {"/", "/about", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models"}
 ROUTES |= {CHATS, TEXTS}
@@ -215,10 +216,10 @@ def begun_turn(tokenizer, message):
     return ids[len(before):-1]
 
 
-def check_length(ids, context, param):
+def check_length(ids, context, param, remedy="shorten it"):
     """ApiError for a prompt that leaves no room for an answer."""
     if len(ids) >= context:
-        problem = f"the prompt has {len(ids)} tokens, the model reads {context - 1}: shorten it"
+        problem = f"the prompt has {len(ids)} tokens, the model reads {context - 1}: {remedy}"
         raise ApiError(400, problem, param, "context_length_exceeded")
 
 
@@ -228,20 +229,27 @@ Prompt = namedtuple("Prompt", "ids text first")
 
 
 def text_prompt(tokenizer, given, asked, context):
-    """A Prompt from a text or from token ids, which are taken as they are.
-
-    Of a text that is too long the end is continued, unless it is to be repeated.
-    """
+    """A Prompt from a text or from token ids. One that is too long is refused, as vLLM refuses it:
+    its beginning is left out only where the client has asked for that."""
     if isinstance(given, list):
         prompt = Prompt(given, tokenizer.decode(given) if asked.echo else "", 0)
-    elif asked.echo:
-        ids = tokenizer.encode(given, prepend=tokenizer.get_bos_token_id())
-        prompt = Prompt(ids, given, 1)
     else:
-        room = prompt_room(context, asked.options["max_new_tokens"])
-        prompt = Prompt(fit_text(tokenizer, given, room), "", 1)
-    check_length(prompt.ids, context, "prompt")
+        ids = tokenizer.encode(given, prepend=tokenizer.get_bos_token_id())
+        prompt = Prompt(ids, given if asked.echo else "", 1)
+    prompt = truncated(tokenizer, prompt, asked, context)
+    check_length(prompt.ids, context, "prompt", TRUNCATE)
     return prompt
+
+
+def truncated(tokenizer, prompt, asked, context):
+    """The end of a Prompt, as long as the client wants it at most."""
+    kept = len(prompt.ids) if asked.truncate is None else asked.truncate
+    if kept == -1:
+        kept = prompt_room(context, asked.options["max_new_tokens"])
+    if kept >= len(prompt.ids):
+        return prompt
+    ids = prompt.ids[-kept:]
+    return Prompt(ids, tokenizer.decode(ids) if asked.echo else "", 0)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from nanochat.benchmark import (
     Progress,
     attempt,
     device_name,
+    free_memory,
     measure_read_bandwidth,
     percent,
     problem_of,
@@ -93,6 +94,7 @@ dtype = ""                  # float32 or bfloat16. Empty: what the hardware does
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_TOKENS = 64     # of the prompts that come before those that are measured
+MOST_TOKENS = 2**20     # of a context: more than any model here was trained for
 START_SECONDS = 300     # that a server may take until it is ready
 STOP_SECONDS = 30       # that it may take to end
 HEALTH_SECONDS = 0.2    # between two requests of /health
@@ -150,9 +152,13 @@ def bytes_per_step(network, batch, context, matrix_bytes):
     context: tokens in the cache of each. matrix_bytes: of all matrices. Of the embeddings, one row
     for each sequence is read, which counts for nothing.
     """
+    return matrix_bytes + cache_bytes(network, batch, context)
+
+
+def cache_bytes(network, batch, context):
+    """Bytes of the keys and values of so many sequences with so many tokens each."""
     few = 64
-    of_token = network.new_kv_cache(1, few).nbytes / few
-    return matrix_bytes + batch * context * of_token
+    return batch * context * network.new_kv_cache(1, few).nbytes / few
 
 
 def matrix_bytes_of(batch, parameters, itemsize):
@@ -220,7 +226,15 @@ def measure_engine(engine, batch, context):
 
 
 def warmed_up(network, batch):
-    """An Engine for a batch size, which has taken its first steps: those allocate and compile."""
+    """An Engine for a batch size, which has taken its first steps: those allocate and compile.
+
+    MemoryError where its cache is larger than the memory that is free: a CPU's would be granted,
+    and the system would end the process that uses it.
+    """
+    needed = cache_bytes(network, batch, network.config.max_seq_len)
+    free = free_memory(network.device)
+    if free is not None and needed > free:
+        raise MemoryError
     engine = make_engine(network, batch)
     context = min(WARM_UP_TOKENS, engine.max_seq_len // 2)
     run_decode_steps(engine, random_prompts(batch, context, network.config.vocab_size), 2)
@@ -520,6 +534,8 @@ def check_settings(settings):
     check_choices(settings, model=TRAINABLE, weights=WEIGHTS)
     for name in ("batches", "contexts", "concurrency"):
         numbers(settings[name], name)
+    if max(numbers(contexts, "contexts")) > MOST_TOKENS:
+        raise UserError(f"contexts={contexts}: a context may have {MOST_TOKENS:,} tokens at most")
     if minutes is not None and not minutes > 0:
         raise UserError(f"minutes={minutes} must be more than 0")
     if server and source == "base":

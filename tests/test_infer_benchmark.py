@@ -155,6 +155,13 @@ def test_a_cache_that_cannot_be_allocated_leaves_the_other_batch_sizes(benchmark
     assert failed == ["out of memory", "out of memory", None, None]
 
 
+def test_a_cache_larger_than_the_free_memory_is_not_allocated(benchmark, monkeypatch):
+    free = iter([1000, None])
+    monkeypatch.setattr(infer_benchmark, "free_memory", lambda device: next(free))
+    _, record = benchmark(*SMALL, "--batches=2,1", "--contexts=8")
+    assert [row.get("failed") for row in record["rows"]] == ["out of memory", None]
+
+
 def test_a_machine_without_a_compiler_is_told_how_to_measure(benchmark, monkeypatch):
     monkeypatch.setattr(infer_benchmark, "can_multiply_fast", lambda device: True)
     monkeypatch.setattr(infer_benchmark, "compile_problem", lambda device: "no C++ compiler")
@@ -261,6 +268,7 @@ def test_a_server_that_answers_nothing_ends_the_program(benchmark):
 @pytest.mark.parametrize("words, hint", [
     (["--batches=one"], "1,8,32"),
     (["--contexts=0"], "contexts"),
+    (["--contexts=128,9999999"], "1,048,576 tokens at most"),
     (["--concurrency="], "concurrency"),
     (["--depth=0"], "depth"),
     (["--minutes=0"], "minutes"),

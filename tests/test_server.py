@@ -670,10 +670,31 @@ def test_a_continuation_ends_where_it_was_asked_to(base_address, fields, text, r
     assert (choice["text"], choice["finish_reason"]) == (text, reason)
 
 
-def test_of_a_long_text_the_end_is_continued(base_address, base_engine):
-    assert complete(base_address, prompt="x" * 500 + "end", max_tokens=50).status_code == 200
-    prompt = base_engine.calls[0]["prompt"]
-    assert len(prompt) == 150 and prompt[-3:] == list(map(ord, "end"))
+@pytest.mark.parametrize("prompt", ["x" * 500 + "end", [5] * 500 + [*map(ord, "end")]])
+def test_the_end_of_a_long_prompt_is_continued_only_where_that_was_asked_for(
+    base_address, base_engine, prompt
+):
+    refused = complete(base_address, prompt=prompt, max_tokens=50)
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["code"] == "context_length_exceeded"
+    said = f"has {len(prompt) + isinstance(prompt, str)} tokens, the model reads 199"
+    assert said in error["message"] and "truncate_prompt_tokens" in error["message"]
+    assert base_engine.calls == []
+    for wanted, kept in ((-1, 150), (20, 20)):
+        fields = {"prompt": prompt, "max_tokens": 50, "truncate_prompt_tokens": wanted}
+        assert complete(base_address, **fields).status_code == 200
+        ids = base_engine.calls[-1]["prompt"]
+        assert len(ids) == kept and ids[-3:] == list(map(ord, "end"))
+    echoed = complete(base_address, **fields, echo=True).json()["choices"][0]["text"]
+    assert echoed.partition("end")[0] == base_engine.tokenizer.decode(ids[:-3])
+
+
+def test_a_prompt_that_fits_keeps_its_beginning_and_the_answer_gets_what_is_left(
+    base_address, base_engine
+):
+    assert complete(base_address, prompt="x" * 190, max_tokens=50).status_code == 200
+    call = base_engine.calls[0]
+    assert len(call["prompt"]) == 191 and call["max_new_tokens"] == 9
 
 
 @pytest.mark.parametrize("fields, param", [
@@ -683,6 +704,7 @@ def test_of_a_long_text_the_end_is_continued(base_address, base_engine):
     ({"echo": "yes"}, "echo"),
     ({"n": 17}, "n"), ({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
     ({"logprobs": 21}, "logprobs"), ({"max_tokens": 0}, "max_tokens"),
+    *[({"truncate_prompt_tokens": bad}, "truncate_prompt_tokens") for bad in (0, -2, "5", 1.5)],
     ({"temperature": -1}, "temperature"), ({"stream": 1}, "stream"),
     ({"model": "gpt-4"}, "model"),
 ])
