@@ -39,7 +39,6 @@ from collections import namedtuple
 
 from nanochat.common import UserError
 from nanochat.completion import printable
-from nanochat.sampling import TokenLogprob
 from nanochat.sequence_text import TextOfSequence
 
 FAILED_STEPS = 3            # after so many that raised, one after the other, an engine is given up
@@ -456,7 +455,7 @@ def certain(entry):
     """The TokenLogprob of a token that was forced: the model had no choice, whatever it had taken.
     """
     top = [(entry.token, 0.0)] if entry.top else []
-    return TokenLogprob(entry.token, 0.0, top)
+    return entry._replace(logprob=0.0, top=top)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ tokens are admitted at once:
                           measured to read (nanochat/benchmark.py)
 
 The server: started here as a process of its own, under the load of nanochat/load_test.py, whose
-clients share the cores with it. Beside their figures stand how long /health took meanwhile and the
-server's memory before and after. docs/benchmarks.md explains each number; the last line is JSON.
+clients share the cores with it. Beside their figures stand how long /health took meanwhile, and the
+server's memory at the beginning, in the middle and at the end. docs/benchmarks.md explains each
+number; the last line is JSON.
 """
 import contextlib
 import dataclasses
@@ -417,12 +418,16 @@ def memory_of(process):
 
 
 class HealthProbe:
-    """Asks a server for /health again and again, in a thread. seconds: how long each answer took;
-    failures: how many were none."""
+    """Asks a server for /health again and again, in a thread.
 
-    def __init__(self, base):
+    seconds: how long each answer took; failures: how many were none; memory: of the server's
+    process each time, where it is known.
+    """
+
+    def __init__(self, base, process=None):
         self.address = base.removesuffix("/v1") + "/health"
-        self.seconds = []
+        self.process = process
+        self.seconds, self.memory = [], []
         self.failures = 0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -437,7 +442,8 @@ class HealthProbe:
 
     def _run(self):
         with open_session(self.address) as session:
-            while not self.stopped.is_set():
+            is_over = False
+            while not is_over:
                 begin = time.perf_counter()
                 try:
                     answered = session.get(self.address, timeout=60).ok
@@ -445,7 +451,8 @@ class HealthProbe:
                     answered = False
                 self.seconds.append(time.perf_counter() - begin)
                 self.failures += not answered
-                self.stopped.wait(HEALTH_SECONDS)
+                self.memory.append(memory_of(self.process))
+                is_over = self.stopped.wait(HEALTH_SECONDS)
 
 
 def load_of(target, words, clients):
@@ -460,8 +467,7 @@ def load_of(target, words, clients):
 
 def server_row(target, words, clients, process):
     """The figures of so many clients at a time as a dict."""
-    before = memory_of(process)
-    with HealthProbe(target.base) as probe:
+    with HealthProbe(target.base, process) as probe:
         done = run_clients(target, load_of(target, words, clients))
     return {
         **measured(done, clients),
@@ -469,8 +475,11 @@ def server_row(target, words, clients, process):
         "health_p95": percentile(probe.seconds, 0.95),
         "health_worst": max(probe.seconds, default=None),
         "health_failures": probe.failures,
-        "memory_before": before,
-        "memory_after": memory_of(process),
+        "health_over_100_ms": sum(seconds > 0.1 for seconds in probe.seconds),
+        "health_requests": len(probe.seconds),
+        "memory_before": probe.memory[0],
+        "memory_middle": probe.memory[len(probe.memory) // 2],
+        "memory_after": probe.memory[-1],
     }
 
 
@@ -485,14 +494,13 @@ def server_table(rows):
     yield f"| {' | '.join(titles)} |"
     yield "|" + "---|" * len(titles)
     for row in rows:
-        before = in_units(row["memory_before"], 1e-6, 0)
-        after = in_units(row["memory_after"], 1e-6, 0)
+        memory = [row[f"memory_{when}"] for when in ("before", "middle", "after")]
         cells = [
             str(row["concurrency"]),
             *figure_cells(row),
             in_units(row["health"], 1000, 1),
             in_units(row["health_worst"], 1000, 1),
-            f"{before} to {after}" if before else "",
+            ", ".join(in_units(size, 1e-6, 0) for size in memory if size),
         ]
         yield f"| {' | '.join(cells)} |"
 
@@ -516,6 +524,9 @@ def benchmark_server(settings, address, process):
     # 3) for people, then for machines
     print0("\n" + "\n".join(server_table(rows)) + "\n")
     print0(how_counted(rows))
+    slow = sum(row["health_over_100_ms"] for row in rows)
+    print0(f"/health took more than 100 ms {slow} of {sum(row['health_requests'] for row in rows)} "
+           "times. Memory is that at the beginning, in the middle and at the end.")
     failures = sum(row["health_failures"] for row in rows)
     if failures:
         print0(f"/health did not answer with 200 {failures} times")

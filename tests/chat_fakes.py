@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections import namedtuple
 
 from nanochat.async_engine import EnginePool
 from nanochat.common import UserError
@@ -101,11 +102,12 @@ class FakeStream:
             self.engine.running.remove(self)
 
 
-class FakeLogprob:
-    """The logprob of a token, and of one alternative: the character "a"."""
+FakeLogprob = namedtuple("FakeLogprob", "token logprob top")
 
-    def __init__(self, token):
-        self.token, self.logprob, self.top = token, -0.5, [(token, -0.5), (ord("a"), -1.0)]
+
+def fake_logprob(token):
+    """The logprob of a token, and of one alternative: the character "a"."""
+    return FakeLogprob(token, -0.5, [(token, -0.5), (ord("a"), -1.0)])
 
 
 class FakeSequence:
@@ -119,7 +121,7 @@ class FakeSequence:
         self.logprobs = [] if logprobs is not None else None
         self.prompt_logprobs = None
         if prompt_logprobs:
-            self.prompt_logprobs = [None, *map(FakeLogprob, prompt[1:])]
+            self.prompt_logprobs = [None, *map(fake_logprob, prompt[1:])]
 
 
 class FakeEngine:
@@ -194,7 +196,7 @@ class FakeEngine:
         sequence.tokens.append(token)
         sequence.sampled.append(piece not in self.forced)
         if sequence.logprobs is not None:
-            sequence.logprobs.append(FakeLogprob(token))
+            sequence.logprobs.append(fake_logprob(token))
         if len(sequence.tokens) >= len(self.pieces) and piece is self.pieces[-1]:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) == sequence.max_new_tokens:

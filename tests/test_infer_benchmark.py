@@ -241,6 +241,7 @@ def test_a_server_is_started_measured_and_ended(benchmark, monkeypatch):
     out, record = benchmark("--server", "--concurrency=1", "--rounds=2")
     row = record["rows"][0]
     assert row["requests"] == 2 and row["memory_before"] > 10e6 and row["memory_after"] > 10e6
+    assert row["memory_middle"] > 10e6 and row["health_over_100_ms"] <= row["health_requests"]
     assert " MB |" in out and processes[0].poll() is not None
 
 
