@@ -547,5 +547,7 @@ class EnginePool:
 
     @property
     def is_running(self):
-        """Whether a thread has not ended."""
-        return any(engine.is_running for engine in self.engines)
+        """Whether a thread has not ended, one that compiles the decode step included."""
+        engines = [engine.engine for engine in self.engines if engine.engine]
+        compiles = any(engine.is_compiling for engine in engines)
+        return compiles or any(engine.is_running for engine in self.engines)

@@ -831,7 +831,11 @@ class ChatServer(uvicorn.Server):
 
 
 def end_process(pool, status):
-    """End this process with an exit status, also where an engine's thread never ends."""
+    """End this process with an exit status, also where an engine's thread never ends.
+
+    A compilation is left where it is: the interpreter would wait for its processes. What it has
+    compiled so far is on disk already.
+    """
     pool.join(GONE_SECONDS)
     sys.stdout.flush()
     if pool.is_running:

@@ -1,5 +1,6 @@
 """A tokenizer, an engine and a running server, for the tests of all that is between a model and its
 user."""
+import atexit
 import contextlib
 import json
 import socket
@@ -135,6 +136,7 @@ class FakeEngine:
     """
 
     max_seq_len = 200
+    is_compiling = False
 
     def __init__(self, pieces=("Hel", "lo", " ", "🙂", "!"), max_slots=4):
         self.tokenizer = FakeTokenizer()
@@ -276,7 +278,8 @@ def run_server(settings):
     """Serve a fake engine in this process until a signal ends it; prints its port.
 
     settings: pieces and delay of the engine; fails: whether a step ends the thread; hangs: whether
-    one never ends; drain_seconds.
+    one never ends; compiles: whether decoding is being compiled, for whose end the interpreter
+    would wait; drain_seconds.
     """
     engine = FakeEngine(settings.get("pieces", ["word "] * 20))
     engine.delay = settings.get("delay", 0.05)
@@ -284,6 +287,9 @@ def run_server(settings):
         engine.pieces = ["word ", SystemExit(3)]
     if settings.get("hangs"):
         engine.gate = threading.Event()
+    if settings.get("compiles"):
+        engine.is_compiling = True
+        atexit.register(time.sleep, 60)
     pool = fake_pool(engine, max_queue=settings.get("max_queue", 100))
     app = create_app(pool, Settings(MODEL, hang_seconds=0.2))
     with socket.create_server(("127.0.0.1", 0)) as listener:

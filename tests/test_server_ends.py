@@ -107,3 +107,9 @@ def test_where_the_engines_thread_dies_health_says_so_and_the_process_ends_with_
         assert server.get("/health") in (503, 0)
         status, error = server.end()
         assert status == 1 and "the model has failed" in error
+
+
+def test_a_compilation_under_way_is_not_waited_for():
+    with Process(compiles=True) as server:
+        server.signal(signal.SIGTERM)
+        assert server.end(timeout=20) == (0, "")
