@@ -121,12 +121,11 @@ def case_of_file(path, batch_size=None, seq_len=None):
 
     `depth` is needed, the other fields follow from it. batch_size, seq_len: in place of the file's
     device_batch_size and max_seq_len, which are else 8 and 1024. Prints what in the file a
-    benchmark does not use. UserError for a model or a shape that cannot be, and for FP8.
+    benchmark does not use. UserError for a model or a shape that cannot be.
     """
     if not Path(path).is_file():
         raise UserError(f"config={path} does not exist: name a file of lines like depth = 12")
     given = {name: value for name, value in read_config(path) if value is not None}
-    refuse_fp8(given.pop("fp8", None))
     model_class = given.pop("model", "gpt")
     if model_class not in TRAINABLE:
         raise UserError(f"{path}: model={model_class} does not exist: choose from "
@@ -164,14 +163,6 @@ def wrong_fields(case, shape, fields):
     return wrong
 
 
-def refuse_fp8(recipe):
-    """UserError for a recipe of FP8, as --fp8 or a config file may name one."""
-    if recipe and recipe != "none":
-        raise UserError(
-            f"fp8={recipe}: training in FP8 needs nanochat/fp8.py, which is not written yet: leave "
-            "fp8 out, or measure FP8's matrix products with scripts.simple_train_benchmark")
-
-
 def config_with(config_class, shape):
     """A config of these fields; what is missing is that of the depth, and kv_heads the heads."""
     usual = config_class.from_depth(
@@ -207,6 +198,7 @@ class Setup(NamedTuple):
     parallel: str = "replicated"
     compile: bool = True
     checkpoint_activations: bool = False
+    fp8: object = None      # an Fp8Recipe
 
 
 def planned_memory(case, micro_batch_size, setup, compute):
@@ -357,53 +349,6 @@ def tera(rate):
     return f"{rate:.1f}" if rate >= 10 else f"{rate:.3f}"
 
 
-# The vendors' 8-bit formats with 4 bits of exponent. MI300 alone has the one without a negative
-# zero; read as the other, its bits are other numbers.
-FP8_ON_ROCM = {
-    "gfx942": "float8_e4m3fnuz",  # MI300
-    "gfx950": "float8_e4m3fn",    # MI350
-    "gfx1200": "float8_e4m3fn",   # RDNA4
-    "gfx1201": "float8_e4m3fn",
-}
-FP8_SINCE = (8, 9)  # compute capability: Ada; Hopper is (9, 0)
-
-
-def fp8_format(device_type, hip, architecture, capability):
-    """(name of torch's dtype for FP8 matrix products or None, why there is none).
-
-    hip: torch.version.hip. architecture: of ROCm, "gfx942:sramecc+:xnack-". capability: of CUDA,
-    (9, 0). On ROCm the capability is a number of the architecture and says nothing.
-    """
-    if device_type != "cuda":
-        return None, f"{device_type} has no FP8 matrix products (torch only has a slow reference)"
-    if hip:
-        name = architecture.split(":")[0]
-        found = FP8_ON_ROCM.get(name)
-        return found, "" if found else f"{name} has no FP8"
-    if tuple(capability) < FP8_SINCE:
-        return None, f"compute capability {capability[0]}.{capability[1]} has no FP8, 8.9 has it"
-    return "float8_e4m3fn", ""
-
-
-def fp8_format_here(device):
-    """fp8_format() of a device."""
-    if device.type != "cuda":
-        return fp8_format(device.type, None, "", (0, 0))
-    properties = torch.cuda.get_device_properties(device)
-    return fp8_format(
-        device.type,
-        torch.version.hip,
-        getattr(properties, "gcnArchName", ""),
-        (properties.major, properties.minor),
-    )
-
-
-def to_fp8(x, dtype):
-    """x in a format of 8 bits. Values beyond its range become the largest one, never a NaN."""
-    largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype)
-
-
 # --------------------------------------------------------------------------------------------------
 # times
 
@@ -518,7 +463,7 @@ class Training:
         }
         self.network = build_model(meta, compute.device).train()
         choose_kernel(compute.device, compute.dtype)    # as training does
-        prepare(self.network, setup.compile, setup.checkpoint_activations)
+        prepare(self.network, setup.compile, setup.checkpoint_activations, setup.fp8)
         choose_optimizers(self.network, setup.optimizer)
         optimizers = self.network.setup_optimizers()
         self.layout = Layout(self.network, optimizers, setup.parallel)

@@ -363,6 +363,73 @@ def find_unseen_gpu():
     )
 
 
+# The vendors' 8-bit formats with 4 bits of exponent. MI300 alone has the one without a negative
+# zero; read as the other, its bits are other numbers.
+FP8_ON_ROCM = {
+    "gfx942": "float8_e4m3fnuz",  # MI300
+    "gfx950": "float8_e4m3fn",    # MI350
+    "gfx1200": "float8_e4m3fn",   # RDNA4
+    "gfx1201": "float8_e4m3fn",
+}
+FP8_SINCE = (8, 9)    # compute capability: Ada; Hopper is (9, 0)
+MXFP8_SINCE = (10, 0)  # Blackwell
+
+
+def fp8_format(device_type, hip, architecture, capability):
+    """(name of torch's dtype for FP8 matrix products or None, why there is none).
+
+    hip: torch.version.hip. architecture: of ROCm, "gfx942:sramecc+:xnack-". capability: of CUDA,
+    (9, 0). On ROCm the capability is a number of the architecture and says nothing.
+    """
+    if device_type != "cuda":
+        return None, f"{device_type} has no FP8 matrix products (torch only has a slow reference)"
+    if hip:
+        name = architecture.split(":")[0]
+        found = FP8_ON_ROCM.get(name)
+        return found, "" if found else f"{name} has no FP8"
+    if tuple(capability) < FP8_SINCE:
+        return None, f"compute capability {capability[0]}.{capability[1]} has no FP8, 8.9 has it"
+    return "float8_e4m3fn", ""
+
+
+def fp8_format_here(device):
+    """fp8_format() of a device."""
+    return fp8_format(*generation_of(device))
+
+
+def mxfp8_problem(device_type, hip, architecture, capability):
+    """Why a device has no products of blocks of 32 values with a scale each, "" where it has.
+
+    The arguments are those of fp8_format(). NVIDIA's since Blackwell read the scales in the order
+    in which nanochat/fp8.py stores them; MI350 wants another, which nobody here could try.
+    """
+    if hip:
+        return f"mxfp8 needs an NVIDIA GPU since Blackwell, this is {architecture.split(':')[0]}"
+    if device_type != "cuda" or tuple(capability) < MXFP8_SINCE:
+        return (f"mxfp8 needs an NVIDIA GPU since Blackwell (compute capability 10.0), this is "
+                f"{capability[0]}.{capability[1]}")
+    return ""
+
+
+def mxfp8_problem_here(device):
+    """mxfp8_problem() of a device."""
+    return mxfp8_problem(*generation_of(device))
+
+
+def generation_of(device):
+    """(device type, torch.version.hip, ROCm architecture, compute capability) of a device."""
+    import torch
+    if device.type != "cuda":
+        return device.type, None, "", (0, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        device.type,
+        torch.version.hip,
+        getattr(properties, "gcnArchName", ""),
+        (properties.major, properties.minor),
+    )
+
+
 def preferred_dtype(device_type):
     """bfloat16 where the hardware multiplies it, else float32.
 

@@ -53,6 +53,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError, all_reduce_max, get_dist_info, print0
+from nanochat.fp8 import convert
 from nanochat.fsdp import ShardedModel, overlap
 from nanochat.hardware import compile_problem, empty_cache, is_out_of_memory
 from nanochat.optimizer_state import (
@@ -69,10 +70,11 @@ ALIGNMENT = 16             # elements: a parameter in a bucket begins where vect
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare(model, compile=True, checkpoint_activations=False):
+def prepare(model, compile=True, checkpoint_activations=False, fp8=None):
     """Apply to a model, in place, what training wants from outside; returns the model.
 
-    The order is: activation checkpointing, compiling, and then a Layout, which may shard the model.
+    fp8: an Fp8Recipe (fp8.py), None for none. The order is: FP8, activation checkpointing,
+    compiling, and then a Layout, which may shard the model.
     State-dict keys stay plain, and `block.forward` stays uncompiled. Modules must be called through
     `__call__`; the hooks of fully_shard then run outside of the compiled code, in which dynamo
     enters no function of torch.nn or torch.distributed.
@@ -80,6 +82,8 @@ def prepare(model, compile=True, checkpoint_activations=False):
     Where this machine cannot compile, one line says why and what that costs, and the blocks stay
     as they are, on all ranks.
     """
+    if fp8:
+        convert(model, fp8)
     if checkpoint_activations:
         for block in model.blocks:
             recompute_in_backward(block)

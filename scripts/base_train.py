@@ -27,6 +27,7 @@ from nanochat.dataloader import (
 from nanochat.dataset import open_dataset
 from nanochat.engine import sample_texts
 from nanochat.folders import new_run
+from nanochat.fp8 import choose_fp8
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.parallel import Layout, accumulate_gradients, prepare
@@ -82,6 +83,10 @@ parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
 checkpoint_activations: bool = None  # recompute blocks in the backward pass; None: if it must be
 compile = True               # compile the blocks
+fp8: str = None              # hybrid, e4m3, mxfp8 or none (docs/fp8.md); None: as resumed, or none
+fp8_scaling: str = None      # its scales: tensorwise or rowwise; None: tensorwise
+fp8_backend: str = None      # torch, or te for TransformerEngine; None: torch
+fp8_emulate: bool = None     # compute FP8's rounding without its products, slowly: for tests
 eval_every: int = None       # steps between validations and samples; None: each quarter, or epoch
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
@@ -125,6 +130,7 @@ if resumed and resumed.get("extend") and (start.kind == EXTENDED or not resume_f
 if resumed:
     data = settings["data"] = data_to_resume(data, resumed)
     resumed["dtype"] = dtype or resumed["dtype"]
+fp8_recipe = choose_fp8(settings, resumed, compute)
 
 # ---- what the budget buys: every decision, and its reason
 earlier_budget = resumed.get("budgets") if resumed else None
@@ -205,6 +211,7 @@ meta.update(
     device_batch_size=micro_batch_size,
     parallel=plan.parallel,
     checkpoint_activations=plan.checkpoint_activations,
+    fp8=fp8_recipe and fp8_recipe.saved(),
 )
 
 # ---- the model; from here on `model` is the module
@@ -218,7 +225,7 @@ elif meta["config"].get("ngrams"):
     if world_size > 1:
         for buffer in model.ngrams.buffers():
             torch.distributed.broadcast(buffer, 0)
-prepare(model, checked.compile, plan.checkpoint_activations)
+prepare(model, checked.compile, plan.checkpoint_activations, fp8_recipe)
 parameters = sum(p.numel() for p in model.parameters())
 print0(f"{parameters:,} parameters, width {model.config.width}, vocabulary {vocab_size}")
 

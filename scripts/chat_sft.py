@@ -12,6 +12,7 @@ from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import deliver, resumed_conversations, say_cut, sft_data_generator
 from nanochat.engine import sample_chats
+from nanochat.fp8 import choose_fp8
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.passage_store import prepare_passages
@@ -59,6 +60,10 @@ parallel = "auto"            # replicated, zero2 or fsdp; auto: as pretraining
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
 checkpoint_activations: bool = None  # recompute blocks in backward; None: as pretraining
 compile = True               # compile the blocks
+fp8: str = None              # hybrid, e4m3, mxfp8 or none (docs/fp8.md); None: as resumed, or none
+fp8_scaling: str = None      # its scales: tensorwise or rowwise; None: tensorwise
+fp8_backend: str = None      # torch, or te for TransformerEngine; None: torch
+fp8_emulate: bool = None     # compute FP8's rounding without its products, slowly: for tests
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay
@@ -88,10 +93,12 @@ checked = check_device(compute, compile)
 device, rank, world_size = compute.device, compute.rank, compute.world_size
 start, model, tokenizer = start_chat("chat_sft", "sft", settings, compute, model_source=source)
 meta = start.meta
+fp8_recipe = choose_fp8(settings, meta, compute)
+meta["fp8"] = fp8_recipe and fp8_recipe.saved()
 passages = prepare_passages(data, meta, start.folder)
 meta["questions"] = sample_questions(passages)
 arrangement = chat_layout(settings, meta, world_size)
-prepare(model, checked.compile, arrangement.checkpoint_activations)
+prepare(model, checked.compile, arrangement.checkpoint_activations, fp8_recipe)
 T = model.config.max_seq_len
 matmul_flops = measure_matmul_flops(device, compute.dtype)
 

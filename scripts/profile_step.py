@@ -39,6 +39,7 @@ from nanochat.benchmark import (
 )
 from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import configure, require
+from nanochat.fp8 import choose_fp8
 from nanochat.hardware import (
     peak_memory,
     raise_malloc_thresholds,
@@ -57,6 +58,10 @@ steps = 3                    # under the profiler
 warm_steps = 5               # before them; the first two, which compile, count for no speed
 parallel = "auto"            # replicated, zero2 or fsdp; auto: zero2 on several ranks
 compile = True               # compile the blocks
+fp8: str = None              # FP8 products of the blocks: hybrid, e4m3 or mxfp8 (docs/fp8.md)
+fp8_scaling: str = None      # its scales: tensorwise or rowwise; None: tensorwise
+fp8_backend: str = None      # torch, or te for TransformerEngine; None: torch
+fp8_emulate: bool = None     # compute FP8's rounding without its products: no speed to publish
 device_type = ""             # cuda, mps or cpu; empty: what training would choose
 dtype = ""                   # float32 or bfloat16; empty: what the hardware is good at
 top = 12                     # operations that are listed, those that take longest
@@ -235,7 +240,8 @@ def main(settings):
     kind = parallel
     if parallel == "auto":
         kind = "zero2" if compute.world_size > 1 else "replicated"
-    setup = Setup(parallel=kind, compile=compile)
+    recipe = choose_fp8(settings, None, compute)
+    setup = Setup(parallel=kind, compile=compile, fp8=recipe)
     free = memory_of_a_rank(compute)
     micro_batch_size, needed = fitting_micro_batch(case, free, setup, compute)
     if micro_batch_size == 0:

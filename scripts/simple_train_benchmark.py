@@ -32,7 +32,6 @@ from nanochat.benchmark import (
     default_iterations,
     default_warmup,
     device_name,
-    fp8_format_here,
     measure_calls,
     peak_bandwidth,
     peak_of,
@@ -40,12 +39,13 @@ from nanochat.benchmark import (
     share_of,
     summarize,
     tera,
-    to_fp8,
 )
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import check_choices, configure, require
+from nanochat.fp8 import to_fp8
 from nanochat.gpt import MLP, GPTConfig, norm
 from nanochat.hardware import (
+    fp8_format_here,
     peak_memory,
     raise_malloc_thresholds,
     reset_peak_memory,

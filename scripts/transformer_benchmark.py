@@ -43,7 +43,6 @@ from nanochat.benchmark import (
     peak_of,
     percent,
     problem_of,
-    refuse_fp8,
     share_of,
     summarize,
     tera,
@@ -51,6 +50,7 @@ from nanochat.benchmark import (
 )
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import check_choices, configure, require
+from nanochat.fp8 import choose_fp8
 from nanochat.hardware import (
     measure_matmul_flops,
     peak_memory,
@@ -74,7 +74,10 @@ compile = True            # compile the blocks
 checkpoint_activations = False  # keep no activations, compute them again: less memory, slower
 device_type = ""          # cuda, mps or cpu; empty: cuda where there is one, else cpu
 dtype = ""                # float32 or bfloat16; empty: what the hardware is good at
-fp8 = ""                  # FP8 in the matrix products; refused: training in FP8 is not here yet
+fp8: str = None           # FP8 products of the blocks: hybrid, e4m3 or mxfp8 (docs/fp8.md)
+fp8_scaling: str = None   # its scales: tensorwise or rowwise; None: tensorwise
+fp8_backend: str = None   # torch, or te for TransformerEngine; None: torch
+fp8_emulate: bool = None  # compute FP8's rounding without its products: no speed to publish
 settings = configure(globals())
 
 
@@ -173,12 +176,12 @@ with attention | of peak | in the update | Memory |
 require(settings, 1, "batch_size", "seq_len", "iterations")
 require(settings, 0, "warmup")
 check_choices(settings, optimizer=OPTIMIZERS)
-refuse_fp8(fp8)
 cases = choose_cases()
 started = time.perf_counter()
 raise_malloc_thresholds()
 compute = compute_init(device_type, dtype)
-setup = Setup(optimizer, "replicated", compile, checkpoint_activations)
+fp8_recipe = choose_fp8(settings, None, compute)
+setup = Setup(optimizer, "replicated", compile, checkpoint_activations, fp8_recipe)
 warmup = default_warmup(compute.device.type) if warmup is None else warmup
 iterations = iterations or default_iterations(compute.device.type)
 name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")

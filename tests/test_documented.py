@@ -72,7 +72,6 @@ LATER = {
     "nanochat.variants.mla": "model families",
     "nanochat.variants.deepseek": "model families",
     "nanochat.variants.llada": "model families",
-    "nanochat.fp8": "FP8",
     "requirements.txt": "nothing: pyproject.toml names the packages",
     "optimize.sh": "nothing: scripts.doctor takes its options",
 }
