@@ -297,6 +297,8 @@ KINDS_IF_PRESENT = {
     "val_bpb": (*NUMBER, type(None)),
     "best_bpb": NUMBER,
     "bpbs": list,
+    "best_by": (str, type(None)),
+    "domain_bpbs": (dict, type(None)),
     "extend": (*NUMBER, type(None)),
     "extended": NUMBER,
     "rate_scale": NUMBER,
@@ -348,6 +350,8 @@ def problem_of_contents(meta):
             return f"is damaged ({key} is {str(size)[:30]})"
     if not all(map(is_number, meta.get("bpbs", []))):
         return "is damaged (bpbs are not all numbers)"
+    if not all(map(is_number, (meta.get("domain_bpbs") or {}).values())):
+        return "is damaged (domain_bpbs are not all numbers)"
     if not all(isinstance(own, list) for own in meta.get("own_identity") or []):
         return "is damaged (own_identity is no list of lists)"
     return None

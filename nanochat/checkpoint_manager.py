@@ -553,6 +553,15 @@ def build_model(meta, device):
     return model
 
 
+def untrained_model(meta, device):
+    """The network that a meta file describes as it is before the first step, to be evaluated.
+
+    It has no counts of n-grams: they are of the training text.
+    """
+    model = build_model(meta, device).for_chat()
+    return model.cast_for_inference(model.compute_dtype).eval()
+
+
 def uninitialised_model(meta, device):
     """The model that a meta file describes, its tensors allocated and not set, on `device`."""
     check_keys(meta, "model_class", "config")

@@ -1,4 +1,4 @@
-"""A local Hugging Face model behind the few names with which core_eval.py uses one of ours.
+"""A local Hugging Face model behind the few names by which one of ours is measured.
 
     model, tokenizer = load_hf_model("models/gpt2", device)
 
@@ -27,6 +27,7 @@ class HFModel:
     batch_tokens keeps them small.
     """
     shares_beginnings = False
+    training = False
 
     def __init__(self, model, vocab_size, context):
         self.model = model
@@ -48,9 +49,29 @@ class HFModel:
         found = x.gather(-1, targets[..., None])[..., 0]
         return found - x.logsumexp(-1)
 
+    def log_probs(self, idx, targets):
+        """idx, targets (B, T) -> (B, T) in nats; 0 where the target is -1."""
+        x, recent = self.features(idx)
+        found = self.target_log_probs(x, recent, targets.clamp(min=0))
+        return torch.where(targets >= 0, found, 0.0)
+
+    def eval(self):
+        """It always is."""
+        return self
+
+    def train(self, mode=True):
+        """It never does."""
+        return self
+
+    def step_zero(self):
+        """A model of the same shape as its class initialises it, on the same device."""
+        device = next(self.model.parameters()).device
+        model = type(self.model)(self.model.config).to(device).eval()
+        return HFModel(model, self.config.vocab_size, self.config.max_seq_len)
+
 
 class HFTokenizer:
-    """The tokenizer of such a model, with the two methods that are used."""
+    """The tokenizer of such a model, with the methods that are used."""
 
     def __init__(self, tokenizer, bos):
         self.tokenizer = tokenizer
@@ -64,6 +85,10 @@ class HFTokenizer:
         """A list of texts -> a list of lists of ids."""
         encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [[prepend, *ids] for ids in encoded]
+
+    def decode(self, ids):
+        """The text of ordinary tokens."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def load_hf_model(path, device):

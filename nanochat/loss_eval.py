@@ -1,5 +1,13 @@
-"""Bits per byte: what a model spends on each raw byte of unseen text, whatever the tokenizer."""
+"""Bits per byte: what a model spends on each raw byte of unseen text, whatever the tokenizer.
+
+    score = score_documents(model, tokenizer, documents, device)
+    score.bits_per_byte, score.perplexity
+
+Texts of several domains are compared by their surprise ratios, and a mix is recommended by these.
+docs/domains.md says what they tell and what they do not.
+"""
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,15 +39,42 @@ def pad_batch(sequences, device):
     return torch.tensor(inputs, device=device), torch.tensor(targets, device=device)
 
 
-@torch.no_grad()
-def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, world_size=1):
-    """Bits per raw byte of `documents` (list of str), each whole.
+def raw_bytes(documents):
+    """How many bytes documents (list of str) are as UTF-8: of the text itself, not of its tokens.
+    """
+    return sum(len(document.encode("utf-8")) for document in documents)
 
-    <|bos|> opens a document and is never a target. Ranks share the sequences; their sums meet in
-    one all-reduce, so that uneven shares cannot hang.
+
+class Score(NamedTuple):
+    """What a model spends on documents. <|bos|> is no target: it counts no token and no byte."""
+    nats: float
+    bytes: int
+    tokens: int
+
+    @property
+    def bits_per_byte(self):
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self):
+        """The exponential of the mean cross-entropy of a token: it depends on the tokenizer."""
+        return math.exp(self.nats / self.tokens)
+
+
+@torch.no_grad()
+def score_documents(
+    model, tokenizer, documents, device, batch_size=16, rank=0, world_size=1, progress=None,
+):
+    """The Score of `documents` (list of str, together at least one byte), each whole.
+
+    <|bos|> opens a document and is never a target. One that is longer than the context is scored
+    in windows, each token once. Ranks share the sequences; their sums meet in one all-reduce, so
+    that uneven shares cannot hang. progress: called with the share that is done, or None.
     """
     T = model.config.max_seq_len
-    sequences = cut_into_sequences(documents, tokenizer, T)[rank::world_size]
+    every = cut_into_sequences(documents, tokenizer, T)
+    tokens = sum(len(sequence) - 1 for sequence in every)
+    sequences = every[rank::world_size]
     was_training = model.training
     model.eval()
     # 1. this rank's share
@@ -49,6 +84,8 @@ def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, wor
         inputs, targets = pad_batch(batch, device)
         log_probs = model.log_probs(inputs, targets)
         nats -= log_probs.cpu().double().sum().item()  # on the CPU: MPS has no float64
+        if progress:
+            progress((start + len(batch)) / len(sequences))
     model.train(was_training)
 
     # 2. the sum over ranks
@@ -56,7 +93,79 @@ def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, wor
         total = torch.tensor(nats, dtype=torch.float64, device=collective_device())
         dist.all_reduce(total)
         nats = total.item()
+    return Score(nats, raw_bytes(documents), tokens)
 
-    # 3. of each byte
-    raw_bytes = sum(len(document.encode("utf-8")) for document in documents)
-    return nats / math.log(2) / raw_bytes
+
+def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, world_size=1):
+    """The bits per raw byte of score_documents()."""
+    score = score_documents(model, tokenizer, documents, device, batch_size, rank, world_size)
+    return score.bits_per_byte
+
+
+# ------------------------------------------------------------------------------------------------
+# several domains
+
+def base_domain(names):
+    """The domain that others are compared with: C4 where it was measured, else the first."""
+    return "c4" if "c4" in names else next(iter(names))
+
+
+def surprise_ratios(bits_per_byte):
+    """{name: bits per byte} -> {name: that of a domain divided by that of base_domain()}.
+
+    A uniform model whose tokens are bytes has 1 everywhere.
+    """
+    base = bits_per_byte[base_domain(bits_per_byte)]
+    return {name: bits / base for name, bits in bits_per_byte.items()}
+
+
+def domain_rows(scores, others):
+    """{name: figures} of the domains, for a table and a record.
+
+    scores: {name: Score} of a model; others: {"step_0": {name: Score}, ...} of those beside it.
+    """
+    ratios = _ratios_of(scores)
+    rows = {}
+    for name, score in scores.items():
+        rows[name] = {
+            "bytes": score.bytes,
+            "tokens": score.tokens,
+            "bits_per_byte": score.bits_per_byte,
+            "perplexity": score.perplexity,
+            "ratio": ratios[name],
+        }
+    for whose, its_scores in others.items():
+        its_ratios = _ratios_of(its_scores)
+        for name, score in its_scores.items():
+            rows[name][whose] = {"bits_per_byte": score.bits_per_byte, "ratio": its_ratios[name]}
+    return rows
+
+
+def _ratios_of(scores):
+    return surprise_ratios({name: score.bits_per_byte for name, score in scores.items()})
+
+
+def recommended_shares(ratios, reference):
+    """{name: share of what is added to the training text}, which sum to 1; None for nothing to add.
+
+    ratios: the surprise_ratios() of the model; reference: those of a model that it should be like.
+    A domain's share is proportional to max(0, ratio - ratio of the reference). It is a heuristic,
+    after the excess loss by which DoReMi (arXiv 2305.10429) weighs domains; there it is of a token,
+    measured again and again during training, and here of the whole domain, once.
+    """
+    excess = {name: max(0.0, ratios[name] - reference[name]) for name in ratios}
+    total = sum(excess.values())
+    if total == 0:
+        return None
+    return {name: value / total for name, value in excess.items()}
+
+
+def figure_to_compare(bits_per_byte, best_by):
+    """The number by which the steps of a run are compared: the lowest is the best.
+
+    bits_per_byte: {name of a domain: bits per byte}. best_by: one of the names, or "mean" for the
+    mean of all, each of the same weight.
+    """
+    if best_by == "mean":
+        return sum(bits_per_byte.values()) / len(bits_per_byte)
+    return bits_per_byte[best_by]

@@ -694,6 +694,36 @@ def bits_per_byte_blocks(run):
                    f"same at each of its steps.{guessing}")
 
 
+def domain_blocks(run):
+    """Held-out texts of several domains, where base_loss measured more than one."""
+    record = run.stages.get("base_loss", {})
+    rows_of = record.get("domains") or {}
+    if len(rows_of) < 2:
+        return
+    beside = [name for name in ("step_0", "reference") if name in next(iter(rows_of.values()))]
+    shares = record.get("shares")
+    rows = []
+    for name, row in rows_of.items():
+        cells = [
+            name,
+            str(row["documents"]),
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['ratio']:.3f}",
+            *(f"{row[whose]['ratio']:.3f}" for whose in beside),
+        ]
+        rows.append((*cells, percent(shares[name])) if shares else tuple(cells))
+    header = ["domain", "documents", "bits per byte", "perplexity of a token", "ratio"]
+    header += [f"ratio of {whose.replace('_', ' ')}" for whose in beside]
+    header += ["share of what is added"] if shares else []
+    yield ("heading", "Domains")
+    yield ("table", header, rows)
+    yield ("text", f"Held-out texts, and what {os.path.basename(record['checkpoint'])} "
+                   "spends on them. The ratio is bits per byte divided by "
+                   f"those of {record['base']}. The shares are a heuristic: how far a "
+                   "ratio is above the reference's, or else above that of step 0.")
+
+
 def tokenizer_blocks(run):
     record = run.stages.get("tok_train")
     if not record:
@@ -821,6 +851,7 @@ def blocks(run):
     yield from training_blocks(run)
     yield from reinforcement_blocks(run)
     yield from bits_per_byte_blocks(run)
+    yield from domain_blocks(run)
     yield from tokenizer_blocks(run)
     yield from sample_blocks(run)
     yield from time_blocks(run)

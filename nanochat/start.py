@@ -156,6 +156,21 @@ def data_to_resume(given, meta):
         "--data out, or train another model without --resume")
 
 
+def comparison_to_resume(settings, meta):
+    """(domains, best_by) of a run that is resumed or extended: by these its steps were compared.
+
+    settings: of base_train, paths absolute. meta: of the checkpoint. UserError where the command
+    says others: a figure of theirs would say nothing of the steps that are there.
+    """
+    own = meta.get("settings", {})
+    for name in ("domains", "best_by"):
+        if settings[name] is not None and settings[name] != own.get(name):
+            raise UserError(
+                f"the steps of the run to resume are compared with {name}={own.get(name)}, not "
+                f"{settings[name]}: leave --{name} out, or train another model without --resume")
+    return own.get("domains"), own.get("best_by")
+
+
 def choose_base_checkpoint(settings, metas, named_step=None, run=None):
     """Which checkpoint pretraining starts from.
 

@@ -3,6 +3,7 @@
     python -m scripts.base_train                               # chooses for the hardware here
     python -m scripts.base_train --data=notes/ --minutes=5
     python -m scripts.base_train --depth=4 --num_iterations=1000 config/my_machine.py
+    python -m scripts.base_train --domains=c4,gsm8k,humaneval --best_by=mean
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
 
 From top to bottom: settings, where the run starts, what the budget buys, the model, the data, the
@@ -29,7 +30,7 @@ from nanochat.engine import sample_texts
 from nanochat.folders import new_run
 from nanochat.fp8 import choose_fp8
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_bpb, figure_to_compare
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import (
     NGRAM_TOKENS,
@@ -50,6 +51,7 @@ from nanochat.selftest import check_device
 from nanochat.start import (
     EXTENDED,
     FRESH,
+    comparison_to_resume,
     data_to_resume,
     new_base_folder,
     place_of,
@@ -58,6 +60,7 @@ from nanochat.start import (
 from nanochat.userfiles import existing_path
 from nanochat.variants import MODEL_CLASSES, TRAINABLE, WITH_COUNTS, default_model
 from nanochat.variants.ngrams import MAX_VOCAB_SIZE, NGramConfig, count_texts
+from tasks.domains import OWN, canonical_domains, check_best_by, load_domains
 
 # settings
 data: str = None             # parquet, or your own txt, md, jsonl, json, csv; None: nanochat's
@@ -88,6 +91,8 @@ fp8_scaling: str = None      # its scales: tensorwise or rowwise; None: tensorwi
 fp8_backend: str = None      # torch, or te for TransformerEngine; None: torch
 fp8_emulate: bool = None     # compute FP8's rounding without its products, slowly: for tests
 eval_every: int = None       # steps between validations and samples; None: each quarter, or epoch
+domains: str = None          # also validated on: c4, gsm8k, NAME=PATH, ..., as in base_loss
+best_by: str = None          # what decides the best step: val, a domain or mean; None: val
 save_every = 1000            # steps between checkpoints; the last step is always saved
 save_minutes = 10.0          # minutes between checkpoints, besides
 keep = 3                     # newest checkpoints that stay, besides the best and that before decay
@@ -101,11 +106,12 @@ settings = configure(globals(), aliases={"no_wandb": "logger="},
                      defaults_here=pretraining_defaults)
 if data is not None:
     data = settings["data"] = str(existing_path(data))
+domains = settings["domains"] = canonical_domains(domains)
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 0, "ngram_tokens")
 
 VALIDATION_DOCUMENTS = 300   # of the last validation
-FEW_DOCUMENTS = 30           # of each validation on the way, by which steps are compared
+FEW_DOCUMENTS = 30           # of each domain on the way, by which steps are compared
 
 # ---- compute
 started = time.perf_counter()
@@ -129,8 +135,12 @@ if resumed and resumed.get("extend") and (start.kind == EXTENDED or not resume_f
     warmdown = settings["warmdown"] = resumed["settings"]["warmdown"]
 if resumed:
     data = settings["data"] = data_to_resume(data, resumed)
+    domains, best_by = comparison_to_resume(settings, resumed)
+    settings.update(domains=domains, best_by=best_by)
     resumed["dtype"] = dtype or resumed["dtype"]
 fp8_recipe = choose_fp8(settings, resumed, compute)
+check_best_by(best_by, domains)
+held_out = load_domains(domains, FEW_DOCUMENTS) if domains else []
 
 # ---- what the budget buys: every decision, and its reason
 earlier_budget = resumed.get("budgets") if resumed else None
@@ -248,7 +258,7 @@ loader = tokenizing_distributed_data_loader_with_state(
     tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,
     loader_state)
 validation = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
-few = validation[:FEW_DOCUMENTS]
+few = {OWN: validation[:FEW_DOCUMENTS], **dict(held_out)}  # of each domain
 meta.setdefault("prompts", text_prompts(validation, data))
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 
@@ -271,10 +281,22 @@ def evaluate(documents):
     return evaluate_bpb(whole, tokenizer, documents, device, rank=rank, world_size=world_size)
 
 
-def save(val_bpb=None):
+def evaluate_few():
+    """({name of a domain: bits per byte}, the figure by which steps are compared)."""
+    bits = {name: evaluate(documents) for name, documents in few.items()}
+    figure = figure_to_compare(bits, best_by or OWN)
+    if domains:
+        said = ", ".join(f"{name} {value:.4f}" for name, value in bits.items())
+        print0(f"step {run.step}: bits per byte of {said}; steps are compared by "
+               f"{best_by or OWN}, {figure:.4f}")
+    return bits, figure
+
+
+def save(val_bpb=None, bits=None):
     run.save(
         layout, loader_state,
-        val_bpb=val_bpb, best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
+        val_bpb=val_bpb, best_by=best_by, domain_bpbs=bits,
+        best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
 
 
 def show_samples():
@@ -288,13 +310,15 @@ model.train()
 while not run.over():
     # once in a while: validate, and save the best step
     if run.evaluation_due(eval_every, reading.evaluations()):
-        bpb = evaluate(few)
+        bits, bpb = evaluate_few()
         bpbs.append(bpb)
-        run.log(val_bpb=bpb, documents=len(few))
-        print0(f"step {run.step}: {bpb:.4f} bits per byte on {len(few)} validation documents")
+        by_domain = {f"bpb_{name}": value for name, value in bits.items() if name != OWN}
+        run.log(val_bpb=bits[OWN], documents=len(few[OWN]), **by_domain)
+        print0(f"step {run.step}: {bits[OWN]:.4f} bits per byte on {len(few[OWN])} validation "
+               "documents")
         if bpb < best_bpb:
             best_bpb = bpb
-            save(bpb)
+            save(bpb, bits)
         show_samples()
         # text that is read several times is learnt by heart in the end
         run.enough = reading.repeated() is not None and is_overfitting(bpbs)
@@ -337,21 +361,23 @@ while not run.over():
 if run.last_save_is_due():
     save()
 run.exit_unless_finished()
-few_bpb = evaluate(few)
+bits, few_bpb = evaluate_few()
+amended = {"val_bpb": few_bpb, "domain_bpbs": bits}  # steps are compared by the few documents
 best, bpb_of_best = run.checkpoints.better_than(few_bpb)
 if best is not None:
     print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {bpb_of_best:.4f}: "
            "that one is the model")
     run.checkpoints.load(best, layout)
+    bits = evaluate_few()[0] if domains else None
 val_bpb = evaluate(validation)
 run.log(val_bpb=val_bpb, documents=len(validation))
 show_samples()
-# the steps of a run are compared by the few documents
-amended = {"val_bpb": few_bpb}
 run.finish(
     model, time.perf_counter() - started, amended,
     val_bpb=val_bpb,
     best_step=run.step if best is None else best,
+    best_by=best_by,
+    domain_bpbs=bits if domains else None,
     planned_memory=plan.memory.total,
     text_bytes=text_size.bytes,
     epochs=run.step * total_batch_size / text_size.tokens)

@@ -350,7 +350,7 @@ def to_train_on(messages, changes):
 # ------------------------------------------------------------------------------------------------
 # files: each reader yields (place, record)
 
-def _read_text(path):
+def read_text(path):
     """The text of a file, decompressed; UserError where its encoding cannot be told."""
     encoding = find_encoding(path)
     if encoding != "utf-8":
@@ -399,9 +399,17 @@ def _records_in(place, value):
 
 
 def _read_json(path):
-    """One JSON value per line, or values over several lines; most often one in the whole file."""
+    for place, value in json_values(path):
+        yield from _records_in(place, value)
+
+
+def json_values(path):
+    """Yield (place, value) of a file with one JSON value per line, or values over several lines.
+
+    Most often that is one in the whole file; its place is then "".
+    """
     # where files were joined, a mark of Windows begins later lines
-    text = _read_text(path).replace("\n\ufeff", "\n")
+    text = read_text(path).replace("\n\ufeff", "\n")
     # not splitlines(): it also breaks at U+2028 inside a string
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     try:
@@ -411,16 +419,16 @@ def _read_json(path):
         # the first line is no value
         values = _from_json(text, path, 1)
         for line, value in values:
-            yield from _records_in(f"line {line}" if len(values) > 1 else "", value)
+            yield f"line {line}" if len(values) > 1 else "", value
         return
     for number, line in lines:
         for _, value in _from_json(line, path, number):
-            yield from _records_in(f"line {number}", value)
+            yield f"line {number}", value
 
 
 def _read_csv(path):
     """Rows under a line of column names, divided by one of tables.DELIMITERS."""
-    stream = io.StringIO(_read_text(path), newline="")
+    stream = io.StringIO(read_text(path), newline="")
     header = read_header(stream, path)
     delimiter, names = find_delimiter(header, hold_conversations)
     csv.field_size_limit(MAX_CELL)

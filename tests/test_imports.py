@@ -18,7 +18,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "sequence_text": 1,
     "encoding": 1, "tables": 1, "download": 1, "hub": 1, "core_bundle": 1,
     "confinement": 1, "sandbox_runner": 1, "sandbox": 1, "fast_linear": 1,
-    "gpt": 2, "dataloader": 2, "loss_eval": 2, "fp8": 2,
+    "gpt": 2, "dataloader": 2, "loss_eval": 2, "loss_check": 2, "fp8": 2,
     "variants": 3,
     "optimizer_state": 4, "fsdp": 4, "parallel": 4, "memory": 4, "forecast": 4, "plan": 4,
     "checkpoint": 4, "checkpoint_manager": 4, "folders": 4,
