@@ -223,14 +223,14 @@ def quantize_blocks(x):
     """x (M, K) -> Quantized in E4M3, with the scale 2^(floor(log2 amax) - 8) for 32 values of K.
 
     Source: OCP Microscaling Formats v1.0, section 6.3. An amax of which 1.75 * 2^8 is not enough
-    saturates, as the standard has it. A block with an infinity or a NaN becomes NaN.
+    saturates, as the standard has it. A NaN stays one, and an infinity becomes 448 * 2^120, which
+    float32 does not hold.
     """
     blocks = x.float().contiguous().view(len(x), -1, BLOCK)
     amax = blocks.abs().amax(-1)
     # the exponent of a float32 is floor(log2 x), biased by the same 127 as that of E8M0
     exponent = (amax.view(torch.int32) >> FLOAT32_MANTISSA) - E4M3_EXPONENT
     exponent = exponent.clamp(min=0)
-    exponent = torch.where(amax.isfinite(), exponent, 255)  # E8M0's NaN
     # an exponent of 0 would be 2^-127, which GPUs flush to zero
     scale = (exponent.clamp(min=1) << FLOAT32_MANTISSA).view(torch.float32)
     values = to_fp8(blocks / scale[..., None], torch.float8_e4m3fn)

@@ -259,7 +259,7 @@ def test_the_backward_pass_has_the_recipe_of_its_forward_pass():
 # a model
 
 def test_matrices_that_do_not_fit_are_named_and_stay(capsys):
-    config = GPTConfig(depth=2, width=256, heads=4, kv_heads=1, vocab_size=64, max_seq_len=32)
+    config = GPTConfig(depth=2, width=256, heads=4, kv_heads=1, vocab_size=256, max_seq_len=32)
     model = GPT(config)
     keys = list(model.state_dict())
     convert(model, EMULATED[0])
@@ -548,14 +548,14 @@ def test_a_run_resumes_with_its_recipe_or_another_and_starts_a_chat(stages, text
         [meta] = stages.folder("base", "").glob(f"*/meta_{steps:06d}.json")
         return meta.parent
 
-    def trained(steps, *words):
+    def trained(steps, *words, ranks=1):
         """What a run printed, and the recipe in its checkpoint. Each has a folder of its own."""
-        out, _ = stages.fork(*command, f"--num_iterations={steps}", *words)
+        out, _ = stages.fork(*command, f"--num_iterations={steps}", *words, ranks=ranks)
         return out, meta_of(folder_of(steps), steps)["fp8"]
 
-    def resumed(steps, *words):
+    def resumed(steps, *words, ranks=1):
         before = folder_of(steps - 1) / f"meta_{steps - 1:06d}.json"
-        return trained(steps, f"--resume_from_checkpoint={before}", *words)
+        return trained(steps, f"--resume_from_checkpoint={before}", *words, ranks=ranks)
 
     out, saved = trained(2, "--model_tag=f", *emulated)
     assert "hybrid: E4M3" in out and "% in FP8" in out and saved == wanted
@@ -565,7 +565,10 @@ def test_a_run_resumes_with_its_recipe_or_another_and_starts_a_chat(stages, text
     assert "in FP8" not in out and saved is None
     out, saved = resumed(5, *emulated)
     assert "hybrid: E4M3" in out and saved == wanted, "a checkpoint in bfloat16"
-    keys = weights_of(folder_of(5), 5).keys()
+    for steps, parallel in ((6, "zero2"), (7, "fsdp")):
+        out, saved = resumed(steps, f"--parallel={parallel}", ranks=2)
+        assert "hybrid: E4M3" in out and saved == wanted
+    keys = weights_of(folder_of(7), 7).keys()
     assert keys == small_gpt().state_dict().keys()
     assert "cpu has no FP8" in stages.refusal(*command, "--fp8=hybrid")
 
