@@ -81,6 +81,34 @@ def attend(q, k, v, grouped):
     return y.transpose(1, 2)
 
 
+def windowed_attention(q, k, v, window=None):
+    """causal_attention in which a token attends to `window` tokens up to itself; None: to all.
+
+    For training. In blocks of `window` queries, each attends to its own and the block before: a
+    dense mask would compute all T x T scores. q (B, T, H, D), k and v (B, T, G, D).
+    """
+    T, H = q.size(1), q.size(2)
+    if window is None or window >= T:
+        return causal_attention(q, k, v)
+    blocks = -(-T // window)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, blocks * window - T)) for x in (q, k, v))
+
+    # 1. the first block has none before it
+    first = causal_attention(q[:, :window], k[:, :window], v[:, :window])
+
+    # 2. the other blocks as sequences of their own, (B * (blocks - 1), H or G, tokens, D)
+    queries = q[:, window:].unflatten(1, (blocks - 1, window)).flatten(0, 1).transpose(1, 2)
+    keys, values = (
+        x.unfold(1, 2 * window, window).flatten(0, 1).transpose(-1, -2) for x in (k, v))
+    keys, values = repeat_heads(keys, H), repeat_heads(values, H)
+    query = torch.arange(window, device=q.device)[:, None] + window
+    key = torch.arange(2 * window, device=q.device)
+    visible = (key <= query) & (key > query - window)  # window, 2 * window
+    others = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+    others = others.transpose(1, 2).unflatten(0, (-1, blocks - 1)).flatten(1, 2)
+    return torch.cat((first, others), 1)[:, :T]
+
+
 def attention_up_to(q, k, v, at):
     """q (B, n, H, D) of the positions `at` (B, n), k and v (B, T, G, D) -> (B, n, H, D)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

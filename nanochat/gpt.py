@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.adamw import AdamW
-from nanochat.attention import attention_up_to, cached_attention, causal_attention
+from nanochat.attention import attention_up_to, cached_attention, windowed_attention
 from nanochat.common import UserError
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.loss import softcap, softcap_cross_entropy, token_log_probs
@@ -120,6 +120,7 @@ class Attention(nn.Module):
         self.k = Linear(config.width, config.kv_heads * config.head_dim)
         self.v = Linear(config.width, config.kv_heads * config.head_dim)
         self.out = Linear(config.heads * config.head_dim, config.width)
+        self.training_window = None  # tokens that a token attends to in training; None: all
 
     def project(self, x, at=None):
         """x (B, T, C) -> q (B, T, H, D), or (B, n, H, D) at positions (B, n); k, v (B, T, G, D)."""
@@ -147,7 +148,7 @@ class Attention(nn.Module):
         elif at is not None:
             y = attention_up_to(q, k, v, at)
         else:
-            y = causal_attention(q, k, v)
+            y = windowed_attention(q, k, v, self.training_window if self.training else None)
         # 3. back to the residual stream
         return self.out(y.flatten(2))
 
@@ -478,6 +479,18 @@ class GPT(nn.Module):
                 group["weight_decay"] = weight_decay
             groups.setdefault(recipe.optimizer, []).append(group)
         return [optimizer(its_groups) for optimizer, its_groups in groups.items()]
+
+    def set_training_window(self, window):
+        """Let a token attend to so many tokens up to itself while training; None: to all.
+
+        UserError where a variant has an attention of its own, which would not do so.
+        """
+        for block in self.blocks:
+            if window and type(block.attention).forward is not Attention.forward:
+                raise UserError(
+                    f"curriculum: {type(self).__name__} has no windows of attention: leave the "
+                    "third column of the table out")
+            block.attention.training_window = window
 
     def for_chat(self):
         """The model with which the chat stages start: this one, or what a variant leaves of it."""
