@@ -70,10 +70,11 @@ ALIGNMENT = 16             # elements: a parameter in a bucket begins where vect
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare(model, compile=True, checkpoint_activations=False, fp8=None):
+def prepare(model, compile=True, checkpoint_activations=False, fp8=None, lengths=1):
     """Apply to a model, in place, what training wants from outside; returns the model.
 
-    fp8: an Fp8Recipe (fp8.py), None for none. The order is: FP8, activation checkpointing,
+    fp8: an Fp8Recipe (fp8.py), None for none. lengths: how many lengths of sequences it will be
+    trained with, each of which has a graph of its own. The order is: FP8, activation checkpointing,
     compiling, and then a Layout, which may shard the model.
     State-dict keys stay plain, and `block.forward` stays uncompiled. Modules must be called through
     `__call__`; the hooks of fully_shard then run outside of the compiled code, in which dynamo
@@ -88,18 +89,19 @@ def prepare(model, compile=True, checkpoint_activations=False, fp8=None):
         for block in model.blocks:
             recompute_in_backward(block)
     if compile and can_compile(model.device):
-        compile_blocks(model.blocks)
+        compile_blocks(model.blocks, lengths)
         if model.device.type == "cuda":  # a CPU gains nothing by it
             model.compile_loss = True
             model.compiled_enter = torch.compile(model.enter, dynamic=False)
     return model
 
 
-def compile_blocks(blocks):
+def compile_blocks(blocks, lengths=1):
     """Compile modules of one class in place, each when it is first called."""
-    # All blocks share one code object and one limit. Each micro-batch size needs a graph, and
-    # running out of memory halves the size.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    # All blocks share one code object and one limit. Each sequence length needs a graph for each
+    # micro-batch size, and running out of memory halves the size.
+    limit = max(32, 4 * lengths)
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     print0("compiling the blocks in the first step: seconds when they are known, up to a "
            "minute when not")
     for block in blocks:
@@ -672,6 +674,19 @@ def accumulate_gradients(model, micro_batches, scale, micro_batch_size, layout):
             "which changes nothing but the speed",
             flush=True,
         )
+
+
+def warm_up(model, micro_batches, micro_batch_size, layout):
+    """Compile for the shape of these micro-batches, in a pass whose gradients are dropped.
+
+    Nothing changes but that. Every rank calls it. Returns the micro_batch_size that fitted.
+    """
+    targets = sum(batch[1].numel() for batch in micro_batches)
+    loss, fitted = accumulate_gradients(
+        model, micro_batches, 1 / targets, micro_batch_size, layout)
+    layout.reduce(loss)  # a step that is skipped
+    layout.zero_grad()
+    return fitted
 
 
 def why_not_with_fewer(micro_batch_size, layout):

@@ -16,6 +16,12 @@ import torch
 
 from nanochat.checkpoint_manager import NoInitialisers
 from nanochat.common import UserError, all_reduce_max, choose_device_type
+from nanochat.curriculum import (
+    describe,
+    mean_over_tokens,
+    read_curriculum,
+    sequences_per_pass,
+)
 from nanochat.forecast import Machine, expected_step, planned_share
 from nanochat.hardware import device_kind, device_memory, host_memory
 from nanochat.memory import (
@@ -26,7 +32,7 @@ from nanochat.memory import (
     memory,
     micro_batch_limit,
 )
-from nanochat.parallel import WIRE_DTYPES
+from nanochat.parallel import WIRE_DTYPES, round_up
 from nanochat.variants import default_model
 from nanochat.variants.lookup import LookupGPT, usual_hashed_rows
 
@@ -316,14 +322,19 @@ def largest_divisor(n, limit):
     return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
 
 
-def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro_batch_size=None):
+def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro_batch_size=None,
+                 multiple=1):
     """Divide a batch among ranks and passes.
 
     wanted: tokens per step that the shape asks for. limit: sequences that fit a device.
     total_batch_size, micro_batch_size: the user's, or None. A given number is never changed:
     UserError where it does not divide. Else the sequences of a rank are rounded down a little
     where their largest divisor would leave over half of the device unused (43 is a prime).
+    multiple: a pass has a multiple of so many sequences, for the lengths of a curriculum.
     """
+    if multiple > 1:
+        return batch_for_lengths(
+            wanted, max_seq_len, ranks, limit, total_batch_size, micro_batch_size, multiple)
     tokens = max_seq_len * ranks  # of one sequence on every rank
     if total_batch_size:
         if total_batch_size % tokens:
@@ -345,6 +356,28 @@ def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro
     else:
         micro_batch_size = largest_divisor(sequences, limit)
     return Batch(sequences * tokens, micro_batch_size, sequences // micro_batch_size)
+
+
+def batch_for_lengths(wanted, max_seq_len, ranks, limit, total_batch_size, micro_batch_size,
+                      multiple):
+    """choose_batch() whose passes have a multiple of so many sequences, which all lengths of a
+    curriculum divide. UserError where a number that the user gave does not allow it."""
+    tokens = multiple * max_seq_len  # that all lengths divide
+    reason = f"the lengths of the curriculum divide {multiple} x {max_seq_len} = {tokens} tokens"
+    if total_batch_size and total_batch_size % (tokens * ranks):
+        below = max(1, total_batch_size // (tokens * ranks)) * tokens * ranks
+        raise UserError(
+            f"total_batch_size={total_batch_size} does not suit: {reason}, x {ranks} ranks: "
+            f"{below} is a multiple, or leave it out")
+    if micro_batch_size and micro_batch_size % multiple:
+        above = round_up(micro_batch_size, multiple)
+        raise UserError(
+            f"device_batch_size={micro_batch_size} does not suit: {reason}: {above} is a multiple "
+            f"of {multiple}, or leave it out")
+    groups = choose_batch(
+        wanted, tokens, ranks, max(1, limit // multiple), total_batch_size,
+        micro_batch_size and micro_batch_size // multiple)
+    return groups._replace(micro_batch_size=multiple * groups.micro_batch_size)
 
 
 def with_large_divisor(sequences, limit):
@@ -402,12 +435,13 @@ def check_not_passed(budget, horizon, resumed):
             "where the run is resumed: give it more, or leave the budget out")
 
 
-def batch_to_resume(resumed, ranks):
+def batch_to_resume(resumed, ranks, multiple=1):
     """Tokens per step of a run that is resumed: its own, or the nearest that the ranks can share.
 
-    Fewer or more GPUs than before must not end a run. resumed: its meta.
+    Fewer or more GPUs than before must not end a run. resumed: its meta. multiple: as in
+    choose_batch().
     """
-    tokens = resumed["config"]["max_seq_len"] * ranks  # of one sequence on every rank
+    tokens = multiple * resumed["config"]["max_seq_len"] * ranks  # of one pass of every rank
     return max(1, round(resumed["total_batch_size"] / tokens)) * tokens
 
 
@@ -555,6 +589,12 @@ def options_of(settings):
     }
 
 
+def pass_multiple(settings, max_seq_len):
+    """Of how many sequences a pass has a multiple, as the lengths of --curriculum need it."""
+    stages = read_curriculum(settings.get("curriculum"), max_seq_len)
+    return sequences_per_pass(stages, max_seq_len)
+
+
 def layouts_to_try(settings, ranks):
     """Lists of (parallel, checkpoint_activations); a later list only where nothing earlier fits.
 
@@ -580,17 +620,19 @@ def arrangements(settings, machine, model, wanted, total_batch_size=None, micro_
     """
     size = machine.dtype_bytes, machine.ranks, machine.device_type
     options = options_of(settings)
+    # the stages of a curriculum have as many tokens in a pass, and take as much memory
+    multiple = pass_multiple(settings, model.config.max_seq_len)
     found = []
     for alternatives in layouts_to_try(settings, machine.ranks):
         fitting = []
         for parallel, recompute in alternatives:
             layout = {"parallel": parallel, "checkpoint_activations": recompute, **options}
             limit = micro_batch_limit(model, machine.memory, *size, **layout)
-            if limit == 0 and not micro_batch_size:
+            if limit < multiple and not micro_batch_size:
                 continue
             batch = choose_batch(
-                wanted, model.config.max_seq_len, machine.ranks, max(1, limit),
-                total_batch_size, micro_batch_size)
+                wanted, model.config.max_seq_len, machine.ranks, max(multiple, limit),
+                total_batch_size, micro_batch_size, multiple)
             needed = memory(
                 model, batch.micro_batch_size, *size,
                 grad_accum_steps=batch.grad_accum_steps, **layout)
@@ -618,7 +660,7 @@ def what_would_fit(settings, machine, model, wanted, micro_batch_size):
     size = machine.dtype_bytes, machine.ranks, machine.device_type
     parallel, recompute = layouts_to_try(settings, machine.ranks)[-1][-1]
     layout = {"parallel": parallel, "checkpoint_activations": recompute, **options_of(settings)}
-    sequences = micro_batch_size or 1
+    sequences = micro_batch_size or pass_multiple(settings, model.config.max_seq_len)
     needed = memory(model, sequences, *size, **layout).total
     count = f"{sequences} sequences" if sequences > 1 else "1 sequence"
     recomputing = ", checkpoint_activations" if recompute else ""
@@ -817,6 +859,7 @@ class Plan(NamedTuple):
     checkpoint_activations: bool = False
     tokens_per_second: float = None  # of all ranks
     measured: bool = False           # whether that was
+    stages: tuple = ()               # of the sequence length: Stages (curriculum.py)
 
     def describe(self, model_name, ranks):
         """The decisions as numbered lines, each with its reason."""
@@ -842,6 +885,7 @@ class Plan(NamedTuple):
             f"tokens/s ({source}); weight decay {self.weight_decay:.3g}",
             f"7) disk: about {self.disk / 1e9:.2f} GB of checkpoints",
             *reading,
+            *describe(self.stages, self.steps),
         ]
 
 
@@ -862,7 +906,8 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
     if resumed:
         config, before = resumed["config"], resumed["total_batch_size"]
         reason = "as the run that is resumed"
-        batch = batch_to_resume(resumed, machine.ranks)
+        multiple = pass_multiple(settings, config["max_seq_len"])
+        batch = batch_to_resume(resumed, machine.ranks, multiple)
         if batch != before:
             reason += (f", but for its {before:,} tokens a step, which {machine.ranks} ranks "
                        "cannot share")
@@ -907,7 +952,11 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
     else:
         config = config_for(model_class, shape, vocab_size, settings["kv_heads"])
     model = build_on_meta(model_class, config)
-    flops_per_token = model.flops_per_token(shape.max_seq_len)
+    stages = read_curriculum(settings.get("curriculum"), shape.max_seq_len)
+    for stage in stages:
+        model.set_training_window(stage.window)  # a model that has none refuses
+    flops_per_token = mean_over_tokens(
+        stages, lambda stage: model.flops_per_token(stage.attended))
 
     # 2. the layout and the batch; the loader's position counts in micro-batches, so a resumed run
     # keeps their size
@@ -962,7 +1011,7 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
     disk = (settings["keep"] + 2) * checkpoint_bytes(model)
     return Plan(
         budget, shape, batch, horizon, weight_decay, needed, steps, hours, disk, reading,
-        best.parallel, best.checkpoint_activations, tokens_per_second, measured)
+        best.parallel, best.checkpoint_activations, tokens_per_second, measured, stages)
 
 
 def expected_steps(horizon, steps_per_hour):

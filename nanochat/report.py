@@ -628,6 +628,28 @@ def training_blocks(run):
         yield ("text", mfu_words(run.training))
 
 
+def curriculum_blocks(run):
+    """The stages of pretraining's sequence length, where it had more than one."""
+    stages = run.stages.get("base_train", {}).get("stages")
+    if not stages:
+        return
+    yield ("heading", "Stages of the sequence length")
+    rows = []
+    for stage in stages:
+        seconds = stage["seconds"]
+        rows.append((
+            str(stage["stage"]),
+            str(stage["length"]),
+            str(stage["window"] or "all"),
+            si(stage["steps"]),
+            si(stage["tokens"]),
+            duration(seconds),
+            si(stage["tokens"] / seconds if seconds else None),
+        ))
+    header = ["stage", "length", "attends to", "steps", "tokens", "time", "tokens/s"]
+    yield ("table", header, rows)
+
+
 def model_of(record):
     """The stage and the tag of the model that a record is of."""
     source = record.get("source", record["stage"])
@@ -849,6 +871,7 @@ def blocks(run):
     yield from accuracy_blocks(run)
     yield from core_blocks(run)
     yield from training_blocks(run)
+    yield from curriculum_blocks(run)
     yield from reinforcement_blocks(run)
     yield from bits_per_byte_blocks(run)
     yield from domain_blocks(run)

@@ -137,6 +137,8 @@ class Run:
         self.meta, self.horizon, self.total_batch_size = meta, horizon, total_batch_size
         self.flops, self.matmul_flops = flops, matmul_flops
         self.peak = data_sheet_peak(compute)
+        self.stage_words = ""        # of the curriculum, for the lines of progress
+        self.stage_from = 0          # index in durations of its first step
         self.planned_steps = planned_steps if horizon.minutes else None
 
         # where the run stands
@@ -253,6 +255,14 @@ class Run:
 
     # ---------------------------------------------------------------------- a step
 
+    def change_length(self, flops, words):
+        """The steps that follow are of another sequence length: speeds are those of its own steps.
+
+        flops: of a token, from here on. words: what the lines of progress say of it.
+        """
+        self.flops, self.stage_words = flops, f"{words} | "
+        self.stage_from = len(self.durations)
+
     def begin_step(self):
         self.step_began = time.perf_counter()
 
@@ -301,7 +311,7 @@ class Run:
         self.log(loss=loss, lr=lr, grad_norm=grad_norm)
 
     def _show(self, loss, lr, grad_norm):
-        seconds = statistics.median(self.durations[-SPEED_STEPS:])
+        seconds = statistics.median(self.durations[self.stage_from:][-SPEED_STEPS:])
         speed = self.total_batch_size / seconds
         flops = speed * self.flops.causal / self.compute.world_size
         share = 100 * flops / self.matmul_flops
@@ -310,7 +320,7 @@ class Run:
         print0(
             f"step {self.step:5d} | {100 * self.progress:3.0f} % | loss {loss:.4f} | "
             f"lr {lr:.2g} | norm {grad_norm:.2f} | {speed:,.0f} tok/s | "
-            f"{share:.0f} % of matmul rate | {of_peak}"
+            f"{share:.0f} % of matmul rate | {of_peak}{self.stage_words}"
             f"{self._seconds_left(seconds) / 60:.1f} min left")
 
     def _mfu(self, speed):
@@ -395,7 +405,9 @@ class Run:
         """
         self.checkpoints.amend(self.step, finished=True, **amended)
         faulthandler.cancel_dump_traceback_later()
-        steady = self.durations[WARM_STEPS:] or self.durations or [math.inf]
+        # of a curriculum, in the last stage, whose FLOPs these are
+        durations = self.durations[self.stage_from:]
+        steady = durations[WARM_STEPS:] or durations or [math.inf]
         speed = self.total_batch_size / statistics.median(steady)
         flops = speed * self.flops.causal
         mfu, mfu_square = self._mfu(speed)

@@ -20,6 +20,13 @@ import torch
 from nanochat.checkpoint_manager import build_model, load_weights
 from nanochat.common import UserError, all_reduce_max, compute_init, get_base_dir, print0
 from nanochat.configurator import configure, require
+from nanochat.curriculum import (
+    curriculum_to_resume,
+    reshaped,
+    stage_at,
+    stage_records,
+    with_stage,
+)
 from nanochat.dataloader import (
     measure_text,
     resumed_text,
@@ -31,7 +38,7 @@ from nanochat.folders import new_run
 from nanochat.fp8 import choose_fp8
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb, figure_to_compare
-from nanochat.parallel import Layout, accumulate_gradients, prepare
+from nanochat.parallel import Layout, accumulate_gradients, prepare, warm_up
 from nanochat.plan import (
     NGRAM_TOKENS,
     check_disk,
@@ -69,6 +76,7 @@ model: str = None            # gpt, lookup, portable, ... (nanochat/variants); N
 depth: int = None            # layers; width 64 x depth. None: by memory and hours, CPU: by speed
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, by speed on a CPU
+curriculum: str = None       # ten_stage, three_stage or "0.25 64; 0.75 512" (docs/curriculum.md)
 minutes: float = None        # budget: wall clock of the loop, compiling included. None: 5 on a CPU
 num_iterations: int = None   # budget: optimizer steps
 target_flops: float = None   # budget: training FLOPs
@@ -138,6 +146,7 @@ if resumed:
     domains, best_by = comparison_to_resume(settings, resumed)
     settings.update(domains=domains, best_by=best_by)
     resumed["dtype"] = dtype or resumed["dtype"]
+    curriculum = settings["curriculum"] = curriculum_to_resume(curriculum, resumed)
 fp8_recipe = choose_fp8(settings, resumed, compute)
 check_best_by(best_by, domains)
 held_out = load_domains(domains, FEW_DOCUMENTS) if domains else []
@@ -235,7 +244,9 @@ elif meta["config"].get("ngrams"):
     if world_size > 1:
         for buffer in model.ngrams.buffers():
             torch.distributed.broadcast(buffer, 0)
-prepare(model, checked.compile, plan.checkpoint_activations, fp8_recipe)
+stages = plan.stages
+shapes = {(stage.length, stage.window): stage for stage in stages}
+prepare(model, checked.compile, plan.checkpoint_activations, fp8_recipe, len(shapes))
 parameters = sum(p.numel() for p in model.parameters())
 print0(f"{parameters:,} parameters, width {model.config.width}, vocabulary {vocab_size}")
 
@@ -261,6 +272,20 @@ validation = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENT
 few = {OWN: validation[:FEW_DOCUMENTS], **dict(held_out)}  # of each domain
 meta.setdefault("prompts", text_prompts(validation, data))
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
+pass_tokens = micro_batch_size * max_seq_len  # the same in all stages
+
+# ---- a curriculum compiles for all its lengths before the first step
+warm_up_began = time.perf_counter()
+if checked.compile and len(stages) > 1:
+    for stage in shapes.values():
+        print0(f"compiling for sequences of {stage.length} tokens")
+        model.set_training_window(stage.window)
+        batch = reshaped(micro_batches[0], stage.length)
+        fitted = warm_up(model, [batch], pass_tokens // stage.length, layout)
+        pass_tokens = fitted * stage.length
+    elapsed = all_reduce_max(time.perf_counter() - warm_up_began)[0]
+    meta["elapsed"] += elapsed
+    print0(f"compiling took {elapsed:.1f} s, which count as training time")
 
 # ---- the run
 run = Run(
@@ -273,6 +298,9 @@ bpbs = list(meta.get("bpbs", []))  # of the validations on the way
 best_bpb = meta.get("best_bpb", math.inf)
 lr_warmup = 0.0 if meta.get("extend") else 0.02
 decaying = run.step > 0 and run.progress > 1 - warmdown
+stage_index = None   # in the curriculum
+stages_begun = meta.get("stages_begun", [])
+stage_factor = meta.get("extended") or 1  # an extended run has the stages of the run before
 loss_scale = 1 / (micro_batch_size * grad_accum_steps * max_seq_len)  # a mean over a rank's tokens
 
 
@@ -295,8 +323,20 @@ def evaluate_few():
 def save(val_bpb=None, bits=None):
     run.save(
         layout, loader_state,
-        val_bpb=val_bpb, best_by=best_by, domain_bpbs=bits,
+        val_bpb=val_bpb, best_by=best_by, domain_bpbs=bits, stages_begun=stages_begun,
         best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
+
+
+def begin_stage(index):
+    """Train in the sequences of another stage of the curriculum; returns its Stage."""
+    stage = stages[index]
+    model.set_training_window(stage.window)
+    if len(stages) > 1:
+        name = f"stage {index + 1} of {len(stages)}, {stage.length} tokens"
+        run.change_length(model.flops(stage.attended), name)
+        run.log(curriculum_stage=index + 1, length=stage.length, window=stage.window)
+        print0(f"step {run.step + 1} begins {name}: {pass_tokens // stage.length} sequences a pass")
+    return stage
 
 
 def show_samples():
@@ -333,12 +373,20 @@ while not run.over():
         save()
     decaying = run.progress >= 1 - warmdown
 
+    # the same tokens in the sequences of the curriculum's stage
+    index = stage_at(stages, stage_factor * run.progress)
+    if index != stage_index:
+        stage_index, stage = index, begin_stage(index)
+        stages_begun = with_stage(stages_begun, index, run.step, run.elapsed)
+    batches = [reshaped(batch, stage.length) for batch in micro_batches]
+
     # forward and backward; the next batches are read while the device works
     run.begin_step()
     trained_tokens = run.step * total_batch_size
     model.leave_one_out = not counted_tokens or trained_tokens < counted_tokens
-    loss, micro_batch_size = accumulate_gradients(
-        model, micro_batches, loss_scale, micro_batch_size, layout)
+    loss, fitted = accumulate_gradients(
+        model, batches, loss_scale, max(1, pass_tokens // stage.length), layout)
+    pass_tokens = fitted * stage.length
     loader_state = micro_batches[-1][2]
     micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 
@@ -380,4 +428,5 @@ run.finish(
     domain_bpbs=bits if domains else None,
     planned_memory=plan.memory.total,
     text_bytes=text_size.bytes,
+    stages=stage_records(stages, stages_begun, run.step, run.elapsed, total_batch_size),
     epochs=run.step * total_batch_size / text_size.tokens)
