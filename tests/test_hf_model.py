@@ -10,6 +10,8 @@ from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import as_encoder, in_order, judge, make_examples
 from nanochat.hf_model import load_hf_model
+from nanochat.loss_check import check_loss
+from nanochat.loss_eval import score_documents
 from test_gpt import names_in_transformers
 
 CONTEXT = 64
@@ -81,6 +83,27 @@ def test_verdicts_equal_those_of_transformers(exported, kind):
     for ours, others in zip(*(verdicts for _, verdicts in found)):
         assert ours.credit == others.credit
         assert ours.margin == pytest.approx(others.margin, abs=1e-4)
+
+
+def test_bits_per_byte_equal_those_of_transformers_and_its_loss_passes(exported):
+    model, tokenizer, folder = exported
+    theirs, their_tokenizer = load_hf_model(str(folder), "cpu")
+    documents = ["Ann has a red hat. " * 20, "caf\u00e9 \U0001f600", "ten"]
+    ours = score_documents(model, tokenizer, documents, "cpu")
+    others = score_documents(theirs, their_tokenizer, documents, "cpu")
+    assert others[1:] == ours[1:], "as many bytes and tokens"
+    assert others.bits_per_byte == pytest.approx(ours.bits_per_byte, rel=1e-4)
+    findings = check_loss(theirs, their_tokenizer, documents, "cpu")
+    assert [finding.name for finding in findings if not finding.passed] == []
+    assert len(findings) == 6
+
+    # before it was trained, and with a tokenizer that changes the text
+    fresh = score_documents(theirs.step_zero(), their_tokenizer, documents, "cpu")
+    assert fresh.bits_per_byte != pytest.approx(others.bits_per_byte, rel=1e-3)
+    whole = their_tokenizer.decode
+    their_tokenizer.decode = lambda ids: whole(ids).lower()
+    findings = check_loss(theirs, their_tokenizer, documents, "cpu")
+    assert [finding.name for finding in findings if not finding.passed] == ["whole text"]
 
 
 @pytest.mark.parametrize("what", ["cut", "without a weight"])
