@@ -181,10 +181,11 @@ for domain in texts:
 shares = None
 if others:
     # a reference is what the model should be like, an untrained one what it began as
-    compared_with = "reference" if reference else "step_0"
+    beside = "reference" if reference else "step_0"
+    compared_with = "the reference" if reference else "step 0"
     shares = recommended_shares(
         {name: row["ratio"] for name, row in rows.items()},
-        {name: row[compared_with]["ratio"] for name, row in rows.items()},
+        {name: row[beside]["ratio"] for name, row in rows.items()},
     )
 
 # ---- the table
@@ -204,16 +205,14 @@ if len(texts) > 1:
             *(f"{row[whose]['ratio']:.3f}" for whose in others),
         ]
         print0("".join(cell.rjust(width) for cell, width in zip(cells, widths)))
-    beside = " and ".join(others).replace("_", " ")
-    print0(f"ratio: bits per byte divided by those of {base_domain(scores)}"
-           + (f"; beside it that of {beside}" if beside else ""))
+    print0(f"ratio: bits per byte divided by those of {base_domain(scores)}; beside it the same "
+           "of step 0 and of the reference, where they were measured")
 if shares:
     said = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
     print0(f"recommended for what is added to the training text: {said} (a heuristic, of how far "
-           f"each ratio is above that of {compared_with.replace('_', ' ')})")
+           f"each ratio is above that of {compared_with})")
 elif others:
-    print0("no mix is recommended: no ratio is above that of "
-           f"{compared_with.replace('_', ' ')}")
+    print0(f"no mix is recommended: no ratio is above that of {compared_with}")
 
 # ---- samples, and the record
 if rank == 0 and own and not hf_path:
