@@ -63,6 +63,11 @@ class GPTConfig:
     def head_dim(self):
         return self.width // self.heads
 
+    @property
+    def rotary_dim(self):
+        """How many dimensions of queries and keys the rotary embedding turns."""
+        return self.head_dim
+
 
 def norm(x):
     """RMSNorm over the last dimension, without gains (arXiv 1910.07467)."""
@@ -280,7 +285,7 @@ class GPT(nn.Module):
 
     def build_rotary(self):
         """The table of rotary angles, (1, max_seq_len, 1, D/2) each, in float32."""
-        device, half = self.device, self.config.head_dim // 2
+        device, half = self.device, self.config.rotary_dim // 2
         exponents = torch.arange(half, device=device, dtype=torch.float32) / half
         frequencies = self.config.rotary_base ** -exponents
         positions = torch.arange(self.config.max_seq_len, device=device, dtype=torch.float32)

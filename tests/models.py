@@ -16,7 +16,7 @@ def noise(*shape):
 def make_model(model_class=GPT, depth=2, kv_heads=4, vocab_size=VOCAB_SIZE, **more):
     """A model of width 64 with 4 heads, the same at every call. more: of its config.
 
-    Nothing is left at zero or one: matrices and tables are normal, std .1; scalars are moved by
+    Nothing is left at zero or one: matrices (also in stacks) and tables are normal, std .1; scalars are moved by
     noise; an NGramGPT has counted the n-grams of some noise.
     """
     torch.manual_seed(0)
@@ -31,7 +31,7 @@ def make_model(model_class=GPT, depth=2, kv_heads=4, vocab_size=VOCAB_SIZE, **mo
         model.ngrams.fill(*counted)
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim == 2:
+            if p.ndim >= 2:
                 torch.nn.init.normal_(p, std=0.1)
             else:
                 p.add_(0.3 * torch.randn_like(p))

@@ -122,7 +122,7 @@ def test_casting_the_matrices_of_every_class_once_changes_no_bit(model_class):
         cast_once.cast_for_inference(dtype)
         dtypes = {
             p.dtype for name, p in cast_once.named_parameters()
-            if name.startswith(("head", "blocks.")) and p.ndim == 2
+            if name.startswith(("head", "blocks.")) and p.ndim >= 2 and "router" not in name
         }
         assert dtypes == {dtype} and cast_once.embed.weight.dtype == torch.float32
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_casting_the_matrices_of_every_class_once_changes_no_bit(model_class):
 
 
 @every_class
-def test_one_compiled_graph_serves_all_blocks_of_every_class(model_class):
+def test_one_compiled_graph_serves_all_blocks_of_a_kind_of_every_class(model_class):
     """docs/traps.md: compile-recompiles"""
     graphs = []
 
@@ -149,7 +149,8 @@ def test_one_compiled_graph_serves_all_blocks_of_every_class(model_class):
     for sequences in (4, 4, 2):  # two sizes of a micro-batch
         model(noise(sequences, 16), noise(sequences, 16)).backward()
     torch.compiler.reset()
-    assert len(graphs) == 2
+    kinds = {type(block.mlp) for block in model.blocks}  # some have experts
+    assert len(graphs) == 2 * len(kinds)
 
 
 @every_class

@@ -3,7 +3,9 @@
 A variant overrides GPT in a file of its own; this table is the only place that lists them.
 """
 from nanochat.gpt import GPT
+from nanochat.variants.deepseek import DeepSeekGPT
 from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.mla import MLAGPT
 from nanochat.variants.ngrams import NGramGPT
 from nanochat.variants.portable import PortableGPT
 
@@ -12,6 +14,8 @@ MODEL_CLASSES = {
     "lookup": LookupGPT,          # with tables of pairs, triples and values: for minutes of time
     "lookup_ngrams": NGramGPT,    # and with counts of the training text mixed into its prediction
     "portable": PortableGPT,      # shaped like Qwen3, for runtimes that others wrote
+    "mla": MLAGPT,                # with latent attention, whose cache is a sixth of the size
+    "deepseek": DeepSeekGPT,      # and with experts, of which each token uses a few
 }
 
 # What pretraining makes of a class where it counts n-grams; --model names the class without.
