@@ -12,12 +12,10 @@ its own. Since nothing stands between, k_up may be multiplied with the query ins
 
     q_nope (k_up c) = (q_nope k_up) c   and   sum p (v_up c) = v_up (sum p c)
 
-Then a query of every head attends to the latents as they are cached. That takes more arithmetic for
-each pair of tokens and none to make keys and values again: it is how a single query is decoded.
-Many queries at once, in training and in prefill, attend to keys and values that are expanded.
-
-There is no QK norm, which would stand between as well; the latents have RMSNorm with gains. So a
-gradient is best clipped (docs/numerical_stability.md).
+Then a query attends to the latents as they are cached, at more arithmetic for each pair of tokens
+and none to make keys and values again. So a single query is decoded; many queries at once, in
+training and prefill, attend to expanded keys and values. There is no QK norm, which would stand
+between as well: clip gradients (docs/numerical_stability.md).
 
 Shapes as in gpt.py; r is kv_rank, S the number of cached tokens.
 """
@@ -40,8 +38,8 @@ NORM_EPS = 1e-6
 class MLAConfig(GPTConfig):
     """The ranks of the latents and the dimensions of a head; 0: what follows from the width.
 
-    A quarter of the width for the latent is DeepSeek's 512 at a width of 2,048. Queries and keys
-    have as many dimensions as values, half of them rotated: fused kernels want it so.
+    A quarter of the width is DeepSeek's rank of 512 at a width of 2,048. Queries and keys are as
+    wide as values, as fused kernels want it, and half of them is rotated.
     """
     q_rank: int = 0     # of the queries' latent; 0: they have none, as in DeepSeek-V2-Lite
     kv_rank: int = 0
@@ -228,16 +226,16 @@ class MLAGPT(GPT):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
-    def stacks(self):
-        return [module for module in self.modules() if isinstance(module, Stack)]
+    def stacked_weights(self):
+        return [module.weight for module in self.modules() if isinstance(module, Stack)]
 
     def cast_for_inference(self, dtype):
-        for stack in self.stacks():
-            stack.weight.data = stack.weight.data.to(dtype)
+        for weight in self.stacked_weights():
+            weight.data = weight.data.to(dtype)
         return super().cast_for_inference(dtype)
 
     def matmul_parameters(self):
-        return super().matmul_parameters() + sum(stack.weight.numel() for stack in self.stacks())
+        return super().matmul_parameters() + sum(w.numel() for w in self.stacked_weights())
 
     def flops(self, T):
         """As of GPT; a pair of tokens takes qk_dim + v_dim multiplications in each head."""
