@@ -9,6 +9,7 @@
 #     NAME=Bob bash speedrun.sh          # the model's name
 #     GPUS=2 bash speedrun.sh            # two GPUs instead of all; GPUS=0 trains on the CPU
 #     DEPTH=12 bash speedrun.sh          # layers of the model; without it the plan chooses
+#     MODEL=mla bash speedrun.sh         # another kind of model (docs/models/families.md)
 #     STAGES=mid_train,chat_sft,report bash speedrun.sh    # these stages alone, each with its share
 #                                                          # of MINUTES as in the whole pipeline
 #     DRY_RUN=1 bash speedrun.sh         # print the commands only (GPUS=8: as if there were eight)
@@ -70,6 +71,7 @@ absolute() {
 
 DRY_RUN="${DRY_RUN:-}" DATA="${DATA:-}" MINUTES="${MINUTES:-}" GPUS="${GPUS:-}"
 CUSTOM="${CUSTOM:-}" NAME="${NAME:-}" DEPTH="${DEPTH:-}" STAGES="${STAGES:-}"
+MODEL="${MODEL:-}"
 DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-}" TOTAL_BATCH_SIZE="${TOTAL_BATCH_SIZE:-}"
 if [ "$DRY_RUN" = 0 ]; then DRY_RUN=""; fi
 # Windows' subsystem for Linux gives every process a NAME: the machine's.
@@ -106,6 +108,13 @@ for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE; do
         refuse "$setting=${!setting} is not a whole number above zero"
     fi
 done
+if [ -n "$MODEL" ]; then
+    # its row in the table of models; what else is a row there is chosen by base_train alone
+    if ! [[ "$MODEL" =~ ^[a-z0-9]+$ ]] || ! grep -q "^    \"$MODEL\": " nanochat/variants/__init__.py
+    then
+        refuse "MODEL=$MODEL does not exist: docs/models/families.md has those that do"
+    fi
+fi
 known="dataset,tok_train,tok_eval,base_train,base_loss,base_eval,mid_train,chat_sft,chat_rl"
 known="$known,chat_eval,report"
 given="$STAGES" STAGES=""
@@ -189,7 +198,7 @@ if [ "$GPUS" = 0 ]; then MINUTES="${MINUTES:-15}"; fi
 
 # Where one of these is set, the plan is another: a run of its own for supervise.sh.
 also=""
-for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE STAGES; do
+for setting in DEPTH MODEL DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE STAGES; do
     if [ -n "${!setting}" ]; then also="$also $setting=${!setting}"; fi
 done
 
@@ -231,6 +240,7 @@ planned_depth() {
         return
     fi
     if [ -n "$MINUTES" ]; then words+=("--minutes=$(minutes_of base_train)"); fi
+    if [ -n "$MODEL" ]; then words+=("--model=$MODEL"); fi
     python -m scripts.plan "${words[@]}" |
         python -c 'import json, sys; print(json.loads(sys.stdin.readlines()[-1])["depth"])'
 }
@@ -326,6 +336,7 @@ stage tok_eval python -m scripts.tok_eval ${DATA:+"--data=$DATA"}
 # 3. Pretraining: the model learns to predict the next token of the text, which takes most time.
 if [ "$shards" -gt "$first" ]; then wait_for dataset_rest; fi
 model_stage base_train ${DATA:+"--data=$DATA"} ${DEPTH:+"--depth=$DEPTH"} \
+    ${MODEL:+"--model=$MODEL"} \
     ${DEVICE_BATCH_SIZE:+"--device_batch_size=$DEVICE_BATCH_SIZE"} \
     ${TOTAL_BATCH_SIZE:+"--total_batch_size=$TOTAL_BATCH_SIZE"} \
     ${MINUTES:+"--minutes=$(minutes_of base_train)"}

@@ -62,6 +62,8 @@ KEPT = {
     "GPT": Kept(18, 18, 22, 1, 11, (12, 10)),
     "LookupGPT": Kept(18, 19, 23, 2, 11, (16, 14)),
     "PortableGPT": Kept(18, 25, 33, 1, 6, (12, 10)),
+    "MLAGPT": Kept(17, 17, 20, 1, 11, (12, 10)),
+    "DeepSeekGPT": Kept(23, 25, 29, 1, 7, (12, 10)),  # a layer of experts and a dense one alike
 }
 MUON_BYTES = {"cpu": 20}  # for each number of the largest stack of matrices: gradients, X, A, B
 MUON_BYTES_DEFAULT = 14   # and the update before; all but gradients in bfloat16 on a GPU

@@ -48,6 +48,12 @@ USUAL_VOCAB = {"cuda": DOCUMENTED_VOCAB, "mps": 4096, "cpu": 4096}
 # depth of 20 takes eight H100 some 2 hours, and one card of 24 GB 3 days, which nobody expects.
 GPU_HOURS = 12.0
 GPU_DEPTHS = range(4, 33, 2)   # that are chosen from, up to GPU_DEPTH where no minutes are given
+SIZES = {  # layers, width and heads of the documented sizes: in weights of layers those of GPT-2
+    "small": (12, 768, 6),
+    "medium": (18, 1152, 9),
+    "large": (24, 1536, 12),
+    "xl": (32, 2048, 16),
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -84,6 +90,16 @@ def choose_budget(settings, device_type, resumed=None, factor=None):
     if device_type != "cuda":
         return Budget("minutes", CPU_MINUTES)
     return Budget("target_param_data_ratio", GPU_PARAM_DATA_RATIO)
+
+
+def depth_of_size(size, depth=None):
+    """The layers of a size in SIZES. UserError for an unknown one, and for another depth."""
+    if size not in SIZES:
+        raise UserError(f"size={size} does not exist: choose from {', '.join(SIZES)}")
+    layers = SIZES[size][0]
+    if depth not in (None, layers):
+        raise UserError(f"size={size} is a depth of {layers}, not depth={depth}: give one of them")
+    return layers
 
 
 def pretraining_defaults(settings):

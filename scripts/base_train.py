@@ -45,6 +45,7 @@ from nanochat.plan import (
     check_not_passed,
     choose_budget,
     config_for,
+    depth_of_size,
     is_overfitting,
     make_plan,
     pretraining_defaults,
@@ -72,9 +73,10 @@ from tasks.domains import OWN, canonical_domains, check_best_by, load_domains
 # settings
 data: str = None             # parquet, or your own txt, md, jsonl, json, csv; None: nanochat's
 model_tag: str = None        # name of the checkpoint folder; None: dN for depth N, or the data's
-model: str = None            # gpt, lookup, portable, ... (nanochat/variants); None: gpt on CUDA
+model: str = None            # gpt, mla, deepseek, ... (docs/models/families.md); None: gpt on CUDA
 depth: int = None            # layers; width 64 x depth. None: by memory and hours, CPU: by speed
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
+size: str = None             # small, medium, large or xl: a depth of 12, 18, 24 or 32
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, by speed on a CPU
 curriculum: str = None       # ten_stage, three_stage or "0.25 64; 0.75 512" (docs/curriculum.md)
 minutes: float = None        # budget: wall clock of the loop, compiling included. None: 5 on a CPU
@@ -110,8 +112,15 @@ resume = False               # resume the newest unfinished run: of this tag, or
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 extend: float = None         # or from before the LR decay, to a horizon so many times as long
 seed = 42                    # of the initial weights
-settings = configure(globals(), aliases={"no_wandb": "logger="},
-                     defaults_here=pretraining_defaults)
+aliases = {
+    "no_wandb": "logger=",
+    "model_type": "model",
+    "batch_size": "device_batch_size",
+    "block_size": "max_seq_len",
+}
+settings = configure(globals(), aliases=aliases, defaults_here=pretraining_defaults)
+if size is not None:
+    depth = settings["depth"] = depth_of_size(size, depth)
 if data is not None:
     data = settings["data"] = str(existing_path(data))
 domains = settings["domains"] = canonical_domains(domains)

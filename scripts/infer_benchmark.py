@@ -73,7 +73,7 @@ from nanochat.variants import MODEL_CLASSES, TRAINABLE
 source = ""                 # measure a trained model: base, mid, sft or rl. Empty: random weights
 model_tag: str = None       # its folder, such as d4. None: the newest
 step: int = None            # its step. None: the last
-model = "gpt"               # the class of a model with random weights: gpt, lookup or portable
+model = "gpt"               # the class of a model with random weights: gpt, lookup, mla, ...
 depth = 6                   # and its layers
 vocab_size = 32768          # and its vocabulary
 batches = "1,2,4,8,16,32"   # sequences at a time

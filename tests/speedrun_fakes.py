@@ -9,7 +9,7 @@ from conftest import ROOT
 
 DIALS = (
     "MINUTES", "DATA", "CUSTOM", "NAME", "GPUS", "DRY_RUN", "WSL_DISTRO_NAME", "DEPTH", "STAGES",
-    "DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE")
+    "MODEL", "DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE")
 
 
 def environment_of(**variables):

@@ -27,6 +27,7 @@ from traffic import counted
 
 GB = 10**9
 CLASSES = ("gpt", "lookup", "portable")
+FAMILIES = ("mla", "deepseek")  # for which fewer cases are run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # depth, vocabulary, context, sequences; and where the most memory is needed
 SIZES = {
@@ -137,6 +138,13 @@ def test_the_peak_of_a_real_step_is_planned_within_a_tenth(name, dtype, size):
     assert planned(name, size, dtype).total == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_peak_of_latents_and_experts_is_planned_within_a_tenth(name):
+    size = SIZES["few logits"]  # the peak is among the activations
+    found = Training(name, size, torch.float32).peak()
+    assert planned(name, size, torch.float32).total == pytest.approx(found, rel=0.1)
+
+
 def test_the_peak_is_in_the_loss_the_backward_pass_or_the_update():
     peaks = [planned("gpt", size, torch.float32).peak for size in SIZES.values()]
     assert peaks == ["loss", "backward", "loss", "update"], peaks
@@ -215,7 +223,7 @@ def kept_for_backward(model, sequences, max_seq_len):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", CLASSES + FAMILIES)
 def test_layers_keep_what_the_table_says(name, dtype):
     model = model_of(name, config_of(name, 4, 97, 128), dtype)
     found = kept_for_backward(model, 4, 128)
@@ -223,7 +231,7 @@ def test_layers_keep_what_the_table_says(name, dtype):
     assert kept == pytest.approx(found, rel=0.03)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", CLASSES + FAMILIES)
 def test_compiled_blocks_keep_what_the_table_says(name):
     """As torch's partitioner divides them, which does not depend on what then makes the kernels."""
     dtype = torch.bfloat16

@@ -165,6 +165,12 @@ def test_as_much_text_is_fetched_as_the_planned_depth_needs(sandbox):
     assert "stage" not in done.stdout
 
 
+def test_a_given_model_reaches_the_pretraining_alone(tmp_path):
+    commands = dry_run(tmp_path, MODEL="mla", MINUTES="3")
+    given = [words for words in commands if "--model=mla" in words]
+    assert ["scripts.base_train" in words for words in given] == [True]
+
+
 # 20 tokens of 4.8 characters for each of 12 x depth x width^2 + 65,536 x width weights, by shards
 # of 250 million, and 3.5 %
 @pytest.mark.parametrize("depth, shards", [("1", 2), ("12", 54), ("20", 190), ("32", 694)])
@@ -619,6 +625,8 @@ def test_arguments_are_refused_and_help_is_given():
     ({"GPUS": "two"}, "GPUS=two"),
     ({"GPUS": "-1"}, "GPUS=-1"),
     ({"DEPTH": "deep"}, "DEPTH=deep"),
+    ({"MODEL": "gpt5"}, "MODEL=gpt5 does not exist"),
+    ({"MODEL": "lookup_ngrams"}, "MODEL=lookup_ngrams does not exist"),
     ({"DEVICE_BATCH_SIZE": "0"}, "DEVICE_BATCH_SIZE=0"),
     ({"STAGES": "report"}, "python -m nanochat.report"),
     ({"STAGES": ", "}, "STAGES=,  names no stage"),
