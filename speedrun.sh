@@ -109,9 +109,9 @@ for setting in DEPTH DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE; do
     fi
 done
 if [ -n "$MODEL" ]; then
-    # its row in the table of models; what else is a row there is chosen by base_train alone
-    if ! [[ "$MODEL" =~ ^[a-z0-9]+$ ]] || ! grep -q "^    \"$MODEL\": " nanochat/variants/__init__.py
-    then
+    # its row in the table of models; a name with _ there is chosen by base_train alone
+    table=nanochat/variants/__init__.py
+    if ! [[ "$MODEL" =~ ^[a-z0-9]+$ ]] || ! grep -q "^    \"$MODEL\": " "$table"; then
         refuse "MODEL=$MODEL does not exist: docs/models/families.md has those that do"
     fi
 fi

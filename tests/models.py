@@ -16,8 +16,8 @@ def noise(*shape):
 def make_model(model_class=GPT, depth=2, kv_heads=4, vocab_size=VOCAB_SIZE, **more):
     """A model of width 64 with 4 heads, the same at every call. more: of its config.
 
-    Nothing is left at zero or one: matrices (also in stacks) and tables are normal, std .1; scalars are moved by
-    noise; an NGramGPT has counted the n-grams of some noise.
+    Nothing is left at zero or one: matrices (also in stacks) and tables are normal, std .1; scalars
+    are moved by noise; an NGramGPT has counted the n-grams of some noise.
     """
     torch.manual_seed(0)
     counted = None

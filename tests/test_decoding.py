@@ -10,7 +10,9 @@ from nanochat.decoding import CompiledDecode, use_fast_linear
 from nanochat.engine import Engine, serving_engine
 from nanochat.fast_linear import FastLinear, can_multiply_fast
 from nanochat.gpt import GPT
+from nanochat.variants.deepseek import DeepSeekGPT
 from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.mla import MLAGPT
 from nanochat.variants.ngrams import NGramGPT
 from nanochat.variants.portable import PortableGPT
 
@@ -67,6 +69,12 @@ def test_one_sequence_then_another_then_all_of_them_in_any_order():
 @pytest.mark.parametrize("model_class", [LookupGPT, NGramGPT, PortableGPT])
 def test_a_variant_is_compiled_with_what_it_overrides(model_class):
     compare(make_model(model_class, depth=1).eval(), [[1], [1], [0], [2]], 1e-4)
+
+
+@pytest.mark.parametrize("model_class", [MLAGPT, DeepSeekGPT])
+def test_latents_and_experts_are_compiled(model_class):
+    more = {"dense_layers": 0} if model_class is DeepSeekGPT else {}
+    compare(make_model(model_class, depth=1, **more).eval(), [[1], [0], [2, 0]], 1e-4)
 
 
 def test_int8_weights_give_the_logits_of_the_rounded_weights():

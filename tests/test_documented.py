@@ -54,6 +54,8 @@ NAMES = [
     ("nanochat.engine", "Engine", "model, tokenizer"),
     ("nanochat.engine", "Engine.generate", "self, prompt, max_new_tokens, temperature, top_k"),
     ("nanochat.tokenizer", "Tokenizer", None),
+    ("nanochat.variants.mla", "MLAGPT", None),
+    ("nanochat.variants.deepseek", "DeepSeekGPT", None),
     ("tasks.common", "Task", "start, stop, step"),
     ("tasks.common", "Task.__len__", "self"),
     ("tasks.common", "Task.__getitem__", "self, idx"),
@@ -69,8 +71,6 @@ NAMES = [
 # modules, or files
 LATER = {
     "docs/llada.md": "model families",
-    "nanochat.variants.mla": "model families",
-    "nanochat.variants.deepseek": "model families",
     "nanochat.variants.llada": "model families",
     "requirements.txt": "nothing: pyproject.toml names the packages",
     "optimize.sh": "nothing: scripts.doctor takes its options",
@@ -84,6 +84,7 @@ FILES = [
     "emergency_training.sh",
     "docs/models/qwen3-32b.md",
     "docs/numerical_stability.md",
+    "docs/models/families.md",
     "nanochat/configurator.py",
     "nanochat/dataset.py",
     "rustbpe/Cargo.toml",

@@ -13,6 +13,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
 from nanochat.sequence_text import TextOfSequence
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.variants.deepseek import DeepSeekGPT
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.ngrams import NGramGPT
 from nanochat.variants.portable import PortableGPT
@@ -87,7 +88,7 @@ def test_each_sample_of_a_prompt_has_the_tokens_of_its_own_seed(engine):
     assert [samples[1]] == engine.generate_batch([prompt], seed=2, **options)
 
 
-@pytest.mark.parametrize("model_class", [GPT, LookupGPT, NGramGPT])
+@pytest.mark.parametrize("model_class", [GPT, LookupGPT, NGramGPT, DeepSeekGPT])
 def test_a_prompt_that_sequences_share_is_read_once(tokenizer, model_class, monkeypatch):
     options = {"vocab_size": tokenizer.get_vocab_size()}
     model = make_any_model(model_class, **options).eval()
@@ -311,7 +312,7 @@ def test_stream_pieces_join_to_what_generate_returns(engine):
 # ------------------------------------------------------------------------------------------------
 # a cache that is kept: chunked prefill and prefix reuse
 
-CLASSES = [GPT, LookupGPT, NGramGPT, PortableGPT]
+CLASSES = [GPT, LookupGPT, NGramGPT, PortableGPT, DeepSeekGPT]
 
 
 @pytest.fixture(params=CLASSES, ids=lambda model_class: model_class.__name__)

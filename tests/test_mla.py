@@ -2,10 +2,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import CONTEXT, VOCAB_SIZE, in_pieces, make_model, noise
+from nanochat.adamw import AdamW
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.parallel import Layout, accumulate_gradients
 from nanochat.variants.deepseek import (
     DeepSeekConfig,
     DeepSeekGPT,
@@ -184,3 +187,144 @@ def test_experts_and_their_gradients_equal_transformers(shape):
         ours.router.weight.grad, theirs.gate.weight.grad, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
         ours.down.weight.grad, theirs.experts.down_proj.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_equal_one_product_for_each_expert(dtype):
+    """Some experts have no token."""
+    counts = torch.tensor([3, 0, 6, 1, 0])
+    results = []
+    for multiply in (grouped_linear, linear_of_each):
+        torch.manual_seed(0)
+        x = torch.randn(10, 16).to(dtype).requires_grad_()
+        weights = torch.randn(5, 24, 16).to(dtype).requires_grad_()
+        y = multiply(x, weights, counts)
+        y.backward(torch.randn(10, 24).to(dtype))
+        results.append((y, x.grad, weights.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def load(mixture, x):
+    """The tokens of the expert that has most of them, as a multiple of the mean."""
+    chosen, _ = mixture.router(x.flatten(0, 1))
+    counts = chosen.flatten().bincount(minlength=mixture.experts).float()
+    return (counts.max() / counts.mean()).item()
+
+
+def new_model(**more):
+    torch.manual_seed(0)
+    config = DeepSeekConfig(2, 64, 4, 4, VOCAB_SIZE, CONTEXT, **more)
+    model = DeepSeekGPT(config)
+    model.init_weights()
+    return model
+
+
+def text_of(step, sequences=16):
+    """Tokens (B, T + 1), each of which follows from the one before, mostly."""
+    generator = torch.Generator().manual_seed(step)
+    shape = sequences, CONTEXT + 1
+    ids = torch.randint(VOCAB_SIZE, shape, generator=generator)
+    is_noise = torch.rand(shape, generator=generator) < 0.2
+    for t in range(CONTEXT):
+        following = (5 * ids[:, t] + 3) % VOCAB_SIZE
+        ids[:, t + 1] = torch.where(is_noise[:, t + 1], ids[:, t + 1], following)
+    return ids
+
+
+class Training:
+    """A new model and its layout."""
+
+    def __init__(self, learning_rate=0.02):
+        self.model = new_model().train()
+        self.layout = Layout(self.model, self.model.setup_optimizers(learning_rate))
+
+    def step(self, number, accept=True):
+        ids = text_of(number)
+        batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+        accumulate_gradients(self.model, batches, 1 / ids.numel(), len(ids), self.layout)
+        _, grad_norm = self.layout.reduce(torch.zeros(()))
+        if accept:
+            self.layout.apply(1.0, grad_norm)
+        self.layout.zero_grad()
+        return grad_norm
+
+
+def test_a_bias_against_the_load_brings_experts_to_the_same_number_of_tokens():
+    """The bias alone learns, of experts of which three had most tokens; without it they keep them.
+    """
+    model = new_model()
+    mixture = model.blocks[1].mlp
+    with torch.no_grad():
+        mixture.router.bias[:3] = 0.2
+    groups = [group for o in model.setup_optimizers() for group in o.param_groups]
+    [group] = [group for group in groups if group["params"][0] is mixture.router.bias]
+    optimizer = AdamW([{**group, "lr": 0.005}])
+    x = F.rms_norm(torch.randn(1, 1024, 64), (64,))
+    before = load(mixture, x)
+    for _ in range(40):
+        mixture(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before > 2.5 and load(mixture, x) < 1.1
+    assert group["lr"] == pytest.approx(0.001), "DeepSeek's step"
+
+
+def test_a_step_that_is_skipped_moves_no_bias_and_a_resumed_run_continues_to_the_bit():
+    straight, first = Training(), Training()
+    for number in range(2):
+        straight.step(number)
+        first.step(number)
+    bias = straight.model.blocks[1].mlp.router.bias
+    before = bias.detach().clone()
+    straight.step(7, accept=False)
+    assert torch.equal(bias, before) and before.any()
+
+    resumed = Training()
+    resumed.layout.load_weights(first.layout.whole_weights())
+    resumed.layout.load_optimizer_state([first.layout.optimizer_state()])
+    for training in (straight, resumed):
+        training.step(2)
+    ours, theirs = (each.model.state_dict() for each in (straight, resumed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_balance_counts_for_nothing_in_the_norm_of_the_gradient():
+    model, ids = new_model(), text_of(0)
+    (model(ids[:, :-1], ids[:, 1:]) / ids.numel()).backward()
+    of_all = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    bias = model.blocks[1].mlp.router.bias.grad
+    assert 0 < bias.norm() < 0.001 * of_all
+    assert bias.sum().abs() < 1e-9, "what one has too many, others have too few"
+
+
+# -------------------------------------------------------------------------------- counting
+
+@pytest.mark.parametrize("model_class", [MLAGPT, DeepSeekGPT])
+def test_the_flops_are_those_that_torch_counts(model_class, monkeypatch):
+    """Forward, a third of a training step: twice each weight that a token is multiplied with."""
+    monkeypatch.setattr("nanochat.variants.deepseek.grouped_linear", linear_of_each)
+    shape = {"q_rank": 24, "nope_dim": 16, "v_dim": 16, "rope_dim": 8}
+    model, idx = make_model(model_class, depth=3, **shape), noise(2, 20)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        x, _ = model.features(idx)
+    head = model.config.vocab_size * model.config.width
+    # scores and values of every pair, the values as wide as the keys
+    padding = 2 * model.config.depth * model.config.heads * (24 - 16) * 20
+    counted = counter.get_total_flops() / idx.numel() - padding
+    assert counted == model.flops(20).square / 3 - 2 * head
+
+
+def test_active_and_total_parameters_of_the_documented_depth():
+    with torch.device("meta"):
+        model = DeepSeekGPT(DeepSeekConfig.from_depth(20, 65536, 2048))
+        plain = GPT(GPTConfig.from_depth(20, 65536, 2048))
+    C, I = 1280, 864                                    # a quarter of the dense 3,456
+    attention = C * C + C * (320 + 64) + C // 4 * (C // 2 + C) + C * C
+    dense = 3 * C * 4 * I
+    active = 20 * (attention + dense) + 19 * 16 * C     # four experts are as wide, and the router
+    assert model.matmul_parameters() == active + 65536 * C
+    matrices = sum(p.numel() for p in model.parameters_by_role()["matrix"])
+    assert matrices == active + 19 * 13 * 3 * C * I
+    assert model.matmul_parameters() < 1.01 * plain.matmul_parameters()
+    assert model.blocks[1].mlp.down.weight.shape == (16, C, I), "a stack for Muon"

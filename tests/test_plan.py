@@ -23,6 +23,7 @@ from nanochat.plan import (
     MIN_HASHED_ROWS,
     MOST_EPOCHS,
     OVERFITTING_BPB,
+    SIZES,
     TOO_LITTLE_BYTES,
     Batch,
     Budget,
@@ -42,6 +43,7 @@ from nanochat.plan import (
     choose_horizon,
     config_for,
     cpu_shape,
+    depth_of_size,
     fitting_hashed_rows,
     gpu_shape,
     gpu_weight_decay,
@@ -818,7 +820,8 @@ def slow_machine(depth, max_seq_len):
 def resumed_meta(name, ranks):
     """The meta of a run of depth 3 with one key/value head, whose ranks have 43 sequences each."""
     model_class = MODEL_CLASSES[name]
-    config = model_class.config_class.from_depth(3, 280, 256, kv_heads=1)
+    config = model_class.config_class.from_depth(3, 280, 256)
+    config.kv_heads = 1
     return {"config": vars(config), "total_batch_size": 256 * 43 * ranks, "budgets": {"minutes": 4}}
 
 
@@ -887,6 +890,18 @@ def test_a_resumed_run_keeps_its_shape_and_its_batch(machine, kind, factor, name
         assert plan.horizon == Horizon(None, 4 * (factor or 1))
     else:
         assert plan.budget == Budget(kind, AMOUNTS[kind])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_documented_size_is_a_depth_and_its_shape(size):
+    depth = depth_of_size(size)
+    config = GPTConfig.from_depth(depth, 65536, 2048)
+    assert SIZES[size] == (config.depth, config.width, config.heads)
+    assert depth_of_size(size, depth) == depth, "as a run that is started again gives both"
+    with pytest.raises(UserError, match=f"size={size} is a depth of {depth}, not depth=4"):
+        depth_of_size(size, 4)
+    with pytest.raises(UserError, match="size=huge does not exist: choose from small, medium"):
+        depth_of_size("huge")
 
 
 def test_given_settings_decide_the_shape():

@@ -161,7 +161,8 @@ class MixtureOfExperts(nn.Module):
 
 
 class DeepSeekBlock(MLABlock):
-    mlp_class = SwiGLU  # of the first layers
+    """A block with a dense MLP, as the first layers have it."""
+    mlp_class = SwiGLU
 
 
 class DeepSeekGPT(MLAGPT):

@@ -116,12 +116,15 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config = config
         width, heads, r = config.width, config.heads, config.kv_rank
+        # queries, from a latent of their own or from x
         if config.q_rank:
             self.q_down = Linear(width, config.q_rank)
             self.q_norm = LatentNorm(config.q_rank)
         self.q = Linear(config.q_rank or width, heads * config.qk_dim)
+        # what is cached of a token
         self.kv_down = Linear(width, r + config.rope_dim)
         self.kv_norm = LatentNorm(r)
+        # keys and values of each head from the latent
         self.k_up = Stack(heads, config.nope_dim, r)
         self.v_up = Stack(heads, config.v_dim, r)
         self.out = Linear(heads * config.v_dim, width)
@@ -130,8 +133,9 @@ class LatentAttention(nn.Module):
         """x (B, T, C) -> (B, T, H, nope_dim + rope_dim), rotated."""
         if self.config.q_rank:
             x = self.q_norm(self.q_down(x))
-        q = self.q(x).unflatten(-1, (self.config.heads, -1))
-        nope, rope = q.split((self.config.nope_dim, self.config.rope_dim), dim=-1)
+        config = self.config
+        q = self.q(x).unflatten(-1, (config.heads, -1))
+        nope, rope = q.split((config.nope_dim, config.rope_dim), dim=-1)
         return torch.cat((nope, rotate(rope, cos, sin)), dim=-1)
 
     def latents(self, x, cos, sin):
@@ -144,20 +148,26 @@ class LatentAttention(nn.Module):
         """latents (B, S, r + rope_dim) -> keys (B, S, H, qk_dim) and values (B, S, H, v_dim)."""
         heads = self.config.heads
         c, rope = latents.split((self.config.kv_rank, self.config.rope_dim), dim=-1)
-        nope = F.linear(c, self.k_up.for_inputs(c).flatten(0, 1)).unflatten(-1, (heads, -1))
-        v = F.linear(c, self.v_up.for_inputs(c).flatten(0, 1)).unflatten(-1, (heads, -1))
-        return torch.cat((nope, rope[:, :, None].expand(-1, -1, heads, -1)), dim=-1), v
+        nope, v = (
+            F.linear(c, up.for_inputs(c).flatten(0, 1)).unflatten(-1, (heads, -1))  # B, S, H, D
+            for up in (self.k_up, self.v_up)
+        )
+        rope = rope[:, :, None].expand(-1, -1, heads, -1)  # the same for all heads
+        return torch.cat((nope, rope), dim=-1), v
 
     def forward(self, x, cos, sin, layer_cache=None, window=None, at=None):
         """As Attention.forward() of gpt.py."""
+        # 1. queries of each head, and a latent of each token, at their positions
         q = self.queries(take(x, at), take(cos, at), take(sin, at))
         latents = self.latents(x, cos, sin)
+        # 2. attend to what is at or before each position
         if layer_cache is not None:
             y = self.attend_cached(q, latents, layer_cache, window, at)
         elif at is not None:
             y = attention_up_to(q, *self.expand(latents), at)
         else:
             y = self.attend_whole(q, latents)
+        # 3. back to the residual stream
         return self.out(y.flatten(2))
 
     def attend_whole(self, q, latents):
@@ -170,17 +180,23 @@ class LatentAttention(nn.Module):
 
     def attend_cached(self, q, latents, layer_cache, window, at):
         """As cached_attention() of attention.py, of new latents (B, T, r + rope_dim)."""
-        cache = layer_cache.k[:, 0]  # S, L, r + rope_dim
+        # 1. write the new latents at their positions
+        cache = layer_cache.k[:, 0]  # slots, length, r + rope_dim
         cache[window.index, window.positions] = latents.to(cache.dtype)
+        # 2. into empty slots: nothing but the new tokens to attend to, and no mask to make
         is_whole = at is None and window.end == latents.size(1)
-        if is_whole and q.size(1) > 1 and q.device.type == "cpu":
+        is_prompt = is_whole and q.size(1) > 1
+        if is_prompt and q.device.type == "cpu":
             return self.attend_whole(q, latents)
+        # 3. else read what the slots hold, up to the longest of them
         cached = cache[window.slots, :window.end].to(q.dtype)
         positions = window.positions if at is None else window.positions.gather(1, at)
         if q.size(1) == 1:
             return self.attend_absorbed(q[:, 0], cached, positions)[:, None]
-        k, v = (x.transpose(1, 2) for x in self.expand(cached))
-        return attend_up_to(q.transpose(1, 2), k, v, positions).transpose(1, 2)
+        k, v = self.expand(cached)
+        y = attend_up_to(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions)
+        return y.transpose(1, 2)
 
     def attend_absorbed(self, q, cached, positions):
         """One query of each sequence, (B, H, qk_dim), positions (B, 1) -> (B, H, v_dim).
@@ -193,6 +209,8 @@ class LatentAttention(nn.Module):
         absorbed = torch.einsum("bhd,hdr->bhr", nope, self.k_up.for_inputs(q))
         query = torch.cat((absorbed, rope), dim=-1) * config.qk_dim ** -0.5
         # 2. attend to what is at or before each position
+        # (scores in the dtype of the activations, as a fused kernel rounds its inputs; softmax in
+        # float32, as it does)
         scores = (query @ cached.mT).float()  # B, H, S
         keys = torch.arange(cached.size(1), device=q.device)
         scores = scores.masked_fill(keys > positions[:, :, None], -torch.inf)
@@ -206,6 +224,7 @@ class LatentAttention(nn.Module):
 
 
 class MLABlock(Block):
+    """A block with latent attention."""
     attention_class = LatentAttention
 
 
@@ -217,12 +236,14 @@ class MLAGPT(GPT):
     def init_blocks(self):
         """out and down zero, gains 1, all other matrices uniform with std 1 / sqrt(inputs)."""
         for block in self.blocks:
+            # all of them, those of a variant's MLP as well
             for module in block.modules():
                 if isinstance(module, (Linear, Stack)):
                     bound = math.sqrt(3 / module.weight.size(-1))
                     nn.init.uniform_(module.weight, -bound, bound)
                 elif isinstance(module, LatentNorm):
                     nn.init.ones_(module.gain)
+            # every block starts as the identity
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
@@ -230,6 +251,7 @@ class MLAGPT(GPT):
         return [module.weight for module in self.modules() if isinstance(module, Stack)]
 
     def cast_for_inference(self, dtype):
+        # as Linear's: once, so that no forward pass casts them
         for weight in self.stacked_weights():
             weight.data = weight.data.to(dtype)
         return super().cast_for_inference(dtype)
@@ -241,5 +263,6 @@ class MLAGPT(GPT):
         """As of GPT; a pair of tokens takes qk_dim + v_dim multiplications in each head."""
         config = self.config
         weights = 6 * self.matmul_parameters()
-        attention = 3 * config.depth * config.heads * (config.qk_dim + config.v_dim) * T
+        of_a_pair = config.heads * (config.qk_dim + config.v_dim)
+        attention = 3 * config.depth * of_a_pair * T
         return Flops(weights, weights + attention, weights + 2 * attention)
