@@ -46,14 +46,19 @@ class GPTConfig:
     rotary_base: float = 10000.0
 
     @classmethod
-    def from_depth(cls, depth, vocab_size, max_seq_len, kv_heads=None, **more):
-        """The documented shape of a depth. UserError where kv_heads does not divide the heads.
+    def from_depth(cls, depth, vocab_size, max_seq_len, kv_heads=None, width=None, heads=None,
+                   **more):
+        """The documented shape of a depth, but for the fields that are given.
 
-        The head dimension is 128 from depth 12 on if it divides the width, else 64.
+        The head dimension is 128 from depth 12 on if it divides the width, else 64. UserError where
+        the heads do not divide the width into even head dimensions, or kv_heads the heads.
         """
-        width = 64 * depth
-        wide_heads = depth >= 12 and depth % 2 == 0
-        heads = width // (128 if wide_heads else 64)
+        width = width or 64 * depth
+        wide_heads = depth >= 12 and width % 128 == 0
+        heads = heads or max(1, width // (128 if wide_heads else 64))
+        if width % (2 * heads):
+            raise UserError(
+                f"heads={heads} must divide width={width} into an even number of dimensions each")
         if kv_heads and heads % kv_heads:
             raise UserError(
                 f"kv_heads={kv_heads} must divide the {heads} query heads of depth {depth}")

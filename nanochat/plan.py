@@ -6,6 +6,7 @@ numbered steps, each with its reason, and a training script prints them.
 
 What a device holds and what ranks send is in memory.py; how fast a machine trains, forecast.py.
 """
+import dataclasses
 import functools
 import math
 import os
@@ -36,6 +37,9 @@ from nanochat.parallel import WIRE_DTYPES, round_up
 from nanochat.variants import default_model
 from nanochat.variants.lookup import LookupGPT, usual_hashed_rows
 
+# Fields of a model's config that base_train has settings for; None: as the depth has them
+SHAPE_SETTINGS = ("width", "heads", "kv_heads", "mlp_width", "tied", "rotary_base")
+NEED_DEPTH = ("width", "heads", "mlp_width")
 BUDGETS = ("minutes", "num_iterations", "target_flops", "target_param_data_ratio")
 CPU_MINUTES = 5.0              # the budget without a CUDA device where none is given
 GPU_PARAM_DATA_RATIO = 20.0    # tokens per matmul parameter on a GPU (Chinchilla, arXiv 2203.15556)
@@ -170,13 +174,32 @@ def fitting_hashed_rows(text, usual):
     return fitting if fitting < usual else 0
 
 
-def config_for(model_class, shape, vocab_size, kv_heads=None, text=None):
+def given_fields(settings, model_class):
+    """{field of the config: value} of the settings that give a model a shape of its own.
+
+    UserError for one that the class does not have, and for a width or heads without a depth, which
+    is not chosen for them.
+    """
+    given = {name: settings[name] for name in SHAPE_SETTINGS if settings.get(name) is not None}
+    known = {field.name for field in dataclasses.fields(model_class.config_class)}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(
+                f"{name}={value} is not part of {model_class.__name__}: leave it out, or take "
+                "--model=portable")
+        if name in NEED_DEPTH and not settings["depth"]:
+            raise UserError(f"{name}={value} needs --depth, which is not chosen for it")
+    return given
+
+
+def config_for(model_class, shape, vocab_size, given=None, text=None):
     """The config of a model of a Shape.
 
-    text: the TextSize of a text that is read several times, which gets smaller tables, or None.
+    given: what given_fields() returned, or None. text: the TextSize of a text that is read several
+    times, which gets smaller tables, or None.
     """
     config = model_class.config_class.from_depth(
-        shape.depth, vocab_size, shape.max_seq_len, kv_heads)
+        shape.depth, vocab_size, shape.max_seq_len, **(given or {}))
     if text and issubclass(model_class, LookupGPT):
         config.hashed_rows = fitting_hashed_rows(text, usual_hashed_rows(vocab_size))
     return config
@@ -809,14 +832,16 @@ def measure_step(model_class, config, device, dtype, tokens=512, repeats=2):
     return idx[:, 1:].numel() / fastest
 
 
-def speed_of(model_class, vocab_size, compute):
+def speed_of(model_class, vocab_size, compute, given=None):
     """A function (depth, max_seq_len) -> measured training tokens per second of all ranks.
 
-    Every rank must call it alike: it contains a collective.
+    given: what given_fields() returned, or None. Every rank must call the function alike: it
+    contains a collective.
     """
     @functools.cache
     def speed(depth, max_seq_len):
-        config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
+        config = model_class.config_class.from_depth(
+            depth, vocab_size, max_seq_len, **(given or {}))
         own = measure_step(model_class, config, compute.device, compute.dtype)
         return compute.world_size * all_reduce_max(own)[0]
 
@@ -939,8 +964,10 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
     elif not depends_on_speed(settings, machine, resumed):
         shape = Shape(depth, max_seq_len, settings["total_batch_size"], "as the settings say")
     else:
+        given = given_fields(settings, model_class)
+
         def tokens_at(depth, max_seq_len):
-            config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len)
+            config = model_class.config_class.from_depth(depth, vocab_size, max_seq_len, **given)
             model = build_on_meta(model_class, config)
             flops = model.flops_per_token(max_seq_len)
             return min(most, tokens_within(budget, flops, lambda: speed(depth, max_seq_len)))
@@ -966,7 +993,7 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
     if resumed:
         config = model_class.config_class(**resumed["config"])
     else:
-        config = config_for(model_class, shape, vocab_size, settings["kv_heads"])
+        config = config_for(model_class, shape, vocab_size, given_fields(settings, model_class))
     model = build_on_meta(model_class, config)
     stages = read_curriculum(settings.get("curriculum"), shape.max_seq_len)
     for stage in stages:
@@ -1010,8 +1037,8 @@ def make_plan(settings, budget, machine, model_class, vocab_size, speed, resumed
 
     # 4. what it takes, with tables that fit the text
     if reading and not resumed:
-        config = config_for(
-            model_class, shape, vocab_size, settings["kv_heads"], reading.repeated())
+        given = given_fields(settings, model_class)
+        config = config_for(model_class, shape, vocab_size, given, reading.repeated())
         model = build_on_meta(model_class, config)
     needed = memory(
         model,

@@ -46,6 +46,7 @@ from nanochat.plan import (
     choose_budget,
     config_for,
     depth_of_size,
+    given_fields,
     is_overfitting,
     make_plan,
     pretraining_defaults,
@@ -75,8 +76,13 @@ data: str = None             # parquet, or your own txt, md, jsonl, json, csv; N
 model_tag: str = None        # name of the checkpoint folder; None: dN for depth N, or the data's
 model: str = None            # gpt, mla, deepseek, ... (docs/models/families.md); None: gpt on CUDA
 depth: int = None            # layers; width 64 x depth. None: by memory and hours, CPU: by speed
+width: int = None            # of the residual stream; None: 64 x depth
+heads: int = None            # query heads; None: of 128 dimensions, or 64 in small models
 kv_heads: int = None         # key/value heads; None: as many as query heads; fewer: grouped queries
 size: str = None             # small, medium, large or xl: a depth of 12, 18, 24 or 32
+mlp_width: int = None        # of portable's hidden layer (SwiGLU); None: 8/3 of the width
+tied: bool = None            # portable's head is its embedding; None: no
+rotary_base: float = None    # RoPE's theta; None: 10000, portable 1000000
 max_seq_len: int = None      # context in tokens; None: 2048 on a GPU, by speed on a CPU
 curriculum: str = None       # ten_stage, three_stage, "0.25 64; 0.75 512"; gain unmeasured
 minutes: float = None        # budget: wall clock of the loop, compiling included. None: 5 on a CPU
@@ -125,6 +131,7 @@ if data is not None:
     data = settings["data"] = str(existing_path(data))
 domains = settings["domains"] = canonical_domains(domains)
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
+require(settings, 1, "width", "heads", "kv_heads", "mlp_width", "rotary_base")
 require(settings, 0, "ngram_tokens")
 
 VALIDATION_DOCUMENTS = 300   # of the last validation
@@ -176,7 +183,8 @@ dataset = open_dataset(data)
 text_size = measure_text(dataset, tokenizer)
 text_size.check_context(max_seq_len)
 machine = this_machine(compute, matmul_flops)
-speed = speed_of(model_class, vocab_size, compute)
+given = given_fields(settings, model_class)
+speed = speed_of(model_class, vocab_size, compute, given)
 known = resumed
 if resumed and resumed["world_size"] != world_size:
     known = {**resumed, "device_batch_size": None}  # which need not divide what a rank has now
@@ -215,7 +223,7 @@ else:
     if counted:
         kept, counted_tokens = len(counted.keys), counted.tokens
     kept, counted_tokens = map(int, all_reduce_max(kept, counted_tokens))
-    config = config_for(model_class, plan.shape, vocab_size, kv_heads, reading.repeated())
+    config = config_for(model_class, plan.shape, vocab_size, given, reading.repeated())
     if kept:
         model_name = WITH_COUNTS[model_name]
         config = NGramConfig(**asdict(config), ngrams=kept)

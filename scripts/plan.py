@@ -32,13 +32,16 @@ from nanochat.memory import (
 from nanochat.metrics import finish_stage
 from nanochat.plan import (
     MOST_EPOCHS,
+    SHAPE_SETTINGS,
     USUAL_VOCAB,
     arrange,
     arrangements,
     checkpoint_bytes,
     choose_budget,
     choose_shape,
+    config_for,
     depends_on_speed,
+    given_fields,
     options_of,
     speed_of,
     this_machine,
@@ -52,7 +55,12 @@ memory_gb = "auto"           # GB of one device; auto: as it has here, or as --d
 device: str = None           # h100, rtx-4090, 7900-xtx, ... (the table in nanochat/hardware.py)
 model: str = None            # gpt, lookup, mla, ...; None: what base_train would take
 vocab_size: int = None       # None: 65536 on GPUs, 4096 on a CPU
+width: int = None            # of the residual stream; None: 64 x depth
+heads: int = None            # query heads; None: of 128 dimensions, or 64 in small models
 kv_heads: int = None         # key/value heads; None: as many as query heads
+mlp_width: int = None        # of portable's hidden layer (SwiGLU); None: 8/3 of the width
+tied: bool = None            # portable's head is its embedding; None: no
+rotary_base: float = None    # RoPE's theta; None: 10000, portable 1000000
 max_seq_len: int = None      # context in tokens; None: what base_train would take
 total_batch_size: int = None   # tokens per optimizer step; None: from depth
 device_batch_size: int = None  # sequences per device and pass; None: the largest divisor that fits
@@ -279,7 +287,7 @@ def memory_table(rows):
 
 # Settings that are none of the plan's decisions: in the command only where they are given
 PASSED_ON = (
-    "kv_heads", "reduce_dtype", "compile", "keep", "minutes", "num_iterations", "target_flops",
+    *SHAPE_SETTINGS, "reduce_dtype", "compile", "keep", "minutes", "num_iterations", "target_flops",
     "target_param_data_ratio")
 
 
@@ -326,9 +334,9 @@ def reason_of(settings, chosen, machine):
 # one size on one machine
 
 def network_of(settings, name, shape, vocabulary):
-    config = MODEL_CLASSES[name].config_class.from_depth(
-        shape.depth, vocabulary, shape.max_seq_len, settings["kv_heads"])
-    return build_on_meta(MODEL_CLASSES[name], config)
+    model_class = MODEL_CLASSES[name]
+    config = config_for(model_class, shape, vocabulary, given_fields(settings, model_class))
+    return build_on_meta(model_class, config)
 
 
 def rows_of(settings, budget, machine, network, wanted):
@@ -364,7 +372,8 @@ def plan_one(settings):
     budget = choose_budget({**settings, "extend": None}, machine.device_type)
 
     # 2) the size and the layouts; without CUDA the speed of a step is measured
-    speed = compute and speed_of(model_class, vocabulary, compute)
+    given = given_fields(settings, model_class)
+    speed = compute and speed_of(model_class, vocabulary, compute, given)
     shape = choose_shape(settings, budget, machine, model_class, vocabulary, speed)
     network = network_of(settings, name, shape, vocabulary)
     measured = depends_on_speed(settings, machine)

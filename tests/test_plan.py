@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, compute_init
 from nanochat.dataloader import TextSize
 from nanochat.forecast import PASS_TOKENS, Machine, assumed_machine, expected_step
 from nanochat.gpt import GPT, GPTConfig
@@ -29,6 +29,7 @@ from nanochat.plan import (
     Budget,
     Horizon,
     Reading,
+    Shape,
     arrange,
     arrangements,
     chat_batch,
@@ -45,6 +46,7 @@ from nanochat.plan import (
     cpu_shape,
     depth_of_size,
     fitting_hashed_rows,
+    given_fields,
     gpu_shape,
     gpu_weight_decay,
     is_overfitting,
@@ -54,6 +56,7 @@ from nanochat.plan import (
     make_plan,
     matmul_parameters,
     measure_step,
+    speed_of,
     tokens_within,
 )
 from nanochat.variants import MODEL_CLASSES
@@ -64,7 +67,8 @@ GB = 10**9
 VOCAB_SIZE = 65536
 NAMES = (
     "depth", "max_seq_len", "kv_heads", "total_batch_size", "device_batch_size", "weight_decay",
-    "extend", "checkpoint_activations", *BUDGETS)
+    "extend", "checkpoint_activations", "width", "heads", "mlp_width", "tied", "rotary_base",
+    *BUDGETS)
 
 
 def settings_with(**given):
@@ -932,6 +936,47 @@ def test_grouped_queries_are_planned_and_refused_before_the_run():
     assert plans[1].memory.parameters < plans[0].memory.parameters
     with pytest.raises(UserError, match="kv_heads=3 must divide the 8 query heads of depth 8"):
         make_plan(settings_with(depth=8, kv_heads=3), budget, machine, GPT, 280, None)
+
+
+GIVEN_SHAPE = {
+    "depth": 3, "width": 160, "heads": 5, "mlp_width": 320, "tied": True, "rotary_base": 5000.0}
+
+
+def test_a_shape_that_the_settings_give_is_planned_and_measured():
+    given = settings_with(**GIVEN_SHAPE)
+    fields = given_fields(given, PortableGPT)
+    config = config_for(PortableGPT, Shape(3, 64, 64, ""), 280, fields)
+    assert (config.width, config.heads, config.kv_heads, config.head_dim) == (160, 5, 5, 32)
+    assert (config.mlp_width, config.tied, config.rotary_base) == (320, True, 5000.0)
+
+    plan = make_plan(given, Budget("num_iterations", 10), MACHINES["cuda"], PortableGPT, 280, None)
+    parameters = sum(p.numel() for p in build_on_meta(PortableGPT, config).parameters())
+    assert plan.memory.parameters + plan.memory.tables == 4 * parameters
+
+    # the speed is measured at this shape, too
+    class Measured(PortableGPT):
+        configs = []
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.configs.append(config)
+
+    speed_of(Measured, 280, compute_init("cpu", "float32", 1), fields)(3, 64)
+    assert Measured.configs == [config]
+
+
+@pytest.mark.parametrize("given, model_class, words", [
+    ({"depth": 2, "mlp_width": 64}, GPT, "mlp_width=64 is not part of GPT: leave it out, or take"),
+    ({"depth": 2, "tied": False}, GPT, "tied=False is not part of GPT"),
+    ({"width": 64}, GPT, "width=64 needs --depth"),
+    ({"depth": 2, "width": 100, "heads": 3}, GPT, "heads=3 must divide width=100"),
+    ({"depth": 2, "width": 66, "heads": 2}, GPT, "heads=2 must divide width=66 into an even"),
+    ({"depth": 2, "heads": 4, "kv_heads": 3}, GPT, "kv_heads=3 must divide the 4 query heads"),
+])
+def test_a_shape_that_cannot_be_is_refused_before_the_run(given, model_class, words):
+    budget = Budget("num_iterations", 10)
+    with pytest.raises(UserError, match=words):
+        make_plan(settings_with(**given), budget, MACHINES["cuda"], model_class, 280, None)
 
 
 def test_the_hours_of_a_number_of_steps_follow_from_the_matmul_rate():

@@ -1,11 +1,16 @@
 """What every model class owes, and each variant against a definition of its own."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import ROOT
 from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, noise
+from nanochat.configurator import read_config
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.parallel import Layout, accumulate_gradients, prepare
+from nanochat.plan import Shape, config_for, given_fields
 from nanochat.variants import MODEL_CLASSES
 from nanochat.variants.lookup import (
     HASHED_ROWS_MAX,
@@ -398,6 +403,39 @@ def test_portable_logits_and_gradients_equal_transformers_qwen3(tied, rotary_bas
     for name, parameter in wanted.items():
         gradient = pairs[name].grad[:parameter.size(0)]
         torch.testing.assert_close(gradient, parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name, parameters, of_the_embedding", [
+    ("yxanul_197m", 197.9e6, 0.52),
+    ("yxanul_270m", 272.6e6, 0.47),
+])
+def test_the_documented_shapes_of_28_layers(name, parameters, of_the_embedding):
+    settings = dict(read_config(ROOT / "config" / f"{name}.py"))
+    model_class = MODEL_CLASSES[settings["model"]]
+    fields = given_fields(settings, model_class)
+    shape = Shape(settings["depth"], settings["max_seq_len"], settings["total_batch_size"], "")
+    config = config_for(model_class, shape, 200_005, fields)  # of the published SuperBPE tokenizers
+    assert (config.depth, config.head_dim, config.kv_heads, config.tied) == (28, 64, 2, True)
+    with torch.device("meta"):
+        model = model_class(config)
+    found = sum(p.numel() for p in model.parameters())
+    assert found == pytest.approx(parameters, rel=1e-3)
+    assert model.embed.weight.numel() / found == pytest.approx(of_the_embedding, abs=5e-3)
+
+    # its blocks are those of a Qwen3: the same logits with two of them, and a small vocabulary
+    small = replace(config, depth=2, vocab_size=96, max_seq_len=64)
+    torch.manual_seed(0)
+    ours = model_class(small)
+    ours.init_weights()
+    theirs = qwen3_of_transformers(small)
+    pairs = names_in_qwen3(ours)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        for parameter_name, parameter in theirs.named_parameters():
+            parameter.copy_(pairs[parameter_name][:parameter.size(0)])
+    idx = torch.randint(96, (2, 64))
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=2e-4, rtol=2e-4)
 
 
 def test_portable_without_gains_has_no_scalars():

@@ -1,0 +1,17 @@
+"""The documented 270 M model: 28 layers, grouped queries, RoPE, SwiGLU, a tied head.
+
+    python -m scripts.tok_train --tokenizer=t180k/tokenizer.json
+    python -m scripts.base_train config/yxanul_270m.py
+
+What it has, what was documented and what it takes: docs/models/yxanul.md.
+"""
+model = "portable"         # RMSNorm with gains, SwiGLU, and QK norm besides
+depth = 28
+width = 640
+heads = 10                 # of 64 dimensions
+kv_heads = 2               # a fifth of the keys and values in the cache
+mlp_width = 2176           # 3.4 x width, and divisible by 16 as FP8 needs it
+tied = True                # with 200,005 tokens the embedding is 47 % of the parameters
+rotary_base = 10000.0
+max_seq_len = 2048         # of the curriculum's last stage
+total_batch_size = 262144  # 524,288 at depth 20, x (size of the run)^.383 (nanochat/plan.py)
