@@ -14,4 +14,4 @@ mlp_width = 2176           # 3.4 x width, and divisible by 16 as FP8 needs it
 tied = True                # with 200,005 tokens the embedding is 47 % of the parameters
 rotary_base = 10000.0
 max_seq_len = 2048         # of the curriculum's last stage
-total_batch_size = 262144  # 524,288 at depth 20, x (size of the run)^.383 (nanochat/plan.py)
+total_batch_size = 524288  # what the plan takes for so many parameters, and for depth 20

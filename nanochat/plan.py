@@ -322,14 +322,16 @@ def cpu_shape(tokens_at, depth=None):
     return Shape(depth or chosen[1], chosen[2], chosen[3], reason)
 
 
-def gpu_shape(depth, vocab_size):
+def gpu_shape(depth, vocab_size, parameters=None):
     """The documented shape of a depth.
 
-    The batch grows with the tokens of the run to the power .383 (Power Lines, arXiv 2505.13738)
-    from the documented 524,288 at depth 20, in powers of two.
+    parameters: those that a token is multiplied with, where another width is given. The batch grows
+    with the tokens of the run to the power .383 (Power Lines, arXiv 2505.13738) from the documented
+    524,288 at depth 20, in powers of two.
     """
     depth = depth or GPU_DEPTH
-    growth = matmul_parameters(depth, vocab_size) / matmul_parameters(GPU_DEPTH, DOCUMENTED_VOCAB)
+    parameters = parameters or matmul_parameters(depth, vocab_size)
+    growth = parameters / matmul_parameters(GPU_DEPTH, DOCUMENTED_VOCAB)
     batch = 2 ** round(19 + 0.383 * math.log2(growth))
     reason = f"524,288 tokens at depth 20, x (size of the run)^.383 = {batch:,} at depth {depth}"
     return Shape(depth, GPU_CONTEXT, batch, reason)
@@ -958,7 +960,12 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
         reason = None
         if not depth:
             depth, reason = gpu_depth(settings, budget, machine, model_class, vocab_size, most)
-        shape = gpu_shape(depth, vocab_size)
+        parameters = None
+        given = given_fields(settings, model_class)
+        if given.keys() & set(NEED_DEPTH):
+            usual = config_for(model_class, gpu_shape(depth, vocab_size), vocab_size, given)
+            parameters = build_on_meta(model_class, usual).matmul_parameters()
+        shape = gpu_shape(depth, vocab_size, parameters)
         if reason:
             shape = shape._replace(reason=f"{reason}; {shape.reason}")
     elif not depends_on_speed(settings, machine, resumed):

@@ -46,6 +46,10 @@ PART_TOKENS = {
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
 
+# Names from the paper on SuperBPE (arXiv 2503.13423), whose vocabularies have 200,000 tokens: the
+# share of them that is learnt before tokens may hold several words.
+TRANSITIONS = {"t80k": 0.4, "t180k": 0.9}
+
 RANKS_FILE = "ranks.tiktoken"   # one line per token: its bytes in base64, a space, its rank
 HF_FILE = "tokenizer.json"      # the same for Hugging Face's `tokenizers`; we never read it
 META_FILE = "meta.json"         # written last: pattern, special tokens, and the hash of the ranks
@@ -61,6 +65,23 @@ def byte_spelling():
     spelling = {byte: chr(byte) for byte in printable}
     spelling |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     return spelling
+
+
+def read_transition(transition):
+    """The share of the vocabulary that is learnt within words, a float between 0 and 1.
+
+    transition: a name in TRANSITIONS, or a number in words. UserError for anything else.
+    """
+    try:
+        share = TRANSITIONS.get(transition) or float(transition)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UserError(
+            f"transition={transition} is not a share of the vocabulary: "
+            "use a number between 0 and 1, t80k or t180k"
+        )
+    return share
 
 
 class Tokenizer:

@@ -4,27 +4,31 @@ the user's own text in $NANOCHAT_BASE_DIR/tokenizers.
 
     python -m scripts.tok_train
     python -m scripts.tok_train --data=notes/ --vocab_size=8192
+    python -m scripts.tok_train --tokenizer=t80k/tokenizer.json     # one that others trained
 
 The validation split is never read for this: a vocabulary fitted to it would flatter every later
 figure.
 """
 import itertools
 import time
+from pathlib import Path
 
 import torch
 
 from nanochat.checkpoint_manager import hand_out_tokenizer
-from nanochat.common import UserError, get_dist_info, print0
+from nanochat.common import UserError, expand_home, get_dist_info, print0
 from nanochat.configurator import configure, require
 from nanochat.dataset import open_dataset
 from nanochat.hardware import measure_matmul_flops, preferred_dtype
 from nanochat.metrics import finish_stage
 from nanochat.textfiles import split_document
-from nanochat.tokenizer import Tokenizer, tokenizer_folder
+from nanochat.tokenizer import Tokenizer, read_transition, tokenizer_folder
+from nanochat.tokenizer_json import read_tokenizer_json
 
 data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
 vocab_size: int = None  # all tokens; None: 65536 (GPU), 4096 or 2048 (CPU), less for little text
 max_chars: int = None   # characters to train on; None: 2e9 on a GPU machine, 50,000,000 on a CPU
+tokenizer: str = None   # a tokenizer.json of Hugging Face to read in place of training one
 superbpe = False        # tokens of several words, learnt in a second pass (arXiv 2503.13423)
 transition = "0.4"      # share of the vocabulary learnt before that; t80k, t180k: 0.4 and 0.9
 doc_cap: int = None     # characters of each document that count; None: 10000, or all of little text
@@ -41,7 +45,6 @@ MIN_VOCAB_SIZE = 512        # for very little text
 BYTES_PER_TOKEN = 96        # of training text, of which fewer tokens would learn less (dev/LOG.md)
 USUAL_DOC_CAP = 10_000      # so that no huge document dominates
 
-TRANSITIONS = {"t80k": 0.4, "t180k": 0.9}  # names from the paper
 VALIDATION_DOCUMENTS = 300
 
 
@@ -66,20 +69,6 @@ class TrainingTexts:
                 left -= len(text)
                 if left <= 0:
                     return
-
-
-def read_transition(transition):
-    """The share of the vocabulary that is learnt within words, a float between 0 and 1."""
-    try:
-        share = TRANSITIONS.get(transition) or float(transition)
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
-        raise UserError(
-            f"transition={transition} is not a share of the vocabulary: "
-            "use a number between 0 and 1, t80k or t180k"
-        )
-    return share
 
 
 def usual_vocab_size(is_gpu):
@@ -110,8 +99,8 @@ def count_bytes(texts, enough):
     return count
 
 
-def choose_texts(dataset, vocab_size):
-    """TrainingTexts of a Dataset, for a vocabulary of this size.
+def choose_texts(dataset, vocab_size, max_chars):
+    """TrainingTexts of a Dataset, at most max_chars characters, for a vocabulary of this size.
 
     Documents are capped where that leaves enough text. A few long books are too little otherwise,
     as lines of a .jsonl file; the same books as .txt files are many documents.
@@ -123,51 +112,59 @@ def choose_texts(dataset, vocab_size):
     return TrainingTexts(dataset, max_chars, None)
 
 
+def train(dataset):
+    """The Tokenizer of a dataset's training documents, of the size that they allow."""
+    is_gpu = torch.cuda.is_available()
+    most_chars = max_chars or (2_000_000_000 if is_gpu else 50_000_000)
+    wanted = vocab_size or usual_vocab_size(is_gpu)
+    texts = choose_texts(dataset, wanted, most_chars)
+    if not vocab_size:
+        wanted = fitting_vocab_size(texts, wanted)
+    trained = Tokenizer.train_from_iterator(
+        texts,
+        wanted,
+        share if superbpe else None,
+        or_fewer=not vocab_size,
+    )
+    if trained.get_vocab_size() < wanted:
+        print0(f"the text repeats itself: it yields {trained.get_vocab_size()} tokens, {wanted} "
+               "would be usual")
+    return trained
+
+
 # 1) settings
 require(settings, 1, "max_chars", "doc_cap")
 if get_dist_info()[1] != 0:
     raise SystemExit(0)  # under torchrun one process trains; the others have nothing to wait for
 share = read_transition(transition)
+if tokenizer and (superbpe or vocab_size):
+    raise UserError(
+        f"tokenizer={tokenizer} has a vocabulary: leave vocab_size and superbpe out, or train one")
 start = time.time()
-is_gpu = torch.cuda.is_available()
-max_chars = max_chars or (2_000_000_000 if is_gpu else 50_000_000)
 
-# 2) text, and the size of vocabulary that it allows
+# 2) train one on the text, or read what others have trained; and save it
 dataset = open_dataset(data)
-is_default = not vocab_size
-vocab_size = vocab_size or usual_vocab_size(is_gpu)
-texts = choose_texts(dataset, vocab_size)
-if is_default:
-    vocab_size = fitting_vocab_size(texts, vocab_size)
-
-# 3) train and save
-tokenizer = Tokenizer.train_from_iterator(
-    texts,
-    vocab_size,
-    share if superbpe else None,
-    or_fewer=is_default,
-)
-yielded = tokenizer.get_vocab_size()
-if yielded < vocab_size:
-    print0(f"the text repeats itself: it yields {yielded} tokens, {vocab_size} would be usual")
-    vocab_size = yielded
+if tokenizer:
+    result = read_tokenizer_json(Path(expand_home(tokenizer, "write the whole path")))
+else:
+    result = train(dataset)
 folder = tokenizer_folder(data)
 hand_out_tokenizer(folder)
-tokenizer.save(folder)
+result.save(folder)
 
-# 4) how far the tokenizer compresses documents that it has not seen
+# 3) how far it compresses documents that it has not seen
 sample = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
 n_bytes = sum(len(text.encode("utf-8")) for text in sample)
-n_tokens = sum(len(ids) for ids in tokenizer.encode(sample))
+n_tokens = sum(len(ids) for ids in result.encode(sample))
 bytes_per_token = n_bytes / n_tokens
 print0(
-    f"{vocab_size} tokens, {bytes_per_token:.3f} bytes per token "
+    f"{result.get_vocab_size()} tokens, {bytes_per_token:.3f} bytes per token "
     f"on {len(sample)} validation documents"
 )
 finish_stage(
     "tok_train",
     time.time() - start,
     settings,
-    vocab_size=vocab_size,
+    vocab_size=result.get_vocab_size(),
     bytes_per_token=bytes_per_token,
 )

@@ -460,6 +460,30 @@ def test_superbpe_from_the_command_line(run_module, tmp_path):
     assert record["superwords"] > 0.05
     assert record["beside"]["val"]["ours"] > 1.02 * record["beside"]["val"]["plain BPE"]
 
+    # side by side: one that is read, two that are trained for the purpose
+    [own] = (base / "tokenizers").iterdir()
+    names = ["plain", str(own), "t180k"]
+    evaluation = run_module("scripts.tok_eval", data, "--compare", *names, base=base)
+    assert evaluation.returncode == 0, evaluation.stderr
+    row = last_json(evaluation.stdout)
+    compared = row["compared"]
+    assert list(compared) == names and {each["vocab_size"] for each in compared.values()} == {1000}
+    saved = [compared[name]["tokens_saved"] for name in names]
+    assert saved[0] == 0 and min(saved[1:]) > 0.02 and max(saved) < 0.5
+    shares = [compared[name]["superwords"] for name in names]
+    assert shares[0] == 0 < shares[2] < shares[1] == record["superwords"]
+    # bytes per token is bytes over tokens, whatever the tokenizer
+    ratios = [row["beside"]["val"][name] for name in names]
+    assert [1 - ratios[0] / ratio for ratio in ratios] == pytest.approx(saved)
+    bad = run_module("scripts.tok_eval", data, "--compare", "t80x", base=base)
+    assert bad.returncode == 2 and "t80x is no folder of a tokenizer" in bad.stderr
+    assert bad.stderr.count("\n") == 1
+
+    # read as the tokenizer of this text, from the file that others read
+    options = f"--tokenizer={own / 'tokenizer.json'}", data
+    train = run_module("scripts.tok_train", *options, base=tmp_path / "other")
+    assert last_json(train.stdout)["bytes_per_token"] == ratios[1]
+
 
 def test_tok_benchmark_compares_the_same_merges_and_ids(run_module, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(stdlib_text(600_000)), encoding="utf-8")

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, noise
 from nanochat.configurator import read_config
+from nanochat.forecast import assumed_machine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.parallel import Layout, accumulate_gradients, prepare
-from nanochat.plan import Shape, config_for, given_fields
+from nanochat.plan import Shape, choose_shape, config_for, given_fields
 from nanochat.variants import MODEL_CLASSES
 from nanochat.variants.lookup import (
     HASHED_ROWS_MAX,
@@ -418,6 +419,11 @@ def test_the_documented_shapes_of_28_layers(name, parameters, of_the_embedding):
     assert (config.depth, config.head_dim, config.kv_heads, config.tied) == (28, 64, 2, True)
     with torch.device("meta"):
         model = model_class(config)
+    # the batch that the plan would take by itself for a model of so many parameters
+    wanted = choose_shape(
+        {**settings, "total_batch_size": None}, None, assumed_machine("h100", 1), model_class,
+        200_005, None)
+    assert wanted.total_batch_size == settings["total_batch_size"]
     found = sum(p.numel() for p in model.parameters())
     assert found == pytest.approx(parameters, rel=1e-3)
     assert model.embed.weight.numel() / found == pytest.approx(of_the_embedding, abs=5e-3)
@@ -457,6 +463,17 @@ def test_portable_without_gains_is_portable_with_gains_of_one():
     gains.load_state_dict(plain.state_dict(), strict=False)
     idx = noise(2, 16)
     torch.testing.assert_close(plain(idx), gains(idx))
+
+
+def test_a_tied_embedding_is_trained_as_a_head_is():
+    def learning_rates(**options):
+        model = make_model(PortableGPT, **options)
+        groups = [g for each in model.setup_optimizers(0.02) for g in each.param_groups]
+        return [g["lr"] for g in groups for p in g["params"] if p is model.embed.weight]
+
+    # at an embedding's learning rate a tied model loses a nat (dev/LOG.md)
+    [tied], [untied] = learning_rates(tied=True), learning_rates(tied=False)
+    assert tied == pytest.approx(untied * 0.4 / 10)
 
 
 def test_portable_adds_only_what_it_overrides():

@@ -11,7 +11,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, MLP, Attention, Block, GPTConfig, Linear, rotate, take
+from nanochat.adamw import AdamW
+from nanochat.gpt import (
+    ADAMW,
+    GPT,
+    MLP,
+    OPTIMIZERS,
+    Attention,
+    Block,
+    Embedding,
+    GPTConfig,
+    Linear,
+    Recipe,
+    rotate,
+    take,
+)
 
 
 @dataclass
@@ -41,6 +55,11 @@ class Norm(nn.Module):
     def forward(self, x):
         gain = None if self.gain is None else self.gain.to(x.dtype)
         return F.rms_norm(x, (x.size(-1),), gain, self.eps)
+
+
+class TiedEmbedding(Embedding):
+    """An embedding that is the head, too, and learns as slowly as a head must."""
+    roles = {"weight": "tied"}
 
 
 class PortableAttention(Attention):
@@ -92,20 +111,23 @@ class PortableGPT(GPT):
     """GPT in the shape of Qwen3."""
     config_class = PortableConfig
     block_class = PortableBlock
+    # with an embedding's multiple of 10 a tied one costs a nat (dev/LOG.md)
+    optimizers = {**OPTIMIZERS, "tied": Recipe(AdamW, 0.4, True, False, ADAMW)}
 
     def __init__(self, config):
         super().__init__(config)
         self.norm = Norm(config.width, config)
         if config.tied:
+            self.embed = TiedEmbedding(self.vocab_size_padded, config.width)
             self.head = None
 
     @torch.no_grad()
     def init_weights(self):
-        """As GPT's table, gate as up, and 1 for the gains; a tied embedding begins like the head.
+        """As GPT's table, gate as up, and 1 for the gains.
 
         The embedding is not normalised, so it is small: std .02.
         """
-        nn.init.normal_(self.embed.weight, std=0.001 if self.config.tied else 0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.001)
         self.init_blocks()
