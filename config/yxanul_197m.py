@@ -15,3 +15,4 @@ tied = True                # with 200,005 tokens the embedding is half of the pa
 rotary_base = 10000.0
 max_seq_len = 2048         # of the curriculum's last stage
 total_batch_size = 524288  # what the plan takes for so many parameters, and for depth 20
+fp8 = "hybrid"             # needs an H100, an RTX 4090 or newer; else --fp8=none

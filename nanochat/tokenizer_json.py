@@ -9,18 +9,18 @@ than read as something that it is not.
 
 Two things differ between their format and ours (tokenizer.py), and both are checked.
 
-1. Their split may leave text unmatched, and that text is a piece, too: the words between two numbers
-   in SuperBPE. We need a pattern that matches everything, so the pieces in between are spelled out:
-   S becomes S|(?:(?!S)[\\s\\S])+.
+1. Their split may leave text unmatched, and that text is a piece, too: the words between two
+   numbers in SuperBPE. We need a pattern that matches everything, so the pieces in between are
+   spelled out: S becomes S|(?:(?!S)[\\s\\S])+.
 
-2. Their merges name pairs, (t, he) say; our ranks name tokens, so that any two neighbours that spell
-   "the" are merged. The two give the same ids if each token is what ranks make of its own bytes, and
-   the last step of that is a pair in the list. For then neighbours that spell a token, both of them
-   whole, are that pair: no merge has crossed an end of the token, so its bytes have been merged as
-   they are when they stand alone.
+2. Their merges name pairs, (t, he) say; our ranks name tokens, so that any two neighbours that
+   spell "the" are merged. The two give the same ids if each token is what ranks make of its own
+   bytes, and the last step of that is a pair in the list. For then neighbours that spell a token,
+   both of them whole, are that pair: no merge has crossed an end of the token, so its bytes have
+   been merged as they are when they stand alone.
 
-The file's special tokens are left away and ours appended. Ids are those of the file where it has the
-bytes first and then the tokens in the order of their merges, as is usual.
+The file's special tokens are left away and ours appended. Ids are those of the file where it has
+the bytes first and then the tokens in the order of their merges, as is usual.
 """
 import json
 
@@ -55,12 +55,14 @@ def read_tokenizer_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         return _tokenizer_of(content)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a tokenizer.json") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): name a tokenizer.json") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: name a tokenizer.json of Hugging Face") from None
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(
-            f"{path} is not a tokenizer.json of Hugging Face's tokenizers: it lacks parts") from None
+            f"{path} is not a tokenizer.json of Hugging Face's tokenizers: it lacks parts"
+        ) from None
     except _NotRead as reason:
         raise UserError(
             f"{path}: {reason}; only a byte-level BPE with one split can be read: train one with "

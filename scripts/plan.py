@@ -68,6 +68,7 @@ parallel = "auto"            # replicated, zero2 or fsdp; auto: all three, and o
 checkpoint_activations: bool = None  # recompute blocks in the backward pass; None: if it must be
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
 compile = True               # compiled blocks
+fp8: str = None              # passed on to base_train: the plan is that of bfloat16
 minutes: float = None        # budget: wall clock
 num_iterations: int = None   # budget: optimizer steps
 target_flops: float = None   # budget: training FLOPs
@@ -287,8 +288,8 @@ def memory_table(rows):
 
 # Settings that are none of the plan's decisions: in the command only where they are given
 PASSED_ON = (
-    *SHAPE_SETTINGS, "reduce_dtype", "compile", "keep", "minutes", "num_iterations", "target_flops",
-    "target_param_data_ratio")
+    *SHAPE_SETTINGS, "fp8", "reduce_dtype", "compile", "keep", "minutes", "num_iterations",
+    "target_flops", "target_param_data_ratio")
 
 
 def command_of(settings, machine, chosen, network, name):

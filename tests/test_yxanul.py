@@ -9,7 +9,8 @@ from stage_runs import TINY_CHAT, losses_of, meta_of
 SHAPE = (
     str(ROOT / "config" / "yxanul_197m.py"),
     "--width=64", "--mlp_width=224", "--max_seq_len=128", "--total_batch_size=256", "--compile=0",
-    "--device_batch_size=2", "--model_tag=yxanul", "--num_iterations=10", "--eval_every=0")
+    "--fp8=none", "--device_batch_size=2", "--model_tag=yxanul", "--num_iterations=10",
+    "--eval_every=0")
 
 
 def test_28_layers_are_trained_resumed_in_mid_stage_and_evaluated(stages, text):
