@@ -16,4 +16,4 @@ rotary_base = 10000.0
 max_seq_len = 2048         # of the curriculum's last stage
 total_batch_size = 491520  # 80 x 3 x 2,048, which all lengths of the curriculum divide
 fp8 = "hybrid"             # needs an H100, an RTX 4090 or newer; else --fp8=none
-curriculum = "ten_stage"   # 8 to 2,048 tokens; pays nothing that we could measure: --curriculum=None
+curriculum = "ten_stage"   # 8 to 2,048 tokens (docs/curriculum.md); else --curriculum=None

@@ -69,6 +69,7 @@ checkpoint_activations: bool = None  # recompute blocks in the backward pass; No
 reduce_dtype = "float32"     # of gradients between ranks: float32 or bfloat16
 compile = True               # compiled blocks
 fp8: str = None              # passed on to base_train: the plan is that of bfloat16
+curriculum: str = None       # as of base_train: batches that its lengths divide
 minutes: float = None        # budget: wall clock
 num_iterations: int = None   # budget: optimizer steps
 target_flops: float = None   # budget: training FLOPs
@@ -288,8 +289,8 @@ def memory_table(rows):
 
 # Settings that are none of the plan's decisions: in the command only where they are given
 PASSED_ON = (
-    *SHAPE_SETTINGS, "fp8", "reduce_dtype", "compile", "keep", "minutes", "num_iterations",
-    "target_flops", "target_param_data_ratio")
+    *SHAPE_SETTINGS, "fp8", "curriculum", "reduce_dtype", "compile", "keep", "minutes",
+    "num_iterations", "target_flops", "target_param_data_ratio")
 
 
 def command_of(settings, machine, chosen, network, name):
