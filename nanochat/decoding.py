@@ -37,14 +37,15 @@ BATCHES = 1, 4, 8, 16, 32, 64, 128     # numbers of sequences that are compiled 
 SHORTEST = 2    # cached tokens to attend to: a size of 1 would be compiled by itself
 
 
-def use_fast_linear(model, int8=False):
+def use_fast_linear(model, int8=False, native=False):
     """Replace the matrices of a model, and the head, by FastLinear: once, and for inference alone.
 
-    int8: round their weights to 8 bits.
+    int8: round their weights to 8 bits. native: for NativeDecode, in place of CompiledDecode.
     """
     if model.fast_head is not None:
         return model
-    make = functools.partial(FastLinear, dtype=model.compute_dtype, int8=int8)
+    options = {"dtype": model.compute_dtype, "int8": int8, "native": native}
+    make = functools.partial(FastLinear, **options)
     model.fast_head = make(model.head_weight())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -36,6 +36,7 @@ from nanochat.common import UserError
 from nanochat.decoding import CompiledDecode, use_fast_linear
 from nanochat.execution import use_tool
 from nanochat.fast_linear import can_multiply_fast
+from nanochat.native_decode import NativeDecode, can_decode_natively
 from nanochat.retrieval import reply_within
 from nanochat.sampling import (
     NonFiniteError,
@@ -182,7 +183,8 @@ class Engine:
     max_slots   None, or the number of slots of a cache that is allocated at once, each as long as
                 the context, and is kept
     passages    the user's own text (retrieval.py), or None: then lookup() is refused
-    compiled_decode     the CompiledDecode that replaces model.decode() where it is ready, or None
+    compiled_decode     the NativeDecode or CompiledDecode that replaces model.decode() where it is
+                        ready, or None
     """
 
     def __init__(self, model, tokenizer, passages=None, max_slots=None):
@@ -678,10 +680,10 @@ def serving_engine(
     """An Engine with a kept cache of max_slots, as fast as this machine allows.
 
     weights: "int8" rounds the matrices of a model on a CPU to 8 bits; "" leaves them as they are.
-    compile: on a CPU, compile the decode step (decoding.py) while the engine answers already; where
-    torch cannot, everything stays as it is. wait: compile that of max_slots sequences before the
-    engine is returned, and no other; RuntimeError where torch cannot. UserError for other weights,
-    and for int8 where it cannot be had.
+    compile: on a CPU, compile the decode step (native_decode.py, or decoding.py for other models)
+    while the engine answers already; where that fails, everything stays as it is. wait: compile
+    before the engine is returned, in decoding.py for max_slots sequences alone; RuntimeError where
+    that fails. UserError for other weights, and for int8 where it cannot be had.
     """
     require_weights(weights)
     can = can_multiply_fast(model.device)
@@ -690,11 +692,13 @@ def serving_engine(
             f"weights={weights} is for CPUs whose torch has oneDNN, and the model is on "
             f"{model.device}: leave it out"
         )
+    native = compile and can_decode_natively(model)
     if can and (compile or weights):
-        use_fast_linear(model, int8=weights == "int8")
+        use_fast_linear(model, int8=weights == "int8", native=native)
     engine = Engine(model, tokenizer, passages, max_slots)
     if can and compile:
-        engine.compiled_decode = CompiledDecode(model, engine.kv_cache)
+        decode = NativeDecode if native else CompiledDecode
+        engine.compiled_decode = decode(model, engine.kv_cache)
         if wait:
             engine.compiled_decode.warm_up(max_slots)
         else:

@@ -16,6 +16,10 @@ of 64 outputs as (N / 64, K, 16). Masks take them apart faster than conversions 
 (measured, dev/LOG.md). Products of several rows multiply the same rounded weights in the dtype of
 the activations.
 
+Decoded natively (native_decode.py), the first form is in lanes of 32 bits, (N / 32, K / P, 32) int32,
+with P neighbours in K in each: one float32, two bfloat16 or four int8 weights. It is for any number
+of rows, and oneDNN's for prefill alone.
+
 The copies cost memory: twice the weights in bfloat16, 1.5 times with int8.
 """
 import functools
@@ -74,6 +78,21 @@ def int8_tiles_of(quantized):
     return as_bytes.view(torch.int32).squeeze(-1)
 
 
+def lane_tiles(weight):
+    """weight (N, K) of P numbers in 32 bits -> int32 (N / TILE, K / P, TILE); N may be padded."""
+    per_lane = 4 // weight.element_size()
+    padded = pad_outputs(weight, TILE)
+    split = padded.unflatten(0, (-1, TILE)).unflatten(2, (-1, per_lane))
+    return split.transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+
+
+def int8_lane_tiles(quantized):
+    """lane_tiles() of int8 weights: all bytes of a lane but the highest hold weight + 128."""
+    with_offset = quantized.view(torch.uint8).unflatten(1, (-1, BYTES)).clone()
+    with_offset[..., :-1] += OFFSET     # wraps around: -1 becomes 127
+    return lane_tiles(with_offset.flatten(1))
+
+
 def multiply_tiles(x, tiles):
     """x (K,) float32, tiles of bfloat16 or float32 -> (N,) float32, with the padding."""
     return (x[:, None] * tiles.float()).sum(1).flatten()
@@ -114,9 +133,10 @@ class FastLinear(nn.Module):
     """The product with one matrix, (..., K) -> (..., N), in the two forms of this file's head.
 
     weight (N, K); dtype: of the activations; int8: whether the weights are rounded to 8 bits.
+    native: whether the form for one row is that of native_decode.cpp, whose scale is padded.
     """
 
-    def __init__(self, weight, dtype, int8=False):
+    def __init__(self, weight, dtype, int8=False, native=False):
         super().__init__()
         packed_linear()
         self.N, self.K = weight.shape
@@ -125,10 +145,11 @@ class FastLinear(nn.Module):
         if int8:
             quantized, scale = quantize(weight)
             weight = quantized.float() * scale[:, None]
-            self.tiles = int8_tiles_of(quantized)
-            self.scale = scale
+            self.tiles = int8_lane_tiles(quantized) if native else int8_tiles_of(quantized)
+            self.scale = F.pad(scale, (0, -len(scale) % TILE)) if native else scale
         else:
-            self.tiles = tiles_of(weight.to(dtype))
+            weight = weight.to(dtype)
+            self.tiles = lane_tiles(weight) if native else tiles_of(weight)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
         self.packed = packed
 

@@ -67,6 +67,7 @@ from nanochat.load_test import (
     words_for,
 )
 from nanochat.metrics import finish_stage
+from nanochat.native_decode import can_decode_natively
 from nanochat.roofline import numbers
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
@@ -139,9 +140,14 @@ def make_engine(network, slots):
     return serving_engine(network, tokenizer, None, slots, weights, compile, wait=True)
 
 
-def require_compiler(device):
-    """UserError where the decode step is to be compiled, and torch cannot."""
-    problem = compile_problem(device) if compile and can_multiply_fast(device) else None
+def require_compiler(network):
+    """UserError where the decode step is to be compiled, and that is not possible.
+
+    Of a model that is decoded natively, the first engine says so.
+    """
+    if not compile or not can_multiply_fast(network.device) or can_decode_natively(network):
+        return
+    problem = compile_problem(network.device)
     if problem:
         raise UserError(f"the decode step cannot be compiled ({problem}): --compile=0 measures it "
                         "as it is written")
@@ -162,13 +168,14 @@ def cache_bytes(network, batch, context):
     return batch * context * network.new_kv_cache(1, few).nbytes / few
 
 
-def matrix_bytes_of(batch, parameters, itemsize):
+def matrix_bytes_of(network, batch, parameters):
     """Bytes of the matrices that a step of `batch` sequences reads.
 
-    itemsize: of the dtype. int8 weights are read as such for one sequence (fast_linear.py).
+    Where torch compiles the step, int8 weights are read as such for one sequence alone
+    (fast_linear.py).
     """
-    is_int8 = weights == "int8" and batch == 1
-    return parameters * (1 if is_int8 else itemsize)
+    is_int8 = weights == "int8" and (batch == 1 or can_decode_natively(network))
+    return parameters * (1 if is_int8 else network.compute_dtype.itemsize)
 
 
 def random_prompts(batch, context, size):
@@ -309,9 +316,10 @@ def benchmark_engine(settings):
     sizes = numbers(batches, "batches")
     lengths = numbers(contexts, "contexts")
     compute = compute_init(device_type, dtype)
-    require_compiler(compute.device)
     network, title = make_model(compute, max(lengths) + 2 * tokens)
+    require_compiler(network)
     parameters = network.matmul_parameters()    # before make_engine() replaces the matrices
+    matrix_bytes = [matrix_bytes_of(network, batch, parameters) for batch in sizes]
     bandwidth = measure_read_bandwidth(compute.device)
     name, dtype_name = device_name(compute.device), str(compute.dtype).removeprefix("torch.")
     print0(f"{title}, {parameters / 1e6:,.1f} M weights in {weights or dtype_name}, on {name}, "
@@ -321,9 +329,8 @@ def benchmark_engine(settings):
     rows = []
     progress = Progress()
     print0(ENGINE_HEAD)
-    for batch in sizes:
-        matrix_bytes = matrix_bytes_of(batch, parameters, compute.dtype.itemsize)
-        for row in rows_of_batch(network, batch, lengths, bandwidth, matrix_bytes):
+    for batch, read in zip(sizes, matrix_bytes):
+        for row in rows_of_batch(network, batch, lengths, bandwidth, read):
             rows.append(row)
             print0(describe(row))
             progress.say(f"{len(rows)} of {len(sizes) * len(lengths)} measured")

@@ -69,7 +69,7 @@ def test_the_bytes_of_a_step_are_those_of_the_matrices_and_of_the_caches():
     cached = model.new_kv_cache(3, 40).nbytes
     elements = sum(p.numel() for p in matrices)
     assert model.matmul_parameters() == elements
-    read = infer_benchmark.matrix_bytes_of(3, elements, 2)
+    read = infer_benchmark.matrix_bytes_of(model, 3, elements)
     assert read == 2 * elements
     assert infer_benchmark.bytes_per_step(model, 3, 40, read) == read + cached
 

@@ -1,0 +1,514 @@
+// One decode step of all blocks of a GPT, and its head, as one function: see native_decode.py.
+//
+// Every thread of one team runs all of decode_step(), on its share of each product and of the pairs
+// of a sequence and a head. Between two phases of which one reads what the other writes is a barrier.
+//
+// Weights (N, K) are in tiles of 32 outputs: per tile, row k of a tile has two vectors of 16 lanes,
+// and lane l of them is output l or 16 + l. A lane has 32 bits, so it holds the weights of one
+// float32, two bfloat16 or four int8 neighbours in K. An int8 lane holds all bytes but the highest as
+// weight + 128, so that a mask takes them out; byte b then stands for weight * 2^(8 b), for which the
+// activations are divided by that.
+//
+// Sums run over K in the same order for any number of sequences: a sequence gets the same logits
+// alone and among others, to the last bit.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16, TILE = 2 * LANES;
+constexpr int SPINS = 20000;     // some ten microseconds
+#ifdef __AVX512F__
+constexpr int MAX_ROWS = 8;     // whose sums stay in registers
+#else
+constexpr int MAX_ROWS = 2;
+#endif
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+
+// ---- what Python hands over; the same structures stand in native_decode.py
+
+struct Matrix {
+    const char* tiles;
+    const float* scale;     // of int8 weights, (N)
+    int64_t N, K;
+};
+
+struct Layer {
+    Matrix q, k, v, out, up, down;
+    void *cache_k, *cache_v;            // (slots, kv_heads, cache_length, head_dim)
+    float blend_x, blend_x0;            // the block reads blend_x * x + blend_x0 * x0
+};
+
+struct Model {
+    int64_t depth, width, heads, kv_heads, head_dim, hidden, cache_length, threads;
+    float eps, softcap;
+    const Layer* layers;
+    Matrix head;
+    const float *cos, *sin;             // (positions, head_dim / 2)
+};
+
+struct Step {
+    int64_t n;                          // sequences
+    const int64_t *slots, *positions;   // (n)
+    const float* x0;                    // (n, width), what enters the first block
+    const float* const* values;         // per layer what is added to v, (n, kv_heads * head_dim)
+    float *features, *logits;           // (n, width); (n, N of the head) or null
+};
+
+// ---- numbers
+
+inline Floats as_floats(Ints x) { return (Floats)x; }
+inline Ints as_ints(Floats x) { return (Ints)x; }
+inline Floats load(const float* p) { Floats x; memcpy(&x, p, sizeof x); return x; }
+inline void store(float* p, Floats x) { memcpy(p, &x, sizeof x); }
+
+inline float sum_of(Floats x) {
+    using Half = float __attribute__((vector_size(2 * LANES)));
+    using Quarter = float __attribute__((vector_size(LANES)));
+    Half halves[2];
+    memcpy(halves, &x, sizeof x);
+    Half half = halves[0] + halves[1];
+    Quarter quarters[2];
+    memcpy(quarters, &half, sizeof half);
+    Quarter sum = quarters[0] + quarters[1];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// e^x to 2e-7 of its value for x <= 0: 2^n times the Taylor series of what is left
+inline Floats exp_of(Floats x) {
+    x = x < -87.0f ? Floats{} - 87.0f : x;
+    Floats turns = x * 1.44269504f;
+    Ints n = __builtin_convertvector(turns - 0.5f, Ints);       // rounds towards 0, from below
+    Floats r = (turns - __builtin_convertvector(n, Floats)) * 0.693147181f;
+    Floats y = Floats{} + 1.0f / 5040;
+    for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + term;
+    return as_floats(as_ints(y) + (n << 23));
+}
+
+inline uint16_t to_bfloat16(float x) {          // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float from_bfloat16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+// ---- dtypes of activations and of the cache. Activation: one number as products read it.
+// Operand: what one multiplication of a lane takes of them, PER of them at once.
+
+struct Float32 {
+    using Cached = float;
+    using Activation = float;
+    using Operand = float;
+    static constexpr int PER = 1;
+    static float round(float x) { return x; }
+    static Activation activation(float x) { return x; }
+    static float value(Activation x) { return x; }
+    static Cached cached(float x) { return x; }
+    static float from_cached(Cached x) { return x; }
+    static Floats add_product(Floats sum, Floats weights, Operand x) { return sum + weights * x; }
+};
+
+#ifdef __AVX512BF16__
+struct BFloat16 {                       // multiplied in pairs by an instruction of its own
+    using Cached = uint16_t;
+    using Activation = uint16_t;
+    using Operand = int32_t;
+    static constexpr int PER = 2;
+    static float round(float x) { return from_bfloat16(to_bfloat16(x)); }
+    static Activation activation(float x) { return to_bfloat16(x); }
+    static float value(Activation x) { return from_bfloat16(x); }
+    static Cached cached(float x) { return to_bfloat16(x); }
+    static float from_cached(Cached x) { return from_bfloat16(x); }
+    static Floats add_product(Floats sum, Floats weights, Operand x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(x));
+    }
+};
+#else
+struct BFloat16 : Float32 {             // multiplied as float32
+    using Cached = uint16_t;
+    static float round(float x) { return from_bfloat16(to_bfloat16(x)); }
+    static Activation activation(float x) { return round(x); }
+    static Cached cached(float x) { return to_bfloat16(x); }
+    static float from_cached(Cached x) { return from_bfloat16(x); }
+};
+#endif
+
+// ---- dtypes of weights. PARTS: vectors of operands in one vector of weights.
+
+template <class A> struct PlainWeights;     // of the dtype of the activations
+
+template <> struct PlainWeights<Float32> {
+    static constexpr int PARTS = 1;
+    static constexpr bool HAS_SCALE = false;
+    static void unpack(Ints w, Floats* parts) { parts[0] = as_floats(w); }
+};
+
+template <> struct PlainWeights<BFloat16> {
+    static constexpr int PARTS = 2 / BFloat16::PER;
+    static constexpr bool HAS_SCALE = false;
+    static void unpack(Ints w, Floats* parts) {
+        parts[0] = as_floats(PARTS == 1 ? w : w << 16);
+        if (PARTS == 2) parts[PARTS - 1] = as_floats(w & -65536);
+    }
+};
+
+template <class A> struct Int8Weights {
+    static constexpr int PARTS = 4 / A::PER;
+    static constexpr bool HAS_SCALE = true;
+    static void unpack(Ints w, Floats* parts) {
+        Floats taken[4];
+        const int masks[] = {0xff, 0xff00, 0xff0000, -(1 << 24)};
+        for (int b = 0; b < 4; b++) taken[b] = __builtin_convertvector(w & masks[b], Floats);
+        for (int b = 0; b < PARTS; b++) {       // as bfloat16 they are exact: the upper half of each
+            if (PARTS == 4) parts[b] = taken[b];
+            else parts[b] = as_floats((as_ints(taken[2 * b]) >> 16 & 0xffff) | as_ints(taken[2 * b + 1]));
+        }
+    }
+};
+
+// The activation of column k in the form that a product with these weights takes
+template <class A, class W> inline typename A::Activation operand_at(float x, int k) {
+    constexpr float shifts[] = {1, 1.0f / (1 << 8), 1.0f / (1 << 16), 1.0f / (1 << 24)};
+    return A::activation(W::HAS_SCALE ? A::round(x) * shifts[k % 4] : x);
+}
+
+// ---- products
+
+// For each row of x (n, K) 128 times the sum of the activations whose weights have an offset
+template <class A, class W> void find_offsets(const typename A::Activation* x, int n, int K, float* offsets) {
+    if (!W::HAS_SCALE) return;
+    for (int r = 0; r < n; r++, x += K) {
+        float sums[4] = {};
+        for (int k = 0; k < K; k += 4)
+            for (int b = 0; b < 4; b++) sums[b] += A::value(x[k + b]);
+        offsets[r] = 128 * (sums[0] + 256 * sums[1] + 65536 * sums[2]);
+    }
+}
+
+template <class A, class W, int R, class Use>
+inline void multiply_rows(const Matrix& m, const typename A::Activation* x, const float* offsets,
+                          int tile, int row, Use use) {
+    constexpr int step = W::PARTS * A::PER;         // of K in one vector
+    Floats sums[R][2] = {};
+    const Ints* w = (const Ints*)m.tiles + tile * (m.K / step) * 2;
+    const auto* first = x + row * m.K;
+    for (int k = 0; k < m.K; k += step, w += 2) {
+        Floats parts[2][W::PARTS];
+        W::unpack(w[0], parts[0]);
+        W::unpack(w[1], parts[1]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < W::PARTS; p++) {
+                typename A::Operand operand;
+                memcpy(&operand, first + r * m.K + k + p * A::PER, sizeof operand);
+                sums[r][0] = A::add_product(sums[r][0], parts[0][p], operand);
+                sums[r][1] = A::add_product(sums[r][1], parts[1][p], operand);
+            }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int half = 0; half < 2; half++) {
+            int output = tile * TILE + half * LANES;
+            Floats y = sums[r][half];
+            if (W::HAS_SCALE) y = (y - offsets[row + r]) * load(m.scale + output);
+            use(row + r, output, y);
+        }
+    }
+}
+
+// use(row, output, 16 floats) for all rows of x (n, K) and the outputs of some tiles
+template <class A, class W, class Use>
+void multiply(const Matrix& m, const typename A::Activation* x, const float* offsets, int n, int tile,
+              Use use) {
+    int row = 0;
+    for (; row + MAX_ROWS <= n; row += MAX_ROWS) multiply_rows<A, W, MAX_ROWS>(m, x, offsets, tile, row, use);
+    if (MAX_ROWS > 4 && row + 4 <= n) { multiply_rows<A, W, 4>(m, x, offsets, tile, row, use); row += 4; }
+    if (MAX_ROWS > 2 && row + 2 <= n) { multiply_rows<A, W, 2>(m, x, offsets, tile, row, use); row += 2; }
+    if (row < n) multiply_rows<A, W, 1>(m, x, offsets, tile, row, use);
+}
+
+// ---- threads
+
+class Team {
+public:
+    explicit Team(int size) : size(size) {}
+    // Spins, for the others are here in microseconds; then it sleeps, for where they are not, another
+    // process has their core.
+    void barrier() {
+        int before = turn.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.store(before + 1, std::memory_order_release);
+            turn.notify_all();
+            return;
+        }
+        for (int spins = 0; spins < SPINS; spins++)
+            if (turn.load(std::memory_order_acquire) != before) return;
+        turn.wait(before, std::memory_order_acquire);
+    }
+    const int size;
+
+private:
+    std::atomic<int> arrived{0}, turn{0};
+};
+
+// ---- attention
+
+// A vector of the cache as float32: one part of 16 neighbours, or of bfloat16 the even ones of 32 and
+// the odd ones. place_in_parts(i): where element i then is.
+inline void split(const float* p, Floats* parts) { parts[0] = load(p); }
+inline void split(const uint16_t* p, Floats* parts) {
+    Ints pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    parts[0] = as_floats(pairs << 16);
+    parts[1] = as_floats(pairs & -65536);
+}
+template <class Cached> constexpr int parts_of = 4 / sizeof(Cached);
+template <class Cached> inline int place_in_parts(int i) {
+    return parts_of<Cached> == 1 ? i : i / 32 * 32 + i % 2 * LANES + i % 32 / 2;
+}
+
+template <class Cached> inline float dot(const float* q, const Cached* key, int D) {
+    constexpr int P = parts_of<Cached>;
+    Floats sum = {};
+    for (int i = 0; i < D; i += P * LANES) {
+        Floats parts[P];
+        split(key + i, parts);
+        for (int p = 0; p < P; p++) sum += parts[p] * load(q + i + p * LANES);
+    }
+    return sum_of(sum);
+}
+
+// VECTORS * 16 elements of the values, weighted
+template <int VECTORS, class Cached>
+inline void add_values(const float* weights, const Cached* values, int64_t keys, int D, float* y) {
+    constexpr int P = parts_of<Cached>;
+    Floats sums[VECTORS] = {};
+    for (int64_t s = 0; s < keys; s++)
+        for (int i = 0; i < VECTORS; i += P) {
+            Floats parts[P];
+            split(values + s * D + i * LANES, parts);
+            for (int p = 0; p < P; p++) sums[i + p] += weights[s] * parts[p];
+        }
+    for (int i = 0; i < VECTORS; i++) store(y + i * LANES, sums[i]);
+}
+
+// One sequence and one key/value head: place the new key and value in the cache, and attend with
+// each query head that they serve. qkv (N of q, k and v), y (heads * head_dim).
+template <class A, class W>
+void attend(const Model& model, const Layer& layer, const Step& step, int l, int row, int g,
+            const float* qkv, typename A::Activation* y, std::vector<float>& scratch) {
+    const int D = model.head_dim, half = D / 2, group = model.heads / model.kv_heads;
+    const int64_t position = step.positions[row], keys = position + 1;
+    const float *cos = model.cos + position * half, *sin = model.sin + position * half;
+    const int64_t start = (step.slots[row] * model.kv_heads + g) * model.cache_length * D;
+    using Cached = typename A::Cached;
+    auto *cached_k = (Cached*)layer.cache_k + start, *cached_v = (Cached*)layer.cache_v + start;
+    if (scratch.size() < size_t(3 * D + keys + LANES)) scratch.resize(3 * D + keys + LANES);
+    float *placed = scratch.data(), *q = placed + D, *sums = q + D, *scores = sums + D;
+
+    // rotated, then normalised
+    auto place = [&](const float* x) {
+        float square = 0;
+        for (int i = 0; i < half; i++) {
+            float a = A::round(x[i]), b = A::round(x[i + half]);
+            placed[i] = A::round(a * cos[i] + b * sin[i]);
+            placed[i + half] = A::round(b * cos[i] - a * sin[i]);
+        }
+        for (int i = 0; i < D; i++) square += placed[i] * placed[i];
+        float factor = 1 / std::sqrt(square / D + model.eps);
+        for (int i = 0; i < D; i++) placed[i] = A::round(placed[i] * factor);
+    };
+
+    // 1. the new key and value
+    const float *k = qkv + model.heads * D + g * D, *v = k + model.kv_heads * D;
+    place(k);
+    const float* value = step.values[l];
+    for (int i = 0; i < D; i++) {
+        cached_k[position * D + i] = A::cached(placed[i]);
+        float more = value ? value[(row * model.kv_heads + g) * D + i] : 0;
+        cached_v[position * D + i] = A::cached(v[i] + more);
+    }
+
+    for (int h = g * group; h < (g + 1) * group; h++) {
+        // 2. scores
+        place(qkv + h * D);
+        for (int i = 0; i < D; i++) q[place_in_parts<Cached>(i)] = placed[i];
+        float scale = 1 / std::sqrt(float(D)), largest = -INFINITY;
+        for (int64_t s = 0; s < keys; s++) {
+            scores[s] = scale * dot(q, cached_k + s * D, D);
+            largest = std::fmax(largest, scores[s]);
+        }
+
+        // 3. probabilities; behind the last key are scores whose exponential is next to nothing
+        for (int i = 0; i < LANES; i++) scores[keys + i] = -INFINITY;
+        Floats total = {};
+        for (int64_t s = 0; s < keys; s += LANES) {
+            Floats p = exp_of(load(scores + s) - largest);
+            store(scores + s, p);
+            total += p;
+        }
+
+        // 4. the weighted sum of the values
+        int i = 0;
+        for (; i + 64 <= D; i += 64) add_values<4>(scores, cached_v + i, keys, D, sums + i);
+        if (i < D) add_values<2>(scores, cached_v + i, keys, D, sums + i);
+        float share = 1 / sum_of(total);
+        for (int i = 0; i < D; i++) {
+            float value = sums[place_in_parts<Cached>(i)] * share;
+            y[h * D + i] = operand_at<A, W>(value, h * D + i);
+        }
+    }
+}
+
+// ---- the step
+
+// RMS norm of each row of x (n, C) as operands; x may be a blend
+template <class A, class W>
+void normalise(const float* x, const float* x0, float a, float b, int n, int C, float eps,
+               typename A::Activation* y) {
+    for (int r = 0; r < n; r++, x += C, x0 += C, y += C) {
+        float square = 0;
+        for (int i = 0; i < C; i++) {
+            float value = A::round(a * x[i] + b * x0[i]);
+            square += value * value;
+        }
+        float factor = 1 / std::sqrt(square / C + eps);
+        for (int i = 0; i < C; i++)
+            y[i] = operand_at<A, W>(A::round(a * x[i] + b * x0[i]) * factor, i);
+    }
+}
+
+template <class A, class W> void run(const Model& model, const Step& step) {
+    using Activation = typename A::Activation;
+    const int n = step.n, C = model.width, hidden = model.hidden;
+    const int q_width = model.heads * model.head_dim;
+    const int qkv_width = q_width + 2 * model.kv_heads * model.head_dim;
+    // kept from call to call: fresh memory would cost more than what is done in it
+    static thread_local std::vector<float> x, qkv;
+    static thread_local std::vector<Activation> attended, raised;
+    x.assign(step.x0, step.x0 + n * C);
+    qkv.resize(n * qkv_width);
+    attended.resize(n * q_width);
+    raised.resize(n * hidden);
+    float *xs = x.data(), *all_qkv = qkv.data();
+    Activation *ys = attended.data(), *zs = raised.data();
+    Team team(model.threads);
+
+#pragma omp parallel num_threads(model.threads)
+    {
+        static thread_local std::vector<Activation> normed;
+        static thread_local std::vector<float> scratch;
+        static thread_local std::vector<float> all_offsets;
+        normed.resize(n * C);
+        all_offsets.resize(n);
+        float* offsets = all_offsets.data();
+        const int me = omp_get_thread_num();
+        auto for_share = [&](int count, auto work) {
+            for (int i = int64_t(count) * me / team.size; i < int64_t(count) * (me + 1) / team.size; i++)
+                work(i);
+        };
+        auto tiles_of = [](const Matrix& m) { return int(m.N / TILE); };
+
+        for (int l = 0; l < model.depth; l++) {
+            const Layer& layer = model.layers[l];
+            const float a = layer.blend_x, b = layer.blend_x0;
+
+            // 1. queries, keys and values
+            normalise<A, W>(xs, step.x0, a, b, n, C, model.eps, normed.data());
+            find_offsets<A, W>(normed.data(), n, C, offsets);
+            int start = 0;
+            for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
+                for_share(tiles_of(*m), [&](int tile) {
+                    multiply<A, W>(*m, normed.data(), offsets, n, tile, [&](int r, int output, Floats y) {
+                        store(all_qkv + r * qkv_width + start + output, y);
+                    });
+                });
+                start += m->N;
+            }
+            team.barrier();
+
+            // 2. attention
+            for_share(n * model.kv_heads, [&](int pair) {
+                int r = pair / model.kv_heads, g = pair % model.kv_heads;
+                attend<A, W>(model, layer, step, l, r, g, all_qkv + r * qkv_width, ys + r * q_width, scratch);
+            });
+            team.barrier();
+            find_offsets<A, W>(ys, n, q_width, offsets);
+            for_share(tiles_of(layer.out), [&](int tile) {
+                multiply<A, W>(layer.out, ys, offsets, n, tile, [&](int r, int output, Floats y) {
+                    float* own = xs + r * C + output;
+                    store(own, a * load(own) + b * load(step.x0 + r * C + output) + y);
+                });
+            });
+            team.barrier();
+
+            // 3. MLP
+            normalise<A, W>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+            find_offsets<A, W>(normed.data(), n, C, offsets);
+            for_share(tiles_of(layer.up), [&](int tile) {
+                multiply<A, W>(layer.up, normed.data(), offsets, n, tile, [&](int r, int output, Floats y) {
+                    y = y > 0.0f ? y * y : y * 0.0f;    // NaN stays
+                    for (int i = 0; i < LANES; i++)
+                        zs[r * hidden + output + i] = operand_at<A, W>(y[i], output + i);
+                });
+            });
+            team.barrier();
+            find_offsets<A, W>(zs, n, hidden, offsets);
+            for_share(tiles_of(layer.down), [&](int tile) {
+                multiply<A, W>(layer.down, zs, offsets, n, tile, [&](int r, int output, Floats y) {
+                    float* own = xs + r * C + output;
+                    store(own, load(own) + y);
+                });
+            });
+            team.barrier();
+        }
+
+        // 4. the head
+        normalise<A, W>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+            find_offsets<A, W>(normed.data(), n, C, offsets);
+        if (step.logits) {
+            const int V = model.head.N;
+            for_share(tiles_of(model.head), [&](int tile) {
+                multiply<A, W>(model.head, normed.data(), offsets, n, tile, [&](int r, int output, Floats z) {
+                    if (model.softcap > 0) {            // softcap * tanh(z / softcap)
+                        Floats size = z < 0.0f ? -z : z;
+                        Floats e = exp_of(size * (-2 / model.softcap));
+                        Floats y = model.softcap * (1.0f - e) / (1.0f + e);
+                        z = z < 0.0f ? -y : y;
+                    }
+                    store(step.logits + int64_t(r) * V + output, z);
+                });
+            });
+        }
+    }
+    if (step.features) {
+        std::vector<float> normed(n * C);
+        normalise<Float32, PlainWeights<Float32>>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+        memcpy(step.features, normed.data(), 4 * normed.size());
+    }
+}
+
+}  // namespace
+
+extern "C" void decode_step(const Model* model, const Step* step, int is_bfloat16, int is_int8) {
+    if (is_bfloat16 && is_int8) run<BFloat16, Int8Weights<BFloat16>>(*model, *step);
+    else if (is_bfloat16) run<BFloat16, PlainWeights<BFloat16>>(*model, *step);
+    else if (is_int8) run<Float32, Int8Weights<Float32>>(*model, *step);
+    else run<Float32, PlainWeights<Float32>>(*model, *step);
+}

@@ -1,0 +1,194 @@
+"""The decode step in C++ against model.decode()."""
+import subprocess
+
+import pytest
+import torch
+
+from nanochat import native_decode
+from nanochat.decoding import use_fast_linear
+from nanochat.engine import Engine, serving_engine
+from nanochat.fast_linear import can_multiply_fast, quantize
+from nanochat.gpt import GPT, MLP, Block, GPTConfig, Linear
+from nanochat.native_decode import NativeDecode, can_decode_natively
+from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.ngrams import NGramGPT, count_ngrams
+from nanochat.variants.portable import PortableGPT
+
+CONTEXT = 48
+VOCAB_SIZE = 97
+SLOTS = 13      # rows that the C++ function multiplies 8, 4 and 1 at a time
+LENGTHS = [1 + 3 * slot for slot in range(SLOTS)]
+
+
+def make_model(model_class=GPT, dtype=torch.float32, int8=False, kv_heads=1, **more):
+    """A model of width 96 with three heads and weights of noise, int8: that are rounded already."""
+    torch.manual_seed(0)
+    counted = None
+    if model_class is NGramGPT:
+        counted = count_ngrams(torch.randint(VOCAB_SIZE, (400,)))
+        more["ngrams"] = len(counted[0])
+    config = model_class.config_class(2, 96, 3, kv_heads, VOCAB_SIZE, CONTEXT, **more)
+    model = model_class(config)
+    model.init_weights()
+    if counted:
+        model.ngrams.fill(*counted)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    for module in model.modules():
+        if int8 and isinstance(module, Linear):
+            quantized, scale = quantize(module.weight)
+            module.weight.data = quantized * scale[:, None]
+    return model.eval().cast_for_inference(dtype)
+
+
+needs_native = pytest.mark.skipif(
+    not can_multiply_fast(torch.device("cpu")) or not can_decode_natively(make_model()),
+    reason="no C++ compiler, or another system")
+
+
+def filled_cache(model):
+    """A cache with a prompt of another length in each slot."""
+    torch.manual_seed(1)
+    kv_cache = model.new_kv_cache(SLOTS, CONTEXT)
+    for slot, length in enumerate(LENGTHS):
+        idx = torch.randint(VOCAB_SIZE, (1, length))
+        model.prefill(idx, kv_cache, [slot], [length])
+        kv_cache.advance([slot], [length])
+    return kv_cache
+
+
+def steps_of(decode, kv_cache, turns):
+    """Logits of some decode steps, each of other slots; the tokens are given."""
+    found = []
+    for slots in turns:
+        tokens = [(10 + 7 * slot + len(found)) % VOCAB_SIZE for slot in slots]
+        found.append(decode(tokens, slots).clone())
+        kv_cache.advance(slots, [1] * len(slots))
+    return found
+
+
+def both(model, turns, int8=False):
+    """(logits of the native steps, of model.decode())"""
+    with torch.inference_mode():
+        kv_cache = filled_cache(model)
+        wanted = steps_of(
+            lambda tokens, slots: model.decode(torch.tensor(tokens)[:, None], kv_cache, slots),
+            kv_cache,
+            turns,
+        )
+        kv_cache = filled_cache(model)
+        use_fast_linear(model, int8, native=True)
+        decode = NativeDecode(model, kv_cache)
+        decode.warm_up()
+        return steps_of(decode, kv_cache, turns), wanted
+
+
+ALL = list(range(SLOTS))
+TURNS = [[0], [12], [0], [5, 2, 9], ALL, ALL[::-1], [3]]
+
+
+@needs_native
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("model_class", [GPT, LookupGPT, NGramGPT])
+def test_a_native_step_gives_the_logits_of_the_plain_one(model_class, kv_heads, int8):
+    found, wanted = both(make_model(model_class, int8=int8, kv_heads=kv_heads), TURNS, int8)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("model_class", [GPT, LookupGPT])
+def test_bfloat16_differs_by_its_rounding_alone(model_class):
+    exact = both(make_model(model_class), TURNS)[1]
+    found, wanted = both(make_model(model_class, torch.bfloat16), TURNS)
+    for ours, plain, true in zip(found, wanted, exact):
+        allowed = 1.5 * (plain - true).pow(2).mean().sqrt()
+        assert (ours - true).pow(2).mean().sqrt() <= allowed
+
+
+@needs_native
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_gets_the_same_bits_alone_and_among_others(dtype, int8):
+    model = make_model(dtype=dtype)
+    with torch.inference_mode():
+        use_fast_linear(model, int8, native=True)
+        decode = NativeDecode(model, filled_cache(model))
+        decode.warm_up()
+        tokens = [(11 * slot) % VOCAB_SIZE for slot in ALL]
+        together = decode(tokens, ALL).clone()
+        for slot in ALL:
+            assert decode([tokens[slot]], [slot])[0].equal(together[slot])
+
+
+@needs_native
+def test_a_slot_with_nan_spoils_its_own_logits_alone():
+    model = make_model()
+    with torch.inference_mode():
+        use_fast_linear(model, native=True)
+        kv_cache = filled_cache(model)
+        kv_cache.layers[0].v[4] = torch.nan
+        decode = NativeDecode(model, kv_cache)
+        decode.warm_up()
+        is_finite = decode([1] * SLOTS, ALL).isfinite().all(1).tolist()
+    assert is_finite == [slot != 4 for slot in ALL]
+
+
+class OtherMLP(MLP):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class OtherBlock(Block):
+    mlp_class = OtherMLP
+
+
+class OtherGPT(GPT):
+    block_class = OtherBlock
+
+
+@pytest.mark.parametrize("model", [
+    make_model(PortableGPT),
+    make_model(OtherGPT),
+    GPT(GPTConfig(1, 64, 4, 4, VOCAB_SIZE, CONTEXT)),   # heads of 16 dimensions
+])
+def test_what_the_function_does_not_compute_is_left_to_torch(model):
+    assert not can_decode_natively(model)
+
+
+class Tokenizer:
+    """What the engine asks of one that never writes a special token."""
+
+    def encode_special(self, name):
+        return -1
+
+    def get_vocab_size(self):
+        return VOCAB_SIZE
+
+
+@needs_native
+def test_the_engine_gives_the_same_tokens_before_and_after_it_is_compiled():
+    prompts = [[5, 6, 7, 8, 9], [1, 2], [3, 3, 3, 3]]
+    options = {"max_new_tokens": 12, "temperature": 0.8, "top_k": 20, "seed": 3}
+    wanted = Engine(make_model(), Tokenizer(), max_slots=3).generate_batch(prompts, **options)
+    engine = serving_engine(make_model(), Tokenizer(), max_slots=3, wait=True)
+    assert isinstance(engine.compiled_decode, NativeDecode)
+    assert engine.generate_batch(prompts, **options) == wanted
+
+
+@needs_native
+def test_where_the_compiler_fails_one_line_says_so_and_the_engine_answers(monkeypatch, capsys):
+    def fail(*command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "x.cpp:1: error: no room\nmore")
+
+    model = make_model()
+    use_fast_linear(model, native=True)
+    native_decode.native_library.cache_clear()
+    monkeypatch.setattr(native_decode, "SOURCE", native_decode.SOURCE.with_name("kv_cache.py"))
+    monkeypatch.setattr(subprocess, "run", fail)
+    decode = NativeDecode(model, model.new_kv_cache(1, CONTEXT))
+    decode.warm_up_behind().join()
+    native_decode.native_library.cache_clear()
+    assert not decode.is_ready(1)
+    assert "stays uncompiled, which is slower (x.cpp:1: error: no room)" in capsys.readouterr().out
