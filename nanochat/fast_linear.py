@@ -16,9 +16,9 @@ of 64 outputs as (N / 64, K, 16). Masks take them apart faster than conversions 
 (measured, dev/LOG.md). Products of several rows multiply the same rounded weights in the dtype of
 the activations.
 
-Decoded natively (native_decode.py), the first form is in lanes of 32 bits, (N / 32, K / P, 32) int32,
-with P neighbours in K in each: one float32, two bfloat16 or four int8 weights. It is for any number
-of rows, and oneDNN's for prefill alone.
+For native_decode.py the first form is in lanes of 32 bits, (N / 32, K / P, 32) int32, with P
+neighbours in K in each: one float32, two bfloat16 or four int8 weights. It is for any number of
+rows, and oneDNN's for prefill alone.
 
 The copies cost memory: twice the weights in bfloat16, 1.5 times with int8.
 """

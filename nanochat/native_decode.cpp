@@ -1,13 +1,13 @@
 // One decode step of all blocks of a GPT, and its head, as one function: see native_decode.py.
 //
-// Every thread of one team runs all of decode_step(), on its share of each product and of the pairs
-// of a sequence and a head. Between two phases of which one reads what the other writes is a barrier.
+// Every thread of one team runs all of run(), on its share of each product and of the pairs of a
+// sequence and a head. Between two phases of which one reads what the other writes is a barrier.
 //
 // Weights (N, K) are in tiles of 32 outputs: per tile, row k of a tile has two vectors of 16 lanes,
-// and lane l of them is output l or 16 + l. A lane has 32 bits, so it holds the weights of one
-// float32, two bfloat16 or four int8 neighbours in K. An int8 lane holds all bytes but the highest as
-// weight + 128, so that a mask takes them out; byte b then stands for weight * 2^(8 b), for which the
-// activations are divided by that.
+// and lane l of them is output l or 16 + l. A lane has 32 bits: it holds the weights of one
+// float32, two bfloat16 or four int8 neighbours in K. An int8 lane holds all bytes but the highest
+// as weight + 128, so that a mask takes them out; byte b then stands for weight * 2^(8 b), for
+// which the activations are divided by that.
 //
 // Sums run over K in the same order for any number of sequences: a sequence gets the same logits
 // alone and among others, to the last bit.
@@ -89,7 +89,8 @@ inline Floats exp_of(Floats x) {
     Ints n = __builtin_convertvector(turns - 0.5f, Ints);       // rounds towards 0, from below
     Floats r = (turns - __builtin_convertvector(n, Floats)) * 0.693147181f;
     Floats y = Floats{} + 1.0f / 5040;
-    for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + term;
+    for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        y = y * r + term;
     return as_floats(as_ints(y) + (n << 23));
 }
 
@@ -174,9 +175,13 @@ template <class A> struct Int8Weights {
         Floats taken[4];
         const int masks[] = {0xff, 0xff00, 0xff0000, -(1 << 24)};
         for (int b = 0; b < 4; b++) taken[b] = __builtin_convertvector(w & masks[b], Floats);
-        for (int b = 0; b < PARTS; b++) {       // as bfloat16 they are exact: the upper half of each
-            if (PARTS == 4) parts[b] = taken[b];
-            else parts[b] = as_floats((as_ints(taken[2 * b]) >> 16 & 0xffff) | as_ints(taken[2 * b + 1]));
+        for (int p = 0; p < PARTS; p++) {
+            if (PARTS == 4) {
+                parts[p] = taken[p];
+            } else {                            // exact in bfloat16, which is the upper half
+                Ints even = as_ints(taken[2 * p]) >> 16 & 0xffff, odd = as_ints(taken[2 * p + 1]);
+                parts[p] = as_floats(even | odd);
+            }
         }
     }
 };
@@ -190,7 +195,8 @@ template <class A, class W> inline typename A::Activation operand_at(float x, in
 // ---- products
 
 // For each row of x (n, K) 128 times the sum of the activations whose weights have an offset
-template <class A, class W> void find_offsets(const typename A::Activation* x, int n, int K, float* offsets) {
+template <class A, class W>
+void find_offsets(const typename A::Activation* x, int n, int K, float* offsets) {
     if (!W::HAS_SCALE) return;
     for (int r = 0; r < n; r++, x += K) {
         float sums[4] = {};
@@ -233,12 +239,15 @@ inline void multiply_rows(const Matrix& m, const typename A::Activation* x, cons
 
 // use(row, output, 16 floats) for all rows of x (n, K) and the outputs of some tiles
 template <class A, class W, class Use>
-void multiply(const Matrix& m, const typename A::Activation* x, const float* offsets, int n, int tile,
-              Use use) {
+void multiply(const Matrix& m, const typename A::Activation* x, const float* offsets, int n,
+              int tile, Use use) {
     int row = 0;
-    for (; row + MAX_ROWS <= n; row += MAX_ROWS) multiply_rows<A, W, MAX_ROWS>(m, x, offsets, tile, row, use);
-    if (MAX_ROWS > 4 && row + 4 <= n) { multiply_rows<A, W, 4>(m, x, offsets, tile, row, use); row += 4; }
-    if (MAX_ROWS > 2 && row + 2 <= n) { multiply_rows<A, W, 2>(m, x, offsets, tile, row, use); row += 2; }
+    for (; row + MAX_ROWS <= n; row += MAX_ROWS)
+        multiply_rows<A, W, MAX_ROWS>(m, x, offsets, tile, row, use);
+    for (; MAX_ROWS > 4 && row + 4 <= n; row += 4)
+        multiply_rows<A, W, 4>(m, x, offsets, tile, row, use);
+    for (; MAX_ROWS > 2 && row + 2 <= n; row += 2)
+        multiply_rows<A, W, 2>(m, x, offsets, tile, row, use);
     if (row < n) multiply_rows<A, W, 1>(m, x, offsets, tile, row, use);
 }
 
@@ -246,9 +255,8 @@ void multiply(const Matrix& m, const typename A::Activation* x, const float* off
 
 class Team {
 public:
-    explicit Team(int size) : size(size) {}
-    // Spins, for the others are here in microseconds; then it sleeps, for where they are not, another
-    // process has their core.
+    // Spins, for the others are here in microseconds; then it sleeps, for where they are not,
+    // another process has their core.
     void barrier() {
         int before = turn.load(std::memory_order_acquire);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
@@ -261,7 +269,7 @@ public:
             if (turn.load(std::memory_order_acquire) != before) return;
         turn.wait(before, std::memory_order_acquire);
     }
-    const int size;
+    int size = 1;
 
 private:
     std::atomic<int> arrived{0}, turn{0};
@@ -269,8 +277,8 @@ private:
 
 // ---- attention
 
-// A vector of the cache as float32: one part of 16 neighbours, or of bfloat16 the even ones of 32 and
-// the odd ones. place_in_parts(i): where element i then is.
+// A vector of the cache as float32: one part of 16 neighbours, or of bfloat16 the even ones of 32
+// and the odd ones. place_in_parts(i): where element i then is.
 inline void split(const float* p, Floats* parts) { parts[0] = load(p); }
 inline void split(const uint16_t* p, Floats* parts) {
     Ints pairs;
@@ -408,20 +416,23 @@ template <class A, class W> void run(const Model& model, const Step& step) {
     raised.resize(n * hidden);
     float *xs = x.data(), *all_qkv = qkv.data();
     Activation *ys = attended.data(), *zs = raised.data();
-    Team team(model.threads);
+    Team team;
 
 #pragma omp parallel num_threads(model.threads)
     {
+#pragma omp single
+        team.size = omp_get_num_threads();      // fewer than asked for, where the user limits them
         static thread_local std::vector<Activation> normed;
         static thread_local std::vector<float> scratch;
         static thread_local std::vector<float> all_offsets;
         normed.resize(n * C);
+        const Activation* xs_normed = normed.data();
         all_offsets.resize(n);
         float* offsets = all_offsets.data();
         const int me = omp_get_thread_num();
         auto for_share = [&](int count, auto work) {
-            for (int i = int64_t(count) * me / team.size; i < int64_t(count) * (me + 1) / team.size; i++)
-                work(i);
+            int64_t end = int64_t(count) * (me + 1) / team.size;
+            for (int64_t i = int64_t(count) * me / team.size; i < end; i++) work(i);
         };
         auto tiles_of = [](const Matrix& m) { return int(m.N / TILE); };
 
@@ -435,8 +446,8 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             int start = 0;
             for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
                 for_share(tiles_of(*m), [&](int tile) {
-                    multiply<A, W>(*m, normed.data(), offsets, n, tile, [&](int r, int output, Floats y) {
-                        store(all_qkv + r * qkv_width + start + output, y);
+                    multiply<A, W>(*m, xs_normed, offsets, n, tile, [&](int r, int at, Floats y) {
+                        store(all_qkv + r * qkv_width + start + at, y);
                     });
                 });
                 start += m->N;
@@ -446,14 +457,15 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             // 2. attention
             for_share(n * model.kv_heads, [&](int pair) {
                 int r = pair / model.kv_heads, g = pair % model.kv_heads;
-                attend<A, W>(model, layer, step, l, r, g, all_qkv + r * qkv_width, ys + r * q_width, scratch);
+                const float* qkv = all_qkv + r * qkv_width;
+                attend<A, W>(model, layer, step, l, r, g, qkv, ys + r * q_width, scratch);
             });
             team.barrier();
             find_offsets<A, W>(ys, n, q_width, offsets);
             for_share(tiles_of(layer.out), [&](int tile) {
-                multiply<A, W>(layer.out, ys, offsets, n, tile, [&](int r, int output, Floats y) {
-                    float* own = xs + r * C + output;
-                    store(own, a * load(own) + b * load(step.x0 + r * C + output) + y);
+                multiply<A, W>(layer.out, ys, offsets, n, tile, [&](int r, int at, Floats y) {
+                    float* own = xs + r * C + at;
+                    store(own, a * load(own) + b * load(step.x0 + r * C + at) + y);
                 });
             });
             team.barrier();
@@ -462,17 +474,17 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             normalise<A, W>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
             find_offsets<A, W>(normed.data(), n, C, offsets);
             for_share(tiles_of(layer.up), [&](int tile) {
-                multiply<A, W>(layer.up, normed.data(), offsets, n, tile, [&](int r, int output, Floats y) {
-                    y = y > 0.0f ? y * y : y * 0.0f;    // NaN stays
+                multiply<A, W>(layer.up, xs_normed, offsets, n, tile, [&](int r, int at, Floats y) {
+                    y = y < 0.0f ? Floats{} : y * y;    // NaN stays
                     for (int i = 0; i < LANES; i++)
-                        zs[r * hidden + output + i] = operand_at<A, W>(y[i], output + i);
+                        zs[r * hidden + at + i] = operand_at<A, W>(y[i], at + i);
                 });
             });
             team.barrier();
             find_offsets<A, W>(zs, n, hidden, offsets);
             for_share(tiles_of(layer.down), [&](int tile) {
-                multiply<A, W>(layer.down, zs, offsets, n, tile, [&](int r, int output, Floats y) {
-                    float* own = xs + r * C + output;
+                multiply<A, W>(layer.down, zs, offsets, n, tile, [&](int r, int at, Floats y) {
+                    float* own = xs + r * C + at;
                     store(own, load(own) + y);
                 });
             });
@@ -481,25 +493,26 @@ template <class A, class W> void run(const Model& model, const Step& step) {
 
         // 4. the head
         normalise<A, W>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
-            find_offsets<A, W>(normed.data(), n, C, offsets);
+        find_offsets<A, W>(normed.data(), n, C, offsets);
         if (step.logits) {
-            const int V = model.head.N;
-            for_share(tiles_of(model.head), [&](int tile) {
-                multiply<A, W>(model.head, normed.data(), offsets, n, tile, [&](int r, int output, Floats z) {
+            const Matrix& head = model.head;
+            for_share(tiles_of(head), [&](int tile) {
+                multiply<A, W>(head, xs_normed, offsets, n, tile, [&](int r, int at, Floats z) {
                     if (model.softcap > 0) {            // softcap * tanh(z / softcap)
                         Floats size = z < 0.0f ? -z : z;
                         Floats e = exp_of(size * (-2 / model.softcap));
                         Floats y = model.softcap * (1.0f - e) / (1.0f + e);
                         z = z < 0.0f ? -y : y;
                     }
-                    store(step.logits + int64_t(r) * V + output, z);
+                    store(step.logits + r * head.N + at, z);
                 });
             });
         }
     }
     if (step.features) {
         std::vector<float> normed(n * C);
-        normalise<Float32, PlainWeights<Float32>>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+        using Plain = PlainWeights<Float32>;
+        normalise<Float32, Plain>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
         memcpy(step.features, normed.data(), 4 * normed.size());
     }
 }

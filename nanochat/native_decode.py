@@ -97,7 +97,8 @@ def native_library():
     """
     processor = text_of(Path("/proc/cpuinfo")).partition("\n\n")[0]
     features = [line for line in processor.splitlines() if line.startswith(("model", "flags"))]
-    key = repr((SOURCE.read_text(encoding="utf-8"), FLAGS, compiler(), platform.machine(), features))
+    source = SOURCE.read_text(encoding="utf-8")
+    key = repr((source, FLAGS, compiler(), platform.machine(), features))
     folder = kernel_cache() / "nanochat"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
@@ -115,6 +116,7 @@ def native_library():
 # The structures of native_decode.cpp
 
 class Matrix(ctypes.Structure):
+    """Weights (N, K) in tiles, and the scale of int8 ones, (N,)."""
     _fields_ = [
         ("tiles", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
@@ -124,6 +126,7 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """A block: its matrices, its cache, and the blend that it reads."""
     _fields_ = [
         *((name, Matrix) for name in MATRICES),
         ("cache_k", ctypes.c_void_p),
@@ -137,6 +140,7 @@ SIZES = "depth", "width", "heads", "kv_heads", "head_dim", "hidden", "cache_leng
 
 
 class Model(ctypes.Structure):
+    """What is the same at every step."""
     _fields_ = [
         *((name, ctypes.c_int64) for name in SIZES),
         ("eps", ctypes.c_float),
@@ -149,6 +153,7 @@ class Model(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
+    """Inputs and results of a step."""
     _fields_ = [
         ("n", ctypes.c_int64),
         ("slots", ctypes.c_void_p),
@@ -158,6 +163,15 @@ class Step(ctypes.Structure):
         ("features", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
     ]
+
+
+def native_problem():
+    """Why the library cannot be compiled, as one line, or None."""
+    try:
+        native_library()
+    except COMPILE_ERRORS as error:
+        return reason_of(str(error))
+    return None
 
 
 def matrix_of(linear):
@@ -203,10 +217,11 @@ class NativeDecode:
 
     def _compile_behind(self):
         try:
-            self.warm_up()
-        except COMPILE_ERRORS as error:
-            problem = reason_of(str(error))
-            print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
+            problem = native_problem()
+            if problem:
+                print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
+            else:
+                self.warm_up()
         finally:
             self.is_compiling = False
 
@@ -267,4 +282,5 @@ class NativeDecode:
         # 3. what a variant makes of it
         if self.own_logits:
             return self.logits[:n, :model.config.vocab_size]
-        return model.logits(features.to(model.compute_dtype), None if recent is None else recent[:, 0])
+        recent = None if recent is None else recent[:, 0]
+        return model.logits(features.to(model.compute_dtype), recent)

@@ -67,7 +67,7 @@ from nanochat.load_test import (
     words_for,
 )
 from nanochat.metrics import finish_stage
-from nanochat.native_decode import can_decode_natively
+from nanochat.native_decode import can_decode_natively, native_problem
 from nanochat.roofline import numbers
 from nanochat.variants import MODEL_CLASSES, TRAINABLE
 
@@ -141,13 +141,12 @@ def make_engine(network, slots):
 
 
 def require_compiler(network):
-    """UserError where the decode step is to be compiled, and that is not possible.
-
-    Of a model that is decoded natively, the first engine says so.
-    """
-    if not compile or not can_multiply_fast(network.device) or can_decode_natively(network):
-        return
-    problem = compile_problem(network.device)
+    """UserError where the decode step is to be compiled, and that is not possible."""
+    problem = None
+    if compile and can_decode_natively(network):
+        problem = native_problem()
+    elif compile and can_multiply_fast(network.device):
+        problem = compile_problem(network.device)
     if problem:
         raise UserError(f"the decode step cannot be compiled ({problem}): --compile=0 measures it "
                         "as it is written")

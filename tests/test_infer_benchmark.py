@@ -165,6 +165,7 @@ def test_a_cache_larger_than_the_free_memory_is_not_allocated(benchmark, monkeyp
 def test_a_machine_without_a_compiler_is_told_how_to_measure(benchmark, monkeypatch):
     monkeypatch.setattr(infer_benchmark, "can_multiply_fast", lambda device: True)
     monkeypatch.setattr(infer_benchmark, "compile_problem", lambda device: "no C++ compiler")
+    monkeypatch.setattr(infer_benchmark, "native_problem", lambda: "no C++ compiler")
     with pytest.raises(UserError, match=r"\(no C\+\+ compiler\): --compile=0"):
         benchmark("--depth=1")
 
