@@ -176,7 +176,18 @@ custom and CustomJSON(custom)"
     python -c "$program" "$CUSTOM" "$NAME" || exit
 }
 
+# can_practise: prints whether reinforcement learning can practise the MODEL, for which it must
+# predict from left to right.
+can_practise() {
+    local program="
+import sys
+from nanochat.variants import CAUSAL
+print('yes' if sys.argv[1] in CAUSAL else 'no')"
+    python -c "$program" "$MODEL"
+}
+
 device=""    # empty: each stage chooses
+can_rl=yes
 if [ "$GPUS" = 0 ]; then device=cpu; fi
 if [ -z "$DRY_RUN" ]; then
     source scripts/setup.sh || exit 1
@@ -187,6 +198,9 @@ if [ -z "$DRY_RUN" ]; then
         choose_gpus
     fi
     if [ -n "$CUSTOM$NAME" ]; then check_own; fi
+    if [ -n "$MODEL" ]; then can_rl="$(can_practise)"; fi
+elif [ -n "$MODEL" ]; then
+    can_rl="$(can_practise 2>/dev/null || echo yes)"   # a list of commands needs no torch
 fi
 GPUS="${GPUS:-0}"
 
@@ -211,7 +225,7 @@ is_named() { [[ ",${NAMED_STAGES-$STAGES}," == *",$1,"* ]]; }
 # yours is not judged by.
 has_rl() {
     if is_named chat_rl; then return 0; fi
-    if ! is_wanted chat_rl || [ -n "$DATA" ]; then return 1; fi
+    if ! is_wanted chat_rl || [ -n "$DATA" ] || [ "$can_rl" = no ]; then return 1; fi
     [ -z "$MINUTES" ] || LC_ALL=C awk -v total="$MINUTES" 'BEGIN { exit !(total >= 20) }'
 }
 

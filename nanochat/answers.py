@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from nanochat.conversation import fit_conversation, prompt_room
+from nanochat.diffusion_engine import DiffusionEngine
 from nanochat.engine import Engine
 from nanochat.loss_eval import pad_batch
 from nanochat.sampling import check_finite
@@ -104,6 +105,7 @@ class Noise:
     def __init__(self, temperature, top_k, seed):
         self.temperature = temperature
         self.top_k = top_k
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, like):
@@ -184,12 +186,42 @@ class SteadyEngine(Engine):
             idx = torch.tensor([ids], device=self.device)
             return self.model.prefill(idx, kv_cache, [0], [len(ids)])[0].float()
 
+    def sequence_of(self, prompt, max_new_tokens, noise):
+        """The Sequence of a prompt. noise: a Noise, or None for the likeliest tokens."""
+        sequence = self.new_sequence(prompt, max_new_tokens=max_new_tokens, temperature=0)
+        if noise:
+            self.noise[sequence] = noise
+        return sequence
+
     def run(self, sequences):
         try:
             return super().run(sequences)
         finally:
             for sequence in sequences:
                 self.noise.pop(sequence, None)
+
+
+class OneByOneEngine(DiffusionEngine):
+    """A DiffusionEngine with one sequence at a time, so that none depends on others.
+
+    Near ties would be no remedy: in each pass all positions of a block are ranked.
+    """
+    near_ties = 0
+    difference = 0.0
+
+    def __init__(self, model, tokenizer, passages=None):
+        super().__init__(model, tokenizer, passages, max_slots=1)
+
+    def sequence_of(self, prompt, max_new_tokens, noise):
+        """As SteadyEngine.sequence_of()."""
+        sampling = {"temperature": 0}
+        if noise:
+            sampling = {
+                "temperature": noise.temperature,
+                "top_k": noise.top_k,
+                "seed": noise.seed,
+            }
+        return self.new_sequence(prompt, max_new_tokens=max_new_tokens, **sampling)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,7 +244,8 @@ class Answerer:
     def __init__(self, model, tokenizer, passages=None, max_new_tokens=96):
         self.model = model
         self.tokenizer = tokenizer
-        self.engine = SteadyEngine(model, tokenizer, passages)
+        engine_class = SteadyEngine if model.causal else OneByOneEngine
+        self.engine = engine_class(model, tokenizer, passages)
         self.max_seq_len = model.config.max_seq_len
         self.device = model.device
         self.max_new_tokens = max_new_tokens
@@ -282,10 +315,7 @@ class Answerer:
             if len(prompt) >= self.max_seq_len:
                 continue
             room = max(self.max_new_tokens, conversation.get("answer_tokens", 0))
-            sequence = self.engine.new_sequence(prompt, max_new_tokens=room, temperature=0)
-            if noise:
-                self.engine.noise[sequence] = noise
-            sequences[place] = sequence
+            sequences[place] = self.engine.sequence_of(prompt, room, noise)
         self.engine.run(list(sequences.values()))
         return [
             self.tokenizer.parse_completion(sequences[place].tokens) if place in sequences else []
@@ -321,13 +351,8 @@ class Answerer:
     def _letter_scores(self, conversations):
         """The logits of each conversation's letters, a list of (letters,)."""
         prompts = [self.tokenizer.render_for_completion(one) for one in conversations]
-        # the choices stand at the end
-        prompts = [prompt[-self.max_seq_len:] for prompt in prompts]
-        lengths = [len(prompt) for prompt in prompts]
-        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-        kv_cache = self.model.new_kv_cache(len(prompts), max(lengths))
-        idx = torch.tensor(padded, device=self.device)
-        logits = self.model.prefill(idx, kv_cache, list(range(len(prompts))), lengths)
+        # of one that is too long the end is read, where the choices stand
+        logits = self.model.next_token_logits(prompts)
         scores = []
         for conversation, row in zip(conversations, logits.float().cpu()):
             ids = [self.tokenizer.encode(letter)[0] for letter in conversation["letters"]]
@@ -363,8 +388,9 @@ class Answerer:
             message = {"role": "user", "content": question}
             prompt = self.tokenizer.render_for_completion({"messages": [message]})
             ids = self.tokenizer.encode(text)
-            sequences.append((prompt + ids)[-self.max_seq_len - 1:])
-            answer_lengths.append(min(len(ids), self.max_seq_len))
+            most = self.model.max_targets
+            sequences.append((prompt + ids)[-most - 1:])
+            answer_lengths.append(min(len(ids), most))
         inputs, targets = pad_batch(sequences, self.device)
         for row, ids, answer_length in zip(targets, sequences, answer_lengths):
             row[:len(ids) - 1 - answer_length] = -1  # the question is not scored

@@ -115,6 +115,16 @@ def attention_up_to(q, k, v, at):
     return attend_up_to(q, k, v, at).transpose(1, 2)
 
 
+def masked_attention(q, k, v, visible):
+    """q (B, n, H, D), k and v (B, T, G, D) -> (B, n, H, D).
+
+    visible (B, 1, n, T) bool: which keys each query attends to, in either direction.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+
+
 def attend_up_to(q, k, v, positions):
     """q (B, H, n, D), k and v (B, G, S, D), positions (B, n): each query attends to the keys up to
     its position. Returns (B, H, n, D)."""

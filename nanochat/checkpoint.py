@@ -295,6 +295,7 @@ KINDS_IF_PRESENT = {
     "before_decay": bool,
     "elapsed": NUMBER,
     "val_bpb": (*NUMBER, type(None)),
+    "val_bpb_bound": (*NUMBER, type(None)),
     "best_bpb": NUMBER,
     "bpbs": list,
     "best_by": (str, type(None)),
@@ -341,7 +342,7 @@ def problem_of_contents(meta):
     for key in ("origin", "continues"):
         if key in meta and not is_checkpoint(meta[key]):
             return f"is damaged ({key} is no folder and step)"
-    for key in ("val_bpb", "extend", "extended", "rate_scale"):
+    for key in ("val_bpb", "val_bpb_bound", "extend", "extended", "rate_scale"):
         if not is_number(meta.get(key) or 0):
             return f"is damaged ({key} is {str(meta[key])[:30]})"
     for key in ("total_batch_size", "device_batch_size"):

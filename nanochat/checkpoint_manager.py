@@ -197,7 +197,7 @@ class CheckpointManager:
         step = int(all_reduce_max(-1 if found is None else found)[0])
         if step < 0:
             return None, bpb
-        return step, read_meta(self.dir, step)["val_bpb"]
+        return step, validation_bpb(read_meta(self.dir, step))
 
     def load(self, step, layout):
         """Load weights and optimizer states of `step` into a layout in use, and its model."""
@@ -290,7 +290,7 @@ def steps_that_stay(metas, keep):
     newest = metas[-keep:]
     before_decay = [meta for meta in metas if meta.get("before_decay")]
     evaluated = [meta for meta in metas if is_evaluated(meta)]
-    best = sorted(evaluated, key=lambda meta: meta["val_bpb"])
+    best = sorted(evaluated, key=validation_bpb)
     return {meta["step"] for meta in (*newest, *before_decay[-1:], *best[:1])}
 
 
@@ -302,7 +302,7 @@ def best_step(dir):
     metas = complete_metas(dir)
     if not metas or not metas[-1].get("finished") or not is_evaluated(metas[-1]):
         return None
-    return better_step(metas, metas[-1]["val_bpb"])
+    return better_step(metas, validation_bpb(metas[-1]))
 
 
 def better_step(metas, bpb):
@@ -313,13 +313,20 @@ def better_step(metas, bpb):
     steps = [meta["step"] for meta in metas]
     of_run = steps_of_run(steps, steps[-1]) if steps else []
     evaluated = [meta for meta in metas[len(steps) - len(of_run):] if is_evaluated(meta)]
-    best = min(evaluated, key=lambda meta: meta["val_bpb"], default=None)
-    return best["step"] if best and best["val_bpb"] < bpb else None
+    best = min(evaluated, key=validation_bpb, default=None)
+    return best["step"] if best and validation_bpb(best) < bpb else None
 
 
 def is_evaluated(meta):
     """Whether a meta has bits per byte of the validation documents by which steps are compared."""
-    return math.isfinite(meta.get("val_bpb") or math.nan)
+    return math.isfinite(validation_bpb(meta) or math.nan)
+
+
+def validation_bpb(meta):
+    """The number by which the steps of a run are compared, or None: the bits per byte in a meta,
+    of a diffusion model the bound on them."""
+    bpb = meta.get("val_bpb")
+    return meta.get("val_bpb_bound") if bpb is None else bpb
 
 
 # --------------------------------------------------------------------------------------------------

@@ -312,12 +312,15 @@ def sft_data_generator(
     world_size=1,
     state=None,
     seed=1,
+    end_padding=None,
 ):
     """Yield (inputs (B, T), targets (B, T), state) of packed conversations without end, int64.
 
     task: a list of conversations, {"messages": [...]} each (see tasks/common.py).
     Targets are -1, which gives no loss, on padding (<|bos|>) and on all that the assistant does not
     say. A conversation longer than a sequence is cut to it. Every epoch has its own shuffled order.
+    end_padding: of a model that writes an answer as a block, which has a length beforehand
+    (GPT.end_padding): each conversation becomes one_answer() of it.
 
     The state is (drawn, waiting):
       drawn    number of conversations that this rank has taken from the task, over all epochs
@@ -331,14 +334,20 @@ def sft_data_generator(
         """(draw, ids, mask) of this rank's conversation number `draw`, cut to T + 1 tokens."""
         epoch, i = divmod(draw * world_size + rank, len(task))
         conversation = task[order(epoch)[i]]
-        ids, mask = tokenizer.render_conversation(conversation, max_tokens=T + 1)
-        return draw, ids, mask
+        if end_padding is None:
+            ids, mask = tokenizer.render_conversation(conversation, max_tokens=T + 1)
+            return draw, ids, mask
+        ids, _ = tokenizer.render_conversation(conversation)
+        rng = random.Random(f"{seed} {rank} {draw}")
+        ids, mask = one_answer(tokenizer, ids, end_padding, rng)
+        return draw, ids[:T + 1], mask[:T + 1]
 
     drawn, unpacked = state or (0, ())
     waiting = [render(draw) for draw in unpacked]
     # The documented pad is <|assistant_end|>. The token changes nothing: padding stands behind all
     # conversations of its sequence, attention is causal, and its targets give no loss. <|bos|> is
-    # what stands behind a conversation that is not the last one, so that no pattern is new.
+    # what stands behind a conversation that is not the last one, so that no pattern is new. (Where
+    # attention is not causal it is no part of the conversation before it either.)
     pad = tokenizer.get_bos_token_id()
     while True:
         # A sequence of T + 1 tokens gives T inputs and, one position on, T targets.
@@ -363,6 +372,25 @@ def sft_data_generator(
         next_state = (drawn, tuple(draw for draw, _, _ in waiting))
         batch = inputs[:, :-1], targets[:, 1:]
         yield *on_device([torch.from_numpy(part.copy()) for part in batch], device), next_state
+
+
+def one_answer(tokenizer, ids, end_padding, rng):
+    """(ids, mask) of a conversation up to the end of one of its answers, drawn by rng.
+
+    ids: of the whole conversation. Behind the answer there are 0 to end_padding more
+    <|assistant_end|>, and all of this is 1 in the mask (arXiv 2502.09992, section 2.3), the tool's
+    reply as well: while the model writes, nothing behind its position is there to be seen. Half of
+    the answers are cut at a random place: a block of masks in generation may end before the answer
+    does.
+    """
+    start_token = tokenizer.encode_special("<|assistant_start|>")
+    end_token = tokenizer.encode_special("<|assistant_end|>")
+    start = 1 + rng.choice([place for place, token in enumerate(ids) if token == start_token])
+    end = 1 + ids.index(end_token, start)
+    answer = ids[start:end] + [end_token] * rng.randint(0, end_padding)
+    if rng.random() < 0.5:
+        answer = answer[:rng.randint(1, len(answer))]
+    return ids[:start] + answer, [0] * start + [1] * len(answer)
 
 
 def deliver(batches, device):

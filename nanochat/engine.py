@@ -768,38 +768,3 @@ def common_length(a, b):
     if a[:most] == b[:most]:
         return most
     return next(place for place in range(most) if a[place] != b[place])
-
-
-# ------------------------------------------------------------------------------------------------
-# samples that a training run shows
-
-def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
-    """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
-
-    What went wrong is said in place of a text, a model that has diverged or a prompt that is longer
-    than the context: the guard decides what becomes of a run.
-    ids_of(prompt): the ids that stand for a prompt; None: its text. passages: of the Engine.
-    """
-    was_training = model.training
-    model.eval()
-    engine = Engine(model, tokenizer, passages)
-    samples = []
-    for prompt in prompts:
-        start = ids_of(prompt) if ids_of else prompt
-        try:
-            text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
-        except UserError as error:
-            text = f"({error})"
-        samples.append({"prompt": prompt, "text": text})
-        print(f"  {prompt}|{text!r}", flush=True)
-    model.train(was_training)
-    return samples
-
-
-def sample_chats(model, tokenizer, questions, max_new_tokens, passages=None):
-    """Answer each question greedily, as sample_texts() does."""
-    def ids_of(question):
-        message = {"role": "user", "content": question}
-        return tokenizer.render_for_completion({"messages": [message]})
-
-    return sample_texts(model, tokenizer, questions, max_new_tokens, ids_of, passages)

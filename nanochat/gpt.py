@@ -7,7 +7,8 @@ parameters; a test holds it to transformers' NanoChatForCausalLM.
 A variant (nanochat/variants/) is a subclass that overrides class attributes (`config_class`,
 `block_class`, and the block's `attention_class` and `mlp_class`) or methods: `recent_tokens`,
 `enter`, `block_inputs` and `leave` around the blocks; `logits`, `loss` and `target_log_probs`
-together, for they say the same prediction in three ways; and `init_weights` wherever it has
+together, for they say the same prediction in three ways; `noised` and `log_probs` where it is
+trained by undoing noise; and `init_weights` wherever it has
 parameters of its own, for models are built without initialisers. A module with parameters says in
 its table `roles` how they are trained. Nothing here knows which variants exist.
 
@@ -86,6 +87,14 @@ def rotate(x, cos, sin):
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def require_causal(model, purpose):
+    """UserError where a model does not predict from left to right. purpose: what needs that."""
+    if not model.causal:
+        raise UserError(
+            f"{purpose} needs the likelihood of each token after those before it, which a "
+            "diffusion model does not have (docs/llada.md): take another model")
 
 
 def take(x, at):
@@ -243,6 +252,10 @@ class GPT(nn.Module):
     config_class = GPTConfig
     block_class = Block
     optimizers = OPTIMIZERS
+    causal = True  # whether a prediction sees what is before it alone: what a KV cache and a
+    #                left-to-right likelihood rest on. False: engine, bound and tasks are others
+    val_bpb_name = "val_bpb"  # of bits per byte in records; of a bound on them another
+    end_padding = None  # most padding tokens of an answer that are trained; None: no padding is
     lookback = 1  # tokens, up to and with the newest, that are looked at outside of attention
     compiles_logits = True  # whether torch can compile logits() for decoding
 
@@ -452,6 +465,19 @@ class GPT(nn.Module):
         first = torch.zeros(len(idx), dtype=torch.long, device=idx.device)
         return self.logits_at(x, recent, first)
 
+    @torch.inference_mode()
+    def next_token_logits(self, prompts):
+        """The logits of the token after each of n prompts, lists of ids: (n, V).
+
+        Of a prompt that is longer than the context the end is read.
+        """
+        prompts = [prompt[-self.config.max_seq_len:] for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+        kv_cache = self.new_kv_cache(len(prompts), max(lengths))
+        idx = torch.tensor(padded, device=self.device)
+        return self.prefill(idx, kv_cache, list(range(len(prompts))), lengths)
+
     def logits_at(self, x, recent, positions):
         """The logits at one position of each sequence: x (n, T, C), positions (n,) -> (n, V)."""
         sequences = torch.arange(len(x), device=x.device)
@@ -460,6 +486,20 @@ class GPT(nn.Module):
         return self.logits(x[sequences, positions], recent)
 
     # -------------------------------------------------------------------------------- training
+
+    @property
+    def max_targets(self):
+        """How many tokens of a sequence the model can be asked to predict at most."""
+        return self.config.max_seq_len
+
+    def noised(self, micro_batches, step, rank, is_text=False):
+        """What the model is trained on at a step: here the micro-batches of the loader as they are.
+
+        micro_batches: list of (inputs (B, T), targets (B, T), state). is_text: whether they are cut
+        from a stream of documents. A model that learns to undo noise adds it here, by random
+        numbers that follow from the step and the rank alone, so that a resumed run has the same.
+        """
+        return micro_batches
 
     def parameters_by_role(self):
         """{role: [parameters]} after each module's table of roles; the roles partition them."""

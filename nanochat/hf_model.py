@@ -29,10 +29,18 @@ class HFModel:
     shares_beginnings = False
     training = False
 
+    causal = True
+    val_bpb_name = "val_bpb"
+
     def __init__(self, model, vocab_size, context):
         self.model = model
         self.config = types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=context)
         self.batch_tokens = max(context, CHUNK_LOGITS // vocab_size)
+
+    @property
+    def max_targets(self):
+        """As of a GPT."""
+        return self.config.max_seq_len
 
     def features(self, idx, at=None):
         """idx (B, T) -> (logits (B, T, V) in float32, or (B, n, V) at positions (B, n); None).

@@ -12,7 +12,23 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from nanochat.common import collective_device
+from nanochat.common import UserError, collective_device
+
+# Of the bound of a diffusion model (docs/llada.md), where every sequence counts by itself; fewer on
+# a CPU.
+DRAWS = 128
+
+
+def set_draws(model, draws, few):
+    """Set how many draws the bound of a model takes. draws: None: DRAWS, on a CPU `few`.
+
+    UserError for a model whose likelihood is exact, where draws are given.
+    """
+    if model.causal:
+        if draws is not None:
+            raise UserError("draws: only a diffusion model has a bound; leave --draws out")
+        return
+    model.draws = draws or (few if model.device.type == "cpu" else DRAWS)
 
 
 def cut_into_sequences(documents, tokenizer, T):
@@ -67,11 +83,12 @@ def score_documents(
 ):
     """The Score of `documents` (list of str, together at least one byte), each whole.
 
+    Of a model that has no likelihood but a bound on it (docs/llada.md), these are upper bounds.
     <|bos|> opens a document and is never a target. One that is longer than the context is scored
     in windows, each token once. Ranks share the sequences; their sums meet in one all-reduce, so
     that uneven shares cannot hang. progress: called with the share that is done, or None.
     """
-    T = model.config.max_seq_len
+    T = model.max_targets
     every = cut_into_sequences(documents, tokenizer, T)
     tokens = sum(len(sequence) - 1 for sequence in every)
     sequences = every[rank::world_size]

@@ -209,12 +209,18 @@ def _draw_loss(axes, stage, log):
     axes.set_ylabel("loss (nats per token)", fontsize=8, color=BLUE)
 
 
+def measured_bpb(record):
+    """The validation in a record: bits per byte, of a diffusion model a bound on them; or None."""
+    bpb = record.get("val_bpb")
+    return record.get("val_bpb_bound") if bpb is None else bpb
+
+
 def comparable(log):
     """The validations of a log that are of the same documents, of which most are.
 
     The last one of a run is of more documents than those on the way, and on another scale.
     """
-    measured = [record for record in log if record.get("val_bpb") is not None]
+    measured = [record for record in log if measured_bpb(record) is not None]
     counts = Counter(record.get("documents") for record in measured)
     if not counts:
         return []
@@ -228,11 +234,14 @@ def _draw_bits_per_byte(axes, log):
     if not measured:
         return
     steps = [record["step"] for record in measured]
-    bits = [record["val_bpb"] for record in measured]
+    bits = [measured_bpb(record) for record in measured]
+    is_bound = measured[-1].get("val_bpb") is None
     right = axes.twinx()
     right.plot(steps, bits, color=RED, marker="o", markersize=3.5, linewidth=0.8)
-    axes.set_title(f"{bits[-1]:.3f} bpb", fontsize=9, color=RED, loc="right")
-    right.set_ylabel("validation bits per byte", fontsize=8, color=RED)
+    sign = "≤" if is_bound else ""
+    axes.set_title(f"{sign}{bits[-1]:.3f} bpb", fontsize=9, color=RED, loc="right")
+    label = "bound on validation bits per byte" if is_bound else "validation bits per byte"
+    right.set_ylabel(label, fontsize=8, color=RED)
     right.tick_params(colors=INK, labelsize=8, color=GREY)
     right.spines[:].set_visible(False)
 
@@ -471,6 +480,8 @@ def overview_blocks(run):
         tokens = sum(record.get("tokens") or 0 for record in run.training.values())
         if base.get("val_bpb") is not None:
             tiles.append(("bits per byte", f"{base['val_bpb']:.3f}"))
+        if base.get("val_bpb_bound") is not None:
+            tiles.append(("bits per byte at most", f"{base['val_bpb_bound']:.3f}"))
         tiles.append(("parameters", si(base.get("parameters"))))
         if base.get("text_bytes") and base.get("epochs"):
             tiles.append(("of text", si(base["text_bytes"], "B")))
@@ -690,16 +701,18 @@ def validation_documents(record):
     """How many validation documents the val_bpb of a stage's record is of; None: not known."""
     if record.get("documents"):
         return record["documents"]
-    measured = [entry for entry in training_log(record) if entry.get("val_bpb") is not None]
+    measured = [entry for entry in training_log(record) if measured_bpb(entry) is not None]
     return measured[-1].get("documents") if measured else None
 
 
 def bits_per_byte_blocks(run):
     rows = []
     for name, record in run.stages.items():
-        if record.get("val_bpb") is not None:
-            documents = validation_documents(record)
-            rows.append((name, str(documents or "unknown"), f"{record['val_bpb']:.4f}"))
+        if measured_bpb(record) is not None:
+            documents = str(validation_documents(record) or "unknown")
+            bits = [record.get(key) for key in ("val_bpb", "val_bpb_bound")]
+            bits = ["" if one is None else f"{one:.4f}" for one in bits]
+            rows.append((name, documents, *bits))
     if not rows:
         return
 
@@ -709,7 +722,10 @@ def bits_per_byte_blocks(run):
         bits = math.log2(tokenizer["vocab_size"]) / tokenizer["bytes_per_token"]
         guessing = f" Guessing every token at random costs {bits:.2f}."
     yield ("heading", "Validation bits per byte")
-    yield ("table", ["stage", "validation documents", "bits per byte"], rows)
+    columns = ["stage", "validation documents", "bits per byte", "a bound on them"]
+    if not any(bound for *_, bound in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    yield ("table", columns, rows)
     yield ("text", "Bits the model needs for each raw byte of validation text that it never "
                    "trained on: lower is better, and runs with different tokenizers compare, where "
                    "they are of the same documents. The curve of a run is of fewer documents, the "

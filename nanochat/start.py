@@ -23,6 +23,7 @@ from nanochat.checkpoint_manager import (
     restore_model,
     resumable,
     tokenizer_of,
+    validation_bpb,
 )
 from nanochat.common import UserError, expand_home, print0, require_alike
 from nanochat.dataset import data_tag
@@ -214,7 +215,7 @@ def step_to_extend(metas):
             "extended: train again")
     if is_overfitting(metas[-1].get("bpbs") or []):
         validated = [meta for meta in before_decay if is_evaluated(meta)]
-        return min(validated or before_decay[-1:], key=lambda meta: meta.get("val_bpb"))["step"]
+        return min(validated or before_decay[-1:], key=validation_bpb)["step"]
     return before_decay[-1]["step"]
 
 

@@ -39,6 +39,7 @@ from nanochat.core_eval import (
     make_examples,
 )
 from nanochat.folders import chosen_line
+from nanochat.gpt import require_causal
 from nanochat.hardware import preferred_dtype, raise_malloc_thresholds
 from nanochat.hf_model import load_hf_model
 from nanochat.hub import on_first_rank
@@ -92,6 +93,12 @@ else:
     model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
     checkpoint, slug = meta["dir"], f"{source}_{meta['tag']}_step{meta['step']}"
     measured = chosen_line(source, meta)
+    if optional and not model.causal:
+        print0("CORE is left aside: it compares likelihoods from left to right")
+        finish_stage("base_eval", time.perf_counter() - started, settings, skipped="not causal")
+        compute_cleanup()
+        sys.exit(0)
+    require_causal(model, "CORE")
     model.compute_dtype = torch.float32
     if compute.dtype == torch.bfloat16:
         fast = half_precision_copy(model)

@@ -1,5 +1,7 @@
 """Bits per byte of a base model on held-out text, by domain.
 
+Of a diffusion model (docs/llada.md) it is an upper bound, which is recorded as val_bpb_bound.
+
     python -m scripts.base_loss           # the newest base model, on nanochat.dataset's validation
     python -m scripts.base_loss --data=notes/ --documents=50
     python -m scripts.base_loss --domains=c4,gsm8k,humaneval --documents=2000
@@ -24,8 +26,8 @@ from nanochat.checkpoint_manager import load_model, untrained_model
 from nanochat.common import UserError, compute_cleanup, compute_init, expand_home, print0
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
-from nanochat.engine import sample_texts
 from nanochat.folders import chosen_line
+from nanochat.gpt import require_causal
 from nanochat.hardware import raise_malloc_thresholds
 from nanochat.hf_model import load_hf_model
 from nanochat.loss_check import check_loss
@@ -34,9 +36,11 @@ from nanochat.loss_eval import (
     domain_rows,
     recommended_shares,
     score_documents,
+    set_draws,
 )
 from nanochat.metrics import finish_stage
 from nanochat.prompts import text_prompts
+from nanochat.samples import sample_texts
 from tasks.domains import OWN, load_domains, parse_domains
 
 # settings
@@ -51,10 +55,11 @@ domains = "val"          # comma-separated: val, c4, encyclopedia, gsm8k, humane
 documents = 300          # at most, of each domain, whole
 step_zero = True         # with several domains: also measure an untrained model of the same shape
 reference: str = None    # also measure this one: a tag of ours, or a Hugging Face model's folder
+draws: int = None        # of a diffusion model's bound, a sequence; None: 128, on a CPU 4
 check = False            # first check the loss itself: probabilities, causality, bytes
 device_type = ""         # cuda, mps or cpu; empty: the best one here
 settings = configure(globals())
-require(settings, 1, "documents")
+require(settings, 1, "documents", "draws")
 if split not in ("train", "val"):
     raise UserError(f"split is train or val, not {split!r}")
 names = [item.name for item in parse_domains(domains)]
@@ -91,6 +96,11 @@ def load(tag, path, its_step=None):
 loaded = load(model_tag, hf_path, step)
 model, tokenizer = loaded.model, loaded.tokenizer
 print0(loaded.called)
+if check:
+    require_causal(model, "--check")
+if names != [OWN] or reference:
+    require_causal(model, "a comparison of bits per byte")
+set_draws(model, draws, few=4)
 own = None
 if OWN in names:
     own = list(itertools.islice(iter_documents(split, data), documents))
@@ -165,6 +175,7 @@ if reference:
     path = Path(expand_home(reference, "write the whole path"))
     is_folder = (path / "config.json").is_file()
     other = load(None, reference) if is_folder else load(reference, None)
+    require_causal(other.model, "a reference")
     print0(f"reference: {other.called}")
     if other.meta:
         other.model.cast_for_inference(other.model.compute_dtype)
@@ -176,8 +187,9 @@ rows = domain_rows(scores, others)
 for domain in texts:
     row = rows[domain.name]
     row["documents"] = len(domain.documents)
-    print0(f"{row['bits_per_byte']:.4f} bits per byte, perplexity {row['perplexity']:.2f} of a "
-           f"token, on {row['documents']} documents of {domain.name}")
+    at_most = "" if model.causal else f"at most, by {model.draws} draws, "
+    print0(f"{at_most}{row['bits_per_byte']:.4f} bits per byte, perplexity "
+           f"{row['perplexity']:.2f} of a token, on {row['documents']} documents of {domain.name}")
 shares = None
 if others:
     # a reference is what the model should be like, an untrained one what it began as
@@ -221,10 +233,10 @@ finish_stage(
     "base_loss",
     time.perf_counter() - started,
     settings,
-    val_bpb=rows[OWN]["bits_per_byte"] if own else None,
+    **{model.val_bpb_name: rows[OWN]["bits_per_byte"] if own else None},
     split=split,
     documents=len(own) if own else None,
-    domains=rows,
+    domains=rows if model.causal else None,
     base=base_domain(scores),
     shares=shares,
     check=checked,

@@ -33,9 +33,9 @@ from nanochat.dataloader import (
     tokenizing_distributed_data_loader_with_state,
 )
 from nanochat.dataset import open_dataset
-from nanochat.engine import sample_texts
 from nanochat.folders import new_run
 from nanochat.fp8 import choose_fp8
+from nanochat.gpt import require_causal
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.loss_eval import evaluate_bpb, figure_to_compare
 from nanochat.parallel import Layout, accumulate_gradients, prepare, warm_up
@@ -55,6 +55,7 @@ from nanochat.plan import (
 )
 from nanochat.prompts import text_prompts
 from nanochat.run import Run
+from nanochat.samples import sample_texts
 from nanochat.schedule import lr_multiplier, muon_momentum, set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import (
@@ -177,6 +178,8 @@ if model_name not in TRAINABLE:
 if resumed:
     model_name = resumed["model_class"]
 model_class = MODEL_CLASSES[model_name]
+if domains:
+    require_causal(model_class, "--domains")
 vocab_size = tokenizer.get_vocab_size()
 planning_began = time.perf_counter()  # measuring and counting are training time
 dataset = open_dataset(data)
@@ -313,6 +316,7 @@ del start  # what was read is mapped from files that the run may delete
 counted_tokens = meta.get("counted", 0)
 bpbs = list(meta.get("bpbs", []))  # of the validations on the way
 best_bpb = meta.get("best_bpb", math.inf)
+bpb_name = model.val_bpb_name  # a bound is not recorded as what it bounds
 lr_warmup = 0.0 if meta.get("extend") else 0.02
 decaying = run.step > 0 and run.progress > 1 - warmdown
 stage_index = None   # in the curriculum
@@ -340,8 +344,8 @@ def evaluate_few():
 def save(val_bpb=None, bits=None):
     run.save(
         layout, loader_state,
-        val_bpb=val_bpb, best_by=best_by, domain_bpbs=bits, stages_begun=stages_begun,
-        best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying)
+        best_by=best_by, domain_bpbs=bits if domains else None, stages_begun=stages_begun,
+        best_bpb=best_bpb, bpbs=list(bpbs), before_decay=not decaying, **{bpb_name: val_bpb})
 
 
 def begin_stage(index):
@@ -370,7 +374,7 @@ while not run.over():
         bits, bpb = evaluate_few()
         bpbs.append(bpb)
         by_domain = {f"bpb_{name}": value for name, value in bits.items() if name != OWN}
-        run.log(val_bpb=bits[OWN], documents=len(few[OWN]), **by_domain)
+        run.log(documents=len(few[OWN]), **{bpb_name: bits[OWN]}, **by_domain)
         print0(f"step {run.step}: {bits[OWN]:.4f} bits per byte on {len(few[OWN])} validation "
                "documents")
         if bpb < best_bpb:
@@ -401,8 +405,9 @@ while not run.over():
     run.begin_step()
     trained_tokens = run.step * total_batch_size
     model.leave_one_out = not counted_tokens or trained_tokens < counted_tokens
+    noised = model.noised(batches, run.step, rank, is_text=True)
     loss, fitted = accumulate_gradients(
-        model, batches, loss_scale, max(1, pass_tokens // stage.length), layout)
+        model, noised, loss_scale, max(1, pass_tokens // stage.length), layout)
     pass_tokens = fitted * stage.length
     loader_state = micro_batches[-1][2]
     micro_batches = [next(loader) for _ in range(grad_accum_steps)]
@@ -427,7 +432,8 @@ if run.last_save_is_due():
     save()
 run.exit_unless_finished()
 bits, few_bpb = evaluate_few()
-amended = {"val_bpb": few_bpb, "domain_bpbs": bits}  # steps are compared by the few documents
+# steps are compared by the few documents
+amended = {bpb_name: few_bpb, "domain_bpbs": bits if domains else None}
 best, bpb_of_best = run.checkpoints.better_than(few_bpb)
 if best is not None:
     print0(f"the last step has {few_bpb:.4f} bits per byte, step {best} had {bpb_of_best:.4f}: "
@@ -435,11 +441,11 @@ if best is not None:
     run.checkpoints.load(best, layout)
     bits = evaluate_few()[0] if domains else None
 val_bpb = evaluate(validation)
-run.log(val_bpb=val_bpb, documents=len(validation))
+run.log(documents=len(validation), **{bpb_name: val_bpb})
 show_samples()
 run.finish(
     model, time.perf_counter() - started, amended,
-    val_bpb=val_bpb,
+    **{bpb_name: val_bpb},
     best_step=run.step if best is None else best,
     best_by=best_by,
     domain_bpbs=bits if domains else None,

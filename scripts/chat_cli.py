@@ -38,7 +38,8 @@ from nanochat.conversation import (
     prompt_room,
     questions_of,
 )
-from nanochat.engine import Engine, check_sampling
+from nanochat.diffusion_engine import denoising_of, engine_of
+from nanochat.engine import check_sampling
 from nanochat.folders import chosen_line
 from nanochat.passage_store import load_passages
 from tasks.identity import shown_name
@@ -53,6 +54,9 @@ temperature = 0.6           # 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens
 max_tokens = 256            # longest answer
 seed = 42                   # the same seed gives the same answers
+block_length: int = None    # of a diffusion model (docs/llada.md), tokens of a block. None: 32
+steps: int = None           # of such a model, passes for a block. None: one for each token
+edit_below: float = None    # of such a model, confidence below which tokens are edited. None: 0
 stats = False               # after each answer, say how many tokens a second there were
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
@@ -360,7 +364,9 @@ def main():
     compute = compute_init(device_type, dtype)
     model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
-    engine = Engine(model, tokenizer, load_passages(meta))
+    denoising = denoising_of(
+        model, block_length=block_length, steps=steps, edit_below=edit_below)
+    engine = engine_of(model, tokenizer, load_passages(meta), denoising)
     say_choice(chosen_line(source, meta), prompt is not None)
     with contextlib.suppress(ImportError):
         import readline     # noqa: F401, gives input() a history and lets a line be edited

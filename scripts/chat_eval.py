@@ -23,6 +23,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, print0
 from nanochat.configurator import check_choices, configure, require
 from nanochat.folders import chosen_line
 from nanochat.hardware import raise_malloc_thresholds
+from nanochat.loss_eval import set_draws
 from nanochat.metrics import finish_stage
 from nanochat.passage_store import load_passages
 from tasks.asking import How, ask_all, score, score_words, show_wrong
@@ -51,6 +52,7 @@ batch_size = 64        # answered at a time
 num_samples = 1        # answers to each question, where they are generated
 temperature = 0.0      # of these; 0: the likeliest token
 top_k = 50             # of these, at a temperature above 0; 0: all tokens
+draws: int = None      # of a diffusion model's bound, a choice; None: 128, on a CPU 8
 max_new_tokens = 96    # of an answer; a quote comes besides, GSM8K and HumanEval have 512
 allow_missing = ""     # layers of the sandbox that may be missing, comma-separated, of HumanEval
 device_type = ""       # cuda, mps or cpu; empty: the best one here
@@ -70,7 +72,7 @@ settings = configure(globals(), aliases={
     "g": "model_tag",
     "s": "step",
 })
-require(settings, 1, "items", "batch_size", "num_samples", "max_new_tokens")
+require(settings, 1, "items", "batch_size", "num_samples", "max_new_tokens", "draws")
 require(settings, 0, "temperature", "top_k")
 check_choices(settings, dtype=("", "float32", "bfloat16"))
 if num_samples > 1 and temperature == 0:
@@ -93,6 +95,7 @@ device = compute_init(device_type).device
 model, tokenizer, meta = load_model(source, device, "eval", model_tag, step)
 print0(chosen_line(source, meta))
 model.cast_for_inference(getattr(torch, dtype) if dtype else model.compute_dtype)
+set_draws(model, draws, few=8)
 passages = load_passages(meta)
 may_miss = tuple(filter(None, allow_missing.split(",")))
 about = About(meta, passages, custom, may_miss)

@@ -17,6 +17,7 @@ import torch
 from nanochat.common import UserError, all_reduce_max, compute_init, gathered, print0
 from nanochat.configurator import configure, require
 from nanochat.engine import Engine, check_sampling
+from nanochat.gpt import require_causal
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.passage_store import origins_of, prepare_passages
@@ -104,6 +105,7 @@ if examples_per_step % world_size:
     raise UserError(f"examples_per_step={examples_per_step} questions cannot be shared by "
                     f"{world_size} ranks: give a multiple")
 start, model, tokenizer = start_chat("chat_rl", "rl", settings, compute, model_source=source)
+require_causal(model, "reinforcement learning")
 meta = start.meta
 passages = prepare_passages(None, meta, start.folder)
 if not start.state:

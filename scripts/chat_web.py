@@ -24,7 +24,8 @@ from nanochat.common import (
     print0,
 )
 from nanochat.configurator import configure
-from nanochat.engine import check_sampling, require_weights, serving_engine
+from nanochat.diffusion_engine import denoising_of, serving_engine_of
+from nanochat.engine import check_sampling, require_weights
 from nanochat.folders import chosen_line
 from nanochat.http_guard import Access, is_loopback
 from nanochat.passage_store import load_passages
@@ -44,6 +45,9 @@ allowed_origins = ""        # other addresses whose pages may use it, such as ht
 temperature = 0.6           # where a request does not say: 0 always takes the likeliest token
 top_k = 50                  # sample among this many tokens
 max_tokens = 256            # longest answer
+block_length: int = None    # of a diffusion model (docs/llada.md), tokens of a block. None: 32
+steps: int = None           # of such a model, passes for a block. None: one for each token
+edit_below: float = None    # of such a model, confidence below which tokens are edited. None: 0
 max_slots: int = None       # sequences that run at a time. None: 32, as far as memory allows
 max_queue = 128             # sequences that may wait besides; more are refused
 drain_seconds = 30          # after Ctrl+C or SIGTERM, answers under way have so long to end
@@ -128,7 +132,10 @@ class Loader:
         self.meta = meta
         slots = max_slots or fitting_slots(model, device)
         passages = load_passages(meta)
-        engine = serving_engine(model, tokenizer, passages, slots, weights, compile)
+        denoising = denoising_of(
+            model, block_length=block_length, steps=steps, edit_below=edit_below)
+        engine = serving_engine_of(
+            model, tokenizer, passages, slots, weights, compile, denoising)
         warm_up(engine)
         return engine
 
@@ -144,7 +151,12 @@ def warm_up(engine):
 
 
 def fitting_slots(model, device):
-    """How many slots of the whole context take no more than their share of the free memory."""
+    """How many slots of the whole context take no more than their share of the free memory.
+
+    Where nothing is cached, a slot takes none.
+    """
+    if not model.causal:
+        return MOST_SLOTS
     layers = model.new_kv_cache(1, model.config.max_seq_len).layers
     slot_bytes = sum(layer.nbytes for layer in layers)
     free = free_memory(device)

@@ -32,6 +32,7 @@ from nanochat.checkpoint_manager import (
     lock_folder,
     print_incomplete,
     steps_to_delete,
+    validation_bpb,
 )
 from nanochat.common import UserError, expand_home, get_base_dir, install_error_hook, print0
 from nanochat.folders import FOLDERS, checkpoint_dir, list_models, newest_meta
@@ -42,8 +43,9 @@ RESCUABLE = ("base_train", "mid_train", "chat_sft", "chat_rl")
 # the settings of a rescued run, besides half the learning rate
 SAFE = {"grad_clip": 1.0, "compile": False, "save_minutes": 2.0}
 
-# stage, tag, step, state, when it was saved, bits per byte, the best step's, size, data
-ROW = "{:5}  {:24} {:>6}  {:10}  {:16}  {:>7}  {:14}  {:>10}  {}"
+# stage, tag, step, state, when it was saved, bits per byte, a diffusion model's bound on them, the
+# best step's, size, data
+ROW = "{:5}  {:24} {:>6}  {:10}  {:16}  {:>7}  {:>7}  {:14}  {:>10}  {}"
 
 
 def parse_arguments():
@@ -100,7 +102,7 @@ def print_models():
     if not models:
         print(f"no model in {get_base_dir()}")
         return
-    heads = ("stage", "tag", "step", "state", "saved", "val_bpb", "best", "size", "data")
+    heads = ("stage", "tag", "step", "state", "saved", "val_bpb", "bound", "best", "size", "data")
     print(ROW.format(*heads))
     for model in models:
         print(line_of(model))
@@ -115,21 +117,30 @@ def line_of(model):
     meta = model.meta
     state = "finished" if model.finished else "unfinished"
     saved = datetime.datetime.fromtimestamp(model.saved).strftime("%Y-%m-%d %H:%M")
-    bpb = f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") else ""
+    bpb, bound = (
+        f"{meta[name]:.4f}" if meta.get(name) else "" for name in ("val_bpb", "val_bpb_bound"))
     best = best_of(complete_metas(model.dir))
     data = data_of(meta)
     size = f"{folder_bytes(model.dir) / 1e6:.1f} MB"
-    return ROW.format(model.source, model.tag, meta["step"], state, saved, bpb, best, size, data)
+    return ROW.format(
+        model.source, model.tag, meta["step"], state, saved, bpb, bound, best, size, data)
 
 
 def best_of(metas):
     """The bits per byte of the best step and its number, '2.1034 (50)'; "" of none.
 
-    A run may end with a step that is worse. metas: of its complete steps.
+    A run may end with a step that is worse. metas: of its complete steps. A bound is '<=2.1034'.
     """
     evaluated = [meta for meta in metas if is_evaluated(meta)]
-    best = min(evaluated, key=lambda meta: meta["val_bpb"], default=None)
-    return f"{best['val_bpb']:.4f} ({best['step']})" if best else ""
+    best = min(evaluated, key=validation_bpb, default=None)
+    return f"{bpb_of(best)} ({best['step']})" if best else ""
+
+
+def bpb_of(meta):
+    """The validation of a meta in words: '2.1034', of a bound '<=2.1034', "" of none."""
+    bpb = validation_bpb(meta)
+    bound = "" if meta.get("val_bpb") else "<="
+    return f"{bound}{bpb:.4f}" if bpb else ""
 
 
 def folder_bytes(dir):
@@ -159,9 +170,8 @@ def print_steps(dir, verify):
         damaged = verify_step(dir, meta) if verify else []
         damage = damage or bool(damaged)
         size = sum((dir / name).stat().st_size for name in meta["files"])
-        bpb = f"{meta['val_bpb']:.4f}" if meta.get("val_bpb") else ""
         state = state_of(meta, damaged, verify)
-        print(f"{number:8d}  {size / 1e6:7.1f} MB  {bpb:>8}  {state}")
+        print(f"{number:8d}  {size / 1e6:7.1f} MB  {bpb_of(meta):>8}  {state}")
     return damage and verify
 
 

@@ -16,7 +16,8 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import compute_cleanup, compute_init, print0
 from nanochat.completion import print_continuation
 from nanochat.configurator import configure
-from nanochat.engine import Engine, check_sampling
+from nanochat.diffusion_engine import engine_of
+from nanochat.engine import check_sampling
 from nanochat.folders import chosen_line
 
 model_tag: str = None       # the base model's folder, such as d4. None: the newest
@@ -46,7 +47,7 @@ def main(texts):
     if sys.stderr.isatty():
         print0(chosen_line("base", meta), file=sys.stderr)  # standard output is for the texts
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
-    engine = Engine(model, tokenizer)
+    engine = engine_of(model, tokenizer)
 
     # each text and its continuation, a line between them
     for number, text in enumerate(texts):

@@ -49,6 +49,7 @@ from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import check_choices, configure, require
 from nanochat.engine import WEIGHTS, serving_engine
 from nanochat.fast_linear import can_multiply_fast
+from nanochat.gpt import require_causal
 from nanochat.hardware import compile_problem, text_of
 from nanochat.load_test import (
     TITLES,
@@ -136,6 +137,7 @@ def make_model(compute, max_seq_len):
 
 def make_engine(network, slots):
     """The Engine that is measured, for at most so many sequences at a time."""
+    require_causal(network, "this benchmark of prefill and decode")
     tokenizer = PlainTokenizer(network.config.vocab_size)
     return serving_engine(network, tokenizer, None, slots, weights, compile, wait=True)
 

@@ -13,13 +13,13 @@ import torch
 from nanochat.common import UserError, compute_init, print0
 from nanochat.configurator import configure, require
 from nanochat.dataloader import deliver, resumed_conversations, sft_data_generator
-from nanochat.engine import sample_chats
 from nanochat.fp8 import choose_fp8
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
 from nanochat.parallel import Layout, accumulate_gradients, count_targets, prepare
 from nanochat.passage_store import prepare_passages
 from nanochat.plan import chat_layout, make_chat_plan
 from nanochat.run import Run
+from nanochat.samples import sample_chats
 from nanochat.schedule import set_learning_rates
 from nanochat.selftest import check_device
 from nanochat.start import start_chat
@@ -118,7 +118,8 @@ loader_state = None
 if start.state:
     loader_state = resumed_conversations(start.state["loaders"], rank, world_size)
 loader = deliver(sft_data_generator(
-    tokenizer, mixture, micro_batch_size, T, "cpu", rank, world_size, loader_state, seed), device)
+    tokenizer, mixture, micro_batch_size, T, "cpu", rank, world_size, loader_state, seed,
+    model.end_padding), device)
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 print0(f"{len(mixture)} conversations, context {T}, {total_batch_size} tokens a step, matmul "
        f"{matmul_flops / 1e9:,.0f} GFLOP/s a device")
@@ -148,8 +149,9 @@ while not run.over():
     run.begin_step()
     targets = count_targets(micro_batches)
     loss_scale = world_size / targets.clamp(min=1)  # the layout averages over ranks
+    noised = model.noised(micro_batches, run.step, rank)
     loss, micro_batch_size = accumulate_gradients(
-        model, micro_batches, loss_scale, micro_batch_size, layout)
+        model, noised, loss_scale, micro_batch_size, layout)
     loader_state = micro_batches[-1][2]
     micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 

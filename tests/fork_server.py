@@ -75,8 +75,8 @@ def take_shortcuts():
 
     The machine's speed is assumed, samples have two tokens, and nobody waits for a network's files.
     """
-    from nanochat import engine, folders, hardware
-    sample_texts = engine.sample_texts
+    from nanochat import folders, hardware, samples
+    sample_texts = samples.sample_texts
 
     def short_samples(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
         return sample_texts(model, tokenizer, prompts, SAMPLE_TOKENS, ids_of, passages)
@@ -88,7 +88,7 @@ def take_shortcuts():
         return 1e10
 
     folders.SHARE_SECONDS = 1.0
-    engine.sample_texts = short_samples
+    samples.sample_texts = short_samples
     hardware.measure_matmul_flops = assume_matmul_flops
 
 

@@ -16,7 +16,12 @@ from checkpoint_cases import (  # noqa: F401 - fixtures among them
 )
 from conftest import ROOT
 from nanochat.checkpoint import read_meta, write_meta
-from nanochat.checkpoint_manager import checkpoint_dir, complete_steps, lock_folder
+from nanochat.checkpoint_manager import (
+    CheckpointManager,
+    checkpoint_dir,
+    complete_steps,
+    lock_folder,
+)
 from nanochat.common import UserError
 from nanochat.passage_store import save_passages
 from nanochat.passages import Passage
@@ -94,7 +99,17 @@ def test_the_best_step_is_listed_beside_the_last_and_a_bad_folder_hides_no_other
     save(bad, 3, meta)
     write_meta(bad, {**read_meta(bad, 3), "saved": 1e18, "val_bpb": 10**400})
     _, line, _ = command().removesuffix("\n0").split("\n")
-    assert line.startswith("base   d1 ") and " 2.5000  2.1250 (5) " in line
+    assert line.startswith("base   d1 ") and " 2.5000           2.1250 (5) " in line
+
+
+def test_a_bound_has_a_column_of_its_own_and_tells_the_best_step(folder, meta, command):
+    for step, bound in ((5, 2.125), (7, None), (9, 2.5)):
+        save(folder, step, {**meta, "val_bpb": None, "val_bpb_bound": bound})
+    heads, line, *_ = command().split("\n")
+    assert line[heads.index("bound") - 2:].startswith(" 2.5000  <=2.1250 (5) ")
+    assert not line[heads.index("val_bpb"):][:7].strip()
+    assert " <=2.5000  " in command(folder)
+    assert CheckpointManager(folder, 0).better_than(2.3) == (5, 2.125)
 
 
 def test_a_finished_model_is_pruned_by_name_alone(folder, meta, command):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, NonFiniteError, sample, sample_texts
+from nanochat.engine import Engine, NonFiniteError, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache, LayerCache
+from nanochat.samples import sample_texts
 from nanochat.sequence_text import TextOfSequence
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.variants.deepseek import DeepSeekGPT

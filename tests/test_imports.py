@@ -25,6 +25,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "checkpoint": 4, "checkpoint_manager": 4, "folders": 4,
     "start": 4, "run": 4, "engine": 4, "passage_store": 4, "rollouts": 4, "selftest": 4,
     "sampling": 4, "decoding": 4, "native_decode": 4,
+    "diffusion_engine": 4, "samples": 4,
     "async_engine": 4, "openai_api": 4, "openai_schema": 4, "http_guard": 4, "serving_stats": 4,
     "server": 5, "report": 5, "doctor": 5, "benchmark": 5, "answers": 5, "core_eval": 5,
     "hf_model": 5, "load_test": 5,

@@ -187,6 +187,15 @@ def test_a_given_depth_reaches_the_pretraining_and_the_shards_that_it_needs(
     assert shards * 250e6 >= characters
 
 
+@pytest.mark.parametrize("model, has_rl", [("portable", True), ("llada", False)])
+def test_a_given_class_reaches_the_pretraining_and_is_practised_if_it_can_be(
+        tmp_path, model, has_rl):
+    commands = dry_run(tmp_path, MODEL=model, MINUTES="30")
+    [base] = [words for words in commands if "scripts.base_train" in words]
+    assert f"--model={model}" in base
+    assert has_rl == any("scripts.chat_rl" in words for words in commands)
+
+
 def test_the_batch_of_a_launcher_reaches_the_pretraining_alone(tmp_path):
     sizes = {"DEVICE_BATCH_SIZE": "7", "TOTAL_BATCH_SIZE": "516096"}
     commands = dry_run(tmp_path, GPUS="6", **sizes)

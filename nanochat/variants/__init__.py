@@ -4,6 +4,7 @@ A variant overrides GPT in a file of its own; this table is the only place that 
 """
 from nanochat.gpt import GPT
 from nanochat.variants.deepseek import DeepSeekGPT
+from nanochat.variants.llada import LLaDAGPT
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.mla import MLAGPT
 from nanochat.variants.ngrams import NGramGPT
@@ -16,10 +17,12 @@ MODEL_CLASSES = {
     "portable": PortableGPT,      # shaped like Qwen3, for runtimes that others wrote
     "mla": MLAGPT,                # with latent attention, whose cache is a sixth of the size
     "deepseek": DeepSeekGPT,      # and with experts, of which each token uses a few
+    "llada": LLaDAGPT,            # fills in masked tokens in any order: masked diffusion
 }
 
 # What pretraining makes of a class where it counts n-grams; --model names the class without.
 WITH_COUNTS = {"lookup": "lookup_ngrams"}
+CAUSAL = [name for name, kind in MODEL_CLASSES.items() if kind.causal]
 TRAINABLE = [name for name in MODEL_CLASSES if name not in WITH_COUNTS.values()]
 
 

@@ -1,0 +1,35 @@
+"""Samples that a training run shows: texts that are continued, questions that are answered."""
+from nanochat.common import UserError
+from nanochat.diffusion_engine import engine_of
+
+
+def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
+    """Continue each prompt greedily and print it: a list of {"prompt", "text"}.
+
+    What went wrong is said in place of a text, a model that has diverged or a prompt that is longer
+    than the context: the guard decides what becomes of a run.
+    ids_of(prompt): the ids that stand for a prompt; None: its text. passages: of the engine.
+    """
+    was_training = model.training
+    model.eval()
+    engine = engine_of(model, tokenizer, passages)
+    samples = []
+    for prompt in prompts:
+        start = ids_of(prompt) if ids_of else prompt
+        try:
+            text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
+        except UserError as error:
+            text = f"({error})"
+        samples.append({"prompt": prompt, "text": text})
+        print(f"  {prompt}|{text!r}", flush=True)
+    model.train(was_training)
+    return samples
+
+
+def sample_chats(model, tokenizer, questions, max_new_tokens, passages=None):
+    """Answer each question greedily, as sample_texts() does."""
+    def ids_of(question):
+        message = {"role": "user", "content": question}
+        return tokenizer.render_for_completion({"messages": [message]})
+
+    return sample_texts(model, tokenizer, questions, max_new_tokens, ids_of, passages)
