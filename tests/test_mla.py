@@ -267,7 +267,7 @@ def test_a_bias_against_the_load_brings_experts_to_the_same_number_of_tokens():
         optimizer.step()
         optimizer.zero_grad()
     assert before > 2.5 and load(mixture, x) < 1.1
-    assert group["lr"] == pytest.approx(0.001), "DeepSeek's step"
+    assert group["lr"] == pytest.approx(0.01), "ten times DeepSeek's step"
 
 
 def test_a_step_that_is_skipped_moves_no_bias_and_a_resumed_run_continues_to_the_bit():
