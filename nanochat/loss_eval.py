@@ -6,6 +6,7 @@
 Texts of several domains are compared by their surprise ratios, and a mix is recommended by these.
 docs/domains.md says what they tell and what they do not.
 """
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -59,6 +60,23 @@ def raw_bytes(documents):
     """How many bytes documents (list of str) are as UTF-8: of the text itself, not of its tokens.
     """
     return sum(len(document.encode("utf-8")) for document in documents)
+
+
+def protocol_id(documents):
+    """The name of what bits per byte were measured on: how many documents, and which.
+
+    Figures with the same name compare, whatever the tokenizer and the model. The 1 counts
+    definitions of the measure itself: raw bytes, whole documents, <|bos|> no target.
+
+    >>> protocol_id(["Hello.", "World."])
+    'bpb1-2-743cefd7'
+    """
+    digest = hashlib.sha256()
+    for document in documents:
+        text = document.encode("utf-8")
+        digest.update(len(text).to_bytes(8, "big"))  # so that no other division has the same hash
+        digest.update(text)
+    return f"bpb1-{len(documents)}-{digest.hexdigest()[:8]}"
 
 
 class Score(NamedTuple):

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 
 from nanochat.common import UserError, atomic_write, get_base_dir, get_dist_info, print0
 
@@ -28,6 +30,21 @@ def machine():
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def commit():
+    """The commit of these sources as git describes it, with -dirty where files were changed; None
+    outside of a repository. That is what lies there when a stage ends."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def append_metrics(row):
@@ -165,6 +182,7 @@ def finish_stage(stage, seconds, settings, **fields):
         "seconds": round(seconds, 2),
         "machine": machine(),
         "settings": settings,
+        "commit": commit(),
         **fields,
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         "run": os.environ.get("NANOCHAT_RUN"),

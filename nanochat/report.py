@@ -3,41 +3,45 @@ The report card of a run: report.md, report.html (one self-contained file) and t
 
     python -m nanochat.report                            # of the run in $NANOCHAT_BASE_DIR
     python -m nanochat.report --speedrun --seconds=900   # also records a whole speedrun
+    python -m nanochat.report --compare d4 d4-2          # base models by tag, or any run's folder
+    python -m nanochat.report --compare a42,a1 b42,b1    # pairs of runs with the same seeds
+    python -m nanochat.report --card                     # a line for dev/LEADERBOARD.md
 
 Every stage left one JSON line in metrics.jsonl, and every training stage a log.jsonl beside its
 checkpoint. The report only reads these: it measures nothing. It has no section for what a run did
 not do, so that half a run gets its report as well.
-
-The report is a list of blocks: tuples whose first item is the kind. MARKDOWN and HTML, two tables,
-hold a function for each kind that draws it.
-
-    ("heading", text)
-    ("text", text)
-    ("table", header, rows)
-    ("picture", file name, what it shows)
-    ("tiles", [(label, value), ...])
-    ("samples", prompt, [(when, continuation), ...])
 """
-import base64
-import functools
-import html
-import json
 import math
 import os
-import re
 import time
-from collections import Counter, namedtuple
-from pathlib import Path
+from collections import namedtuple
 
+from nanochat import card as cards
+from nanochat import compare as comparison
 from nanochat.common import UserError, atomic_file, atomic_write, get_base_dir
-from nanochat.metrics import finish_stage, wilson_interval
 from nanochat.configurator import configure
+from nanochat.document import to_html, to_markdown
+from nanochat.metrics import finish_stage
+from nanochat.plots import draw_plots
+from nanochat.records import (
+    TRAINING,
+    duration,
+    interval,
+    last_run,
+    matmul_share,
+    measured_bpb,
+    percent,
+    read_jsonl,
+    si,
+    training_log,
+)
 
 speedrun = False            # end with the record of a whole speedrun in place of this stage's own
 seconds: float = None       # wall clock of that speedrun; None: the sum over its stages
+compare = False             # compare the runs that are named, the baseline first
+card = False                # one line for dev/LEADERBOARD.md about the last run's pretraining
 
 TITLE = "nanochat: the report card"
-TRAINING = ("base_train", "mid_train", "chat_sft", "chat_rl")
 SPEEDRUN_TASKS = ("arithmetic", "spelling", "pydoc", "identity")
 
 # Nobody measured these: watts and rent in dollars an hour, for each core of a CPU or each GPU, and
@@ -49,338 +53,6 @@ DOLLARS_PER_KWH = 0.30
 # What a report is about. stages: {stage: its record in metrics.jsonl}. training: those of them that
 # trained. total: seconds of the whole run. plots: {file name: figure}.
 Run = namedtuple("Run", "stages training total plots")
-
-
-# --------------------------------------------------------------------------------------------------
-# what the stages left
-
-def read_jsonl(path):
-    """The objects in a jsonl file, [] where there is none. A line that a crash cut short is
-    skipped."""
-    if not Path(path).is_file():
-        return []
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n"):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def last_run(records, run=None):
-    """{stage: record}: the last record of every stage since the run began.
-
-    The stages are in the order in which they ended. records: those of metrics.jsonl. run: the name
-    of a speedrun; None: the one that began last, with what was run by hand since.
-    """
-    if run is not None:
-        records = [record for record in records if record.get("run") == run]
-    begin, began = 0, None
-    for i, record in enumerate(records):
-        if record.get("stage") == "start":
-            begin, began = i + 1, record.get("run")
-
-    stages = {}
-    for record in records[begin:]:
-        if began and record.get("run") not in (None, began):
-            continue  # of another speedrun, which was resumed meanwhile
-        name = record["stage"]
-        stages.pop(name, None)  # so that a repeated stage moves to the end
-        stages[name] = record
-    for name in ("report", "speedrun"):
-        stages.pop(name, None)
-    return stages
-
-
-def training_log(record):
-    """The records in a training stage's log.jsonl.
-
-    record: the stage's own, whose "checkpoint" is the folder. The steps that a resumed run repeated
-    count once: a record removes the earlier ones of the same and of later steps.
-    """
-    log = []
-    for entry in read_jsonl(Path(record.get("checkpoint") or ".") / "log.jsonl"):
-        if log and log[-1]["step"] > entry["step"]:
-            log = [earlier for earlier in log if earlier["step"] < entry["step"]]
-        log.append(entry)
-    return log
-
-
-# --------------------------------------------------------------------------------------------------
-# numbers as people read them
-
-PREFIXES = ("", "k", "M", "G", "T", "P")
-
-
-def si(number, unit=""):
-    """1234567 -> '1.23 M', 3.1e11 with FLOP/s -> '310 GFLOP/s'; None -> 'unknown'."""
-    if number is None:
-        return "unknown"
-    power = 0
-    if number:
-        power = int(math.log10(abs(number)) // 3)
-        power = min(len(PREFIXES) - 1, max(0, power))
-    return f"{number / 1000**power:.3g} {PREFIXES[power]}{unit}".strip()
-
-
-def duration(number):
-    """Seconds as text: 65 -> '1 min 5 s', 7500 -> '2 h 5 min'."""
-    number = round(number)
-    if number < 60:
-        return f"{number} s"
-    if number < 3600:
-        return f"{number // 60} min {number % 60} s"
-    return f"{number // 3600} h {number % 3600 // 60} min"
-
-
-def percent(fraction):
-    """0.256 -> '25.6 %', None -> 'unknown'."""
-    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def interval(fraction, items):
-    """The 95 % interval of an accuracy: 0.985 of 200 items -> '95.7 to 99.5 %'."""
-    if not items:
-        return "unknown"
-    low, high = wilson_interval(fraction, items)
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def matmul_share(record):
-    """Achieved FLOP/s as a part of the measured matmul FLOP/s, None where one of them is
-    unknown."""
-    flops = record.get("flops_per_second")
-    peak = record.get("matmul_flops_per_second")
-    return flops / peak if flops and peak else None
-
-
-# --------------------------------------------------------------------------------------------------
-# plots
-
-BLUE = "#2b6cb0"
-RED = "#c0392b"
-AMBER = "#c9821b"
-GREY = "#b8bec6"
-PALE = "#e6e9ed"
-INK = "#333a44"
-
-
-def _figure(width, height, rows=1, columns=1):
-    """A figure in inches, and its axes as a list of lists. ImportError without matplotlib.
-
-    Not made by pyplot, which keeps global state and may look for a screen.
-    """
-    # matplotlib fails on import where the environment names a backend that is not installed, as
-    # the environment that a notebook leaves to its processes does.
-    os.environ["MPLBACKEND"] = "agg"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=160)
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.tick_params(colors=INK, labelsize=8, color=GREY)
-        axes.grid(axis="y", color=PALE, linewidth=0.8)
-        axes.set_axisbelow(True)
-    return figure, grid.tolist()
-
-
-def smooth(values):
-    """Mean over a window around each value; unlike a running average it does not lag behind."""
-    half = len(values) // 60
-    means = []
-    for i in range(len(values)):
-        window = values[max(0, i - half):i + half + 1]
-        means.append(sum(window) / len(window))
-    return means
-
-
-def _draw_loss(axes, stage, log):
-    """The loss of each step, pale, and its smoothed course."""
-    steps = [record["step"] for record in log]
-    losses = [record["loss"] for record in log]
-    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.6)
-    axes.set_title(stage, fontsize=10, color=INK, loc="left", fontweight="bold")
-    axes.set_ylabel("loss (nats per token)", fontsize=8, color=BLUE)
-
-
-def measured_bpb(record):
-    """The validation in a record: bits per byte, of a diffusion model a bound on them; or None."""
-    bpb = record.get("val_bpb")
-    return record.get("val_bpb_bound") if bpb is None else bpb
-
-
-def comparable(log):
-    """The validations of a log that are of the same documents, of which most are.
-
-    The last one of a run is of more documents than those on the way, and on another scale.
-    """
-    measured = [record for record in log if measured_bpb(record) is not None]
-    counts = Counter(record.get("documents") for record in measured)
-    if not counts:
-        return []
-    [(documents, _)] = counts.most_common(1)
-    return [record for record in measured if record.get("documents") == documents]
-
-
-def _draw_bits_per_byte(axes, log):
-    """Validation bits per byte as points, on an axis of their own on the right."""
-    measured = comparable(log)
-    if not measured:
-        return
-    steps = [record["step"] for record in measured]
-    bits = [measured_bpb(record) for record in measured]
-    is_bound = measured[-1].get("val_bpb") is None
-    right = axes.twinx()
-    right.plot(steps, bits, color=RED, marker="o", markersize=3.5, linewidth=0.8)
-    sign = "≤" if is_bound else ""
-    axes.set_title(f"{sign}{bits[-1]:.3f} bpb", fontsize=9, color=RED, loc="right")
-    label = "bound on validation bits per byte" if is_bound else "validation bits per byte"
-    right.set_ylabel(label, fontsize=8, color=RED)
-    right.tick_params(colors=INK, labelsize=8, color=GREY)
-    right.spines[:].set_visible(False)
-
-
-def _draw_learning_rate(axes, log):
-    steps = [record["step"] for record in log]
-    axes.plot(steps, [record["lr"] for record in log], color=AMBER, linewidth=1.6)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("learning rate", fontsize=8, color=AMBER)
-    axes.set_xlabel("step", fontsize=8, color=INK)
-
-
-def plot_training(stages):
-    """Loss above, learning rate below, a column for each training stage; None without a log."""
-    logs = {}
-    for name in TRAINING:
-        log = training_log(stages[name]) if name in stages else []
-        if any("loss" in record for record in log):
-            logs[name] = log
-    if not logs:
-        return None
-
-    width = 3.1 * max(2, len(logs))
-    figure, (upper, lower) = _figure(width, 4.4, rows=2, columns=len(logs))
-    for (name, log), above, below in zip(logs.items(), upper, lower):
-        steps = [record for record in log if "loss" in record]
-        _draw_loss(above, name, steps)
-        _draw_bits_per_byte(above, log)
-        _draw_learning_rate(below, steps)
-    return figure
-
-
-def _label(axes, x, y, text):
-    """Text just behind the end of a bar."""
-    axes.annotate(
-        text,
-        (x, y),
-        textcoords="offset points",
-        xytext=(5, 0),
-        va="center",
-        fontsize=8,
-        color=INK,
-    )
-
-
-def plot_accuracy(record):
-    """A bar for each task, its chance level as a tick across the bar.
-
-    record: that of chat_eval. None where it has no accuracy.
-    """
-    accuracy = record.get("accuracy")
-    if not accuracy:
-        return None
-    figure, [[axes]] = _figure(7.2, 0.8 + 0.42 * len(accuracy))
-    for y, (task, fraction) in enumerate(accuracy.items()):
-        axes.barh(y, 100 * fraction, color=BLUE, height=0.55)
-        chance = 100 * record.get("chance", {}).get(task, 0)
-        legend = "chance" if y == 0 else None
-        axes.plot([chance, chance], [y - 0.38, y + 0.38], color=RED, linewidth=2, label=legend)
-        _label(axes, 100 * fraction, y, f"{100 * fraction:.1f}")
-
-    axes.set_yticks(range(len(accuracy)), accuracy, fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 108)
-    axes.set_xticks(range(0, 101, 25))
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color=PALE, linewidth=0.8)
-    axes.set_xlabel("per cent right of held-out items", fontsize=8, color=INK)
-    axes.legend(
-        fontsize=8,
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0.2,
-    )
-    return figure
-
-
-def plot_reinforcement(record):
-    """Right answers and pass@k of held-out questions in the course of chat_rl, and their reward.
-
-    record: that of chat_rl. None where its log has no two evaluations.
-    """
-    log = [entry for entry in training_log(record) if "pass_at_k" in entry]
-    if len(log) < 2:
-        return None
-    steps = [entry["step"] for entry in log]
-    figure, [[axes]] = _figure(7.2, 2.8)
-    for key, label, colour in (
-        ("accuracy", "right", BLUE),
-        ("pass_at_k", f"pass@{record['k']}", AMBER),
-    ):
-        rates = [100 * entry[key] for entry in log]
-        axes.plot(steps, rates, color=colour, marker="o", markersize=3.5, label=label)
-    axes.set_ylim(0, 102)
-    axes.set_ylabel("per cent of held-out questions", fontsize=8, color=INK)
-    axes.set_xlabel("step", fontsize=8, color=INK)
-
-    right = axes.twinx()
-    rewards = [entry["held_out_reward"] for entry in log]
-    right.plot(steps, rewards, color=RED, linewidth=0.8, linestyle="--", label="reward")
-    right.set_ylabel("mean reward", fontsize=8, color=RED)
-    right.tick_params(colors=INK, labelsize=8, color=GREY)
-    right.spines[:].set_visible(False)
-    lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(handles=lines, fontsize=8, frameon=False, loc="lower right")
-    return figure
-
-
-def plot_times(stages):
-    """A bar for each stage: its seconds."""
-    figure, [[axes]] = _figure(7.2, 0.7 + 0.28 * len(stages))
-    times = [record["seconds"] for record in stages.values()]
-    colours = [BLUE if name in TRAINING else GREY for name in stages]
-    axes.barh(range(len(stages)), times, height=0.6, color=colours)
-    for y, number in enumerate(times):
-        _label(axes, number, y, duration(number))
-
-    axes.set_yticks(range(len(stages)), stages, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("seconds (training in blue)", fontsize=8, color=INK)
-    axes.grid(axis="y", visible=False)
-    return figure
-
-
-def draw_plots(stages):
-    """{file name: figure} of all that this run has something to show for; {} without matplotlib."""
-    try:
-        plots = {
-            "report_loss.png": plot_training(stages),
-            "report_accuracy.png": plot_accuracy(stages.get("chat_eval", {})),
-            "report_rl.png": plot_reinforcement(stages.get("chat_rl", {})),
-            "report_time.png": plot_times(stages),
-        }
-    except ImportError:
-        return {}
-    return {name: figure for name, figure in plots.items() if figure}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -900,150 +572,6 @@ def blocks(run):
 
 
 # --------------------------------------------------------------------------------------------------
-# the blocks as Markdown
-
-def _escape_markdown(text):
-    return re.sub(r"([\\`*<|\[])", r"\\\1", str(text)).replace("\n", " ")
-
-
-def _markdown_table(header, rows):
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        lines.append([_escape_markdown(cell) for cell in row])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _markdown_samples(prompt, texts):
-    """Indented code: no markup that a model writes has an effect inside it."""
-    parts = [f"**{_escape_markdown(prompt)}**"]
-    for when, text in texts:
-        parts.append(f"{when}:")
-        parts.append("\n".join("    " + line for line in text.split("\n")))
-    return "\n\n".join(parts)
-
-
-MARKDOWN = {
-    "heading": lambda text: f"## {text}",
-    "text": _escape_markdown,
-    "table": _markdown_table,
-    "picture": lambda name, alt: f"![{alt}]({name})",
-    "tiles": lambda tiles: _markdown_table(["", ""], tiles),
-    "samples": _markdown_samples,
-}
-
-
-def to_markdown(title, contents):
-    """A Markdown document of a list of blocks."""
-    parts = [f"# {title}"]
-    for kind, *rest in contents:
-        parts.append(MARKDOWN[kind](*rest))
-    return "\n\n".join(parts) + "\n"
-
-
-# --------------------------------------------------------------------------------------------------
-# the blocks as HTML
-
-CSS = """
-:root { color-scheme: light; --ink: #20262e; --soft: #66707c; --line: #e3e7ec; --accent: #2b6cb0; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: var(--ink);
-       font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 880px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0; letter-spacing: -.02em; }
-.when { color: var(--soft); margin: 6px 0 24px; }
-h2 { font-size: 19px; margin: 44px 0 12px; letter-spacing: -.01em; }
-p { margin: 12px 0; max-width: 72ch; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; }
-.tile, .table, figure, .sample { background: #fff; border: 1px solid var(--line);
-                                 border-radius: 10px; }
-.tile { padding: 14px 16px; }
-.tile b { display: block; font-size: 22px; line-height: 1.3; letter-spacing: -.02em;
-          white-space: nowrap; }
-.tile span { color: var(--soft); font-size: 13px; }
-.table { overflow-x: auto; margin: 12px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 14px;
-        font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 8px 16px; border-top: 1px solid var(--line);
-         vertical-align: top; }
-th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: nowrap; }
-tr:first-child > * { border-top: 0; }
-td:first-child { font-weight: 550; white-space: nowrap; }
-figure { margin: 12px 0; padding: 14px; }
-img { display: block; width: 100%; height: auto; }
-.sample { padding: 14px 16px; margin: 12px 0; }
-.sample b { font-weight: 600; }
-.sample dl { margin: 8px 0 0; display: grid; grid-template-columns: 150px 1fr; gap: 6px 16px; }
-dt { color: var(--soft); font-size: 13px; }
-dd { margin: 0; min-width: 0; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
-     white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 560px) {
-  main { padding: 24px 14px; }
-  th, td { padding: 7px 10px; }
-  .sample dl { grid-template-columns: 1fr; gap: 2px; }
-  dd { margin-bottom: 8px; }
-}
-""".strip()
-
-
-def _escape_html(text):
-    return html.escape(str(text))
-
-
-def _html_cells(tag, cells):
-    """A line of a table; tag: th or td."""
-    return "<tr>" + "".join(f"<{tag}>{_escape_html(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _html_table(header, rows):
-    head = _html_cells("th", header) if any(header) else ""
-    body = "".join(_html_cells("td", row) for row in rows)
-    return f"<div class=table><table>{head}{body}</table></div>"
-
-
-def _html_picture(folder, name, alt):
-    data = base64.b64encode((folder / name).read_bytes()).decode("ascii")
-    source = f"data:image/png;base64,{data}"
-    return f'<figure><img alt="{_escape_html(alt)}" src="{source}"></figure>'
-
-
-def _html_tiles(tiles):
-    parts = []
-    for label, value in tiles:
-        value, label = _escape_html(value), _escape_html(label)
-        parts.append(f"<div class=tile><b>{value}</b><span>{label}</span></div>")
-    return f"<div class=tiles>{''.join(parts)}</div>"
-
-
-def _html_samples(prompt, texts):
-    parts = []
-    for when, text in texts:
-        parts.append(f"<dt>{_escape_html(when)}</dt><dd>{_escape_html(text)}</dd>")
-    return f"<div class=sample><b>{_escape_html(prompt)}</b><dl>{''.join(parts)}</dl></div>"
-
-
-HTML = {
-    "heading": lambda text: f"<h2>{_escape_html(text)}</h2>",
-    "text": lambda text: f"<p>{_escape_html(text)}</p>",
-    "table": _html_table,
-    "picture": _html_picture,  # takes the folder of the pictures first
-    "tiles": _html_tiles,
-    "samples": _html_samples,
-}
-
-
-def to_html(title, when, contents, folder):
-    """One self-contained page of a list of blocks: the pictures, read from `folder`, are inside."""
-    draw = {**HTML, "picture": functools.partial(_html_picture, folder)}
-    body = "\n".join(draw[kind](*rest) for kind, *rest in contents)
-    title, when = _escape_html(title), _escape_html(when)
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>\n{CSS}\n</style></head>\n"
-            f"<body><main><h1>{title}</h1><p class=when>{when}</p>\n"
-            f"{body}\n</main></body></html>\n")
-
-
-# --------------------------------------------------------------------------------------------------
 # the report's files
 
 def write_report(base, total=None):
@@ -1091,7 +619,22 @@ def finish_speedrun(stages, total, settings, path):
 
 
 def main():
-    settings = configure(globals())
+    names = []
+    settings = configure(globals(), texts=names)
+    if names and not compare:
+        raise UserError(f"'{names[0]}' is no setting: --compare takes the names of runs")
+    if compare and card:
+        raise UserError("--compare and --card are two commands: give one of them")
+    if compare:
+        comparison.run(names, settings)
+    elif card:
+        cards.run(settings)
+    else:
+        report_run(settings)
+
+
+def report_run(settings):
+    """Write the report of the last run, and end with the record of it or of the speedrun."""
     start = time.time()
     stages, total, path = write_report(get_base_dir(), seconds)
     if speedrun:

@@ -308,7 +308,8 @@ class Run:
             self.shown_at = self.elapsed
             self._show(loss, lr, grad_norm)
             self.say_where_busy()
-        self.log(loss=loss, lr=lr, grad_norm=grad_norm)
+        self.log(
+            loss=loss, lr=lr, grad_norm=grad_norm, flops_per_token=self.flops.causal)
 
     def _show(self, loss, lr, grad_norm):
         seconds = statistics.median(self.durations[self.stage_from:][-SPEED_STEPS:])

@@ -37,7 +37,7 @@ from nanochat.folders import new_run
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import require_causal
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
-from nanochat.loss_eval import evaluate_bpb, figure_to_compare
+from nanochat.loss_eval import evaluate_bpb, figure_to_compare, protocol_id
 from nanochat.parallel import Layout, accumulate_gradients, prepare, warm_up
 from nanochat.plan import (
     NGRAM_TOKENS,
@@ -432,6 +432,7 @@ if run.last_save_is_due():
     save()
 run.exit_unless_finished()
 bits, few_bpb = evaluate_few()
+run.log(documents=len(few[OWN]), **{bpb_name: bits[OWN]})  # where the curve of the run ends
 # steps are compared by the few documents
 amended = {bpb_name: few_bpb, "domain_bpbs": bits if domains else None}
 best, bpb_of_best = run.checkpoints.better_than(few_bpb)
@@ -448,6 +449,7 @@ run.finish(
     **{bpb_name: val_bpb},
     best_step=run.step if best is None else best,
     best_by=best_by,
+    protocol=protocol_id(validation),
     domain_bpbs=bits if domains else None,
     planned_memory=plan.memory.total,
     text_bytes=text_size.bytes,

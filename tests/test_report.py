@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from conftest import last_json
-from nanochat import report
+from nanochat import document, records, report
 from nanochat.common import UserError
 
 MACHINE = {"cpu": "A Test CPU", "cores": 2, "memory_gb": 16, "gpus": [], "torch": "2.99"}
@@ -134,7 +134,7 @@ def test_markdown_samples_are_code(whole_run):
 
 
 def test_table_cells_cannot_break_the_table():
-    text = report.to_markdown("t", [("table", ["a", "b"], [("x|y", "1\n2")])])
+    text = document.to_markdown("t", [("table", ["a", "b"], [("x|y", "1\n2")])])
     assert "| x\\|y | 1 2 |" in text
 
 
@@ -161,7 +161,7 @@ def test_last_record_of_each_stage_since_the_start_counts():
         record("base_train", seconds=2),
         record("report"),
     ]
-    stages = report.last_run(rows)
+    stages = records.last_run(rows)
     assert list(stages) == ["chat_sft", "base_train"] and stages["base_train"]["seconds"] == 2
 
 
@@ -179,11 +179,11 @@ def test_two_speedruns_that_took_turns_have_a_report_each():
         of("17-5", "mid_train", 4),
     ]
     for run, times in (("17-4", [1, 3]), ("17-5", [2, 4])):
-        stages = report.last_run(rows, run)
+        stages = records.last_run(rows, run)
         assert [stages[name]["seconds"] for name in ("base_train", "mid_train")] == times
         assert len(stages) == 2
-    assert list(report.last_run(rows)) == ["base_train", "chat_eval", "mid_train"]
-    assert report.last_run(rows)["mid_train"]["seconds"] == 4, "the one that began last"
+    assert list(records.last_run(rows)) == ["base_train", "chat_eval", "mid_train"]
+    assert records.last_run(rows)["mid_train"]["seconds"] == 4, "the one that began last"
 
 
 def test_log_of_a_resumed_run_counts_every_step_once(tmp_path):
@@ -200,7 +200,7 @@ def test_log_of_a_resumed_run_counts_every_step_once(tmp_path):
     ]  # two rows of step 3; saved after it, stopped in 5, resumed with 4
     lines = [json.dumps({"step": step, "loss": i}) for i, step in enumerate(steps)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 7, "lo', encoding="utf-8")
-    rows = report.training_log({"checkpoint": str(tmp_path)})
+    rows = records.training_log({"checkpoint": str(tmp_path)})
     assert [(row["step"], row["loss"]) for row in rows] == [
         (1, 0),
         (2, 1),
@@ -216,7 +216,7 @@ def test_line_separators_inside_strings_do_not_split_records(tmp_path):
     # docs/traps.md: encoding-and-splitlines
     line = json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False)
     (tmp_path / "x.jsonl").write_text(line + "\n", encoding="utf-8")
-    assert report.read_jsonl(tmp_path / "x.jsonl") == [{"text": "a\u2028b\x85c"}]
+    assert records.read_jsonl(tmp_path / "x.jsonl") == [{"text": "a\u2028b\x85c"}]
 
 
 def test_text_that_was_read_several_times_is_counted_once_and_epochs_apart(base_dir):
@@ -243,8 +243,8 @@ def test_validations_are_compared_on_the_same_documents(base_dir):
         {"step": 10, "val_bpb": 2.25, "documents": 30},
         {"step": 10, "val_bpb": 1.75, "documents": 300},
     ]
-    assert report.comparable(log) == [log[0], log[2]]
-    assert report.comparable(log[1:2]) == []
+    assert records.comparable(log) == [log[0], log[2]]
+    assert records.comparable(log[1:2]) == []
     row = training(base_dir, "base_train")
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     (base_dir / "base_train" / "log.jsonl").write_text(lines, encoding="utf-8")
@@ -337,12 +337,12 @@ def test_the_share_of_an_unknown_gpus_peak_is_unknown_and_a_cpu_has_none(base_di
     ],
 )
 def test_si(number, unit, expected):
-    assert report.si(number, unit) == expected
+    assert records.si(number, unit) == expected
 
 
 def test_interval_is_honest_at_the_ends():
-    assert report.interval(1.0, 200) == "98.1 to 100.0 %"
-    assert report.interval(0.0, 200) == "0.0 to 1.9 %"
+    assert records.interval(1.0, 200) == "98.1 to 100.0 %"
+    assert records.interval(0.0, 200) == "0.0 to 1.9 %"
 
 
 def test_costs_of_gpus_are_counted_per_gpu():

@@ -33,7 +33,7 @@ def test_a_run_that_learns_its_text_by_heart_ends_and_its_best_step_is_the_model
     assert "ending here: " in out and record["steps"] < 1000
     assert record["best_step"] < record["steps"]
     assert record["best_step"] in complete_steps(folder)
-    of_validations = [row["val_bpb"] for row in rows_of(folder, "val_bpb")][:-1]
+    of_validations = [row["val_bpb"] for row in rows_of(folder, "val_bpb")][:-2]
     best = min(of_validations)
     assert meta_of(folder, record["best_step"])["val_bpb"] == best
     last = meta_of(folder, record["steps"])
@@ -45,6 +45,17 @@ def test_the_record_counts_bytes_of_text_and_epochs_apart(overfitted, noise):
     record = last_json(overfitted[0])
     assert 0.9 * noise.stat().st_size < record["text_bytes"] <= noise.stat().st_size
     assert record["epochs"] == pytest.approx(record["tokens"] / tokens_said(overfitted[0]))
+
+
+def test_the_curve_of_a_run_has_its_end_its_flops_and_a_protocol(overfitted):
+    out, folder = overfitted
+    record = last_json(out)
+    [*_, last_of_few, of_all] = rows_of(folder, "val_bpb")
+    assert last_of_few["step"] == of_all["step"] == record["steps"]
+    assert last_of_few["documents"] <= of_all["documents"]
+    assert record["protocol"].startswith(f"bpb1-{of_all['documents']}-")
+    per_token = [row["flops_per_token"] for row in rows_of(folder, "loss")]
+    assert record["flops_per_second"] / record["tokens_per_second"] == pytest.approx(per_token[-1])
 
 
 def tokens_said(out):
