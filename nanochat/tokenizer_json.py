@@ -33,12 +33,14 @@ GPT2_PATTERN = (
 )
 # Fields of the model that would make it another one, and what each may hold.
 PLAIN = {
-    "type": ("BPE",),
+    "type": ("BPE", None),      # older files, as GPT-2's, do not say it
     "dropout": (None, 0.0),
     "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""),
     "byte_fallback": (None, False),
 }
+# Characters of all kinds, to see that a split loses none.
+SAMPLE = "".join(map(chr, range(1, 0x250))) + " Two words, 3,14 of it's.\r\n\n \t 数据 😀"
 
 
 class _NotRead(Exception):
@@ -53,13 +55,15 @@ def read_tokenizer_json(path):
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return _tokenizer_of(content)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): name a tokenizer.json") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON: name a tokenizer.json of Hugging Face") from None
-    except (KeyError, TypeError, AttributeError, IndexError):
+
+    try:
+        return _tokenizer_of(content)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         raise UserError(
             f"{path} is not a tokenizer.json of Hugging Face's tokenizers: it lacks parts"
         ) from None
@@ -85,7 +89,12 @@ def _tokenizer_of(content):
     byte_of = {character: byte for byte, character in byte_spelling().items()}
     special = {token["content"] for token in content["added_tokens"]}
     ranks, pairs = _ranks_of(model, special, byte_of)
-    tokenizer = Tokenizer(ranks, pattern)
+    try:
+        tokenizer = Tokenizer(ranks, pattern)
+    except UserError as error:
+        raise _NotRead(" ".join(str(error).split())) from None
+    if tokenizer.decode(tokenizer.encode(SAMPLE)) != SAMPLE:
+        raise _NotRead("its split matches the empty text, after which we would lose some")
     _check_merges(ranks, pairs)
     return tokenizer
 
@@ -106,6 +115,8 @@ def _pattern_of(step):
     if kind != ("Split", "Isolated", False) or "Regex" not in split["pattern"]:
         raise _NotRead(f"it splits text by {split['type']} ({split.get('behavior')})")
     regex = split["pattern"]["Regex"]
+    if not isinstance(regex, str):
+        raise TypeError("a regular expression is a text")
     return f"{regex}|(?:(?!{regex})[\\s\\S])+"
 
 

@@ -166,8 +166,35 @@ def add_a_word(content):
     content["added_tokens"].append({"id": 900, "content": "cat", "special": False})
 
 
+def split_by(regex):
+    def change(content):
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = regex
+    return damaged(change)
+
+
+def test_an_older_file_without_a_type_and_with_merges_as_strings_is_read(tmp_path):
+    """GPT-2's is of this form."""
+    def age(content):
+        model = content["model"]
+        del model["type"]
+        model["merges"] = [" ".join(pair) for pair in model["merges"]]
+
+    path = tmp_path / "tokenizer.json"
+    path.write_text(damaged(age), encoding="utf-8")
+    theirs = hf.Tokenizer.from_file(str(path))
+    for text in SENTENCES:
+        assert read_tokenizer_json(path).encode(text) == theirs.encode(text).ids
+
+
 @pytest.mark.parametrize("text, words", [
     ("{", "is not JSON"),
+    ("[" * 100_000, "is not JSON"),
+    (damaged(change_model(merges=["a b c"])), "it lacks parts"),
+    (damaged(lambda content: content["pre_tokenizer"].update(pretokenizers=[])), "it lacks parts"),
+    (split_by(["a"]), "it lacks parts"),
+    (split_by("((("), "the split pattern is not valid"),
+    (split_by("a*"), "matches the empty text"),
+    (split_by("(?=a)"), "matches the empty text"),
     ("{}", "it lacks parts"),
     ("[]", "it lacks parts"),
     (damaged(lambda content: content.update(normalizer={"type": "NFC"})), r"split \(NFC\)"),
