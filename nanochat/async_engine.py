@@ -18,7 +18,7 @@ event loop.
 
 To send a piece of an answer takes the event loop a tenth of a millisecond of Python, in which the
 engine's thread waits: with many clients of a small model that was more than the steps took. So
-what comes within SECONDS_OF_PIECE for each sequence travels together (vLLM's --stream-interval
+what comes within SECONDS_OF_PIECE for each piece travels together (vLLM's --stream-interval
 counts tokens in the place of time): one client gets its tokens one by one, and each of 32 gets a
 piece 30 times a second. The first token and the end of a sequence never wait.
 
@@ -42,7 +42,7 @@ from nanochat.completion import printable
 from nanochat.sequence_text import TextOfSequence
 
 FAILED_STEPS = 3            # after so many that raised, one after the other, an engine is given up
-SECONDS_OF_PIECE = 0.001    # of the time between two deliveries, for each sequence under way
+SECONDS_OF_PIECE = 0.001    # of the time between two deliveries, for each piece of them
 
 
 class QueueFull(Exception):
@@ -337,7 +337,7 @@ class AsyncEngine:
 
         # 2. what is due: the first token and the end at once, all else together
         now = time.monotonic()
-        is_time = now >= self._delivered + SECONDS_OF_PIECE * len(self._live)
+        is_time = now >= self._delivered + SECONDS_OF_PIECE * len(self._moved)
         due = {
             sequence: live for sequence, live in self._moved.items() if is_time or live.is_urgent
         }
@@ -411,7 +411,8 @@ class _Live:
     def update(self):
         """What is new since the last call, an Update."""
         text = self.text.read()
-        error = self.sequence.error
+        # an answer that a stop text has ended is whole, whatever the tokens behind it met
+        error = None if self.text.is_stopped else self.sequence.error
         finish_reason = "stop" if self.text.is_stopped else self.sequence.finish_reason
         finish_reason = None if error else finish_reason
         counts = (

@@ -1,5 +1,6 @@
 """The thread that owns the engine, and the event loop's view of it."""
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -95,6 +96,47 @@ def test_between_the_first_token_and_the_end_tokens_travel_together(monkeypatch)
         engine.delay = 0.01
         pieces = [one.take()[0] async for _, one in pool.submit([generation()]).moves()]
         assert [piece for piece in pieces if piece] == ["a", "b", "c", "d"]
+
+
+def test_pieces_wait_for_those_that_are_sent_and_not_for_the_queue(monkeypatch):
+    """With one slot, the sequences that wait for it do not delay the one that runs."""
+    ticks = itertools.count()       # half a second passes whenever somebody asks for the time
+
+    class Clock:
+        @staticmethod
+        def monotonic():
+            return 0.5 * next(ticks)
+
+    engine = FakeEngine(["a", "b", "c", "d"], max_slots=1)
+    monkeypatch.setattr(async_engine, "time", Clock)
+    monkeypatch.setattr(async_engine, "SECONDS_OF_PIECE", 0.9)      # a step asks twice
+
+    @played(engine)
+    async def scenario(pool):
+        [owner] = pool.engines
+        texts = []
+        deliver = owner._deliver
+
+        def noted(updates):
+            texts.extend(update.text for update in updates if update.text)
+            deliver(updates)
+
+        owner._deliver = noted
+        await pool.submit([generation() for _ in range(9)]).finished()
+        assert texts == ["a", "b", "c", "d"] * 9
+
+
+def test_a_stop_text_ends_an_answer_whatever_comes_behind_it(monkeypatch):
+    """The engine may be some tokens ahead of the text: they, and their error, do not count."""
+    monkeypatch.setattr(async_engine, "SECONDS_OF_PIECE", 1e9)
+    engine = FakeEngine(["a", "b", "c", "d", UserError("not finite")])
+
+    @played(engine)
+    async def scenario(pool):
+        one = Generation([1, 2], {"max_new_tokens": 100}, stop=["bc"])
+        await pool.submit([one]).finished()
+        assert one.take()[0] == "a" and one.finish_reason == "stop"
+        assert one.counts[:2] == (2, 3), "the tokens up to the end of the stop text"
 
 
 def test_a_slow_reader_finds_the_pieces_joined():
