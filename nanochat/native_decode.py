@@ -34,7 +34,7 @@ import torch
 from nanochat.common import print0
 from nanochat.fast_linear import TILE
 from nanochat.gpt import GPT, MLP, Attention, Block
-from nanochat.hardware import COMPILE_ERRORS, kernel_cache, reason_of, text_of
+from nanochat.hardware import COMPILE_ERRORS, is_cut, kernel_cache, reason_of, text_of
 from nanochat.kv_cache import CacheWindow, LayerCache
 from nanochat.variants.lookup import LookupAttention, LookupBlock
 
@@ -47,6 +47,9 @@ FLAGS = (
     "-ffp-contract=fast",
 )
 MATRICES = "q", "k", "v", "out", "up", "down"
+# The lines of /proc/cpuinfo that say what -march=native means: of x86, and of ARM. Machines with
+# different processors may share the cache.
+PROCESSOR = "model", "flags", "Features", "CPU"
 MULTIPLE = 32       # of which widths and the head dimension are multiples
 
 # The methods that the C++ function computes: (what has it, its name, the functions that it may be)
@@ -96,13 +99,14 @@ def native_library():
     writes a file of its own; the last one stays.
     """
     processor = text_of(Path("/proc/cpuinfo")).partition("\n\n")[0]
-    features = [line for line in processor.splitlines() if line.startswith(("model", "flags"))]
+    features = [line for line in processor.splitlines() if line.startswith(PROCESSOR)]
     source = SOURCE.read_text(encoding="utf-8")
-    key = repr((source, FLAGS, compiler(), platform.machine(), features))
+    machine = platform.machine(), platform.libc_ver(), features
+    key = repr((source, FLAGS, compiler(), machine))
     folder = kernel_cache() / "nanochat"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    if not library.exists():
+    if not library.exists() or is_cut(library):     # cut where the power went or a disk was full
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / library.name
             command = [compiler(), *FLAGS, str(SOURCE), "-o", str(made)]
@@ -259,6 +263,7 @@ class NativeDecode:
         # 1. what torch looks up
         model, n = self.model, len(slots)
         positions = [self.kv_cache.lengths[slot] for slot in slots]
+        assert max(positions) < self.kv_cache.length    # the C++ function would write behind it
         idx, index, places = torch.tensor([tokens, slots, positions])[:, :, None]   # n, 1
         window = CacheWindow(index[:, 0], places, max(positions) + 1, index)
         recent = model.recent_tokens(idx, self.kv_cache, window)

@@ -1,5 +1,7 @@
 """The decode step in C++ against model.decode()."""
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from nanochat.decoding import use_fast_linear
 from nanochat.engine import Engine, serving_engine
 from nanochat.fast_linear import can_multiply_fast, quantize
 from nanochat.gpt import GPT, MLP, Block, GPTConfig, Linear
+from nanochat.hardware import text_of
 from nanochat.native_decode import NativeDecode, can_decode_natively
 from nanochat.variants.lookup import LookupGPT
 from nanochat.variants.ngrams import NGramGPT, count_ngrams
@@ -20,14 +23,15 @@ SLOTS = 13      # rows that the C++ function multiplies 8, 4 and 1 at a time
 LENGTHS = [1 + 3 * slot for slot in range(SLOTS)]
 
 
-def make_model(model_class=GPT, dtype=torch.float32, int8=False, kv_heads=1, **more):
-    """A model of width 96 with three heads and weights of noise, int8: that are rounded already."""
+def make_model(
+        model_class=GPT, dtype=torch.float32, int8=False, kv_heads=1, width=96, heads=3, **more):
+    """A model of two layers with weights of noise, int8: that are rounded already."""
     torch.manual_seed(0)
     counted = None
     if model_class is NGramGPT:
         counted = count_ngrams(torch.randint(VOCAB_SIZE, (400,)))
         more["ngrams"] = len(counted[0])
-    config = model_class.config_class(2, 96, 3, kv_heads, VOCAB_SIZE, CONTEXT, **more)
+    config = model_class.config_class(2, width, heads, kv_heads, VOCAB_SIZE, CONTEXT, **more)
     model = model_class(config)
     model.init_weights()
     if counted:
@@ -46,14 +50,14 @@ needs_native = pytest.mark.skipif(
     reason="no C++ compiler, or another system")
 
 
-def filled_cache(model):
+def filled_cache(model, lengths=LENGTHS):
     """A cache with a prompt of another length in each slot."""
     torch.manual_seed(1)
-    kv_cache = model.new_kv_cache(SLOTS, CONTEXT)
-    for slot, length in enumerate(LENGTHS):
-        idx = torch.randint(VOCAB_SIZE, (1, length))
-        model.prefill(idx, kv_cache, [slot], [length])
-        kv_cache.advance([slot], [length])
+    kv_cache = model.new_kv_cache(len(lengths), CONTEXT)
+    slots = list(range(len(lengths)))
+    idx = torch.randint(VOCAB_SIZE, (len(lengths), max(lengths)))
+    model.prefill(idx, kv_cache, slots, lengths)
+    kv_cache.advance(slots, lengths)
     return kv_cache
 
 
@@ -67,16 +71,16 @@ def steps_of(decode, kv_cache, turns):
     return found
 
 
-def both(model, turns, int8=False):
+def both(model, turns, int8=False, lengths=LENGTHS):
     """(logits of the native steps, of model.decode())"""
     with torch.inference_mode():
-        kv_cache = filled_cache(model)
+        kv_cache = filled_cache(model, lengths)
         wanted = steps_of(
             lambda tokens, slots: model.decode(torch.tensor(tokens)[:, None], kv_cache, slots),
             kv_cache,
             turns,
         )
-        kv_cache = filled_cache(model)
+        kv_cache = filled_cache(model, lengths)
         use_fast_linear(model, int8, native=True)
         decode = NativeDecode(model, kv_cache)
         decode.warm_up()
@@ -120,6 +124,131 @@ def test_a_sequence_gets_the_same_bits_alone_and_among_others(dtype, int8):
         together = decode(tokens, ALL).clone()
         for slot in ALL:
             assert decode([tokens[slot]], [slot])[0].equal(together[slot])
+
+
+# (width, heads, kv_heads): head dimensions of 32, 64, 96 and 128, with and without groups
+SHAPES = (32, 1, 1), (256, 4, 2), (192, 2, 1), (256, 2, 2)
+
+
+@needs_native
+@pytest.mark.parametrize("width, heads, kv_heads", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_of_heads_at_the_last_position_without_a_softcap(width, heads, kv_heads, dtype):
+    shape = {"width": width, "heads": heads, "kv_heads": kv_heads, "softcap": 0.0}
+    last = {"turns": [[0]], "lengths": [CONTEXT - 1]}
+    exact = both(make_model(**shape), **last)[1][0]
+    [found], [plain] = both(make_model(dtype=dtype, **shape), **last)
+    allowed = 1.5 * (plain - exact).norm() + 1e-4 * exact.norm()
+    assert (found - exact).norm() <= allowed
+
+
+@needs_native
+def test_more_sequences_than_torch_is_compiled_for():
+    slots = list(range(133))
+    [found], [wanted] = both(make_model(), [slots], lengths=[1 + slot % 40 for slot in slots])
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+@needs_native
+def test_a_full_slot_is_an_error_and_not_a_write_behind_the_cache():
+    model = make_model()
+    with torch.inference_mode():
+        kv_cache = filled_cache(model, [CONTEXT])
+        use_fast_linear(model, native=True)
+        decode = NativeDecode(model, kv_cache)
+        decode.warm_up()
+        with pytest.raises(AssertionError):
+            decode([1], [0])
+
+
+@needs_native
+def test_engines_on_two_threads_do_not_disturb_each_other():
+    """Replicas of a server: each thread has a team, and buffers of its own."""
+    models = make_model(), make_model(width=192, heads=2)
+    decodes, wanted = [], []
+    tokens = [(11 * slot) % VOCAB_SIZE for slot in ALL]
+    with torch.inference_mode():
+        for model in models:
+            use_fast_linear(model, native=True)
+            decodes.append(NativeDecode(model, filled_cache(model)))
+            decodes[-1].warm_up()
+            wanted.append(decodes[-1](tokens, ALL).clone())
+
+    def run(number):
+        return all(decodes[number](tokens, ALL).equal(wanted[number]) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [True, True]
+
+
+@needs_native
+def test_a_team_may_be_smaller_than_asked_for():
+    """OpenMP gives fewer threads where the user limits them: every share must still be done."""
+    library = native_decode.native_library()
+    levels = library.omp_get_max_active_levels()
+    library.omp_set_max_active_levels(0)
+    try:
+        test_a_native_step_gives_the_logits_of_the_plain_one(GPT, 1, False)
+    finally:
+        library.omp_set_max_active_levels(levels)
+
+
+# Instruction sets for which other parts of the source are compiled, and what they need
+INSTRUCTIONS = {
+    "x86-64-v3": {"avx2", "fma", "bmi2"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def older_instructions(request, monkeypatch):
+    """The library as an older processor has it."""
+    if not INSTRUCTIONS[request.param] <= set(text_of(Path("/proc/cpuinfo")).split()):
+        pytest.skip(f"the processor lacks {request.param}")
+    flags = [flag for flag in native_decode.FLAGS if not flag.startswith("-march")]
+    monkeypatch.setattr(native_decode, "FLAGS", (*flags, f"-march={request.param}"))
+    native_decode.native_library.cache_clear()
+    yield
+    native_decode.native_library.cache_clear()
+
+
+@needs_native
+def test_older_processors_get_the_same_logits(older_instructions):
+    for dtype in (torch.float32, torch.bfloat16):
+        for int8 in (False, True):
+            test_a_sequence_gets_the_same_bits_alone_and_among_others(dtype, int8)
+    for int8 in (False, True):
+        test_a_native_step_gives_the_logits_of_the_plain_one(LookupGPT, 1, int8)
+    test_bfloat16_differs_by_its_rounding_alone(GPT)
+
+
+@needs_native
+def test_a_library_that_is_cut_or_of_another_processor_is_compiled_again(monkeypatch, tmp_path):
+    whole = Path(native_decode.native_library()._name).read_bytes()
+    compiled = []
+
+    def compile_again(command, **options):
+        compiled.append(command)
+        Path(command[-1]).write_bytes(whole)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def library():
+        native_decode.native_library.cache_clear()
+        return Path(native_decode.native_library()._name)
+
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        patch.setattr(subprocess, "run", compile_again)
+        path = library()
+        assert library() == path and len(compiled) == 1
+        path.unlink()
+        path.write_bytes(whole[:len(whole) // 2])
+        assert library() == path and path.read_bytes() == whole and len(compiled) == 2
+        for line in ("flags : sse2", "Features : asimd", "CPU part : 0xd0c"):
+            patch.setattr(native_decode, "text_of", lambda path, line=line: line + "\n\n")
+            library()
+        assert len(compiled) == 5
+    native_decode.native_library.cache_clear()
 
 
 @needs_native
