@@ -9,6 +9,7 @@ import sys
 import pytest
 import rustbpe
 from conftest import ROOT, last_json
+from stage_runs import Stages
 from test_rustbpe import random_text, stdlib_text
 
 from nanochat.common import UserError
@@ -20,6 +21,7 @@ from nanochat.tokenizer import (
     StreamDecoder,
     Tokenizer,
     get_tokenizer,
+    read_transition,
     tokenizer_folder,
 )
 
@@ -445,27 +447,27 @@ def test_each_text_has_a_tokenizer_of_its_own(base_dir, tmp_path, capsys):
     assert capsys.readouterr().out.count("has changed since its tokenizer was trained") == 1
 
 
-def test_superbpe_from_the_command_line(run_module, tmp_path):
+@pytest.mark.parametrize("wrong", ["t90k", "1.5", "0", "nan"])
+def test_a_transition_is_a_share_or_a_name(wrong):
+    assert read_transition("t80k") == read_transition("0.4") == 0.4
+    with pytest.raises(UserError, match="share of the vocabulary"):
+        read_transition(wrong)
+
+
+def test_superbpe_from_the_command_line(server, tmp_path):
+    stages = Stages(tmp_path, server)
     (tmp_path / "text.txt").write_text("\n".join(stdlib_text(300_000)), encoding="utf-8")
-    base, data = tmp_path / "base", f"--data={tmp_path / 'text.txt'}"
-    for wrong in ("--transition=t90k", "--transition=1.5"):
-        bad = run_module("scripts.tok_train", data, "--superbpe=1", wrong, base=base)
-        assert bad.returncode == 2 and "share of the vocabulary" in bad.stderr
+    data = f"--data={tmp_path / 'text.txt'}"
     options = "--superbpe=1", "--transition=t80k", "--vocab_size=1000"
-    train = run_module("scripts.tok_train", data, *options, base=base)
-    assert train.returncode == 0, train.stderr
-    evaluation = run_module("scripts.tok_eval", data, base=base)
-    assert evaluation.returncode == 0, evaluation.stderr
-    record = last_json(evaluation.stdout)
+    stages.fork("scripts.tok_train", data, *options)
+    record = stages.fork_record("scripts.tok_eval", data)
     assert record["superwords"] > 0.05
     assert record["beside"]["val"]["ours"] > 1.02 * record["beside"]["val"]["plain BPE"]
 
     # side by side: one that is read, two that are trained for the purpose
-    [own] = (base / "tokenizers").iterdir()
+    [own] = (tmp_path / "tokenizers").iterdir()
     names = ["plain", str(own), "t180k"]
-    evaluation = run_module("scripts.tok_eval", data, "--compare", *names, base=base)
-    assert evaluation.returncode == 0, evaluation.stderr
-    row = last_json(evaluation.stdout)
+    row = stages.fork_record("scripts.tok_eval", data, "--compare", *names)
     compared = row["compared"]
     assert list(compared) == names and {each["vocab_size"] for each in compared.values()} == {1000}
     saved = [compared[name]["tokens_saved"] for name in names]
@@ -475,14 +477,13 @@ def test_superbpe_from_the_command_line(run_module, tmp_path):
     # bytes per token is bytes over tokens, whatever the tokenizer
     ratios = [row["beside"]["val"][name] for name in names]
     assert [1 - ratios[0] / ratio for ratio in ratios] == pytest.approx(saved)
-    bad = run_module("scripts.tok_eval", data, "--compare", "t80x", base=base)
-    assert bad.returncode == 2 and "t80x is no folder of a tokenizer" in bad.stderr
-    assert bad.stderr.count("\n") == 1
+    refusal = stages.refusal("scripts.tok_eval", data, "--compare", "t80x")
+    assert "t80x is no folder of a tokenizer" in refusal
 
     # read as the tokenizer of this text, from the file that others read
-    options = f"--tokenizer={own / 'tokenizer.json'}", data
-    train = run_module("scripts.tok_train", *options, base=tmp_path / "other")
-    assert last_json(train.stdout)["bytes_per_token"] == ratios[1]
+    theirs = own.rename(tmp_path / "theirs")
+    options = f"--tokenizer={theirs / 'tokenizer.json'}", data
+    assert stages.fork_record("scripts.tok_train", *options)["bytes_per_token"] == ratios[1]
 
 
 def test_tok_benchmark_compares_the_same_merges_and_ids(run_module, tmp_path):
