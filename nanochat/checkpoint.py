@@ -300,6 +300,8 @@ KINDS_IF_PRESENT = {
     "bpbs": list,
     "best_by": (str, type(None)),
     "domain_bpbs": (dict, type(None)),
+    "fp8": (dict, type(None)),
+    "stages_begun": list,
     "extend": (*NUMBER, type(None)),
     "extended": NUMBER,
     "rate_scale": NUMBER,
@@ -353,6 +355,8 @@ def problem_of_contents(meta):
         return "is damaged (bpbs are not all numbers)"
     if not all(map(is_number, (meta.get("domain_bpbs") or {}).values())):
         return "is damaged (domain_bpbs are not all numbers)"
+    if not all(map(is_stage_begun, meta.get("stages_begun", []))):
+        return "is damaged (stages_begun are not all index, step and seconds)"
     if not all(isinstance(own, list) for own in meta.get("own_identity") or []):
         return "is damaged (own_identity is no list of lists)"
     return None
@@ -364,6 +368,11 @@ def is_number(value):
     if isinstance(value, float):
         return True
     return isinstance(value, int) and abs(value) <= LARGEST
+
+
+def is_stage_begun(value):
+    """Whether a list is [index, step, seconds], as curriculum.with_stage() makes it."""
+    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
 def is_checkpoint(value):

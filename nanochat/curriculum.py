@@ -173,6 +173,14 @@ def stage_at(stages, progress):
     return len(stages) - 1
 
 
+def sequences_of(pass_tokens, length):
+    """How many sequences of a length a pass of so many tokens has.
+
+    At least one: a pass may have been made smaller, where memory ran out, than a later sequence is.
+    """
+    return max(1, pass_tokens // length)
+
+
 def reshaped(batch, length):
     """The tensors (B, T) of a loader's batch -> (b, length) each, with the same tokens.
 

@@ -428,7 +428,17 @@ def describe(model, recipe, converted, skipped):
     shares = flops_shares(model, converted)
     listed = ", ".join(f"{100 * share:.1f} % in {kind}" for kind, share in shares.items())
     lines.append(f"FLOPs of the products of a token: {listed}; head and attention are not in FP8")
+    lines.append(copies_in_8_bits(converted))
     return lines
+
+
+def copies_in_8_bits(converted):
+    """A line on the memory that no plan counts. converted: modules whose products are in FP8."""
+    largest = max(converted, key=lambda module: module.weight.numel())
+    return (
+        "memory is planned as without FP8; the 8-bit operands of one product at a time come to it, "
+        f"at most {largest.weight.numel() / 1e6:.1f} MB for a matrix and "
+        f"{max(largest.weight.shape) / 1e3:.1f} kB for a token")
 
 
 def flops_shares(model, converted):

@@ -374,36 +374,39 @@ def choose_batch(wanted, max_seq_len, ranks, limit, total_batch_size=None, micro
     multiple: a pass has a multiple of so many sequences, for the lengths of a curriculum.
     """
     if multiple > 1:
-        return batch_for_lengths(
-            wanted, max_seq_len, ranks, limit, total_batch_size, micro_batch_size, multiple)
-    tokens = max_seq_len * ranks  # of one sequence on every rank
+        check_for_lengths(max_seq_len, ranks, total_batch_size, micro_batch_size, multiple)
+    # 1. what a rank has per step, in groups of `multiple` sequences
+    tokens = multiple * max_seq_len * ranks  # of one group on every rank
+    most = max(1, limit // multiple)
     if total_batch_size:
         if total_batch_size % tokens:
             below = max(1, total_batch_size // tokens) * tokens
             raise UserError(
                 f"total_batch_size={total_batch_size} is not a multiple of max_seq_len x ranks = "
                 f"{max_seq_len} x {ranks}: {below} is one, or leave it out")
-        sequences = total_batch_size // tokens
+        groups = total_batch_size // tokens
     else:
-        sequences = max(1, wanted // tokens)
+        groups = max(1, wanted // tokens)
         if not micro_batch_size:
-            sequences = with_large_divisor(sequences, limit)
+            groups = with_large_divisor(groups, most)
+
+    # 2. what it has per pass
     if micro_batch_size:
-        micro_batch_size = min(micro_batch_size, sequences)
-        if sequences % micro_batch_size:
+        in_pass = min(micro_batch_size // multiple, groups)
+        if groups % in_pass:
+            divisor = multiple * largest_divisor(groups, in_pass)
             raise UserError(
-                f"device_batch_size={micro_batch_size} does not divide the {sequences} sequences "
-                f"that a rank has per step: {largest_divisor(sequences, micro_batch_size)} does")
+                f"device_batch_size={micro_batch_size} does not divide the {multiple * groups} "
+                f"sequences that a rank has per step: {divisor} does")
     else:
-        micro_batch_size = largest_divisor(sequences, limit)
-    return Batch(sequences * tokens, micro_batch_size, sequences // micro_batch_size)
+        in_pass = largest_divisor(groups, most)
+    return Batch(groups * tokens, multiple * in_pass, groups // in_pass)
 
 
-def batch_for_lengths(wanted, max_seq_len, ranks, limit, total_batch_size, micro_batch_size,
-                      multiple):
-    """choose_batch() whose passes have a multiple of so many sequences, which all lengths of a
-    curriculum divide. UserError where a number that the user gave does not allow it."""
-    tokens = multiple * max_seq_len  # that all lengths divide
+def check_for_lengths(max_seq_len, ranks, total_batch_size, micro_batch_size, multiple):
+    """UserError where a number of the user's, or None, does not suit a curriculum, whose lengths
+    divide `multiple` sequences."""
+    tokens = multiple * max_seq_len
     reason = f"the lengths of the curriculum divide {multiple} x {max_seq_len} = {tokens} tokens"
     if total_batch_size and total_batch_size % (tokens * ranks):
         below = max(1, total_batch_size // (tokens * ranks)) * tokens * ranks
@@ -415,10 +418,6 @@ def batch_for_lengths(wanted, max_seq_len, ranks, limit, total_batch_size, micro
         raise UserError(
             f"device_batch_size={micro_batch_size} does not suit: {reason}: {above} is a multiple "
             f"of {multiple}, or leave it out")
-    groups = choose_batch(
-        wanted, tokens, ranks, max(1, limit // multiple), total_batch_size,
-        micro_batch_size and micro_batch_size // multiple)
-    return groups._replace(micro_batch_size=multiple * groups.micro_batch_size)
 
 
 def with_large_divisor(sequences, limit):

@@ -163,13 +163,14 @@ def comparison_to_resume(settings, meta):
     settings: of base_train, paths absolute. meta: of the checkpoint. UserError where the command
     says others: a figure of theirs would say nothing of the steps that are there.
     """
-    own = meta.get("settings", {})
-    for name in ("domains", "best_by"):
-        if settings[name] is not None and settings[name] != own.get(name):
+    settings_then = meta.get("settings", {})
+    for name, usual in (("domains", None), ("best_by", "val")):
+        given, own = settings[name], settings_then.get(name) or usual
+        if given is not None and given != own:
             raise UserError(
-                f"the steps of the run to resume are compared with {name}={own.get(name)}, not "
-                f"{settings[name]}: leave --{name} out, or train another model without --resume")
-    return own.get("domains"), own.get("best_by")
+                f"the steps of the run to resume are compared with {name}={own}, not {given}: "
+                f"leave --{name} out, or train another model without --resume")
+    return settings_then.get("domains"), settings_then.get("best_by")
 
 
 def choose_base_checkpoint(settings, metas, named_step=None, run=None):

@@ -23,6 +23,7 @@ from nanochat.configurator import configure, require
 from nanochat.curriculum import (
     curriculum_to_resume,
     reshaped,
+    sequences_of,
     stage_at,
     stage_records,
     with_stage,
@@ -121,6 +122,7 @@ extend: float = None         # or from before the LR decay, to a horizon so many
 seed = 42                    # of the initial weights
 aliases = {
     "no_wandb": "logger=",
+    "use_fp8": "fp8=hybrid",
     "model_type": "model",
     "batch_size": "device_batch_size",
     "block_size": "max_seq_len",
@@ -301,7 +303,7 @@ if checked.compile and len(stages) > 1:
         print0(f"compiling for sequences of {stage.length} tokens")
         model.set_training_window(stage.window)
         batch = reshaped(micro_batches[0], stage.length)
-        fitted = warm_up(model, [batch], pass_tokens // stage.length, layout)
+        fitted = warm_up(model, [batch], sequences_of(pass_tokens, stage.length), layout)
         pass_tokens = fitted * stage.length
     elapsed = all_reduce_max(time.perf_counter() - warm_up_began)[0]
     meta["elapsed"] += elapsed
@@ -314,7 +316,7 @@ run = Run(
 run.checkpoints.save_tokenizer(tokenizer)
 del start  # what was read is mapped from files that the run may delete
 counted_tokens = meta.get("counted", 0)
-bpbs = list(meta.get("bpbs", []))  # of the validations on the way
+bpbs = list(meta.get("bpbs", []))  # of the validations after steps in the whole context
 best_bpb = meta.get("best_bpb", math.inf)
 bpb_name = model.val_bpb_name  # a bound is not recorded as what it bounds
 lr_warmup = 0.0 if meta.get("extend") else 0.02
@@ -356,7 +358,8 @@ def begin_stage(index):
         name = f"stage {index + 1} of {len(stages)}, {stage.length} tokens"
         run.change_length(model.flops(stage.attended), name)
         run.log(curriculum_stage=index + 1, length=stage.length, window=stage.window)
-        print0(f"step {run.step + 1} begins {name}: {pass_tokens // stage.length} sequences a pass")
+        print0(f"step {run.step + 1} begins {name}: "
+               f"{sequences_of(pass_tokens, stage.length)} sequences a pass")
     return stage
 
 
@@ -372,7 +375,8 @@ while not run.over():
     # once in a while: validate, and save the best step
     if run.evaluation_due(eval_every, reading.evaluations()):
         bits, bpb = evaluate_few()
-        bpbs.append(bpb)
+        if stage_index == len(stages) - 1:  # what came before has not seen the whole context
+            bpbs.append(bpb)
         by_domain = {f"bpb_{name}": value for name, value in bits.items() if name != OWN}
         run.log(documents=len(few[OWN]), **{bpb_name: bits[OWN]}, **by_domain)
         print0(f"step {run.step}: {bits[OWN]:.4f} bits per byte on {len(few[OWN])} validation "
@@ -384,8 +388,9 @@ while not run.over():
         # text that is read several times is learnt by heart in the end
         run.enough = reading.repeated() is not None and is_overfitting(bpbs)
         if run.enough:
-            print0(f"ending here: the validation text has become harder to predict than at its "
-                   f"best ({best_bpb:.4f}), so that more steps would only memorise the text")
+            print0(f"ending here: the validation text ({best_by or OWN}) has become harder to "
+                   f"predict than at its best ({best_bpb:.4f}), so that more steps would only "
+                   "memorise the text")
             continue
 
     # save now and then, and before the learning rate begins to decay
@@ -407,7 +412,7 @@ while not run.over():
     model.leave_one_out = not counted_tokens or trained_tokens < counted_tokens
     noised = model.noised(batches, run.step, rank, is_text=True)
     loss, fitted = accumulate_gradients(
-        model, noised, loss_scale, max(1, pass_tokens // stage.length), layout)
+        model, noised, loss_scale, sequences_of(pass_tokens, stage.length), layout)
     pass_tokens = fitted * stage.length
     loader_state = micro_batches[-1][2]
     micro_batches = [next(loader) for _ in range(grad_accum_steps)]

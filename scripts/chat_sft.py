@@ -72,7 +72,7 @@ logger = ""                  # tensorboard or wandb, besides log.jsonl; --no-wan
 resume = False               # resume the newest unfinished run that started from this model
 resume_from_checkpoint: str = None  # or from this one: its step, or the path of one of its files
 seed = 43                    # of the order of the conversations
-settings = configure(globals(), aliases={"no_wandb": "logger="})
+settings = configure(globals(), aliases={"no_wandb": "logger=", "use_fp8": "fp8=hybrid"})
 if data is not None:
     data = settings["data"] = str(existing_path(data))
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")

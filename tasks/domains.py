@@ -261,7 +261,8 @@ def _check_unicode(text, file):
 def parse_domains(text):
     """The Items of a text such as "c4,gsm8k,code=src/" or "validation/", a list.
 
-    UserError for an unknown name, a path that does not exist, and a name that is given twice.
+    UserError for an unknown name, a path that does not exist, a path that is called OWN, and a
+    name that is given twice.
     """
     items = []
     for word in filter(None, map(str.strip, text.split(","))):
@@ -272,6 +273,10 @@ def parse_domains(text):
             items.append(Item(word, None))
         else:
             items += _items_at(word)
+    for name, path in items:
+        if name == OWN and path is not None:
+            raise UserError(f"{OWN} is the validation text of the run or of --data, and {path} is "
+                            f"another: give it another name, as in {OWN}2={path}")
     names = [item.name for item in items]
     for name in names:
         if not NAME.fullmatch(name) or name == MEAN:
@@ -303,7 +308,7 @@ def canonical_domains(text):
     left out, for every run has it.
     """
     items = parse_domains(text) if text else []
-    words = [f"{name}={path}" if path else name for name, path in items if name != OWN or path]
+    words = [f"{name}={path}" if path else name for name, path in items if name != OWN]
     return ",".join(words) or None
 
 

@@ -126,6 +126,7 @@ def test_a_resumed_run_is_not_compared_by_something_else():
     nothing = {"domains": None, "best_by": None}
     assert comparison_to_resume(nothing, meta) == ("c4", "mean")
     assert comparison_to_resume(nothing, {}) == (None, None)
+    assert comparison_to_resume({**nothing, "best_by": "val"}, {}) == (None, None)
     for other in ({"best_by": "c4"}, {"domains": "c4,gsm8k"}):
         with pytest.raises(UserError, match="leave --"):
             comparison_to_resume({**nothing, **other}, meta)

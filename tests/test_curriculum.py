@@ -18,6 +18,7 @@ from nanochat.curriculum import (
     describe,
     read_curriculum,
     reshaped,
+    sequences_of,
     sequences_per_pass,
     stage_at,
     stage_records,
@@ -178,6 +179,12 @@ def test_a_length_that_does_not_divide_the_context_takes_several_sequences_a_pas
         choose_batch(1, 2048, 2, 16, 2**19, None, 3)
     with pytest.raises(UserError, match="device_batch_size=16 .* 18 is a multiple of 3"):
         choose_batch(2**19, 2048, 2, 16, None, 16, 3)
+    with pytest.raises(UserError, match="=6 does not divide the 9 sequences .*: 3 does"):
+        choose_batch(1, 2048, 2, 16, 2 * 9 * 2048, 6, 3)
+
+
+def test_a_pass_that_memory_made_smaller_than_a_sequence_holds_one():
+    assert [sequences_of(768, length) for length in (8, 768, 1536)] == [96, 1, 1]
 
 
 def test_the_plan_has_the_stages_and_counts_their_flops():
@@ -340,6 +347,14 @@ def test_a_run_that_is_stopped_within_a_stage_ends_with_the_weights_of_a_quiet_o
     assert sum(stage["tokens"] for stage in row["stages"]) == row["tokens"]
     assert [stage["length"] for stage in row["stages"]] == [16, 64, 128]
     assert row["settings"]["curriculum"] == TABLE
+
+
+def test_only_validations_after_the_whole_context_can_end_a_run_early(stages, base):
+    command, folder = base("validated", f"--curriculum={TABLE}", "--eval_every=2")
+    stages.fork(*command)
+    validated = {row["step"]: row["val_bpb"] for row in rows_of(folder, "val_bpb")}
+    assert list(validated) == [2, 4, 6, 8]
+    assert meta_of(folder, 8)["bpbs"] == [validated[6]], "stage 3 begins after step 4"
 
 
 def test_the_learning_rate_and_the_text_are_those_of_a_run_without_stages(stages, base):

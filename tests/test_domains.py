@@ -124,6 +124,13 @@ def test_paths_are_made_absolute_for_a_run_that_is_resumed_elsewhere(tmp_path, m
     assert canonical_domains(None) is None and canonical_domains("val") is None
 
 
+@pytest.mark.parametrize("words", ["val={folder}/val.jsonl", "{folder}"])
+def test_a_text_of_another_place_is_not_taken_for_that_of_the_run(tmp_path, words):
+    write_lines(tmp_path / "val.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match="another name, as in val2="):
+        parse_domains(words.format(folder=tmp_path))
+
+
 def test_steps_are_compared_by_what_a_run_measures():
     for best_by, text in ((None, None), ("val", None), ("mean", "c4"), ("c4", "c4,gsm8k")):
         check_best_by(best_by, text)

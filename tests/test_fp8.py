@@ -271,6 +271,8 @@ def test_matrices_that_do_not_fit_are_named_and_stay(capsys):
     assert type(model.blocks[0].attention.q) is Fp8Linear
     assert list(model.state_dict()) == keys
 
+    assert "at most 0.3 MB for a matrix and 1.0 kB for a token" in out  # 256 x 1024
+
     total = model.flops_per_token(32)
     inside = 6 * 2 * (2 * 256**2 + 8 * 256**2) / total
     assert f"{100 * inside:.1f} % in FP8, 0.0 % in BF16, {100 - 100 * inside:.1f} % in FP32" in out
@@ -326,18 +328,12 @@ def train(recipe, steps, passes=1, **prepared):
     return torch.tensor(found), model
 
 
-@pytest.fixture(scope="module")
-def in_bf16():
-    """The losses of LOSS_STEPS steps in bfloat16."""
-    return train(None, LOSS_STEPS)[0]
+LOSS_STEPS = 40  # dev/LOG.md has 300, of the other recipes as well
 
 
-LOSS_STEPS = 40  # dev/LOG.md has 300
-
-
-@pytest.mark.parametrize("recipe", [EMULATED[0], EMULATED[4]], ids=[IDS[0], IDS[4]])
-def test_the_loss_is_within_one_percent_of_bf16(recipe, in_bf16):
-    losses, _ = train(recipe, LOSS_STEPS)
+def test_the_loss_is_within_one_percent_of_bf16():
+    in_bf16, _ = train(None, LOSS_STEPS)
+    losses, _ = train(EMULATED[0], LOSS_STEPS)
     last = LOSS_STEPS // 6
     assert in_bf16[-last:].mean() < 0.5 * in_bf16[0], "it learns"
     ratio = losses[-last:].mean() / in_bf16[-last:].mean()
@@ -354,9 +350,11 @@ def test_accumulated_and_recomputed_steps_are_like_plain_ones():
     torch.testing.assert_close(accumulated, plain, rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("recipe", EMULATED, ids=IDS)
+@pytest.mark.parametrize("recipe", [EMULATED[0], EMULATED[1], EMULATED[4]],
+                         ids=[IDS[0], IDS[1], IDS[4]])
 def test_a_compiled_product_is_one_graph(recipe):
-    """Dynamo and AOTAutograd trace all of it; what inductor makes of it took minutes to see."""
+    """Dynamo and AOTAutograd trace all of it; what inductor makes of it took minutes to see. E4M3
+    for gradients differs by a dtype alone."""
     x, weight, dy = operands()
     linear = Linear(128, 256)
     linear.weight.data.copy_(weight)
@@ -571,7 +569,7 @@ def test_a_run_resumes_with_its_recipe_or_another_and_starts_a_chat(stages, text
         assert "hybrid: E4M3" in out and saved == wanted
     keys = weights_of(folder_of(7), 7).keys()
     assert keys == small_gpt().state_dict().keys()
-    assert "cpu has no FP8" in stages.refusal(*command, "--fp8=hybrid")
+    assert "fp8=hybrid cannot run here: cpu has no FP8" in stages.refusal(*command, "--use_fp8")
 
     words = ("--model_tag=f", "--num_iterations=1", "--compile=0", "--device_batch_size=2")
     out, _ = stages.fork("scripts.mid_train", *words, "--fp8=e4m3", "--fp8_emulate=1")
