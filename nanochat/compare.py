@@ -9,10 +9,10 @@ spends is read off its own validations, by a line through the two next to that f
 and log bits per byte. Where the baseline never came so far, or was there before its first
 validation, the answer is '?' and no extrapolation.
 
-Its own curve flatters nobody only near its end: a learning rate that has not yet decayed holds the
-baseline above what a shorter run would have reached for the same cost, and so the multiplier of a
-better variant comes out a little too high. A variant that is worse than the baseline suffers the
-same, for its own cost is that of a whole run.
+So a variant that is better than the baseline needs a baseline that trained for longer, or shows
+'?'. And the multiplier is a little too high: before its decay phase the baseline is above what a
+shorter run, whose learning rate had decayed by then, would have reached for the same cost. Compare
+variants with each other against one baseline, and trust differences more than the figure.
 """
 import math
 import statistics
@@ -270,7 +270,8 @@ def comparison_blocks(sides, rows, has_picture):
     yield ("text", f"Of {sides[0][0].documents} validation documents. The multiplier is what the "
                    "baseline, in the first line, spent until it had the variant's bits per byte, "
                    "divided by what the variant spent; of several pairs the geometric mean and the "
-                   "range. '?': the baseline was not seen there, or that cost is not known.")
+                   "range. '?': the baseline was not seen there (train it for longer where the "
+                   "variant is better), or that cost is not known.")
     if not is_same_machine([course for side in sides for course in side]):
         yield ("text", "The runs are of different machines, so their seconds do not compare.")
     if has_picture:
