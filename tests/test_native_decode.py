@@ -1,4 +1,5 @@
 """The decode step in C++ against model.decode()."""
+import itertools
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -244,10 +245,12 @@ def test_a_library_that_is_cut_or_of_another_processor_is_compiled_again(monkeyp
         path.unlink()
         path.write_bytes(whole[:len(whole) // 2])
         assert library() == path and path.read_bytes() == whole and len(compiled) == 2
-        for line in ("flags : sse2", "Features : asimd", "CPU part : 0xd0c"):
-            patch.setattr(native_decode, "text_of", lambda path, line=line: line + "\n\n")
+        processors = itertools.product(("flags", "Features", "CPU part"), ("sse2", "sve"))
+        for name, value in processors:
+            line = f"{name} : {value}\n\n"
+            patch.setattr(native_decode, "text_of", lambda path, line=line: line)
             library()
-        assert len(compiled) == 5
+        assert len(compiled) == 2 + 6
     native_decode.native_library.cache_clear()
 
 
