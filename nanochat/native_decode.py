@@ -190,7 +190,8 @@ def matrix_of(linear):
 class NativeDecode:
     """model.decode() for some slots of one KV cache. The model has native FastLinears.
 
-    The logits that a call returns are overwritten by the next one.
+    The logits that a call returns are overwritten by the next one. OpenMP's threads stay with the
+    parent of a fork: a child that calls with more than one thread waits forever.
     """
 
     def __init__(self, model, kv_cache):

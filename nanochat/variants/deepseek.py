@@ -99,7 +99,8 @@ def grouped_linear(x, weights, counts):
     return F.grouped_mm(x, weights.mT, offs=ends)
 
 
-@torch._disable_dynamo      # torch.compiler.disable would import the compiler: a second at each start
+# torch.compiler.disable would import the compiler, which takes a second at each start.
+@torch._disable_dynamo
 def linear_of_each(x, weights, counts):
     """grouped_linear() as one product for each expert, for which the host waits for the counts."""
     parts = x.split(counts.tolist())
