@@ -372,6 +372,11 @@ def candidates(dir, step):
     """The metas of the steps that may be read: of `step`, or of all complete ones if it is None."""
     steps = list_steps(dir)
     print_incomplete(dir, steps)
+    return complete_ones(dir, steps, step)
+
+
+def complete_ones(dir, steps, step):
+    """The metas of the complete ones of list_steps(), or of `step` alone. UserError for none."""
     metas = [found.meta for found in steps if found.meta]
     if not metas:
         newest = f" ({steps[-1].problem})" if steps else ""
@@ -458,6 +463,12 @@ def named_checkpoint(name, dir):
 
 # --------------------------------------------------------------------------------------------------
 # models
+
+def require_model(source, model_tag=None, step=None):
+    """UserError where load_model() would find no complete step. Of the files, metas are read."""
+    dir = checkpoint_dir(source, model_tag or find_model_tag(source))
+    complete_ones(dir, list_steps(dir), step)
+
 
 def load_model(source, device, phase="eval", model_tag=None, step=None):
     """(model, tokenizer, meta) of a stage's checkpoint; meta has `dir` and `tag` besides.

@@ -335,6 +335,12 @@ def _join_process_group(device):
         heartbeat.start(rank, world_size, is_one_machine(), master)
 
 
+def check_dtype(dtype):
+    """UserError for a dtype of compute_init() that is not supported."""
+    if dtype not in ("", "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype} is not supported: choose float32 or bfloat16")
+
+
 def compute_init(device_type="", dtype="", seed=42):
     """Choose device and compute dtype, join the process group under torchrun, seed torch.
 
@@ -349,9 +355,8 @@ def compute_init(device_type="", dtype="", seed=42):
 
     # 1) what to compute on, and in which dtype
     device_type = choose_device_type(device_type)
+    check_dtype(dtype)
     dtype = dtype or preferred_dtype(device_type)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={dtype} is not supported: choose float32 or bfloat16")
     if device_type == "mps" and world_size > 1:
         raise UserError(
             f"a Mac has one MPS device for {world_size} ranks: start without torchrun, or give "

@@ -22,6 +22,7 @@ import re
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from nanochat.common import UserError
 from nanochat.openai_api import ApiError, error_body
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -54,6 +55,23 @@ def host_name(netloc):
     anything else."""
     match = HOST.fullmatch(netloc)
     return match[1].strip("[]").lower() if match else ""
+
+
+def check_names(allowed_hosts, allowed_origins):
+    """UserError for one that no request could match. Both are lists, as Access takes them."""
+    for name in allowed_hosts:
+        if name != "*" and name.lower() not in (host_name(name), host_name(f"[{name}]")):
+            raise UserError(
+                f"allowed_hosts: {name} is no name of a host, which has neither scheme nor port: "
+                "--allowed_hosts=chat.example.org")
+    for origin in allowed_origins:
+        scheme, _, netloc = origin.partition("://")
+        is_written_so = origin == origin.lower() and scheme.isalnum()
+        # a page that was opened from a file has the origin null
+        if origin not in ("*", "null") and not (is_written_so and host_name(netloc)):
+            raise UserError(
+                f"allowed_origins: {origin} is no origin, which is a scheme, a host in lower case "
+                "and perhaps a port: --allowed_origins=http://localhost:3000")
 
 
 def has_two_framings(scope):

@@ -32,6 +32,7 @@ import torch
 from nanochat.common import UserError
 
 MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy, as in vLLM
+MAX_TEMPERATURE = 2     # as in OpenAI's API
 BLOCK = 32              # logits of which the maximum is taken before the largest are looked for
 NUCLEUS = 64            # tokens among which a nucleus is looked for first
 DIGIT_BITS = 10
@@ -73,7 +74,7 @@ RANGES = {
 class SamplingOptions:
     """How the tokens of a sequence are sampled. UserError for values out of range.
 
-    temperature           what logits are divided by; 0: the likeliest token
+    temperature           what logits are divided by, 0 to 2; 0: the likeliest token
     top_k                 how many of the likeliest tokens may come; 0: all
     top_p                 the share of the probability that they have, above 0; 1: all
     min_p                 the least share of the likeliest token's probability, 0 to 1
@@ -139,6 +140,8 @@ def check_sampling(temperature, top_k, max_new_tokens):
     for name, value, lowest, meaning in rules:
         if not value >= lowest:     # written so that NaN does not pass
             raise UserError(f"{name}={value} must be at least {lowest}{meaning}")
+    if temperature > MAX_TEMPERATURE:
+        raise UserError(f"temperature={temperature} must be at most {MAX_TEMPERATURE}")
 
 
 # ------------------------------------------------------------------------------------------------

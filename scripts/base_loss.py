@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.checkpoint_manager import load_model, untrained_model
+from nanochat.checkpoint_manager import load_model, require_model, untrained_model
 from nanochat.common import UserError, compute_cleanup, compute_init, expand_home, print0
 from nanochat.configurator import configure, require
 from nanochat.dataset import iter_documents
@@ -93,6 +93,11 @@ def load(tag, path, its_step=None):
 
 
 # ---- the model and the texts
+if reference:
+    path = Path(expand_home(reference, "write the whole path"))
+    reference_is_folder = (path / "config.json").is_file()
+    if not reference_is_folder:     # before the model is measured, which takes minutes
+        require_model(source, reference)
 loaded = load(model_tag, hf_path, step)
 model, tokenizer = loaded.model, loaded.tokenizer
 print0(loaded.called)
@@ -172,9 +177,7 @@ if step_zero and len(texts) > 1:
     others["step_0"] = measure(fresh, tokenizer, " at step 0")
     del fresh
 if reference:
-    path = Path(expand_home(reference, "write the whole path"))
-    is_folder = (path / "config.json").is_file()
-    other = load(None, reference) if is_folder else load(reference, None)
+    other = load(None, reference) if reference_is_folder else load(reference, None)
     require_causal(other.model, "a reference")
     print0(f"reference: {other.called}")
     if other.meta:

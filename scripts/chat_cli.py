@@ -179,7 +179,9 @@ class Chat:
             number = -1
         if not lowest <= number < math.inf:
             raise UserError(f"{key} must be a number from {lowest}, such as {self.sampling[key]}")
-        self.sampling[key] = number
+        sampling = {**self.sampling, key: number}
+        check_sampling(sampling["temperature"], sampling["top_k"], sampling["max_tokens"])
+        self.sampling = sampling
         print(f"{key} is {number} from the next answer on")
 
     def help(self, _):

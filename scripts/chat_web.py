@@ -15,9 +15,10 @@ import socket
 
 from nanochat.async_engine import EnginePool
 from nanochat.benchmark import free_memory
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, require_model
 from nanochat.common import (
     UserError,
+    check_dtype,
     choose_device_type,
     compute_cleanup,
     compute_init,
@@ -27,7 +28,7 @@ from nanochat.configurator import configure
 from nanochat.diffusion_engine import denoising_of, serving_engine_of
 from nanochat.engine import check_sampling, require_weights
 from nanochat.folders import chosen_line
-from nanochat.http_guard import Access, is_loopback
+from nanochat.http_guard import Access, check_names, is_loopback
 from nanochat.passage_store import load_passages
 from nanochat.prompts import suggestions_of
 from nanochat.server import ChatServer, Settings, create_app, end_process
@@ -104,6 +105,8 @@ def check_settings():
     """UserError for settings with which nothing can be served."""
     check_sampling(temperature, top_k, max_tokens)
     require_weights(weights)
+    check_dtype(dtype)
+    check_names(listed(allowed_hosts), listed(allowed_origins))
     smallest = {"max_slots": 1, "max_queue": 0, "drain_seconds": 0, "num_gpus": 1}
     for name, least in smallest.items():
         value = globals()[name]
@@ -184,6 +187,8 @@ def main():
         raise UserError(f"num_gpus={num_gpus}: there is no GPU to use here")
 
     with listen(host, port) as listener:
+        require_model(source, model_tag, step)
+
         # 2. the engines, which load the model on their own threads
         loaders = [Loader(number) for number in range(num_gpus)]
         stats = ServingStats()

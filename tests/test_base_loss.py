@@ -79,12 +79,16 @@ def test_check_ends_with_status_1_for_a_model_that_looks_ahead(stages, trained, 
     (("--domains=c5",), "c5 is no domain"),
     (("--split=test",), "split is train or val"),
     (("--domains=x=/nowhere",), "does not exist"),
-    (("--reference=none", "--data={text}"), "no complete checkpoint"),
     (("--hf-path=/nowhere", "--data={text}"), "no folder with a config.json"),
 ])
 def test_bad_input_is_one_line(stages, trained, text, words, needle):
     words = [word.format(text=text) for word in words]
     assert needle in stages.refusal(*MEASURE, *words)
+
+
+def test_a_reference_that_is_not_there_is_refused_before_the_model_is_loaded(stages, trained, text):
+    out, err = stages.fork(*MEASURE, f"--data={text}", "--reference=d99", status=2)
+    assert "d99" in err and "base d1" not in out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def test_a_file_that_is_no_conversation_is_neither_loaded_nor_overwritten(
     ("/set", "/set takes a name and a value; now: temperature 0.6, top_k 50,"),
     ("/set colour 3", "/set takes a name and a value"),
     ("/set temperature warm", "temperature must be a number from 0, such as 0.6"),
+    ("/set temperature 9", "temperature=9.0 must be at most 2"),
     ("/set temperature nan", "temperature must be a number from 0, such as 0.6"),
     ("/set top_k 1.5", "top_k must be a number from 0, such as 50"),
     ("/set seed -1", "seed must be a number from 0, such as 42"),
@@ -203,6 +204,7 @@ def test_a_path_at_the_beginning_of_a_question_is_no_command(monkeypatch, capsys
 @pytest.mark.parametrize("given, hint", [
     ({"load": "no.json"}, "no.json cannot be read"),
     ({"prompt": " "}, "-p"),
+    ({"temperature": 3.0}, "temperature=3.0 must be at most 2"),
     ({"source": "base", "system": "x"}, "leave --system and --load out"),
     ({"source": "base", "load": "x.json"}, "leave --system and --load out"),
 ])
@@ -317,10 +319,13 @@ def test_an_answer_does_not_wait_for_the_import_of_torchs_compiler(
     (["scripts.chat_web", "--top_k=-1"], "error: top_k=-1 must be at least 0"),
     (["scripts.chat_web", "--port=99999"], "--port"),
     (["scripts.chat_web", "--prot=80"], "--port"),
+    (["scripts.chat_web", "--port=0", "--source=basse"], "source=basse is not a stage"),
+    (["scripts.chat_web", "--port=0", "--model_tag=nope"], "no complete checkpoint"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, hint):
     result = run(tmp_path, *arguments)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and hint in result.stderr
+    assert result.stdout == "", "nothing was begun"
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):

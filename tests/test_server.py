@@ -11,6 +11,9 @@ from models import make_model
 from nanochat import server
 from nanochat.common import UserError
 from nanochat.engine import NonFiniteError
+from nanochat.http_guard import check_names
+from nanochat.openai_api import NUMBERS
+from nanochat.sampling import MAX_TEMPERATURE
 from scripts import chat_web
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -547,12 +550,24 @@ def test_every_piece_is_sent_when_it_is_there():
 
 @pytest.mark.parametrize("name, value", [
     ("max_slots", 0), ("max_queue", -1), ("drain_seconds", -1), ("num_gpus", 0),
-    ("temperature", -1), ("max_tokens", 0),
+    ("temperature", -1), ("temperature", 9.0), ("max_tokens", 0), ("dtype", "half"),
+    ("allowed_hosts", "http://x y"), ("allowed_hosts", "b.test,a.test:80"),
+    ("allowed_origins", "foo"), ("allowed_origins", "http://a.test/page"),
+    ("allowed_origins", "http://A.test"),
 ])
 def test_settings_with_which_nothing_can_be_served_are_refused(monkeypatch, name, value):
     monkeypatch.setattr(chat_web, name, value)
-    with pytest.raises(UserError, match=str(value)):
+    with pytest.raises(UserError, match=str(value).rpartition(",")[2]):
         chat_web.check_settings()
+
+
+def test_a_default_and_a_request_may_have_the_same_temperatures():
+    assert NUMBERS["temperature"].high == MAX_TEMPERATURE
+
+
+def test_hosts_and_origins_of_every_form_are_accepted():
+    hosts = ["*", "a.test", "A.test", "10.0.0.1", "::1", "fe80::1"]
+    check_names(hosts, ["*", "null", "http://a.test", "https://a.test:3000", "http://[::1]:8"])
 
 
 @pytest.mark.parametrize("free, slots", [
