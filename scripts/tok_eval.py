@@ -109,18 +109,20 @@ def trained(kind):
     return Tokenizer.train_from_iterator(texts, size, share)
 
 
-def tokenizer_named(name):
-    """The Tokenizer that a word behind --compare names."""
+def read_named(name):
+    """The Tokenizer that a word behind --compare names, None for a kind that is to be trained."""
     path = Path(expand_home(name, "write the whole path"))
     if path.is_dir():
         return Tokenizer.load(path)
     if path.suffix == ".json":
         return read_tokenizer_json(path)
     try:
-        return trained(name)
+        if name != "plain":
+            read_transition(name)
     except UserError as error:
         raise UserError(
             f"{name} is no folder of a tokenizer and no tokenizer.json: {error}") from None
+    return None
 
 
 def ordinary_tokens(tokenizer):
@@ -138,7 +140,8 @@ def superword_share(tokenizer):
 start = time.time()
 dataset = open_dataset(data)
 if compare:
-    tokenizers = {name: tokenizer_named(name) for name in names}
+    named = {name: read_named(name) for name in names}  # all of them, before one is trained
+    tokenizers = {name: read or trained(name) for name, read in named.items()}
 else:
     tokenizers = {"ours": get_tokenizer(data)}
 first, tokenizer = next(iter(tokenizers.items()))
@@ -196,10 +199,12 @@ for name, each in tokenizers.items():
         "tokens_saved": 1 - n_tokens[name]["val"] / n_tokens[first]["val"],
         "characters_per_token": sum(map(len, kinds["val"])) / n_tokens[name]["val"],
     }
+    saved = 100 * compared[name]["tokens_saved"]
+    difference = f"{abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'}"
     print0(
         f"{name}: {each.get_vocab_size():,} tokens, {100 * compared[name]['superwords']:.1f} % of "
-        f"them hold several words; of the tokens that {first} makes of the validation documents "
-        f"it saves {100 * compared[name]['tokens_saved']:.1f} %")
+        f"them hold several words; the validation documents take {difference} tokens than with "
+        f"{first}")
 longest = sorted(ordinary_tokens(tokenizer), key=len, reverse=True)[:LONGEST_SHOWN]
 shown = [repr(token.decode("utf-8", errors="replace")) for token in longest]
 print0(f"longest tokens of {first}: " + "  ".join(shown))

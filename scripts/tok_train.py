@@ -30,7 +30,7 @@ vocab_size: int = None  # all tokens; None: 65536 (GPU), 4096 or 2048 (CPU), les
 max_chars: int = None   # characters to train on; None: 2e9 on a GPU machine, 50,000,000 on a CPU
 tokenizer: str = None   # a tokenizer.json of Hugging Face to read in place of training one
 superbpe = False        # tokens of several words, learnt in a second pass (arXiv 2503.13423)
-transition = "0.4"      # share of the vocabulary learnt before that; t80k, t180k: 0.4 and 0.9
+transition: str = None  # share of tokens learnt before that: 0.9, or t180k for it. None: 0.4
 doc_cap: int = None     # characters of each document that count; None: 10000, or all of little text
 settings = configure(globals())
 
@@ -46,6 +46,7 @@ BYTES_PER_TOKEN = 96        # of training text, of which fewer tokens would lear
 USUAL_DOC_CAP = 10_000      # so that no huge document dominates
 
 VALIDATION_DOCUMENTS = 300
+USUAL_TRANSITION = "0.4"
 
 
 class TrainingTexts:
@@ -136,7 +137,10 @@ def train(dataset):
 require(settings, 1, "max_chars", "doc_cap")
 if get_dist_info()[1] != 0:
     raise SystemExit(0)  # under torchrun one process trains; the others have nothing to wait for
-share = read_transition(transition)
+if transition and not superbpe:
+    raise UserError(f"transition={transition} is of SuperBPE alone: add --superbpe=1, or leave it "
+                    "out for plain BPE")
+share = read_transition(transition or USUAL_TRANSITION)
 if tokenizer and (superbpe or vocab_size):
     raise UserError(
         f"tokenizer={tokenizer} has a vocabulary: leave vocab_size and superbpe out, or train one")

@@ -3,6 +3,7 @@ control token."""
 import base64
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -458,6 +459,7 @@ def test_superbpe_from_the_command_line(server, tmp_path):
     stages = Stages(tmp_path, server)
     (tmp_path / "text.txt").write_text("\n".join(stdlib_text(300_000)), encoding="utf-8")
     data = f"--data={tmp_path / 'text.txt'}"
+    assert "--superbpe=1" in stages.refusal("scripts.tok_train", data, "--transition=t80k")
     options = "--superbpe=1", "--transition=t80k", "--vocab_size=1000"
     stages.fork("scripts.tok_train", data, *options)
     record = stages.fork_record("scripts.tok_eval", data)
@@ -477,8 +479,15 @@ def test_superbpe_from_the_command_line(server, tmp_path):
     # bytes per token is bytes over tokens, whatever the tokenizer
     ratios = [row["beside"]["val"][name] for name in names]
     assert [1 - ratios[0] / ratio for ratio in ratios] == pytest.approx(saved)
-    refusal = stages.refusal("scripts.tok_eval", data, "--compare", "t80x")
-    assert "t80x is no folder of a tokenizer" in refusal
+    # one that needs more tokens than the first
+    out, _ = stages.fork("scripts.tok_eval", data, "--compare", str(own), "plain")
+    assert re.search(r"^plain: .* take [1-9][\d.]* % more tokens than with ", out, re.M), out
+
+    # nothing is trained before all names and the size are known to be right
+    out, err = stages.fork("scripts.tok_eval", data, "--compare", "plain", "t80x", status=2)
+    assert "t80x is no folder of a tokenizer" in err and "training" not in out
+    small = "--compare", "plain", "--vocab_size=10"
+    assert stages.refusal("scripts.tok_eval", data, *small).startswith("error: vocab_size is 10,")
 
     # read as the tokenizer of this text, from the file that others read
     theirs = own.rename(tmp_path / "theirs")
