@@ -551,6 +551,9 @@ def check_settings(settings):
     """UserError for settings that can be refused before anything is measured."""
     require(settings, 1, "depth", "vocab_size", "tokens", "input", "output", "rounds")
     check_choices(settings, model=TRAINABLE, weights=WEIGHTS)
+    if source and model != "gpt":
+        raise UserError(f"source={source} is a trained model, which has a class of its own: leave "
+                        f"out --model={model}, or --source for random weights")
     for name in ("batches", "contexts", "concurrency"):
         numbers(settings[name], name)
     if max(numbers(contexts, "contexts")) > MOST_TOKENS:

@@ -280,6 +280,7 @@ def test_a_server_that_answers_nothing_ends_the_program(benchmark):
     (["--server", "--source=base"], "--source=sft"),
     (["--url=localhost:8000"], "http://"),
     (["--source=king"], "king"),
+    (["--source=sft", "--model=mla"], "leave out --model=mla"),
 ])
 def test_bad_input_is_refused(benchmark, words, hint):
     with pytest.raises(UserError, match=hint):
