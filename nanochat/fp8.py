@@ -159,9 +159,11 @@ def recipe_on(recipe, device, dtype):
         recipe = in_formats(recipe, getattr(torch, name))
         problem = kernel_problem(recipe, device) if recipe.backend == "torch" else ""
     if problem:
+        # Transformer Engine's products are not emulated
+        others = "" if recipe.backend == "torch" else "--fp8_backend=torch "
         raise UserError(
             f"fp8={recipe.name} cannot run here: {problem}; --fp8=none trains in bfloat16, "
-            "--fp8_emulate=1 computes the same rounding slowly")
+            f"{others}--fp8_emulate=1 computes the same rounding slowly")
     return recipe
 
 

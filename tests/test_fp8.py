@@ -403,6 +403,7 @@ def test_fp8_is_off_unless_it_is_asked_for_or_resumed():
 @pytest.mark.parametrize("settings, words", [
     ({"fp8": "fp4"}, "fp8=fp4 is unknown: choose from hybrid, e4m3, mxfp8, or none"),
     ({"fp8": "hybrid"}, "cpu has no FP8 matrix products.*--fp8=none.*--fp8_emulate=1"),
+    ({"fp8": "hybrid", "backend": "te"}, "--fp8_backend=torch --fp8_emulate=1 computes"),
     ({"fp8": "hybrid", "scaling": "blockwise", "emulate": True}, "fp8_scaling=blockwise is unkn"),
     ({"fp8": "mxfp8", "scaling": "rowwise", "emulate": True}, "a scale for each block of 32"),
     ({"fp8": "hybrid", "backend": "cutlass"}, "fp8_backend=cutlass is unknown"),
