@@ -108,7 +108,8 @@ def _convert(name, kind, value):
     if kind is bool and type(value) is int and value in (0, 1):
         value = bool(value)
     if type(value) is not kind:
-        raise UserError(f"--{name} takes {kind.__name__}, not {value!r}")
+        allowed = "1, 0, True or False" if kind is bool else kind.__name__
+        raise UserError(f"--{name} takes {allowed}, not {value!r}")
     return value
 
 
@@ -166,6 +167,17 @@ def read_config(path):
     return assignments
 
 
+def _meant_by(word, aliases):
+    """What a word that is no config file may have been meant as, as a remedy."""
+    folder = Path(word).parent
+    near = difflib.get_close_matches(word, map(str, folder.glob("*.py")), n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    if aliases.get("p") == "prompt":
+        return f'a question goes in quotes behind -p: -p "{word}"'
+    return "settings are written --name=value, and text with spaces goes in quotes"
+
+
 def _assignments(words, declared, aliases, texts):
     """Yield (name, value) for all that the command line sets, in order; (HELP, None) for --help.
 
@@ -199,8 +211,7 @@ def _assignments(words, declared, aliases, texts):
                 else:
                     yield _full_name(name, declared, aliases), value
         else:
-            raise UserError(f"config file '{word}' does not exist: settings are written "
-                            "--name=value, and text with spaces goes in quotes")
+            raise UserError(f"config file '{word}' does not exist: {_meant_by(word, aliases)}")
 
 
 def _print_help(doc, declared, settings, here):

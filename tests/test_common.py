@@ -67,7 +67,9 @@ def test_settings_in_every_spelling(script, tmp_path):
     (["--rate=True"], "--rate takes float"),
     (["--depth"], "--depth needs a value"),
     (["--rate=None"], "--rate takes float, not None"),
-    (["none.py"], "'none.py' does not exist"),
+    (["--fast=maybe"], "--fast takes 1, 0, True or False, not 'maybe'"),
+    (["none.py"], "'none.py' does not exist: settings are written"),
+    ([f"{ROOT}/config/yxanul_197.py"], f"did you mean {ROOT}/config/yxanul_197m.py?"),
 ])
 def test_bad_settings(script, words, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):

@@ -348,6 +348,7 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     (("scripts.chat_eval", "-a", "juggling"), "juggling"),
     (("scripts.chat_cli", "-p", ""), "empty"),
     (("scripts.chat_cli", "-p", "What", "is"), "goes in quotes"),
+    (("scripts.chat_cli", "hello"), '-p "hello"'),
     ((*ASK, "hi", "--temperature=-1"), "temperature=-1.0 must be at least 0"),
     ((*ASK, "hi", "--max_tokens=0"), "at least 1"),
     (("scripts.chat_cli", "--source=rl", "-p", "hi"), "run python -m scripts.chat_rl first"),
