@@ -58,7 +58,7 @@ class Course(NamedTuple):
 
 def folder_of(name):
     """The folder of a run: a path, or the tag of a base model. UserError where there is no log."""
-    for folder in (Path(name), checkpoint_dir("base", name)):
+    for folder in (Path(name), checkpoint_dir("base", "") / name):
         if (folder / "log.jsonl").is_file():
             return folder
     raise UserError(

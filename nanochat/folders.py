@@ -50,10 +50,17 @@ SHARE_SECONDS = 60.0  # after which a network file system shows a new file on al
 
 
 def checkpoint_dir(source, model_tag):
-    """Folder of the checkpoints of a stage (base, mid, sft or rl)."""
+    """Folder of the checkpoints of a stage (base, mid, sft or rl); of all its models for "".
+
+    UserError for a tag that is more than the name of a folder: it may lead out of the base folder.
+    """
     if source not in FOLDERS:
         choices = ", ".join(FOLDERS)
         raise UserError(f"source={source} is not a stage: choose from {choices}")
+    if model_tag in (".", "..") or set(model_tag) & set("/\\\0"):
+        raise UserError(
+            f"model_tag={model_tag!r} is not the name of a folder: give a single name, such as "
+            "d4, without slashes")
     return get_base_dir() / FOLDERS[source] / model_tag
 
 

@@ -45,6 +45,13 @@ def refusal(dir):
     return str(refused.value)
 
 
+@pytest.mark.parametrize("tag", ["../../x", "/tmp/x", "a/b", "d4/", ".", "..", "a\\b"])
+def test_a_tag_is_the_name_of_a_folder_and_leads_nowhere_else(base_dir, tag):
+    with pytest.raises(UserError, match="is not the name of a folder: give a single name"):
+        checkpoint_dir("base", tag)
+    assert checkpoint_dir("base", "d4..x").parent == base_dir / "base_checkpoints"
+
+
 # --------------------------------------------------------------------------------------------------
 # a folder for a run that begins
 
