@@ -81,6 +81,11 @@ SMALLER_THAN_GPT2 = (
     "choose among four answers is far easier than to give one."
 )
 
+NOT_PRETRAINED = (
+    "This model has {size} parameters and was not pretrained: no step of pretraining was taken. "
+    "{later} Do not expect language of it."
+)
+
 OWN_TEXT = (
     "It quotes from {files}: asked questions that were made from headings that were held out, it "
     "quoted the right passage for {held_out}, and from those that it practised for {practised}. It "
@@ -94,8 +99,10 @@ def honest_words(run):
     base = run.stages.get("base_train") or first_training
     parameters = base.get("parameters")
     tokens = base.get("tokens")
-    if not parameters or not tokens:
-        return "Without a trained model there is nothing to be honest about yet."
+    if not parameters or tokens is None:
+        return "No training is recorded here, so that nothing can be said of what a model has read."
+    if not tokens:
+        return not_pretrained_words(run, parameters)
 
     size = f"{si(parameters)} parameters, pretrained on {reading(run, base)}"
     data = base.get("settings", {}).get("data")
@@ -103,6 +110,15 @@ def honest_words(run):
     words = LIKE_GPT2 if parameters >= 1e8 else SMALLER_THAN_GPT2
     words = words.format(size=size, text=text)
     return f"{words} {own_text_words(run.stages)}".strip()
+
+
+def not_pretrained_words(run, parameters):
+    """honest_words() of a run in which pretraining took no step."""
+    tokens = sum(record.get("tokens") or 0 for record in run.training.values())
+    later = "No later stage trained it."
+    if tokens:
+        later = f"What it can do, it learned from {si(tokens)} tokens of the later stages."
+    return NOT_PRETRAINED.format(size=si(parameters), later=later)
 
 
 def own_text_words(stages):

@@ -146,6 +146,20 @@ def test_half_a_run_still_gets_its_report(base_dir):
     assert not (base_dir / "report_loss.png").exists()
 
 
+def test_a_run_without_a_step_of_pretraining_is_described_as_such(base_dir):
+    base, chat = training(base_dir, "base_train"), training(base_dir, "chat_sft")
+    base.update(steps=0, tokens=0)
+    write(base_dir, [base, record("chat_eval", accuracy={"spelling": 0.9})])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "4.2 M parameters and was not pretrained: no step of pretraining was taken" in text
+    assert "No later stage trained it" in text
+    write(base_dir, [base, chat, record("chat_eval", accuracy={"spelling": 0.9})])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "it learned from 1.5 M tokens of the later stages" in text
+
+
 def test_nothing_to_report_names_the_remedy(base_dir):
     with pytest.raises(UserError, match="run one first"):
         report.write_report(base_dir)
