@@ -10,6 +10,7 @@ one. The idea of overriding globals in place is nanoGPT's configurator.
 """
 import ast
 import difflib
+import math
 import sys
 import tokenize
 from pathlib import Path
@@ -259,9 +260,14 @@ def check_choices(settings, **choices):
             raise UserError(f"{name}={settings[name]} does not exist: choose {words}")
 
 
-def require(settings, lowest, *names):
-    """UserError where one of the named settings is a number below `lowest`. None passes."""
+def require(settings, lowest, *names, highest=math.inf):
+    """UserError where one of the named settings is a number below `lowest` or above `highest`.
+
+    None passes, NaN does not.
+    """
     for name in names:
         value = settings[name]
         if value is not None and not value >= lowest:  # written so that NaN does not pass
             raise UserError(f"{name}={value} must be at least {lowest}")
+        if value is not None and value > highest:
+            raise UserError(f"{name}={value} must be at most {highest}")

@@ -136,6 +136,8 @@ domains = settings["domains"] = canonical_domains(domains)
 require(settings, 1, "depth", "max_seq_len", "device_batch_size", "total_batch_size", "keep")
 require(settings, 1, "width", "heads", "kv_heads", "mlp_width", "rotary_base")
 require(settings, 0, "ngram_tokens")
+require(settings, 0, "learning_rate", "weight_decay", "grad_clip")
+require(settings, 0, "warmdown", highest=1)
 
 VALIDATION_DOCUMENTS = 300   # of the last validation
 FEW_DOCUMENTS = 30           # of each domain on the way, by which steps are compared
@@ -449,6 +451,9 @@ if best is not None:
 val_bpb = evaluate(validation)
 run.log(documents=len(validation), **{bpb_name: val_bpb})
 show_samples()
+if run.step == 0:
+    print0(f"warning: no step was taken: what comes before the first one took {run.elapsed:.1f} s "
+           f"of {60 * plan.horizon.minutes:.1f} s; train with more --minutes")
 run.finish(
     model, time.perf_counter() - started, amended,
     **{bpb_name: val_bpb},

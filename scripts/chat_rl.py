@@ -79,6 +79,7 @@ seed = 44                    # of the questions and of the answers
 settings = configure(globals(), aliases={"no_wandb": "logger=", "task": "tasks"})
 require(settings, 1, "examples_per_step", "device_batch_size", "eval_items", "eval_times", "keep")
 require(settings, 2, "num_samples")  # one answer has no group to be compared with
+require(settings, 0, "learning_rate", "weight_decay", "grad_clip")
 check_sampling(temperature, top_k, 1 if max_new_tokens is None else max_new_tokens)
 if temperature == 0:
     raise UserError("temperature=0: the answers to a question would all be the same; choose 1")

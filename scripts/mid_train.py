@@ -66,6 +66,7 @@ settings = configure(globals(), aliases={"no_wandb": "logger=", "use_fp8": "fp8=
 if data is not None:
     data = settings["data"] = str(existing_path(data))
 require(settings, 1, "device_batch_size", "total_batch_size", "keep")
+require(settings, 0, "learning_rate", "weight_decay", "grad_clip")
 if own_text not in FORMS:
     raise UserError(f"own_text={own_text} is no form of practice: choose {' or '.join(FORMS)}")
 choose_origin(chat_data, device_type)  # refuses what is none

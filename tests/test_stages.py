@@ -214,6 +214,12 @@ def test_the_four_budgets_and_the_loggers(stages, trained, text):
     assert re.fullmatch(r"my-[0-9a-f]{8}-3", tag), "three runs on my.txt, three folders"
 
 
+def test_a_budget_that_was_over_before_the_first_step_is_said_so(stages, trained, text):
+    out, _ = stages.fork("scripts.base_train", f"--data={text}", *TINY, "--minutes=0.00001")
+    assert last_json(out)["steps"] == 0
+    assert "warning: no step was taken" in out and "of 0.0 s; train with more --minutes" in out
+
+
 def test_a_folder_that_holds_a_run_is_no_place_for_another(stages, trained, text):
     # docs/traps.md: shared-folders
     command = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=2")
@@ -356,6 +362,13 @@ ASK = ("scripts.chat_cli", "--source=base", "--model_tag=d1", "-p")
     (("scripts.tok_train", "--data="), "data path is empty"),
     ((*DATA, "--depth=0"), "depth=0"),
     ((*DATA, "--learning_rate=None"), "takes float, not None"),
+    ((*DATA, "--learning_rate=-1"), "learning_rate=-1.0 must be at least 0"),
+    ((*DATA, "--warmdown=2"), "warmdown=2.0 must be at most 1"),
+    ((*DATA, "--model_tag=../../x"), "is not the name of a folder"),
+    (("scripts.mid_train", "--weight_decay=-1"), "weight_decay=-1.0 must be at least 0"),
+    (("scripts.chat_sft", "--grad_clip=-1"), "grad_clip=-1.0 must be at least 0"),
+    (("scripts.chat_rl", "--learning_rate=-1"), "learning_rate=-1.0 must be at least 0"),
+    (("scripts.chat_cli", "--model_tag=..", "-p", "hi"), "is not the name of a folder"),
     (("scripts.base_loss", "--documents=0"), "documents=0"),
     (("scripts.tok_eval", "--documents=0"), "documents=0"),
     (("scripts.chat_eval", "--items=0"), "items=0"),
