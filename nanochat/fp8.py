@@ -109,6 +109,12 @@ def choose_fp8(settings, meta, compute):
     return recipe
 
 
+def check_recipe(name):
+    """UserError for a recipe that does not exist. None, "" and "none" stand for bfloat16."""
+    if name not in (None, *NONE, *RECIPES):
+        raise UserError(f"fp8={name} is unknown: choose from {', '.join(RECIPES)}, or none")
+
+
 def recipe_of(name, settings, saved):
     """The Fp8Recipe of these settings, in the formats of most devices. saved: what they leave out.
 
@@ -126,8 +132,7 @@ def recipe_of(name, settings, saved):
     elif chosen["scaling"] not in SCALINGS:
         raise UserError(
             f"fp8_scaling={chosen['scaling']} is unknown: choose from {', '.join(SCALINGS)}")
-    if name not in RECIPES:
-        raise UserError(f"fp8={name} is unknown: choose from {', '.join(RECIPES)}, or none")
+    check_recipe(name)
     if chosen["backend"] not in BACKENDS:
         raise UserError(
             f"fp8_backend={chosen['backend']} is unknown: choose from {', '.join(BACKENDS)}")

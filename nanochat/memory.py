@@ -314,13 +314,14 @@ def update_bytes(groups, device_type, ranks, parallel, wire_bytes, gradients):
     return max(reducing, applying + 4 * padded // ranks - gradients)
 
 
-def micro_batch_limit(model, device_memory, dtype_bytes, ranks, device_type, **options):
+def micro_batch_limit(
+        model, device_memory, dtype_bytes, ranks, device_type, needed=1, **options):
     """How many sequences a device takes at a time; 0 where not even one fits.
 
-    device_memory: bytes, or None where it is not known (then the usual number). options: of
-    memory().
+    device_memory: bytes, or None where it is not known (then the usual number). needed: sequences
+    that a pass must have, where these are more than the usual number. options: of memory().
     """
-    usual = MAX_MICRO_BATCH[device_type]
+    usual = max(MAX_MICRO_BATCH[device_type], needed)
     if not device_memory:
         return usual
     largest = 0

@@ -667,7 +667,7 @@ def arrangements(settings, machine, model, wanted, total_batch_size=None, micro_
         fitting = []
         for parallel, recompute in alternatives:
             layout = {"parallel": parallel, "checkpoint_activations": recompute, **options}
-            limit = micro_batch_limit(model, machine.memory, *size, **layout)
+            limit = micro_batch_limit(model, machine.memory, *size, multiple, **layout)
             if limit < multiple and not micro_batch_size:
                 continue
             batch = choose_batch(
@@ -700,7 +700,8 @@ def what_would_fit(settings, machine, model, wanted, micro_batch_size):
     size = machine.dtype_bytes, machine.ranks, machine.device_type
     parallel, recompute = layouts_to_try(settings, machine.ranks)[-1][-1]
     layout = {"parallel": parallel, "checkpoint_activations": recompute, **options_of(settings)}
-    sequences = micro_batch_size or pass_multiple(settings, model.config.max_seq_len)
+    multiple = pass_multiple(settings, model.config.max_seq_len)
+    sequences = micro_batch_size or multiple
     needed = memory(model, sequences, *size, **layout).total
     count = f"{sequences} sequences" if sequences > 1 else "1 sequence"
     recomputing = ", checkpoint_activations" if recompute else ""
@@ -718,6 +719,10 @@ def what_would_fit(settings, machine, model, wanted, micro_batch_size):
         if other.checkpoint_activations:
             remedy += " --checkpoint_activations"
         return words + remedy
+    if multiple > 1 and arrangements({**freed, "curriculum": None}, machine, model, wanted):
+        return (
+            f"{words}the lengths of the curriculum need a multiple of {multiple} sequences in a "
+            f"pass; lengths that divide the context of {model.config.max_seq_len} would fit")
     depth = largest_fitting_depth(freed, machine, model)
     if depth:
         one_gpu = machine.device_type == "cuda" and machine.ranks == 1
@@ -965,6 +970,8 @@ def choose_shape(settings, budget, machine, model_class, vocab_size, speed, resu
             usual = config_for(model_class, gpu_shape(depth, vocab_size), vocab_size, given)
             parameters = build_on_meta(model_class, usual).matmul_parameters()
         shape = gpu_shape(depth, vocab_size, parameters)
+        if settings["total_batch_size"]:
+            shape = shape._replace(reason=f"{settings['total_batch_size']:,} tokens, as given")
         if reason:
             shape = shape._replace(reason=f"{reason}; {shape.reason}")
     elif not depends_on_speed(settings, machine, resumed):

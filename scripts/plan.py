@@ -11,6 +11,7 @@ base_train uses the same functions (nanochat/memory.py, forecast.py, plan.py). M
 to the allocator of a CPU; speed is an estimate (docs/planning.md). The last line is JSON.
 """
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from nanochat.common import UserError, compute_init
 from nanochat.configurator import configure, declared_values, require
 from nanochat.forecast import PRICES, RATES, assumed_machine, expected_step
+from nanochat.fp8 import check_recipe
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import DEVICES, device_kind, measure_matmul_flops
 from nanochat.memory import (
@@ -308,7 +310,7 @@ def command_of(settings, machine, chosen, network, name):
     declared = declared_values(Path(__file__))
     for key in PASSED_ON:
         if settings[key] != declared[key]:
-            words.append(f"--{key}={settings[key]}")
+            words.append(shlex.quote(f"--{key}={settings[key]}"))
     return " ".join(words)
 
 
@@ -530,6 +532,7 @@ if __name__ == "__main__":
     require(settings, 1, "depth", "vocab_size", "max_seq_len", "total_batch_size",
             "device_batch_size", "keep")
     require(settings, 1e-3, "link_gb_per_second", "price_per_gpu_hour")
+    check_recipe(fp8)
     if forecasts:
         print_forecasts(settings)
         fields = {}

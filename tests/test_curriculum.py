@@ -27,7 +27,7 @@ from nanochat.curriculum import (
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state
 from nanochat.forecast import assumed_machine
 from nanochat.gpt import GPT, Attention, Block
-from nanochat.memory import build_on_meta, memory
+from nanochat.memory import MAX_MICRO_BATCH, build_on_meta, memory
 from nanochat.parallel import Layout, forward_backward, prepare, warm_up
 from nanochat.plan import Budget, choose_batch, make_plan
 from nanochat.variants import MODEL_CLASSES
@@ -187,17 +187,34 @@ def test_a_pass_that_memory_made_smaller_than_a_sequence_holds_one():
     assert [sequences_of(768, length) for length in (8, 768, 1536)] == [96, 1, 1]
 
 
-def test_the_plan_has_the_stages_and_counts_their_flops():
+def planned(**given):
+    """The plan of depth 4 on two GPUs."""
     settings = {
         "depth": 4, "max_seq_len": 2048, "kv_heads": None, "total_batch_size": None,
         "device_batch_size": None, "weight_decay": None, "keep": 3, "parallel": "auto",
         "checkpoint_activations": None,
     }
+    return make_plan(
+        {**settings, **given}, Budget("target_flops", 1e17), assumed_machine("h100", 2), GPT,
+        65536, None)
+
+
+def test_the_lengths_may_need_more_sequences_in_a_pass_than_are_usual():
+    assert sequences_per_pass([Stage(0.5, 74), Stage(0.5, 2048)], 2048) == 37
+    table = "0.5 74; 0.5 2048"
+    batch = planned(curriculum=table).batch
+    assert batch.micro_batch_size == 37 > MAX_MICRO_BATCH["cuda"]
+    with pytest.raises(UserError, match="total_batch_size=524288 .* 454656 is a multiple"):
+        planned(curriculum=table, total_batch_size=2**19)
+    # so many take more memory than there is
+    with pytest.raises(UserError, match="a multiple of 1040399 .* divide .* 2048 would fit"):
+        planned(curriculum="0.3 1021; 0.3 1019; 0.4 2048")
+
+
+def test_the_plan_has_the_stages_and_counts_their_flops():
     plans = {}
     for name in (None, "three_stage", "ten_stage"):
-        given = {**settings, "curriculum": name}
-        plans[name] = make_plan(
-            given, Budget("target_flops", 1e17), assumed_machine("h100", 2), GPT, 65536, None)
+        plans[name] = planned(curriculum=name)
         assert plans[name].stages == read_curriculum(name, 2048)
     assert plans[None].steps < plans["three_stage"].steps
     assert plans["ten_stage"].batch.micro_batch_size % 3 == 0

@@ -135,6 +135,7 @@ def test_what_is_given_and_leaves_no_margin_is_called_so(tmp_path):
     (["--gpus=0"], "gpus=0 is neither auto nor a number of at least 1"),
     (["--gpus=3"], "no GPU is here: say which with --device, or its --memory_gb"),
     (["--memory_gb=-1"], "memory_gb=-1 is neither auto nor a number of GB above 0"),
+    (["--fp8=foo"], "fp8=foo is unknown: choose from hybrid"),
     (["--device=h100", "--model=no"], "model=no is not in the table"),
     (["--device=h100", "--reduce_dtype=no"], "reduce_dtype=no: choose from float32, bfloat16"),
     (["--device=h100", "--parallel=no"], "parallel=no is unknown: choose from auto, replicated"),
@@ -158,6 +159,19 @@ def test_docs_planning_has_the_tables_that_the_command_prints(tmp_path):
     page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     written = [line for line in page.splitlines() if line.startswith("|")]
     assert written == printed
+
+
+def test_the_page_of_the_documented_shape_has_what_the_command_prints(tmp_path):
+    done = plan(tmp_path, "config/yxanul_197m.py", "--curriculum=three_stage",
+                "--vocab_size=200012", "--device=rtx-4090", "--gpus=1")
+    row = last_json(done.stdout)["recommended"]
+    cell = f"| {row['memory_total'] / 1e9:.1f} ({row['micro_batch_size']}) |"
+    page = (ROOT / "docs" / "models" / "yxanul.md").read_text(encoding="utf-8")
+    assert f"memory, GB (sequences at a time) {cell}" in page
+    assert "depth 28 (491,520 tokens, as given)" in done.stdout
+    # a shell passes a table of stages on in one word
+    done = plan(tmp_path, "--device=h100", "--curriculum=0.5 64; 0.5 2048")
+    assert "'--curriculum=0.5 64; 0.5 2048'" in last_json(done.stdout)["command"]
 
 
 def test_every_assumed_rate_is_of_a_device_of_the_table():
