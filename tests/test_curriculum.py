@@ -323,11 +323,12 @@ def test_there_is_one_graph_for_each_length_and_none_is_made_after_the_warm_up(m
     torch._dynamo.reset()
 
 
-def test_a_table_of_many_lengths_is_within_the_limit_of_torch(monkeypatch):
+def test_a_table_of_many_lengths_is_within_the_limit_of_torch():
     """docs/traps.md: compile-recompiles"""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    parallel.compile_blocks([], lengths=20)
-    assert torch._dynamo.config.recompile_limit >= 40
+    # monkeypatch would delete the setting at its end, as torch keeps values apart from defaults
+    with torch._dynamo.config.patch(recompile_limit=8):
+        parallel.compile_blocks([], lengths=20)
+        assert torch._dynamo.config.recompile_limit >= 40
 
 
 # -------------------------------------------------------------------------------- whole runs
