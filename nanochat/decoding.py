@@ -81,7 +81,32 @@ def compile_for(batch):
     return torch.compile(own, dynamic=False, fullgraph=True, options=options)
 
 
-class CompiledDecode:
+class CompilesBehind:
+    """A decode step whose compiling takes seconds, which a thread of its own can do.
+
+    A subclass has _problem_of_compiling(): it compiles, and returns why that fails, as one line, or
+    None. Until a step is ready, whoever decodes does so without it.
+    """
+
+    is_compiling = False    # whether that thread compiles
+
+    def warm_up_behind(self):
+        """Compile on a thread, which is returned. Where that fails, one line says so."""
+        self.is_compiling = True
+        thread = threading.Thread(target=self._compile_behind, name="compile", daemon=True)
+        thread.start()
+        return thread
+
+    def _compile_behind(self):
+        try:
+            problem = self._problem_of_compiling()
+            if problem:
+                print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
+        finally:
+            self.is_compiling = False
+
+
+class CompiledDecode(CompilesBehind):
     """model.decode() for some slots of one KV cache, compiled.
 
     batches    the numbers of sequences that there are functions for
@@ -95,7 +120,6 @@ class CompiledDecode:
         self.batches = [n for n in BATCHES if n < kv_cache.slots] + [kv_cache.slots]
         self.compiled = {}              # {batch: its function}
         self.ready = set()
-        self.is_compiling = False       # whether a thread of its own compiles
 
     def batch_for(self, n):
         """The number in `batches` that n sequences are padded to."""
@@ -146,30 +170,13 @@ class CompiledDecode:
         self._run([0] * batch, list(range(batch)), [middle] * batch)
         self.ready.add(batch)
 
-    def warm_up_behind(self):
-        """Compile for all of `batches` on a thread of its own, which is returned.
-
-        It uses a cache of its own, which is freed at its end: whoever decodes meanwhile does so
-        without the functions that are not ready. Where compiling fails, one line says so.
-        """
-        self.is_compiling = True
-        thread = threading.Thread(target=self._compile_behind, name="compile", daemon=True)
-        thread.start()
-        return thread
-
-    def _compile_behind(self):
-        try:
-            self._warm_up_all()
-        finally:
-            self.is_compiling = False
-
-    def _warm_up_all(self):
+    def _problem_of_compiling(self):
+        """Compile for all of `batches`, in a cache of its own, which is freed at its end."""
         begin = time.perf_counter()
         problem = compile_problem(self.model.device) or self._problem_of_warming_up()
-        if problem:
-            print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
-        else:
+        if not problem:
             print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
+        return problem
 
     def _problem_of_warming_up(self):
         """Compile for all of `batches`; why that fails, as one line, or None."""

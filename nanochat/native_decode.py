@@ -26,12 +26,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
 
-from nanochat.common import print0
+from nanochat.decoding import CompilesBehind
 from nanochat.fast_linear import TILE
 from nanochat.gpt import GPT, MLP, Attention, Block
 from nanochat.hardware import COMPILE_ERRORS, is_cut, kernel_cache, reason_of, text_of
@@ -187,7 +186,7 @@ def matrix_of(linear):
 # ------------------------------------------------------------------------------------------------
 # the step
 
-class NativeDecode:
+class NativeDecode(CompilesBehind):
     """model.decode() for some slots of one KV cache. The model has native FastLinears.
 
     The logits that a call returns are overwritten by the next one. OpenMP's threads stay with the
@@ -199,7 +198,6 @@ class NativeDecode:
         self.kv_cache = kv_cache
         self.int8 = model.fast_head.int8
         self.library = None
-        self.is_compiling = False       # whether a thread of its own compiles
         self.kept = []                  # what `native` points into
         self.own_logits = type(model).logits is GPT.logits
         self.native = self._native_model()
@@ -213,22 +211,11 @@ class NativeDecode:
         """Compile; RuntimeError where that fails. One function is for any n."""
         self.library = native_library()
 
-    def warm_up_behind(self):
-        """warm_up() on a thread of its own, which is returned. One line says what went wrong."""
-        self.is_compiling = True
-        thread = threading.Thread(target=self._compile_behind, name="compile", daemon=True)
-        thread.start()
-        return thread
-
-    def _compile_behind(self):
-        try:
-            problem = native_problem()
-            if problem:
-                print0(f"warning: decoding stays uncompiled, which is slower ({problem})")
-            else:
-                self.warm_up()
-        finally:
-            self.is_compiling = False
+    def _problem_of_compiling(self):
+        problem = native_problem()
+        if not problem:
+            self.warm_up()
+        return problem
 
     # -------------------------------------------------------------------------------- structures
 
