@@ -129,6 +129,11 @@ def packed_linear():
     return library                      # it must be kept: with it the operator would go
 
 
+def can_pack(dtype):
+    """Whether oneDNN packs weights of this dtype: bfloat16 not on processors with AVX2 alone."""
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class FastLinear(nn.Module):
     """The product with one matrix, (..., K) -> (..., N), in the two forms of this file's head.
 
@@ -150,15 +155,21 @@ class FastLinear(nn.Module):
         else:
             weight = weight.to(dtype)
             self.tiles = lane_tiles(weight) if native else tiles_of(weight)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
-        self.packed = packed
+        weight = weight.to(dtype).contiguous()
+        self.is_packed = can_pack(dtype)
+        if self.is_packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        else:
+            self.weight = weight
 
     def forward(self, x):
         rows = x.reshape(-1, self.K)
         if len(rows) == 1 and torch.compiler.is_dynamo_compiling():
             y = self.multiply_one(materialize(rows.float())[0]).to(x.dtype)
+        elif self.is_packed:
+            y = torch.ops.nanochat.packed_linear(rows, self.weight, self.N)
         else:
-            y = torch.ops.nanochat.packed_linear(rows, self.packed, self.N)
+            y = F.linear(rows, self.weight)
         return y.view(*x.shape[:-1], self.N)
 
     def multiply_one(self, x):

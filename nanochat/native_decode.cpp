@@ -3,11 +3,12 @@
 // Every thread of one team runs all of run(), on its share of each product and of the pairs of a
 // sequence and a head. Between two phases of which one reads what the other writes is a barrier.
 //
-// Weights (N, K) are in tiles of 32 outputs: per tile, row k of a tile has two vectors of 16 lanes,
-// and lane l of them is output l or 16 + l. A lane has 32 bits: it holds the weights of one
-// float32, two bfloat16 or four int8 neighbours in K. An int8 lane holds all bytes but the highest
-// as weight + 128, so that a mask takes them out; byte b then stands for weight * 2^(8 b), for
-// which the activations are divided by that.
+// Weights (N, K) are in tiles of 32 outputs: each row of a tile has 32 numbers of 32 bits, one for
+// each output, which holds the weights of one float32, two bfloat16 or four int8 neighbours in K.
+// One of int8 weights holds all bytes but the highest as weight + 128, so that a mask takes them
+// out; byte b then stands for weight * 2^(8 b), for which the activations are divided by that.
+//
+// A vector is as wide as the processor's: GCC takes wider ones apart into the narrowest.
 //
 // Sums run over K in the same order for any number of sequences: a sequence gets the same logits
 // alone and among others, to the last bit.
@@ -23,13 +24,15 @@
 
 namespace {
 
-constexpr int LANES = 16, TILE = 2 * LANES;
-constexpr int SPINS = 20000;     // some ten microseconds
-#ifdef __AVX512F__
-constexpr int MAX_ROWS = 8;     // whose sums stay in registers
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MAX_ROWS = 8;     // rows whose sums stay in registers, two vectors each
+#elif defined(__AVX__)
+constexpr int LANES = 8, MAX_ROWS = 6;
 #else
-constexpr int MAX_ROWS = 2;
+constexpr int LANES = 4, MAX_ROWS = 6;
 #endif
+constexpr int TILE = 32, VECTORS = TILE / LANES;
+constexpr int SPINS = 20000;     // some ten microseconds
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 
@@ -71,15 +74,12 @@ inline Floats load(const float* p) { Floats x; memcpy(&x, p, sizeof x); return x
 inline void store(float* p, Floats x) { memcpy(p, &x, sizeof x); }
 
 inline float sum_of(Floats x) {
-    using Half = float __attribute__((vector_size(2 * LANES)));
-    using Quarter = float __attribute__((vector_size(LANES)));
-    Half halves[2];
-    memcpy(halves, &x, sizeof x);
-    Half half = halves[0] + halves[1];
-    Quarter quarters[2];
-    memcpy(quarters, &half, sizeof half);
-    Quarter sum = quarters[0] + quarters[1];
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    using Four = float __attribute__((vector_size(16)));
+    Four parts[LANES / 4];
+    memcpy(parts, &x, sizeof x);
+    for (int half = LANES / 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
 // e^x to 2e-7 of its value for x <= 0: 2^n times the Taylor series of what is left
@@ -149,40 +149,37 @@ struct BFloat16 : Float32 {             // multiplied as float32
 };
 #endif
 
-// ---- dtypes of weights. PARTS: vectors of operands in one vector of weights.
+// ---- dtypes of weights. PARTS: vectors of operands in one vector of weights, each by part().
 
 template <class A> struct PlainWeights;     // of the dtype of the activations
 
 template <> struct PlainWeights<Float32> {
     static constexpr int PARTS = 1;
     static constexpr bool HAS_SCALE = false;
-    static void unpack(Ints w, Floats* parts) { parts[0] = as_floats(w); }
+    static Floats part(Ints w, int) { return as_floats(w); }
 };
 
 template <> struct PlainWeights<BFloat16> {
     static constexpr int PARTS = 2 / BFloat16::PER;
     static constexpr bool HAS_SCALE = false;
-    static void unpack(Ints w, Floats* parts) {
-        parts[0] = as_floats(PARTS == 1 ? w : w << 16);
-        if (PARTS == 2) parts[PARTS - 1] = as_floats(w & -65536);
+    static Floats part(Ints w, int p) {
+        if (PARTS == 1) return as_floats(w);
+        return as_floats(p == 0 ? w << 16 : w & -65536);
     }
 };
 
 template <class A> struct Int8Weights {
     static constexpr int PARTS = 4 / A::PER;
     static constexpr bool HAS_SCALE = true;
-    static void unpack(Ints w, Floats* parts) {
-        Floats taken[4];
-        const int masks[] = {0xff, 0xff00, 0xff0000, -(1 << 24)};
-        for (int b = 0; b < 4; b++) taken[b] = __builtin_convertvector(w & masks[b], Floats);
-        for (int p = 0; p < PARTS; p++) {
-            if (PARTS == 4) {
-                parts[p] = taken[p];
-            } else {                            // exact in bfloat16, which is the upper half
-                Ints even = as_ints(taken[2 * p]) >> 16 & 0xffff, odd = as_ints(taken[2 * p + 1]);
-                parts[p] = as_floats(even | odd);
-            }
-        }
+    static Floats byte(Ints w, int b) {
+        constexpr int masks[] = {0xff, 0xff00, 0xff0000, -(1 << 24)};
+        return __builtin_convertvector(w & masks[b], Floats);
+    }
+    static Floats part(Ints w, int p) {
+        if (PARTS == 4) return byte(w, p);
+        // two numbers that are exact in bfloat16, which is the upper half of a float32
+        Ints even = as_ints(byte(w, 2 * p)) >> 16 & 0xffff, odd = as_ints(byte(w, 2 * p + 1));
+        return as_floats(even | odd);
     }
 };
 
@@ -206,49 +203,58 @@ void find_offsets(const typename A::Activation* x, int n, int K, float* offsets)
     }
 }
 
-template <class A, class W, int R, class Use>
-inline void multiply_rows(const Matrix& m, const typename A::Activation* x, const float* offsets,
-                          int tile, int row, Use use) {
+// R rows and V vectors of a tile, from vector `from` on
+template <class A, class W, int R, int V, class Use>
+inline void multiply_block(const Matrix& m, const typename A::Activation* x, const float* offsets,
+                           int tile, int from, int row, Use use) {
     constexpr int step = W::PARTS * A::PER;         // of K in one vector
-    Floats sums[R][2] = {};
-    const Ints* w = (const Ints*)m.tiles + tile * (m.K / step) * 2;
+    Floats sums[R][V] = {};
+    const Ints* w = (const Ints*)m.tiles + tile * (m.K / step) * VECTORS + from;
     const auto* first = x + row * m.K;
-    for (int k = 0; k < m.K; k += step, w += 2) {
-        Floats parts[2][W::PARTS];
-        W::unpack(w[0], parts[0]);
-        W::unpack(w[1], parts[1]);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
+    for (int k = 0; k < m.K; k += step, w += VECTORS) {
 #pragma GCC unroll 4
-            for (int p = 0; p < W::PARTS; p++) {
+        for (int p = 0; p < W::PARTS; p++) {
+            Floats weights[V];
+            for (int v = 0; v < V; v++) weights[v] = W::part(w[v], p);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
                 typename A::Operand operand;
                 memcpy(&operand, first + r * m.K + k + p * A::PER, sizeof operand);
-                sums[r][0] = A::add_product(sums[r][0], parts[0][p], operand);
-                sums[r][1] = A::add_product(sums[r][1], parts[1][p], operand);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++)
+                    sums[r][v] = A::add_product(sums[r][v], weights[v], operand);
             }
+        }
     }
     for (int r = 0; r < R; r++) {
-        for (int half = 0; half < 2; half++) {
-            int output = tile * TILE + half * LANES;
-            Floats y = sums[r][half];
+        for (int v = 0; v < V; v++) {
+            int output = tile * TILE + (from + v) * LANES;
+            Floats y = sums[r][v];
             if (W::HAS_SCALE) y = (y - offsets[row + r]) * load(m.scale + output);
             use(row + r, output, y);
         }
     }
 }
 
-// use(row, output, 16 floats) for all rows of x (n, K) and the outputs of some tiles
+// As many rows as there are in blocks of R; returns the first row that is left
+template <class A, class W, int R, class Use>
+inline int multiply_rows(const Matrix& m, const typename A::Activation* x, const float* offsets,
+                         int n, int tile, int row, Use use) {
+    constexpr int V = R <= 2 ? VECTORS : 2;
+    for (; row + R <= n; row += R)
+        for (int from = 0; from < VECTORS; from += V)
+            multiply_block<A, W, R, V>(m, x, offsets, tile, from, row, use);
+    return row;
+}
+
+// use(row, output, LANES floats) for all rows of x (n, K) and the outputs of a tile
 template <class A, class W, class Use>
 void multiply(const Matrix& m, const typename A::Activation* x, const float* offsets, int n,
               int tile, Use use) {
-    int row = 0;
-    for (; row + MAX_ROWS <= n; row += MAX_ROWS)
-        multiply_rows<A, W, MAX_ROWS>(m, x, offsets, tile, row, use);
-    for (; MAX_ROWS > 4 && row + 4 <= n; row += 4)
-        multiply_rows<A, W, 4>(m, x, offsets, tile, row, use);
-    for (; MAX_ROWS > 2 && row + 2 <= n; row += 2)
-        multiply_rows<A, W, 2>(m, x, offsets, tile, row, use);
-    if (row < n) multiply_rows<A, W, 1>(m, x, offsets, tile, row, use);
+    int row = multiply_rows<A, W, MAX_ROWS>(m, x, offsets, n, tile, 0, use);
+    row = multiply_rows<A, W, 4>(m, x, offsets, n, tile, row, use);
+    row = multiply_rows<A, W, 2>(m, x, offsets, n, tile, row, use);
+    multiply_rows<A, W, 1>(m, x, offsets, n, tile, row, use);
 }
 
 // ---- threads
@@ -277,8 +283,8 @@ private:
 
 // ---- attention
 
-// A vector of the cache as float32: one part of 16 neighbours, or of bfloat16 the even ones of 32
-// and the odd ones. place_in_parts(i): where element i then is.
+// A vector of the cache as float32: one part of LANES neighbours, or of bfloat16 the even ones of
+// twice as many and the odd ones. place_in_parts(i): where element i then is.
 inline void split(const float* p, Floats* parts) { parts[0] = load(p); }
 inline void split(const uint16_t* p, Floats* parts) {
     Ints pairs;
@@ -288,7 +294,8 @@ inline void split(const uint16_t* p, Floats* parts) {
 }
 template <class Cached> constexpr int parts_of = 4 / sizeof(Cached);
 template <class Cached> inline int place_in_parts(int i) {
-    return parts_of<Cached> == 1 ? i : i / 32 * 32 + i % 2 * LANES + i % 32 / 2;
+    constexpr int both = 2 * LANES;
+    return parts_of<Cached> == 1 ? i : i / both * both + i % 2 * LANES + i % both / 2;
 }
 
 template <class Cached> inline float dot(const float* q, const Cached* key, int D) {
@@ -302,18 +309,18 @@ template <class Cached> inline float dot(const float* q, const Cached* key, int 
     return sum_of(sum);
 }
 
-// VECTORS * 16 elements of the values, weighted
-template <int VECTORS, class Cached>
+// N elements of the values, weighted
+template <int N, class Cached>
 inline void add_values(const float* weights, const Cached* values, int64_t keys, int D, float* y) {
-    constexpr int P = parts_of<Cached>;
-    Floats sums[VECTORS] = {};
+    constexpr int P = parts_of<Cached>, vectors = N / LANES;
+    Floats sums[vectors] = {};
     for (int64_t s = 0; s < keys; s++)
-        for (int i = 0; i < VECTORS; i += P) {
+        for (int i = 0; i < vectors; i += P) {
             Floats parts[P];
             split(values + s * D + i * LANES, parts);
             for (int p = 0; p < P; p++) sums[i + p] += weights[s] * parts[p];
         }
-    for (int i = 0; i < VECTORS; i++) store(y + i * LANES, sums[i]);
+    for (int i = 0; i < vectors; i++) store(y + i * LANES, sums[i]);
 }
 
 // One sequence and one key/value head: place the new key and value in the cache, and attend with
@@ -374,8 +381,8 @@ void attend(const Model& model, const Layer& layer, const Step& step, int l, int
 
         // 4. the weighted sum of the values
         int i = 0;
-        for (; i + 64 <= D; i += 64) add_values<4>(scores, cached_v + i, keys, D, sums + i);
-        if (i < D) add_values<2>(scores, cached_v + i, keys, D, sums + i);
+        for (; i + 64 <= D; i += 64) add_values<64>(scores, cached_v + i, keys, D, sums + i);
+        if (i < D) add_values<32>(scores, cached_v + i, keys, D, sums + i);
         float share = 1 / sum_of(total);
         for (int i = 0; i < D; i++) {
             float value = sums[place_in_parts<Cached>(i)] * share;
