@@ -560,7 +560,9 @@ class GPT(nn.Module):
 
     def flops(self, T):
         """The Flops of a token in a context of T: forward 2 and backward 4 for each weight, and
-        6 * depth * width * T for causal attention, half of the 12 for every pair of positions."""
+        6 * depth * width * T for causal attention, half of the 12 for every pair of positions.
+        The width is that of all query heads together."""
         weights = 6 * self.matmul_parameters()
-        attention = 6 * self.config.depth * self.config.width * T
+        attention_width = self.config.heads * self.config.head_dim
+        attention = 6 * self.config.depth * attention_width * T
         return Flops(weights, weights + attention, weights + 2 * attention)

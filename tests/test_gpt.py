@@ -7,6 +7,7 @@ from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, nois
 from nanochat.adamw import AdamW
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import is_out_of_memory
+from nanochat.hf_names import parameters_by_hf_name
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.variants.lookup import LookupGPT
@@ -44,28 +45,10 @@ def nanochat_of_transformers(kv_heads):
     return transformers.NanoChatForCausalLM(config).eval()
 
 
-def names_in_transformers(model):
-    """{name in transformers: our parameter}, of every parameter."""
-    pairs = {"model.embed_tokens.weight": model.embed.weight, "lm_head.weight": model.head.weight}
-    for i, block in enumerate(model.blocks):
-        a, m = block.attention, block.mlp
-        linears = {
-            "self_attn.q_proj": a.q,
-            "self_attn.k_proj": a.k,
-            "self_attn.v_proj": a.v,
-            "self_attn.o_proj": a.out,
-            "mlp.fc1": m.up,
-            "mlp.fc2": m.down,
-        }
-        for name, linear in linears.items():
-            pairs[f"model.layers.{i}.{name}.weight"] = linear.weight
-    return pairs
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_logits_and_gradients_equal_transformers_nanochat(kv_heads):
     ours, theirs = make_model(kv_heads=kv_heads), nanochat_of_transformers(kv_heads)
-    pairs = names_in_transformers(ours)
+    pairs = parameters_by_hf_name(ours)
     wanted = dict(theirs.named_parameters())
     assert wanted.keys() == pairs.keys() and len(pairs) == len(list(ours.parameters()))
     with torch.no_grad():

@@ -10,9 +10,9 @@ from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import as_encoder, in_order, judge, make_examples
 from nanochat.hf_model import load_hf_model
+from nanochat.hf_names import parameters_by_hf_name
 from nanochat.loss_check import check_loss
 from nanochat.loss_eval import score_documents
-from test_gpt import names_in_transformers
 
 CONTEXT = 64
 
@@ -43,7 +43,7 @@ def export(model, tokenizer, folder):
         tie_word_embeddings=False,
     )
     theirs = transformers.NanoChatForCausalLM(config).eval()
-    pairs = names_in_transformers(model)
+    pairs = parameters_by_hf_name(model)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(pairs[name][:parameter.size(0)])

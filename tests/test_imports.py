@@ -22,7 +22,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "gpt": 2, "dataloader": 2, "loss_eval": 2, "loss_check": 2, "fp8": 2,
     "variants": 3,
     "optimizer_state": 4, "fsdp": 4, "parallel": 4, "memory": 4, "forecast": 4, "plan": 4,
-    "checkpoint": 4, "checkpoint_manager": 4, "folders": 4,
+    "checkpoint": 4, "checkpoint_manager": 4, "folders": 4, "hf_names": 4,
     "start": 4, "run": 4, "engine": 4, "passage_store": 4, "rollouts": 4, "selftest": 4,
     "sampling": 4, "decoding": 4, "native_decode": 4,
     "diffusion_engine": 4, "samples": 4,

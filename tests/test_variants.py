@@ -10,6 +10,7 @@ from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, nois
 from nanochat.configurator import read_config
 from nanochat.forecast import assumed_machine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf_names import parameters_by_hf_name
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import Shape, choose_shape, config_for, given_fields
 from nanochat.variants import CAUSAL, MODEL_CLASSES
@@ -333,12 +334,16 @@ def test_hashed_tables_are_bounded_and_their_gradients_sparse_on_a_cpu():
 
 # -------------------------------------------------------------------------------- portable
 
-def qwen3_of_transformers(config):
-    """The Qwen3ForCausalLM of transformers in the shape of a PortableConfig."""
+def portable_of_transformers(config):
+    """The Qwen3ForCausalLM of transformers in the shape of a PortableConfig.
+
+    LlamaForCausalLM where that has no QK norm.
+    """
     transformers = pytest.importorskip("transformers", reason="the outside opinion")
-    if not hasattr(transformers, "Qwen3ForCausalLM"):
-        pytest.skip("this transformers has no Qwen3")
-    theirs = transformers.Qwen3Config(
+    family = "Qwen3" if config.qk_norm else "Llama"
+    if not hasattr(transformers, f"{family}ForCausalLM"):
+        pytest.skip(f"this transformers has no {family}")
+    theirs = getattr(transformers, f"{family}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.width,
         intermediate_size=config.mlp_width,
@@ -357,43 +362,19 @@ def qwen3_of_transformers(config):
         eos_token_id=1,
         pad_token_id=None,
     )
-    return transformers.Qwen3ForCausalLM(theirs).eval()
+    return getattr(transformers, f"{family}ForCausalLM")(theirs).eval()
 
 
-def names_in_qwen3(model):
-    """{name in transformers: our parameter}, of every parameter."""
-    pairs = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.gain}
-    if model.head is not None:
-        pairs["lm_head.weight"] = model.head.weight
-    for i, block in enumerate(model.blocks):
-        a, m = block.attention, block.mlp
-        of_the_block = {
-            "input_layernorm": block.attention_norm.gain,
-            "post_attention_layernorm": block.mlp_norm.gain,
-            "self_attn.q_norm": a.q_norm.gain,
-            "self_attn.k_norm": a.k_norm.gain,
-            "self_attn.q_proj": a.q.weight,
-            "self_attn.k_proj": a.k.weight,
-            "self_attn.v_proj": a.v.weight,
-            "self_attn.o_proj": a.out.weight,
-            "mlp.gate_proj": m.gate.weight,
-            "mlp.up_proj": m.up.weight,
-            "mlp.down_proj": m.down.weight,
-        }
-        pairs.update(
-            {f"model.layers.{i}.{name}.weight": p for name, p in of_the_block.items()})
-    return pairs
-
-
-@pytest.mark.parametrize("tied, rotary_base, norm_eps", [
-    (False, 1000000.0, 1e-6),
-    (True, 10000.0, 1e-2),  # large enough to matter
-])
-def test_portable_logits_and_gradients_equal_transformers_qwen3(tied, rotary_base, norm_eps):
-    ours = make_model(
-        PortableGPT, kv_heads=2, tied=tied, rotary_base=rotary_base, norm_eps=norm_eps)
-    theirs = qwen3_of_transformers(ours.config)
-    pairs = names_in_qwen3(ours)
+@pytest.mark.parametrize("shape", [
+    dict(tied=False, rotary_base=1000000.0, norm_eps=1e-6),
+    dict(tied=True, rotary_base=10000.0, norm_eps=1e-2),  # large enough to matter
+    dict(tied=False, rotary_base=10000.0, head_dim=24),   # not the share of a head, 16
+    dict(tied=True, rotary_base=10000.0, qk_norm=False),
+], ids=["qwen3", "qwen3, tied", "qwen3, wide heads", "llama"])
+def test_portable_logits_and_gradients_equal_transformers(shape):
+    ours = make_model(PortableGPT, kv_heads=2, **shape)
+    theirs = portable_of_transformers(ours.config)
+    pairs = parameters_by_hf_name(ours)
     wanted = dict(theirs.named_parameters())
     assert wanted.keys() == pairs.keys() and len(pairs) == len(list(ours.parameters()))
     with torch.no_grad():
@@ -402,6 +383,8 @@ def test_portable_logits_and_gradients_equal_transformers_qwen3(tied, rotary_bas
 
     idx = noise(3, 20)
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    cached = in_pieces(ours.eval(), idx, [7, 1, 12])
+    torch.testing.assert_close(cached, ours(idx), atol=1e-4, rtol=1e-4)
 
     inputs, targets = idx[:, :-1], idx[:, 1:]
     (ours(inputs, targets) / targets.numel()).backward()
@@ -438,8 +421,8 @@ def test_the_documented_shapes_of_28_layers(name, parameters, of_the_embedding):
     torch.manual_seed(0)
     ours = model_class(small)
     ours.init_weights()
-    theirs = qwen3_of_transformers(small)
-    pairs = names_in_qwen3(ours)
+    theirs = portable_of_transformers(small)
+    pairs = parameters_by_hf_name(ours)
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.05 * torch.randn_like(p))

@@ -1,8 +1,9 @@
 """A model shaped like Qwen3, so that runtimes that others wrote can serve it.
 
 SwiGLU in place of ReLU squared (arXiv 2002.05202), no softcap, norms with gains if wanted, QK norm
-before the rotation, a tied head if wanted. With gains this is transformers' Qwen3ForCausalLM; a
-test compares logits and gradients. Shapes as in gpt.py.
+before the rotation if wanted, a tied head if wanted. With gains this is transformers'
+Qwen3ForCausalLM, and without QK norm its LlamaForCausalLM; tests compare logits and gradients.
+Shapes as in gpt.py.
 """
 import math
 from dataclasses import dataclass
@@ -30,15 +31,22 @@ from nanochat.gpt import (
 
 @dataclass
 class PortableConfig(GPTConfig):
-    """mlp_width: of the hidden layer. tied: the head is the embedding. gains: of the norms."""
+    """mlp_width: of the hidden layer. tied: the head is the embedding. gains: of the norms.
+
+    head_dim: a head's dimensions. qk_norm: whether queries and keys are normalised.
+    """
     softcap: float = 0.0
     rotary_base: float = 1000000.0
     mlp_width: int = 0          # 0: 8/3 of the width, so that SwiGLU's three matrices weigh as two
     tied: bool = False
     gains: bool = True
     norm_eps: float = 1e-6
+    head_dim: int = 0           # 0: of the width, the share of a head
+    qk_norm: bool = True
 
     def __post_init__(self):
+        if not self.head_dim:
+            self.head_dim = self.width // self.heads
         if not self.mlp_width:
             self.mlp_width = 64 * math.ceil(8 * self.width / 3 / 64)
 
@@ -63,12 +71,17 @@ class TiedEmbedding(Embedding):
 
 
 class PortableAttention(Attention):
-    """Attention whose queries and keys are normalised, with gains, before the rotation."""
+    """Attention whose queries and keys are normalised, with gains, before the rotation.
+
+    Those of a Llama are not.
+    """
 
     def __init__(self, config):
         super().__init__(config)
-        self.q_norm = Norm(config.head_dim, config)
-        self.k_norm = Norm(config.head_dim, config)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = Norm(config.head_dim, config)
+            self.k_norm = Norm(config.head_dim, config)
 
     def project(self, x, at=None):
         q, k, v = super().project(x, at)
