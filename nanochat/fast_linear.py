@@ -32,6 +32,9 @@ TILE = 32               # outputs of a tile
 BYTES = 4               # int8 weights in an int32
 LANES = 16              # int32 in a row of a tile of int8 weights
 INT8_MAX = 127
+# Several rows are padded to a multiple of this. oneDNN generates code for every number of rows that
+# it meets, 2 ms each: a prompt of an odd length cost more in that than in its products.
+ROWS = 16
 # Byte b of an int32 as a multiple of 2^(8 b). All bytes but the highest hold weight + 128, for a
 # mask leaves them without a sign.
 MASKS = 0xFF, 0xFF00, 0xFF0000, -(1 << 24)
@@ -116,7 +119,11 @@ def packed_linear():
     oneDNN's own operator cannot be compiled with weights that are an input of the graph.
     """
     def multiply(x, packed, N):
-        return torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+        n = len(x)
+        if n > ROWS:
+            x = F.pad(x, (0, 0, 0, -n % ROWS))
+        y = torch.ops.mkldnn._linear_pointwise.default(x, packed, None, "none", [], "")
+        return y[:n]
 
     def shape_alone(x, packed, N):
         return x.new_empty(len(x), N)
