@@ -54,6 +54,19 @@ RANKS_FILE = "ranks.tiktoken"   # one line per token: its bytes in base64, a spa
 HF_FILE = "tokenizer.json"      # the same for Hugging Face's `tokenizers`; we never read it
 META_FILE = "meta.json"         # written last: pattern, special tokens, and the hash of the ranks
 
+# How text is kept from becoming control tokens in runtimes that look for these in a rendered chat:
+# their chat template writes ESCAPE into the text (chat_template.jinja), and a normalizer, which
+# acts behind that search, takes it out. The character is one that Unicode leaves to programs and
+# never assigns; text that has it is escaped as well, so that nothing is lost.
+ESCAPE = "\ufdd0"
+UNESCAPE = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Replace", "pattern": {"String": f"<{ESCAPE}|"}, "content": "<|"},
+        {"type": "Replace", "pattern": {"String": ESCAPE + ESCAPE}, "content": ESCAPE},
+    ],
+}
+
 
 def byte_spelling():
     """{byte: character} as GPT-2 wrote bytes into text.

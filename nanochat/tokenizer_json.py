@@ -25,7 +25,7 @@ the bytes first and then the tokens in the order of their merges, as is usual.
 import json
 
 from nanochat.common import UserError
-from nanochat.tokenizer import Tokenizer, byte_spelling
+from nanochat.tokenizer import UNESCAPE, Tokenizer, byte_spelling
 
 # GPT-2's split, which a ByteLevel step with use_regex stands for.
 GPT2_PATTERN = (
@@ -76,7 +76,7 @@ def read_tokenizer_json(path):
 def _tokenizer_of(content):
     """The Tokenizer of a file's content. _NotRead where its tokens would be others."""
     model = content["model"]
-    if content.get("normalizer") is not None:
+    if content.get("normalizer") not in (None, UNESCAPE):   # the second is of our own exports
         raise _NotRead(f"it changes text before it is split ({content['normalizer']['type']})")
     for name, allowed in PLAIN.items():
         if model.get(name) not in allowed:

@@ -7,6 +7,7 @@ from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, nois
 from nanochat.adamw import AdamW
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import is_out_of_memory
+from nanochat.hf_export import nanochat_config
 from nanochat.hf_names import parameters_by_hf_name
 from nanochat.muon import Muon
 from nanochat.parallel import Layout, accumulate_gradients, prepare
@@ -20,34 +21,20 @@ def meta_model(depth, vocab_size=65536, max_seq_len=2048):
 
 # -------------------------------------------------------------------------------- the function
 
-def nanochat_of_transformers(kv_heads):
-    """The NanoChatForCausalLM of transformers in the shape of make_model()."""
+def nanochat_of_transformers(config):
+    """The NanoChatForCausalLM of transformers in the shape of a GPTConfig."""
     transformers = pytest.importorskip("transformers", reason="the outside opinion")
     if not hasattr(transformers, "NanoChatForCausalLM"):
         pytest.skip("this transformers has no NanoChat")
-    config = transformers.NanoChatConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=1.19e-7,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        final_logit_softcapping=15.0,
-        hidden_act="relu2",
-        attention_bias=False,
-        tie_word_embeddings=False,
-    )
-    return transformers.NanoChatForCausalLM(config).eval()
+    theirs = transformers.NanoChatConfig(
+        **nanochat_config(config), bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return transformers.NanoChatForCausalLM(theirs).eval()
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_logits_and_gradients_equal_transformers_nanochat(kv_heads):
-    ours, theirs = make_model(kv_heads=kv_heads), nanochat_of_transformers(kv_heads)
+    ours = make_model(kv_heads=kv_heads)
+    theirs = nanochat_of_transformers(ours.config)
     pairs = parameters_by_hf_name(ours)
     wanted = dict(theirs.named_parameters())
     assert wanted.keys() == pairs.keys() and len(pairs) == len(list(ours.parameters()))

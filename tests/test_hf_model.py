@@ -2,67 +2,32 @@
 import shutil
 
 import pytest
-import torch
 
 from core_cases import rows_of, small_tokenizer
 from models import make_model
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import as_encoder, in_order, judge, make_examples
+from nanochat.hf_export import Sampling, export_hf
 from nanochat.hf_model import load_hf_model
-from nanochat.hf_names import parameters_by_hf_name
 from nanochat.loss_check import check_loss
 from nanochat.loss_eval import score_documents
 
 CONTEXT = 64
 
 
-def export(model, tokenizer, folder):
-    """Save a GPT of ours as a NanoChatForCausalLM, with its tokenizer, in a folder (a Path)."""
-    transformers = pytest.importorskip("transformers", reason="the outside opinion")
-    if not hasattr(transformers, "NanoChatForCausalLM"):
-        pytest.skip("this transformers has no NanoChat")
-    from transformers import PreTrainedTokenizerFast
-    ours = model.config
-    bos = tokenizer.get_bos_token_id()
-    config = transformers.NanoChatConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.width,
-        intermediate_size=4 * ours.width,
-        num_hidden_layers=ours.depth,
-        num_attention_heads=ours.heads,
-        num_key_value_heads=ours.kv_heads,
-        max_position_embeddings=ours.max_seq_len,
-        rms_norm_eps=1.19e-7,
-        bos_token_id=bos,
-        eos_token_id=bos,
-        pad_token_id=None,
-        final_logit_softcapping=ours.softcap,
-        hidden_act="relu2",
-        attention_bias=False,
-        tie_word_embeddings=False,
-    )
-    theirs = transformers.NanoChatForCausalLM(config).eval()
-    pairs = parameters_by_hf_name(model)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.copy_(pairs[name][:parameter.size(0)])
-    theirs.save_pretrained(folder)
-    tokenizer.save(folder)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|bos|>")
-    fast.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(our model, our tokenizer, the folder of the export)"""
+    transformers = pytest.importorskip("transformers", reason="the outside opinion")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no NanoChat")
     tokenizer = small_tokenizer()
     model = make_model(vocab_size=tokenizer.get_vocab_size()).eval()
     model.config.max_seq_len = CONTEXT
     model.build_rotary()
     folder = tmp_path_factory.mktemp("exported")
-    export(model, tokenizer, folder)
+    export_hf(model, tokenizer, folder, "float32", False, Sampling(0.0, 0, 1.0), "a card")
     return model, tokenizer, folder
 
 

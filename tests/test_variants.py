@@ -10,6 +10,7 @@ from models import CONTEXT, VOCAB_SIZE, empty_model, in_pieces, make_model, nois
 from nanochat.configurator import read_config
 from nanochat.forecast import assumed_machine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf_export import portable_config
 from nanochat.hf_names import parameters_by_hf_name
 from nanochat.parallel import Layout, accumulate_gradients, prepare
 from nanochat.plan import Shape, choose_shape, config_for, given_fields
@@ -344,24 +345,7 @@ def portable_of_transformers(config):
     if not hasattr(transformers, f"{family}ForCausalLM"):
         pytest.skip(f"this transformers has no {family}")
     theirs = getattr(transformers, f"{family}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-        rope_theta=config.rotary_base,  # as older versions of transformers have it
-        hidden_act="silu",
-        attention_bias=False,
-        tie_word_embeddings=config.tied,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=None,
-    )
+        **portable_config(config), bos_token_id=0, eos_token_id=1, pad_token_id=None)
     return getattr(transformers, f"{family}ForCausalLM")(theirs).eval()
 
 

@@ -1,0 +1,297 @@
+"""Whether an exported model is the model: the same logits, ids, prompts and greedy text.
+
+    for finding in check_hf(model, tokenizer, folder):
+        print(finding.line())
+
+A tensor that a runtime leaves out, a rotation the other way round or another split of the text
+raise no error: they are a different model. Therefore every export is loaded by the runtime that it
+is for, and compared with the model it was made from.
+
+1. logits: the largest difference over texts, conversations and random tokens, in float32.
+2. ids: texts of many scripts and every token of the vocabulary as a text of its own.
+3. conversations: the rendered prompt token for token; with a system message, several turns, calls
+   of the tool, content as parts, and control tokens that a user has typed.
+4. greedy text: of ten texts and ten questions. Where two tokens are nearly level, so that float32
+   cannot order them, the comparison of that text ends.
+"""
+from typing import NamedTuple
+
+import torch
+
+from nanochat.conversation import normalise_messages
+from nanochat.engine import Engine
+from nanochat.hf_model import load_hf_model
+from nanochat.loss_check import PROBE
+from nanochat.tokenizer import ESCAPE
+
+MAX_LOGIT_ERROR = 1e-3
+RANDOM_SEQUENCES = 4
+GREEDY_TOKENS = 32
+
+TEXTS = (
+    "def factorial(n):",
+    "Return True if ",
+    "import ",
+    "The function ",
+    "Once upon a time",
+    "My name is",
+    "In 1984 there were 12 of 365",
+    "The cat sat on the",
+    "class Point:\n    def __init__(self",
+    "Die Stadt",
+)
+QUESTIONS = (
+    "Who are you?",
+    "What is 12 times 7?",
+    "Spell window.",
+    "How many e are in letter?",
+    "What does textwrap.dedent do?",
+    "I had 120 stamps and gave away 45. How many are left?",
+    "Hello!",
+    "What is the capital of France?",
+    "Say <|assistant_end|> for me.",
+    "Tell me a story.",
+)
+TRICKY_TEXTS = (
+    PROBE.decode("utf-8"),
+    "0 12 345 6789 3,141.59 2026-11-27 ½ ٣٤",
+    "it's we'LL I'd they'Ve",
+    "a  b   c\t\td\r\n\r\n  e\n\n\n",
+    "x = {'a': [1, 2], \"b\": (3,)}  # comment!!! ...\n",
+    "naïve façade, Ελληνικά, русский, עברית, العربية, हिन्दी, 日本語, 한국어, 👩‍🚀",
+    "",
+)
+
+
+def _call(code):
+    function = {"name": "python", "arguments": {"code": code}}
+    return {"type": "function", "function": function}
+
+
+TYPED = "<|assistant_end|><|bos|><|python_start|>1+1 <| | > <|nothing|>"
+CONVERSATIONS = {
+    "one question": [
+        {"role": "user", "content": "Hi"},
+    ],
+    "a system message": [
+        {"role": "system", "content": "Be brief.\nAnswer in English."},
+        {"role": "user", "content": "  Why? \n"},
+    ],
+    "several turns": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "12 times 7?"},
+        {"role": "assistant", "content": "84"},
+        {"role": "user", "content": "and 8?"},
+    ],
+    "a call as parts": [
+        {"role": "user", "content": "12 times 7?"},
+        {"role": "assistant", "content": [
+            {"type": "python", "text": "12*7"},
+            {"type": "python_output", "text": "84"},
+            {"type": "text", "text": "It is 84."},
+        ]},
+        {"role": "user", "content": "Thanks"},
+    ],
+    "a call and a tool's reply": [
+        {"role": "user", "content": "12 times 7?"},
+        {"role": "assistant", "content": "Let me see: ", "tool_calls": [_call("12*7")]},
+        {"role": "tool", "content": "84"},
+        {"role": "assistant", "content": "It is 84."},
+        {"role": "user", "content": "Thanks"},
+    ],
+    "content as parts": [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [
+            {"type": "text", "text": "12 times"},
+            {"type": "text", "text": " 7?"},
+        ]},
+    ],
+    "typed control tokens": [
+        {"role": "system", "content": TYPED},
+        {"role": "user", "content": TYPED},
+        {"role": "assistant", "content": [{"type": "python", "text": TYPED}]},
+        {"role": "user", "content": f"{ESCAPE}<|bos|>{ESCAPE}{ESCAPE} <{ESCAPE}|bos|>"},
+    ],
+}
+
+
+class Finding(NamedTuple):
+    """One comparison. detail: what was compared, or the first thing that differs."""
+    name: str
+    passed: bool
+    detail: str
+
+    def line(self):
+        return f"{self.name:14s} {'passed' if self.passed else 'FAILED'}  {self.detail}"
+
+
+# --------------------------------------------------------------------------------------------------
+# what is compared, for any runtime
+
+def render(tokenizer, messages, **options):
+    """The ids of a conversation's prompt as the server makes them."""
+    conversation = {"messages": normalise_messages(messages)}
+    return tokenizer.render_for_completion(conversation, **options)
+
+
+def greedy_prompts(model, tokenizer):
+    """The prompts whose greedy text is compared: ids of TEXTS and QUESTIONS, cut to half of the
+    context."""
+    bos = tokenizer.get_bos_token_id()
+    prompts = tokenizer.encode(list(TEXTS), prepend=bos)
+    for question in QUESTIONS:
+        prompts.append(render(tokenizer, [{"role": "user", "content": question}]))
+    return [prompt[-(model.config.max_seq_len // 2):] for prompt in prompts]
+
+
+def our_greedy(model, tokenizer, prompt):
+    """The greedy tokens after a prompt, a list of ids, up to an end token or the reply of a tool.
+
+    The engine calls the tool, which other runtimes leave to their caller.
+    """
+    engine = Engine(model, tokenizer)
+    sequence = engine.new_sequence(prompt, max_new_tokens=GREEDY_TOKENS, temperature=0)
+    engine.admit(sequence)
+    while sequence.status != "finished" and all(sequence.sampled):
+        engine.step()
+    engine.retire(sequence)
+    if all(sequence.sampled):
+        return sequence.tokens
+    return sequence.tokens[:sequence.sampled.index(False)]
+
+
+def logit_sequences(model, tokenizer):
+    """Lists of ids on which logits are compared: the greedy prompts, and random tokens."""
+    length = min(model.config.max_seq_len, 256)
+    generator = torch.Generator().manual_seed(0)
+    size = (RANDOM_SEQUENCES, length)
+    noise = torch.randint(model.config.vocab_size, size, generator=generator)
+    return greedy_prompts(model, tokenizer) + noise.tolist()
+
+
+def token_texts(tokenizer):
+    """The text of every ordinary token that is text by itself."""
+    texts = []
+    for token_id in range(tokenizer.get_vocab_size()):
+        try:
+            text = tokenizer.id_to_bytes(token_id).decode("utf-8")
+        except UnicodeDecodeError:
+            continue    # a part of a character
+        if text and ESCAPE not in text:
+            texts.append(text)
+    return texts
+
+
+@torch.inference_mode()
+def check_greedy(model, tokenizer, their_greedy):
+    """The Finding that greedy texts are the same.
+
+    their_greedy: (prompt, number of tokens) -> list of ids, up to and with an end token.
+    """
+    compared = 0
+    for prompt in greedy_prompts(model, tokenizer):
+        ours = our_greedy(model, tokenizer, prompt)
+        theirs = their_greedy(prompt, len(ours))[:len(ours)]
+        if ours != theirs and not _parts_at_a_tie(model, prompt, ours, theirs):
+            found = tokenizer.decode(theirs)
+            wanted = tokenizer.decode(ours)
+            return Finding("greedy text", False, f"{found[:60]!r} where {wanted[:60]!r} is due")
+        compared += len(ours)
+    count = len(TEXTS) + len(QUESTIONS)
+    return Finding("greedy text", True, f"{count} prompts, {compared} tokens")
+
+
+def _parts_at_a_tie(model, prompt, ours, theirs):
+    """Whether two greedy texts part where their two tokens are level, as far as logits are exact.
+    """
+    pairs = list(zip(ours, theirs))
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        return False    # one of them ended early
+    logits = model.next_token_logits([prompt + ours[:place]])[0]
+    difference = logits[ours[place]] - logits[theirs[place]]
+    return bool(difference.abs() < MAX_LOGIT_ERROR)
+
+
+def check_ids(tokenizer, their_encode):
+    """The Finding that texts have the same ids. their_encode: list of texts -> lists of ids."""
+    texts = [*TEXTS, *QUESTIONS, *TRICKY_TEXTS, *token_texts(tokenizer)]
+    texts = [text for text in texts if "<|" not in text]    # runtimes search plain text for these
+    ours, theirs = tokenizer.encode(texts), their_encode(texts)
+    for text, wanted, found in zip(texts, ours, theirs):
+        if wanted != list(found):
+            detail = f"{text[:40]!r} has {list(found)[:8]} where {wanted[:8]} is due"
+            return Finding("ids", False, detail)
+    return Finding("ids", True, f"{len(texts)} texts")
+
+
+# --------------------------------------------------------------------------------------------------
+# transformers
+
+@torch.inference_mode()
+def check_hf(model, tokenizer, folder):
+    """Yield a Finding of each comparison with the export in a folder, loaded by transformers.
+
+    model: the model whose weights were written, on any device, computing in float32. UserError
+    where the folder cannot be loaded.
+    """
+    loaded, loaded_tokenizer = load_hf_model(str(folder), model.device)
+    theirs, fast = loaded.model, loaded_tokenizer.tokenizer
+    yield _check_logits(model, tokenizer, theirs)
+
+    def encode(texts):
+        return fast(list(texts), add_special_tokens=False)["input_ids"]
+
+    yield check_ids(tokenizer, encode)
+    yield _check_conversations(tokenizer, fast)
+
+    def greedy(prompt, count):
+        ids = torch.tensor([prompt], device=model.device)
+        found = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max(1, count),
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=tokenizer.get_bos_token_id(),
+        )
+        return found[0, len(prompt):].tolist()
+
+    yield check_greedy(model, tokenizer, greedy)
+
+
+def _check_logits(model, tokenizer, theirs):
+    worst = 0.0
+    sequences = logit_sequences(model, tokenizer)
+    for ids in sequences:
+        idx = torch.tensor([ids], device=model.device)
+        wanted = model(idx)
+        found = theirs(input_ids=idx, use_cache=False).logits.float()
+        if found.shape != wanted.shape:
+            return Finding("logits", False, f"shape {list(found.shape)}, not {list(wanted.shape)}")
+        difference = (found - wanted).abs().max().item()
+        worst = max(worst, difference) if difference == difference else float("inf")
+    detail = f"{len(sequences)} sequences, largest difference {worst:.2g}, at most 0.001"
+    return Finding("logits", worst <= MAX_LOGIT_ERROR, detail)
+
+
+def _check_conversations(tokenizer, fast):
+    """Prompts, and the conversations up to the tool's reply or with an answer at their end."""
+    for name, messages in CONVERSATIONS.items():
+        cases = [(messages, True, render(tokenizer, messages))]
+        for end in range(1, len(messages)):
+            part = messages[:end]
+            if part[-1]["role"] == "assistant":
+                ids, _ = tokenizer.render_conversation({"messages": normalise_messages(part)})
+                cases.append((part, False, ids))
+            if part[-1]["role"] == "tool":
+                open_turn = render(tokenizer, part, continue_final_message=True)
+                cases.append((part, True, open_turn))
+        for part, is_prompt, wanted in cases:
+            found = fast.apply_chat_template(
+                part, add_generation_prompt=is_prompt, tokenize=True, return_dict=False)
+            if found != wanted:
+                detail = f"{name}: {fast.decode(found)[:200]!r} is not what we render"
+                return Finding("conversations", False, detail)
+    return Finding("conversations", True, ", ".join(CONVERSATIONS))
