@@ -32,8 +32,10 @@ class HFModel:
     causal = True
     val_bpb_name = "val_bpb"
 
-    def __init__(self, model, vocab_size, context):
+    def __init__(self, model, vocab_size, context, unused=()):
+        """unused: names of tensors in its files for which its class has no place."""
         self.model = model
+        self.unused = unused
         self.config = types.SimpleNamespace(vocab_size=vocab_size, max_seq_len=context)
         self.batch_tokens = max(context, CHUNK_LOGITS // vocab_size)
 
@@ -104,13 +106,13 @@ def load_hf_model(path, device):
     """
     folder = Path(expand_home(path, "write the whole path"))
     if not (folder / "config.json").is_file():
-        raise UserError(f"hf_path={path} is no folder with a config.json: fetch the model first, "
+        raise UserError(f"{path} is no folder with a config.json: fetch the model first, "
                         "for example with `hf download NAME --local-dir FOLDER`")
     try:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise UserError("--hf-path needs the package transformers: "
+        raise UserError(f"to read {path}, the package transformers is needed: "
                         "`uv pip install transformers`") from None
     failures = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
     try:
@@ -119,12 +121,12 @@ def load_hf_model(path, device):
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     except (*failures, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"hf_path={path} cannot be loaded ({reason}): fetch the model again with "
+        raise UserError(f"{path} cannot be loaded ({reason}): fetch the model again with "
                         "its tokenizer, or take a newer transformers") from error
     # transformers would draw these at random, and only warn
     missing = sorted(loaded["missing_keys"])
     if missing:
-        raise UserError(f"hf_path={path} cannot be loaded (its files lack {len(missing)} weights, "
+        raise UserError(f"{path} cannot be loaded (its files lack {len(missing)} weights, "
                         f"such as {missing[0]}): fetch the model again")
 
     bos = tokenizer.bos_token_id
@@ -136,4 +138,5 @@ def load_hf_model(path, device):
     context = min([LONGEST_CONTEXT, *(length for length in known if length)])
     vocab_size = model.get_output_embeddings().weight.size(0)
     model = model.to(device).eval()
-    return HFModel(model, vocab_size, context), HFTokenizer(tokenizer, bos)
+    unused = sorted(loaded["unexpected_keys"])
+    return HFModel(model, vocab_size, context, unused), HFTokenizer(tokenizer, bos)

@@ -564,6 +564,18 @@ def chat_layout(settings, meta, ranks):
     return ChatLayout(parallel, recompute)
 
 
+def import_batch(model, device_type):
+    """Tokens per step that the chat stages take for pretraining's, of a model that others trained.
+
+    On a CPU those of CPU_SHAPES at its depth; on a GPU the documented ones of its size.
+    """
+    config = model.config
+    if device_type == "cpu":
+        return cpu_shape(lambda depth, max_seq_len: 0, config.depth).total_batch_size
+    shape = gpu_shape(config.depth, config.vocab_size, model.matmul_parameters())
+    return shape.total_batch_size
+
+
 class ChatPlan(NamedTuple):
     """All that is decided before the first step of a chat stage."""
     batch: Batch

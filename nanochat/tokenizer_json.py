@@ -20,12 +20,18 @@ Two things differ between their format and ours (tokenizer.py), and both are che
    been merged as they are when they stand alone.
 
 The file's special tokens are left away and ours appended. Ids are those of the file where it has
-the bytes first and then the tokens in the order of their merges, as is usual.
+the bytes first and then the tokens in the order of their merges, as is usual; read_with_ids() tells
+them where they are not.
+
+A model that was trained with such a tokenizer (hf_import.py) may have learnt from text that was
+changed before it was split, or of which words were cut out as tokens. We change and cut nothing: it
+reads such text in other tokens, which read_with_ids() says.
 """
 import json
+from typing import NamedTuple
 
 from nanochat.common import UserError
-from nanochat.tokenizer import UNESCAPE, Tokenizer, byte_spelling
+from nanochat.tokenizer import SPECIAL_TOKENS, UNESCAPE, Tokenizer, byte_spelling
 
 # GPT-2's split, which a ByteLevel step with use_regex stands for.
 GPT2_PATTERN = (
@@ -47,11 +53,36 @@ class _NotRead(Exception):
     """What of a file cannot be read, in words."""
 
 
+class TheirTokenizer(NamedTuple):
+    """A Tokenizer of ours, and what it was in the file."""
+    tokenizer: Tokenizer
+    ids: list           # the file's id of each of our tokens; None of a special one that it lacks
+    differences: list   # a line for each way in which text may get other tokens than with the file
+
+
 def read_tokenizer_json(path):
     """The Tokenizer of a tokenizer.json (a Path), with our special tokens.
 
     UserError where it cannot be read, and for any form that would not give the same tokens as
     `tokenizers` does.
+    """
+    found = read_with_ids(path)
+    if found.differences:
+        raise _refusal(path, found.differences[0])
+    return found.tokenizer
+
+
+def _refusal(path, reason):
+    return UserError(
+        f"{path}: {reason}; only a byte-level BPE with one split can be read: train one with "
+        "scripts.tok_train in its place")
+
+
+def read_with_ids(path):
+    """The TheirTokenizer of a tokenizer.json (a Path).
+
+    UserError as of read_tokenizer_json(), but where normal text gets the same tokens: a file that
+    brings text to the normal form NFC, or cuts out words that it added, is read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -68,27 +99,29 @@ def read_tokenizer_json(path):
             f"{path} is not a tokenizer.json of Hugging Face's tokenizers: it lacks parts"
         ) from None
     except _NotRead as reason:
-        raise UserError(
-            f"{path}: {reason}; only a byte-level BPE with one split can be read: train one with "
-            "scripts.tok_train in its place") from None
+        raise _refusal(path, reason) from None
 
 
 def _tokenizer_of(content):
-    """The Tokenizer of a file's content. _NotRead where its tokens would be others."""
+    """The TheirTokenizer of a file's content. _NotRead where its tokens would be others."""
     model = content["model"]
-    if content.get("normalizer") not in (None, UNESCAPE):   # the second is of our own exports
-        raise _NotRead(f"it changes text before it is split ({content['normalizer']['type']})")
+    differences = []
+    normalizer = content.get("normalizer")
+    if normalizer not in (None, UNESCAPE):  # the second is of our own exports
+        differences.append(f"it changes text before it is split ({normalizer['type']})")
+        if normalizer["type"] != "NFC":
+            raise _NotRead(differences[0])
     for name, allowed in PLAIN.items():
         if model.get(name) not in allowed:
             raise _NotRead(f"{name} of its model is {model[name]!r}")
     ordinary = [token["content"] for token in content["added_tokens"] if not token["special"]]
     if ordinary:
-        raise _NotRead(f"it cuts {ordinary[0]!r} out of the text before it is split")
+        differences.append(f"it cuts {ordinary[0]!r} out of the text before it is split")
 
     pattern = _pattern_of(content["pre_tokenizer"])
     byte_of = {character: byte for byte, character in byte_spelling().items()}
-    special = {token["content"] for token in content["added_tokens"]}
-    ranks, pairs = _ranks_of(model, special, byte_of)
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    ranks, pairs, ids = _ranks_of(model, special, byte_of)
     try:
         tokenizer = Tokenizer(ranks, pattern)
     except UserError as error:
@@ -96,7 +129,8 @@ def _tokenizer_of(content):
     if tokenizer.decode(tokenizer.encode(SAMPLE)) != SAMPLE:
         raise _NotRead("its split matches the empty text, after which we would lose some")
     _check_merges(ranks, pairs)
-    return tokenizer
+    ids += [special.get(name) for name in SPECIAL_TOKENS]
+    return TheirTokenizer(tokenizer, ids, differences)
 
 
 def _pattern_of(step):
@@ -121,9 +155,10 @@ def _pattern_of(step):
 
 
 def _ranks_of(model, special, byte_of):
-    """(tokens by rank, {token: the pairs that its merges name}), all as bytes.
+    """(tokens by rank, {token: the pairs that its merges name}, the file's id of each rank).
 
-    The bytes come first, in the order of their ids, then the tokens in the order of their merges.
+    Tokens are bytes objects. The single bytes come first, in the order of their ids, then the
+    tokens in the order of their merges.
     """
     def to_bytes(spelled):
         if not set(spelled) <= byte_of.keys():
@@ -151,7 +186,7 @@ def _ranks_of(model, special, byte_of):
     stray = ids.keys() ^ set(ranks)
     if stray:
         raise _NotRead(f"{len(stray)} tokens have no merge or no id, {min(stray)!r} among them")
-    return ranks, pairs
+    return ranks, pairs, [ids[token] for token in ranks]
 
 
 def _check_merges(ranks, pairs):

@@ -153,6 +153,8 @@ def data_of(meta):
     origin = meta.get("origin")
     if origin:
         return "from " + "/".join(Path(str(origin[0])).parts[-2:])
+    if "imported" in meta:
+        return str(meta["imported"])
     return str(meta.get("settings", {}).get("data") or "nanochat's own text")
 
 
