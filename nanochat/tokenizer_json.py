@@ -123,7 +123,9 @@ def _tokenizer_of(content):
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     ranks, pairs, ids = _ranks_of(model, special, byte_of)
     try:
-        tokenizer = Tokenizer(ranks, pattern)
+        tokenizer = Tokenizer(ranks)
+        if pattern != _matching_all(tokenizer.pattern):     # ours matches all text as it is
+            tokenizer = Tokenizer(ranks, pattern)
     except UserError as error:
         raise _NotRead(" ".join(str(error).split())) from None
     if tokenizer.decode(tokenizer.encode(SAMPLE)) != SAMPLE:
@@ -151,6 +153,11 @@ def _pattern_of(step):
     regex = split["pattern"]["Regex"]
     if not isinstance(regex, str):
         raise TypeError("a regular expression is a text")
+    return _matching_all(regex)
+
+
+def _matching_all(regex):
+    """A pattern that matches what a regular expression does, and what that leaves in between."""
     return f"{regex}|(?:(?!{regex})[\\s\\S])+"
 
 

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from conftest import last_json
+from core_cases import small_tokenizer
+from models import make_model
 from nanochat import checkpoint_manager, hf_import
 from nanochat.checkpoint_manager import build_model, load_model, load_weights
 from nanochat.common import UserError
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.hf_export import Sampling, export_hf
 from nanochat.hf_import import (
     config_from,
     different_text,
@@ -23,6 +27,7 @@ from nanochat.hf_import import (
 from nanochat.hf_model import load_hf_model
 from nanochat.loss_eval import score_documents
 from nanochat.tokenizer_json import read_with_ids
+from nanochat.variants.portable import PortableGPT
 
 transformers = pytest.importorskip("transformers", reason="the models to import are its own")
 tokenizers = pytest.importorskip("tokenizers", reason="the models' tokenizers are its own")
@@ -149,6 +154,21 @@ def test_tokens_keep_their_rows_whatever_the_order_of_their_ids(tmp_path):
     added = tokenizer.encode_special("<|user_start|>")
     known = [row for row in imported.rows if row >= 0]
     torch.testing.assert_close(ours[added], table[known].mean(0))
+
+
+@pytest.mark.parametrize("model_class", [GPT, PortableGPT])
+def test_what_we_export_comes_back_as_it_was(model_class, tmp_path):
+    tokenizer = small_tokenizer()
+    vocab_size = tokenizer.get_vocab_size()
+    model = make_model(model_class, vocab_size=vocab_size, kv_heads=2)
+    export_hf(model, tokenizer, tmp_path, "float32", True, Sampling(0.0, 0, 1.0), "a card")
+    imported = Imported(tmp_path)
+    assert imported.read.tokenizer.fingerprint == tokenizer.fingerprint
+    assert imported.read.differences == [] and imported.rows == list(range(vocab_size))
+    assert vars(imported.config) == vars(model.config)
+    for name, weight in model.state_dict().items():
+        rows = vocab_size if name in ("embed.weight", "head.weight") else len(weight)
+        assert torch.equal(imported.weights[name][:rows], weight[:rows]), name
 
 
 @pytest.mark.parametrize("kind, change, words", [
