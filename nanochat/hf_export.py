@@ -151,6 +151,17 @@ def chat_template():
     return TEMPLATE.read_text(encoding="utf-8").replace("ESCAPE", ESCAPE)
 
 
+def token_texts(tokenizer):
+    """The text of every ordinary token that is text by itself, a list of str."""
+    texts = []
+    for token_id in range(tokenizer.get_vocab_size()):
+        try:
+            texts.append(tokenizer.id_to_bytes(token_id).decode("utf-8"))
+        except UnicodeDecodeError:
+            continue    # a part of a character
+    return [text for text in texts if text]
+
+
 def tokenizer_json(tokenizer):
     """The content of tokenizer.json: <|bos|> opens a text, and what the template has escaped is
     ordinary text again."""

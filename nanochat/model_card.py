@@ -14,7 +14,7 @@ from nanochat.records import TRAINING, duration, interval, percent, read_jsonl, 
 LONGEST_ORIGIN = 8      # stages that are followed back
 FRONT = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - nanochat
@@ -50,6 +50,16 @@ prompt = tokenizer("My name is", return_tensors="pt")
 text = model.generate(prompt["input_ids"], max_new_tokens=50)
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 ```
+"""
+USE_GGUF = """
+## Use
+
+With llama.cpp: `llama-cli -m model.gguf`, or `llama-server -m model.gguf` for a server.
+"""
+USE_OLLAMA = """
+## Use
+
+`ollama create NAME -f Modelfile` in this folder, then `ollama run NAME`.
 """
 SHORT = (
     "A language model that was trained from scratch with nanochat: {size} parameters. What it says "
@@ -134,8 +144,19 @@ def accuracy_blocks(records):
         yield ("text", f"CORE: {core:.4f}")
 
 
-def model_card(model, meta, architecture, dtype):
-    """The text of README.md, Markdown. meta: of load_model(). architecture: transformers' class."""
+def use_of(to, is_chat):
+    """How an export is used, Markdown. to: hf, gguf or ollama."""
+    if to == "hf":
+        return USE_CHAT if is_chat else USE_BASE
+    return USE_OLLAMA if to == "ollama" else USE_GGUF
+
+
+def model_card(model, meta, architecture, dtype, to):
+    """The text of README.md, Markdown.
+
+    meta: of load_model(). architecture: transformers' class. dtype: of the weights. to: hf, gguf or
+    ollama.
+    """
     records = records_of(meta)
     size = si(sum(parameter.numel() for parameter in model.parameters()))
     blocks = [("text", SHORT.format(size=size))]
@@ -145,5 +166,6 @@ def model_card(model, meta, architecture, dtype):
     shape = asdict(model.config) | {"class": architecture, "dtype": dtype}
     shape |= {"checkpoint": f"{meta['stage']} {meta['tag']}, step {meta['step']}"}
     blocks += [("heading", "Shape"), ("table", ["", ""], shape.items())]
-    use = USE_BASE if meta["stage"] == "base_train" else USE_CHAT
-    return FRONT + to_markdown(meta.get("name") or meta["tag"], blocks) + use
+    front = FRONT.format(library="transformers" if to == "hf" else "gguf")
+    text = to_markdown(meta.get("name") or meta["tag"], blocks)
+    return front + text + use_of(to, meta["stage"] != "base_train")

@@ -80,6 +80,17 @@ def byte_spelling():
     return spelling
 
 
+def one_digit_pattern(pattern=None):
+    """The pattern by which text is split, with numbers cut into single digits.
+
+    pattern: one that cuts them into pairs; None: ours.
+    """
+    if pattern is None:
+        import rustbpe  # here, as below
+        pattern = rustbpe.Tokenizer().get_pattern()
+    return pattern.replace(r"\p{N}{1,2}", r"\p{N}")
+
+
 def read_transition(transition):
     """The share of the vocabulary that is learnt within words, a float between 0 and 1.
 
@@ -119,7 +130,8 @@ class Tokenizer:
     # ------------------------------------------------------------------ making, saving, loading
 
     @classmethod
-    def train_from_iterator(cls, texts, vocab_size, transition=None, or_fewer=False):
+    def train_from_iterator(
+            cls, texts, vocab_size, transition=None, or_fewer=False, pattern=None):
         """
         Trains on an iterable of strings.
 
@@ -127,6 +139,7 @@ class Tokenizer:
         transition: for SuperBPE (arXiv 2503.13423), the share of the vocabulary that is learnt
         before tokens may hold several words; the texts are then iterated over twice.
         or_fewer: take the tokens that the texts yield where they do not yield vocab_size of them.
+        pattern: the regular expression that splits text; None: ours. Not with a transition.
 
         UserError when the texts do not hold enough different pieces for that many tokens, or hold
         a lone surrogate.
@@ -143,7 +156,7 @@ class Tokenizer:
         first_stage = merged if transition is None else max(256, round(transition * merged))
         bpe = rustbpe.Tokenizer()
         try:
-            bpe.train_from_iterator(texts, first_stage)
+            bpe.train_from_iterator(texts, first_stage, pattern)
             if transition is not None:
                 bpe.train_superwords(texts, merged)
         except UnicodeEncodeError as error:

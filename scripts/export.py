@@ -1,12 +1,15 @@
 """
 Write a model for other programs, and check that it is the same there.
 
-    python -m scripts.export --to=hf                      # for transformers and vLLM: ./export-TAG
+    python -m scripts.export --to=hf                # for transformers and vLLM, into ./export-TAG
     python -m scripts.export --to=hf --source=base --out=my-model --dtype=bfloat16
+    python -m scripts.export --to=gguf --dtype=q8_0 # for llama.cpp
+    python -m scripts.export --to=ollama            # and with a Modelfile, for ollama
 
 The export is loaded by the program that it is for and compared with the model: logits, token ids,
 rendered conversations, greedy text. A difference deletes it and ends with status 1. A plain GPT and
-a portable model can leave; docs/export.md has what else there is to know.
+a portable model can leave for transformers, a portable model for llama.cpp. docs/export.md has what
+else there is to know.
 """
 import shutil
 import sys
@@ -21,26 +24,46 @@ from nanochat.common import UserError, compute_cleanup, compute_init, expand_hom
 from nanochat.configurator import configure
 from nanochat.export_check import check_hf
 from nanochat.folders import chosen_line
+from nanochat.gguf_check import check_gguf, has_llama_cpp
+from nanochat.gguf_export import (
+    KINDS,
+    export_gguf,
+    pre_tokenizer,
+    require_portable,
+    round_to_gguf,
+    write_modelfile,
+)
 from nanochat.hf_export import DTYPES, Sampling, export_hf, hf_class_of, round_weights
 from nanochat.metrics import finish_stage
 from nanochat.model_card import model_card
 
-to = "hf"                   # hf: a folder for transformers and vLLM
+to = "hf"                   # hf: transformers and vLLM; gguf: llama.cpp; ollama: gguf and Modelfile
 source = "sft"              # stage of the model: base, mid, sft or rl
 model_tag: str = None       # its folder, such as d4. None: the newest
 step: int = None            # its step. None: of a base model the best by validation, else the last
 out: str = None             # folder to write, which must not exist. None: export-TAG, here
-dtype = "float32"           # of the weights: float32 or bfloat16
+dtype = "float32"           # of the weights: float32 or bfloat16, for llama.cpp also q8_0
+split_digits = False        # for llama.cpp: accept that it reads numbers digit by digit
 temperature = 0.6           # of the sampling that programs take by themselves; 0: greedy
 top_k = 50                  # of the same
 repetition_penalty = 1.1    # of the same; 1: none, with which a small model may repeat itself
 device_type = ""            # where it is checked: cuda, mps or cpu. Empty: the best one here
 settings = configure(globals())
 
-if to != "hf":
-    raise UserError(f"to={to} is not known: choose hf")
-if dtype not in DTYPES:
-    raise UserError(f"dtype={dtype} cannot be written: choose from {', '.join(DTYPES)}")
+SHORT_NAMES = {"f32": "float32", "bf16": "bfloat16"}
+FLOAT16 = ("f16", "fp16", "float16")
+
+# ---- what is asked for
+dtype = SHORT_NAMES.get(dtype, dtype)
+is_hf = to == "hf"
+known = DTYPES if is_hf else tuple(KINDS)
+if to not in ("hf", "gguf", "ollama"):
+    raise UserError(f"to={to} is not known: choose hf, gguf or ollama")
+if dtype in FLOAT16:
+    raise UserError(f"dtype={dtype} is not offered, because activations such as ReLU squared "
+                    "exceed 65,504, the largest number of float16, and become NaN: take bfloat16")
+if dtype not in known:
+    raise UserError(f"dtype={dtype} cannot be written for {to}: choose from {', '.join(known)}")
 is_chat = source != "base"
 started = time.perf_counter()
 
@@ -48,23 +71,53 @@ started = time.perf_counter()
 compute = compute_init(device_type)
 model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
 hf_class = hf_class_of(model)
-folder = Path(expand_home(out or f"export-{meta['tag']}", "write the whole path")).absolute()
+if not is_hf:
+    require_portable(model)
+    pre_tokenizer(tokenizer, split_digits)
+name = f"export-{meta['tag']}" if is_hf else f"export-{meta['tag']}-{to}"
+folder = Path(expand_home(out or name, "write the whole path")).absolute()
 if folder.exists():
     raise UserError(f"{folder} exists: delete it, or name another folder with --out")
 print0(f"exporting {chosen_line(source, meta)} as {hf_class.architecture}, {dtype}")
-round_weights(model, dtype)
+if is_hf:
+    round_weights(model, dtype)
+else:
+    round_to_gguf(model, dtype)
 model.compute_dtype = torch.float32
 
+
 # ---- write it beside its place, compare, and only then give it its name
+def write(place):
+    """Write the export into a folder."""
+    card = model_card(model, meta, hf_class.architecture, dtype, to)
+    sampling = Sampling(temperature, top_k, repetition_penalty)
+    if is_hf:
+        export_hf(model, tokenizer, place, dtype, is_chat, sampling, card)
+        return
+    export_gguf(
+        model, tokenizer, place / "model.gguf", dtype, is_chat, meta["tag"], split_digits)
+    (place / "README.md").write_text(card, encoding="utf-8")
+    if to == "ollama":
+        write_modelfile(place, model.config, is_chat, sampling)
+
+
+def compare(place):
+    """The Findings of the export in a folder, as they come."""
+    if is_hf:
+        return check_hf(model, tokenizer, place)
+    if not has_llama_cpp():
+        print0("llama-cpp-python is not installed, so that the tensors alone are compared: "
+               "`uv pip install llama-cpp-python` for the rest")
+    return check_gguf(model, tokenizer, place / "model.gguf", dtype, split_digits)
+
+
+findings = []
 folder.parent.mkdir(parents=True, exist_ok=True)
 unchecked = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
 try:
-    card = model_card(model, meta, hf_class.architecture, dtype)
-    sampling = Sampling(temperature, top_k, repetition_penalty)
-    export_hf(model, tokenizer, unchecked, dtype, is_chat, sampling, card)
+    write(unchecked)
     print0("checking it against the model")
-    findings = []
-    for finding in check_hf(model, tokenizer, unchecked):
+    for finding in compare(unchecked):
         print0(finding.line())
         findings.append(finding)
     failed = [finding.name for finding in findings if not finding.passed]
@@ -75,7 +128,6 @@ finally:
     shutil.rmtree(unchecked, ignore_errors=True)
 
 # ---- what came of it
-checked = {finding.name: finding.detail for finding in findings}
 if failed:
     print0(f"the export was another model ({', '.join(failed)} differ) and is deleted")
 else:
@@ -87,7 +139,7 @@ finish_stage(
     folder=None if failed else str(folder),
     architecture=hf_class.architecture,
     failed=failed,
-    checked=checked,
+    checked={finding.name: finding.detail for finding in findings},
     checkpoint=meta["dir"],
     step=meta["step"],
 )

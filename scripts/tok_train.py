@@ -4,6 +4,7 @@ the user's own text in $NANOCHAT_BASE_DIR/tokenizers.
 
     python -m scripts.tok_train
     python -m scripts.tok_train --data=notes/ --vocab_size=8192
+    python -m scripts.tok_train --digits=1      # for a model that llama.cpp shall serve
     python -m scripts.tok_train --tokenizer=t80k/tokenizer.json     # one that others trained
 
 The validation split is never read for this: a vocabulary fitted to it would flatter every later
@@ -22,7 +23,12 @@ from nanochat.dataset import open_dataset
 from nanochat.hardware import measure_matmul_flops, preferred_dtype
 from nanochat.metrics import finish_stage
 from nanochat.textfiles import split_document
-from nanochat.tokenizer import Tokenizer, read_transition, tokenizer_folder
+from nanochat.tokenizer import (
+    Tokenizer,
+    one_digit_pattern,
+    read_transition,
+    tokenizer_folder,
+)
 from nanochat.tokenizer_json import read_tokenizer_json
 
 data: str = None        # file or folder of text; None: the shards that nanochat.dataset made
@@ -31,6 +37,7 @@ max_chars: int = None   # characters to train on; None: 2e9 on a GPU machine, 50
 tokenizer: str = None   # a tokenizer.json of Hugging Face to read in place of training one
 superbpe = False        # tokens of several words, learnt in a second pass (arXiv 2503.13423)
 transition: str = None  # share of tokens learnt before that: 0.9, or t180k for it. None: 0.4
+digits = 2              # of a number that a token may hold: 2, or 1 as llama.cpp reads numbers
 doc_cap: int = None     # characters of each document that count; None: 10000, or all of little text
 settings = configure(globals())
 
@@ -126,6 +133,7 @@ def train(dataset):
         wanted,
         share if superbpe else None,
         or_fewer=not vocab_size,
+        pattern=one_digit_pattern() if digits == 1 else None,
     )
     if trained.get_vocab_size() < wanted:
         print0(f"the text repeats itself: it yields {trained.get_vocab_size()} tokens, {wanted} "
@@ -140,6 +148,11 @@ if get_dist_info()[1] != 0:
 if transition and not superbpe:
     raise UserError(f"transition={transition} is of SuperBPE alone: add --superbpe=1, or leave it "
                     "out for plain BPE")
+if digits not in (1, 2):
+    raise UserError(f"digits={digits}: a token may hold 1 or 2 digits of a number")
+if digits == 1 and (superbpe or tokenizer):
+    raise UserError("digits=1 is for plain BPE that is trained here: leave superbpe and tokenizer "
+                    "out, or digits")
 share = read_transition(transition or USUAL_TRANSITION)
 if tokenizer and (superbpe or vocab_size):
     raise UserError(
