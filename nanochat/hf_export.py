@@ -225,6 +225,7 @@ def export_hf(model, tokenizer, folder, dtype, is_chat, sampling, card):
     hf_class = hf_class_of(model)
     weights = weights_for_hf(model, dtype)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)     # safetensors makes it for its owner alone
 
     generation = generation_config(tokenizer, is_chat, sampling)
     contents = {

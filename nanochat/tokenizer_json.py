@@ -31,7 +31,7 @@ import json
 from typing import NamedTuple
 
 from nanochat.common import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, UNESCAPE, Tokenizer, byte_spelling
+from nanochat.tokenizer import SPECIAL_TOKENS, UNESCAPE, Tokenizer, byte_spelling, one_digit_pattern
 
 # GPT-2's split, which a ByteLevel step with use_regex stands for.
 GPT2_PATTERN = (
@@ -124,8 +124,9 @@ def _tokenizer_of(content):
     ranks, pairs, ids = _ranks_of(model, special, byte_of)
     try:
         tokenizer = Tokenizer(ranks)
-        if pattern != _matching_all(tokenizer.pattern):     # ours matches all text as it is
-            tokenizer = Tokenizer(ranks, pattern)
+        own = (tokenizer.pattern, one_digit_pattern(tokenizer.pattern))
+        unwrapped = {_matching_all(ours): ours for ours in own}     # ours match all text
+        tokenizer = Tokenizer(ranks, unwrapped.get(pattern, pattern))
     except UserError as error:
         raise _NotRead(" ".join(str(error).split())) from None
     if tokenizer.decode(tokenizer.encode(SAMPLE)) != SAMPLE:

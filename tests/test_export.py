@@ -27,6 +27,7 @@ from nanochat.hf_export import (
     hf_class_of,
     portable_config,
     round_weights,
+    tokenizer_json,
 )
 from nanochat.hf_model import load_hf_model
 from nanochat.tokenizer import ESCAPE, Tokenizer, one_digit_pattern
@@ -230,6 +231,7 @@ def edit(path, change):
 ])
 def test_what_differs_is_found_although_it_loads(
         portable, tokenizer, tmp_path, monkeypatch, damage, differing):
+    """docs/traps.md: another-model-loads"""
     monkeypatch.setattr(export_check, "GREEDY_TOKENS", 4)
     model, folder = portable
     copy = tmp_path / "copy"
@@ -288,6 +290,13 @@ def test_the_exported_tokenizer_is_read_back_as_ours(portable, tokenizer):
     assert again.get_bos_token_id() == tokenizer.get_bos_token_id()
 
 
+def test_a_vocabulary_of_single_digits_is_read_back_as_it_was(tmp_path):
+    tokenizer = digit_tokenizer()
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_json(tokenizer)), encoding="utf-8")
+    assert read_tokenizer_json(path).fingerprint == tokenizer.fingerprint
+
+
 # ------------------------------------------------------------------------------------------------
 # llama.cpp
 
@@ -330,6 +339,7 @@ def test_llama_cpp_reads_the_same_model(tmp_path, monkeypatch, more, dtype):
 
 
 def test_tokens_of_two_digits_stay_away_from_llama_cpp_unless_that_is_accepted():
+    """docs/traps.md: another-model-loads"""
     pairs, single = Tokenizer.train_from_iterator(NUMBERS, 285), digit_tokenizer()
     assert len(pairs.encode("1234")) < 4 and len(single.encode("1234")) == 4
     assert pre_tokenizer(single) == "bailingmoe"
