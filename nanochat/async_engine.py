@@ -395,6 +395,7 @@ class _Live:
         self.text = TextOfSequence(engine.tokenizer, sequence, generation.stop)
         self.wants_logprobs = generation.options.get("logprobs") is not None
         self.wants_prompt = generation.options.get("prompt_logprobs", False)
+        self.lists_all = self.wants_prompt  # also tokens without a text
         self.token_bytes = engine.tokenizer.id_to_bytes
         self.sent_logprobs = 0      # tokens whose logprobs were sent
         self.began_bytes = 0        # bytes of the text of these tokens
@@ -435,8 +436,9 @@ class _Live:
         """The logprobs of the tokens of which the text that was sent has shown a part.
 
         Text may be held back, as it may begin a stop text; the logprobs of its tokens are held back
-        with it. The token that ends an answer has no text, and is not listed. Those of a tool's
-        reply are part of the text, so they are listed, as what they were: certain.
+        with it. The token that ends an answer has no text, and is not listed, except behind a
+        prompt that is scored: evaluation harnesses cut the list by the number of tokens. Those of a
+        tool's reply are part of the text, so they are listed, as what they were: certain.
         """
         self.sent_bytes += len(text.encode("utf-8", "replace"))
         is_whole = finish_reason is not None and not self.text.is_stopped
@@ -447,7 +449,7 @@ class _Live:
                 break
             self.sent_logprobs += 1
             self.began_bytes += len(self.token_bytes(entry.token))
-            if self.token_bytes(entry.token):
+            if self.lists_all or self.token_bytes(entry.token):
                 found.append(entry if is_sampled else certain(entry))
         return found
 

@@ -261,7 +261,8 @@ def serve(
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            engine.gate.set()
+            if hasattr(engine, "gate"):     # a real engine has none
+                engine.gate.set()
             server.should_exit = True
             thread.join()
 
