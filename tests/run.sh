@@ -8,6 +8,7 @@ source scripts/setup.sh dev
 # Most tests keep one core busy, so that two workers halve the time. The tests of a file share what
 # the first of them made, so that a file stays with one worker.
 #
-# One thread each: two workers of two threads would wait for each other's cores (a third of the time).
+# One thread each: two workers of two threads on two cores wait for each other, and take half as
+# long again.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m pytest -n 2 --dist loadfile --durations=10 "$@"
