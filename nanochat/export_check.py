@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat import prompts
 from nanochat.conversation import normalise_messages
 from nanochat.engine import Engine
 from nanochat.hf_export import token_texts
@@ -30,11 +31,7 @@ RANDOM_SEQUENCES = 4
 GREEDY_TOKENS = 32
 
 TEXTS = (
-    "def factorial(n):",
-    "Return True if ",
-    "import ",
-    "The function ",
-    "Once upon a time",
+    *prompts.TEXTS,
     "My name is",
     "In 1984 there were 12 of 365",
     "The cat sat on the",
@@ -42,11 +39,7 @@ TEXTS = (
     "Die Stadt",
 )
 QUESTIONS = (
-    "Who are you?",
-    "What is 12 times 7?",
-    "Spell window.",
-    "How many e are in letter?",
-    "What does textwrap.dedent do?",
+    *prompts.QUESTIONS,
     "I had 120 stamps and gave away 45. How many are left?",
     "Hello!",
     "What is the capital of France?",
@@ -140,10 +133,10 @@ def greedy_prompts(model, tokenizer):
     """The prompts whose greedy text is compared: ids of TEXTS and QUESTIONS, cut to half of the
     context."""
     bos = tokenizer.get_bos_token_id()
-    prompts = tokenizer.encode(list(TEXTS), prepend=bos)
+    id_lists = tokenizer.encode(list(TEXTS), prepend=bos)
     for question in QUESTIONS:
-        prompts.append(render(tokenizer, [{"role": "user", "content": question}]))
-    return [prompt[-(model.config.max_seq_len // 2):] for prompt in prompts]
+        id_lists.append(render(tokenizer, [{"role": "user", "content": question}]))
+    return [prompt[-(model.config.max_seq_len // 2):] for prompt in id_lists]
 
 
 def our_greedy(model, tokenizer, prompt):
@@ -309,5 +302,6 @@ def _check_logits(model, tokenizer, theirs):
             return Finding("logits", False, f"shape {list(found.shape)}, not {list(wanted.shape)}")
         difference = (found - wanted).abs().max().item()
         worst = max(worst, difference) if difference == difference else float("inf")
-    detail = f"{len(sequences)} sequences, largest difference {worst:.2g}, at most 0.001"
+    detail = (f"{len(sequences)} sequences, largest difference {worst:.2g}, "
+              f"at most {MAX_LOGIT_ERROR:g}")
     return Finding("logits", worst <= MAX_LOGIT_ERROR, detail)

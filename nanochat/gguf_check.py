@@ -34,10 +34,9 @@ def check_gguf(model, tokenizer, path, dtype, split_digits=False):
     gguf_export.KINDS. split_digits: numbers are known to be read in another way.
     """
     yield _check_tensors(model, path)
-    try:
-        import llama_cpp
-    except ImportError:
+    if not has_llama_cpp():
         return
+    import llama_cpp
     llama = llama_cpp.Llama(
         str(path),
         n_ctx=min(model.config.max_seq_len, 512),
