@@ -1,11 +1,14 @@
 """LLaDA: its objective, its bound, and the engine that fills in blocks of masks."""
 import itertools
+import json
 import math
 import random
 
 import numpy as np
 import pytest
+import requests
 import torch
+from chat_fakes import MODEL, serve
 
 from models import CONTEXT, VOCAB_SIZE, make_model, noise
 from nanochat.answers import Answerer, Noise
@@ -559,6 +562,61 @@ def test_answers_do_not_depend_on_who_else_is_asked(model, tokenizer):
     for picked in (letters, choices):
         found = answerer.answer(picked)
         assert found == [answerer.answer([one])[0] for one in picked]
+
+
+# -------------------------------------------------------------------------------- the server
+
+HELLO = [{"role": "user", "content": "the cat"}]
+
+
+@pytest.fixture(scope="module")
+def address(model, tokenizer):
+    engine = DiffusionEngine(model, tokenizer, max_slots=2, denoising=Denoising(block_length=6))
+    with serve(engine) as address:
+        yield address
+
+
+def ask(address, **fields):
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 12, "seed": 3, **fields}
+    return requests.post(address + "/v1/chat/completions", json=body, timeout=60, stream=True)
+
+
+def events(answer):
+    """The JSON of each event of a stream, up to [DONE]."""
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix(b"data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == b"[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_the_server_streams_an_answer_a_block_at_a_time(address):
+    whole = ask(address).json()["choices"][0]
+    deltas = [event["choices"][0]["delta"] for event in events(ask(address, stream=True))]
+    pieces = [delta["content"] for delta in deltas if delta.get("content")]
+    assert "".join(pieces) == whole["message"]["content"] and whole["finish_reason"] == "length"
+    assert 1 <= len(pieces) <= 2, "12 tokens are two blocks of 6"
+
+
+def test_clients_of_a_diffusion_model_get_answers_of_their_own(address):
+    """More answers than slots: each is the one that its seed gives alone."""
+    several = ask(address, n=3, temperature=1).json()["choices"]
+    assert [choice["index"] for choice in several] == [0, 1, 2]
+    assert len({choice["message"]["content"] for choice in several}) > 1
+    again = ask(address, n=3, temperature=1).json()["choices"]
+    assert [one["message"] for one in again] == [one["message"] for one in several]
+
+
+@pytest.mark.parametrize("fields", [
+    {"logprobs": True},
+    {"presence_penalty": 1},
+    {"logit_bias": {"5": 3}},
+], ids=lambda fields: next(iter(fields)))
+def test_the_server_refuses_what_needs_a_next_token(address, fields):
+    answer = ask(address, **fields)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert "not supported" in message and "has no next one" in message
+    assert ask(address).status_code == 200, "and goes on"
 
 
 # -------------------------------------------------------------------------------- the stages
