@@ -42,28 +42,59 @@ MEMORY_SHARE = 0.85  # of a device's memory that a plan uses; what is left: see 
 MAX_MICRO_BATCH = {"cpu": 16, "mps": 16, "cuda": 32}
 
 
+class Numbers(NamedTuple):
+    """How many numbers a layer keeps of each token for each channel of the model, of all queries
+    together, of all keys together, and of the MLP's hidden layer.
+
+    Where the other widths follow from the model's, all are in the first.
+    """
+    width: int
+    queries: int = 0
+    keys: int = 0
+    mlp: int = 0
+
+    def of(self, config):
+        """Numbers of a token."""
+        found = self.width * config.width
+        found += self.queries * config.heads * config.head_dim
+        found += self.keys * config.kv_heads * config.head_dim
+        if self.mlp:
+            found += self.mlp * config.mlp_width
+        return found
+
+
 class Kept(NamedTuple):
-    """What a layer keeps for the backward pass, in numbers of each token and channel.
+    """What a layer keeps for the backward pass.
 
     Numbers are of the dtype of the activations; around is in bytes, in float32 and in bfloat16.
+    checkpointed and around are of each token and channel.
     """
-    compiled: int         # blocks compiled
-    eager: int            # in float32
-    eager_bfloat16: int   # norms compute in float32 and keep that
-    checkpointed: int     # what a block is recomputed from
-    backward: int         # what the backward pass of a block works with besides
-    around: tuple         # once, not for each layer: embeddings, last norm, the loss's gradient
+    compiled: Numbers        # blocks compiled
+    eager: Numbers           # in float32
+    eager_bfloat16: Numbers  # norms compute in float32 and keep that
+    checkpointed: int        # what a block is recomputed from
+    backward: Numbers        # what the backward pass of a block works with besides
+    around: tuple            # once, not for each layer: embeddings, last norm, the loss's gradient
 
 
 # By the name of the class, the nearest ancestor of a model's class. Counted from autograd's saved
 # tensors; compiled: as torch's partitioner divides a block, which saves what a matmul of the
 # backward pass reads and recomputes most of the rest. tests/test_memory.py counts again.
 KEPT = {
-    "GPT": Kept(18, 18, 22, 1, 11, (12, 10)),
-    "LookupGPT": Kept(18, 19, 23, 2, 11, (16, 14)),
-    "PortableGPT": Kept(18, 25, 33, 1, 6, (12, 10)),
-    "MLAGPT": Kept(17, 17, 20, 1, 11, (12, 10)),
-    "DeepSeekGPT": Kept(23, 25, 29, 1, 7, (12, 10)),  # a layer of experts and a dense one alike
+    "GPT": Kept(Numbers(18), Numbers(18), Numbers(22), 1, Numbers(11), (12, 10)),
+    "LookupGPT": Kept(Numbers(18), Numbers(19), Numbers(23), 2, Numbers(11), (16, 14)),
+    # keys and values that heads share are repeated, and kept as wide as the queries
+    "PortableGPT": Kept(
+        compiled=Numbers(4, queries=5, keys=1, mlp=3),
+        eager=Numbers(6, queries=6, keys=2, mlp=4),
+        eager_bfloat16=Numbers(10, queries=8, keys=4, mlp=4),
+        checkpointed=1,
+        backward=Numbers(1, mlp=2),
+        around=(12, 10),
+    ),
+    "MLAGPT": Kept(Numbers(17), Numbers(17), Numbers(20), 1, Numbers(11), (12, 10)),
+    # a layer of experts and a dense one alike
+    "DeepSeekGPT": Kept(Numbers(23), Numbers(25), Numbers(29), 1, Numbers(7), (12, 10)),
 }
 MUON_BYTES = {"cpu": 20}  # for each number of the largest stack of matrices: gradients, X, A, B
 MUON_BYTES_DEFAULT = 14   # and the update before; all but gradients in bfloat16 on a GPU
@@ -248,20 +279,21 @@ def activation_bytes(model, tokens, dtype_bytes, parallel, checkpoint_activation
         numbers = kept.compiled
     else:
         numbers = kept.eager if is_float32 else kept.eager_bfloat16
-    layers = model.config.depth
-    number = tokens * model.config.width * dtype_bytes  # bytes of one for each token and channel
+    config = model.config
+    number = tokens * dtype_bytes   # bytes of one for each token
     # matrices are cast for the multiplication, and the backward pass multiplies with the copies;
     # fsdp gathers them in that dtype
     casts = 0
     if not is_float32 and parallel != "fsdp":
         casts = dtype_bytes * count(model.parameters_by_role()["matrix"])
-    around = tokens * model.config.width * kept.around[0 if is_float32 else 1]
+    around = tokens * config.width * kept.around[0 if is_float32 else 1]
 
-    whole = layers * numbers * number + casts
-    backward = kept.backward * number
+    whole = config.depth * numbers.of(config) * number + casts
+    backward = kept.backward.of(config) * number
     if not checkpoint_activations:
         return around + whole, backward
-    return around + layers * kept.checkpointed * number, backward + whole // layers
+    from_there = config.depth * kept.checkpointed * config.width * number
+    return around + from_there, backward + whole // config.depth
 
 
 def logits_bytes(config, tokens, dtype_bytes, device_type):

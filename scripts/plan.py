@@ -488,7 +488,7 @@ def review_rows():
         kind = "zero2" if count > 1 else "replicated"
         ours = memory(network, sequences, 2, count, parallel=kind)
         number = 2 * sequences * 2048 * config.width * layers  # bytes of one for all layers
-        fewer = (KEPT["GPT"].compiled - REVIEW_NUMBERS) * number
+        fewer = (KEPT["GPT"].compiled.width - REVIEW_NUMBERS) * number
         as_theirs = ours._replace(activations=ours.activations - fewer).total
         yield [
             f"{name}, depth {layers}, {count} GPUs, {sequences} sequences",
