@@ -343,8 +343,11 @@ elif [ -z "$DATA" ] && is_wanted dataset; then
     if [ "$shards" -gt "$first" ]; then background dataset_rest "${fetch[@]}" -n "$shards"; fi
 fi
 
-# 2. The tokenizer learns which byte sequences are common enough to become tokens.
-stage tok_train python -m scripts.tok_train ${DATA:+"--data=$DATA"}
+# 2. The tokenizer learns which byte sequences are common enough to become tokens. A portable model
+#    is to leave for llama.cpp as well, which reads numbers digit by digit (docs/export.md).
+digits=""
+if [ "$MODEL" = portable ]; then digits=1; fi
+stage tok_train python -m scripts.tok_train ${DATA:+"--data=$DATA"} ${digits:+"--digits=$digits"}
 stage tok_eval python -m scripts.tok_eval ${DATA:+"--data=$DATA"}
 
 # 3. Pretraining: the model learns to predict the next token of the text, which takes most time.

@@ -85,7 +85,12 @@ class Sandbox:
         self.ranks = folder / "calls.ranks"
         (folder / "scripts").mkdir()
         (folder / "bin").mkdir()
-        for name in ("speedrun.sh", "launch_6x_amd_xtx.sh", "scripts/supervise.sh"):
+        (folder / "nanochat" / "variants").mkdir(parents=True)
+        copied = (
+            "speedrun.sh", "launch_6x_amd_xtx.sh", "scripts/supervise.sh",
+            "nanochat/variants/__init__.py",    # the table of models, which speedrun.sh searches
+        )
+        for name in copied:
             (folder / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "scripts" / "setup.sh").write_text("", encoding="utf-8")
         for name, text in (("python", FAKE_PYTHON), ("torchrun", FAKE_TORCHRUN)):

@@ -196,6 +196,27 @@ def test_a_given_class_reaches_the_pretraining_and_is_practised_if_it_can_be(
     assert has_rl == any("scripts.chat_rl" in words for words in commands)
 
 
+@pytest.mark.parametrize("model, digits", [
+    ("portable", ["--digits=1"]), ("gpt", []), ("mla", []), ("", [])])
+def test_a_portable_model_has_a_vocabulary_that_llama_cpp_reads_alike(tmp_path, model, digits):
+    """docs/traps.md: another-model-loads"""
+    commands = dry_run(tmp_path, MODEL=model, DATA=str(tmp_path))
+    [words] = [words for words in commands if "scripts.tok_train" in words]
+    assert words[3:] == [f"--data={tmp_path}", *digits]
+    given = [stage_of(words) for words in commands if "--digits=1" in words]
+    assert given == (["tok_train"] if digits else [])
+
+
+def test_a_resumed_portable_run_keeps_its_tokenizer(sandbox):
+    sandbox.run(status=1, MODEL="portable", STOP_IN="scripts.base_train")
+    calls, _ = sandbox.run(MODEL="portable")
+    assert "scripts.tok_train" not in modules(calls)
+    assert calls[0][:2] == ["-m", "scripts.base_train"] and is_resumed(calls[0])
+    sandbox.run(status=1, MODEL="portable", STOP_IN="scripts.tok_train")
+    calls, _ = sandbox.run(MODEL="portable")
+    assert calls[0] == ["-m", "scripts.tok_train", "--digits=1"], "unfinished, it is trained again"
+
+
 def test_the_batch_of_a_launcher_reaches_the_pretraining_alone(tmp_path):
     sizes = {"DEVICE_BATCH_SIZE": "7", "TOTAL_BATCH_SIZE": "516096"}
     commands = dry_run(tmp_path, GPUS="6", **sizes)
