@@ -621,14 +621,15 @@ def write_report(base, total=None):
 
 
 def finish_speedrun(stages, total, settings, path):
-    """The record of a whole speedrun, whose accuracies have fixed names: None where one is
-    missing."""
+    """The record of a whole speedrun, whose figures have fixed names: None where one is missing."""
+    base = stages.get("base_train", {})
     accuracy = stages.get("chat_eval", {}).get("accuracy", {})
     finish_stage(
         "speedrun",
         total,
         settings,
-        val_bpb=stages.get("base_train", {}).get("val_bpb"),
+        val_bpb=base.get("val_bpb"),
+        val_bpb_bound=base.get("val_bpb_bound"),
         accuracy={task: accuracy.get(task) for task in SPEEDRUN_TASKS},
         report=str(path),
     )

@@ -371,6 +371,7 @@ def test_commands(whole_run, run_module):
     done = run_module("nanochat.report", "--speedrun", "--seconds=900", base=whole_run)
     row = last_json(done.stdout)
     assert row["stage"] == "speedrun" and row["seconds"] == 900 and row["val_bpb"] == 1.2345
+    assert row["val_bpb_bound"] is None, "no diffusion model"
     assert row["accuracy"] == {"arithmetic": 0.99, "spelling": 0.9, "pydoc": 0.6, "identity": 1.0}
 
 

@@ -21,6 +21,7 @@ def test_all_are_found():
         "scripts/setup.sh",
         "scripts/supervise.sh",
         "tests/run.sh",
+        "tests/families.sh",
         ".ci/run",
     }
 
