@@ -12,6 +12,7 @@
 //
 // Sums run over K in the same order for any number of sequences: a sequence gets the same logits
 // alone and among others, to the last bit.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -45,17 +46,24 @@ struct Matrix {
 };
 
 struct Layer {
-    Matrix q, k, v, out, up, down;
+    Matrix q, k, v, out, gate, up, down;    // gate: of SwiGLU, else empty
     void *cache_k, *cache_v;            // (slots, kv_heads, cache_length, head_dim)
+    const float *attention_gain, *mlp_gain, *q_gain, *k_gain;   // of the norms; null: none
+    // latent attention: k makes what is cached, (kv_rank + rope_dim), and v is empty
+    const float *latent_gain, *k_up, *v_up;     // (kv_rank); (heads, nope_dim or v_dim, kv_rank)
     float blend_x, blend_x0;            // the block reads blend_x * x + blend_x0 * x0
 };
 
+enum QKNorm { NO_QK_NORM, ROTATE_THEN_NORM, NORM_THEN_ROTATE };
+
 struct Model {
-    int64_t depth, width, heads, kv_heads, head_dim, hidden, cache_length, threads;
-    float eps, softcap;
+    int64_t depth, width, heads, kv_heads, head_dim, hidden, cache_length, threads, qk_norm;
+    int64_t kv_rank, nope_dim, rope_dim, v_dim;     // of latent attention, else 0
+    float eps, latent_eps, softcap;
     const Layer* layers;
     Matrix head;
-    const float *cos, *sin;             // (positions, head_dim / 2)
+    const float* final_gain;            // of the norm before the head; null: none
+    const float *cos, *sin;             // (positions, half of what is rotated)
 };
 
 struct Step {
@@ -323,6 +331,53 @@ inline void add_values(const float* weights, const Cached* values, int64_t keys,
     for (int i = 0; i < vectors; i++) store(y + i * LANES, sums[i]);
 }
 
+// One query against the first D numbers of each key, and the weighted sum of the first V of each
+// value: q (D) and sums (V) in parts; keys and values (n, stride). Returns what sums are to be
+// multiplied with. scores: room for n + LANES numbers.
+template <class Cached>
+float attend_to(const float* q, const Cached* keys, const Cached* values, int64_t n, int stride,
+                int D, int V, float scale, float* scores, float* sums) {
+    // 1. scores
+    float largest = -INFINITY;
+    for (int64_t s = 0; s < n; s++) {
+        scores[s] = scale * dot(q, keys + s * stride, D);
+        largest = std::fmax(largest, scores[s]);
+    }
+
+    // 2. probabilities; behind the last key are scores whose exponential is next to nothing
+    for (int i = 0; i < LANES; i++) scores[n + i] = -INFINITY;
+    Floats total = {};
+    for (int64_t s = 0; s < n; s += LANES) {
+        Floats p = exp_of(load(scores + s) - largest);
+        store(scores + s, p);
+        total += p;
+    }
+
+    // 3. the weighted sum of the values
+    int i = 0;
+    for (; i + 64 <= V; i += 64) add_values<64>(scores, values + i, n, stride, sums + i);
+    if (i < V) add_values<32>(scores, values + i, n, stride, sums + i);
+    return 1 / sum_of(total);
+}
+
+// y = x / the root of its mean square, times the gains where there are any
+template <class A>
+inline void normalise_vector(const float* x, const float* gain, int D, float eps, float* y) {
+    float square = 0;
+    for (int i = 0; i < D; i++) square += x[i] * x[i];
+    float factor = 1 / std::sqrt(square / D + eps);
+    for (int i = 0; i < D; i++) y[i] = A::round(x[i] * factor * (gain ? gain[i] : 1));
+}
+
+template <class A>
+inline void rotate(const float* x, const float* cos, const float* sin, int half, float* y) {
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        y[i] = A::round(a * cos[i] + b * sin[i]);
+        y[i + half] = A::round(b * cos[i] - a * sin[i]);
+    }
+}
+
 // One sequence and one key/value head: place the new key and value in the cache, and attend with
 // each query head that they serve. qkv (N of q, k and v), y (heads * head_dim).
 template <class A, class W>
@@ -334,25 +389,24 @@ void attend(const Model& model, const Layer& layer, const Step& step, int l, int
     const int64_t start = (step.slots[row] * model.kv_heads + g) * model.cache_length * D;
     using Cached = typename A::Cached;
     auto *cached_k = (Cached*)layer.cache_k + start, *cached_v = (Cached*)layer.cache_v + start;
-    if (scratch.size() < size_t(3 * D + keys + LANES)) scratch.resize(3 * D + keys + LANES);
-    float *placed = scratch.data(), *q = placed + D, *sums = q + D, *scores = sums + D;
+    const size_t room = 4 * D + keys + LANES;
+    if (scratch.size() < room) scratch.resize(room);
+    float *rounded = scratch.data(), *placed = rounded + D, *q = placed + D, *sums = q + D;
+    float* scores = sums + D;
 
-    // rotated, then normalised
-    auto place = [&](const float* x) {
-        float square = 0;
-        for (int i = 0; i < half; i++) {
-            float a = A::round(x[i]), b = A::round(x[i + half]);
-            placed[i] = A::round(a * cos[i] + b * sin[i]);
-            placed[i + half] = A::round(b * cos[i] - a * sin[i]);
-        }
-        for (int i = 0; i < D; i++) square += placed[i] * placed[i];
-        float factor = 1 / std::sqrt(square / D + model.eps);
-        for (int i = 0; i < D; i++) placed[i] = A::round(placed[i] * factor);
+    // rotated and normalised, in the model's order
+    auto place = [&](const float* x, const float* gain) {
+        for (int i = 0; i < D; i++) rounded[i] = A::round(x[i]);
+        if (model.qk_norm == NORM_THEN_ROTATE)
+            normalise_vector<A>(rounded, gain, D, model.eps, rounded);
+        rotate<A>(rounded, cos, sin, half, placed);
+        if (model.qk_norm == ROTATE_THEN_NORM)
+            normalise_vector<A>(placed, gain, D, model.eps, placed);
     };
 
     // 1. the new key and value
     const float *k = qkv + model.heads * D + g * D, *v = k + model.kv_heads * D;
-    place(k);
+    place(k, layer.k_gain);
     const float* value = step.values[l];
     for (int i = 0; i < D; i++) {
         cached_k[position * D + i] = A::cached(placed[i]);
@@ -360,30 +414,12 @@ void attend(const Model& model, const Layer& layer, const Step& step, int l, int
         cached_v[position * D + i] = A::cached(v[i] + more);
     }
 
+    // 2. the queries
+    const float scale = 1 / std::sqrt(float(D));
     for (int h = g * group; h < (g + 1) * group; h++) {
-        // 2. scores
-        place(qkv + h * D);
+        place(qkv + h * D, layer.q_gain);
         for (int i = 0; i < D; i++) q[place_in_parts<Cached>(i)] = placed[i];
-        float scale = 1 / std::sqrt(float(D)), largest = -INFINITY;
-        for (int64_t s = 0; s < keys; s++) {
-            scores[s] = scale * dot(q, cached_k + s * D, D);
-            largest = std::fmax(largest, scores[s]);
-        }
-
-        // 3. probabilities; behind the last key are scores whose exponential is next to nothing
-        for (int i = 0; i < LANES; i++) scores[keys + i] = -INFINITY;
-        Floats total = {};
-        for (int64_t s = 0; s < keys; s += LANES) {
-            Floats p = exp_of(load(scores + s) - largest);
-            store(scores + s, p);
-            total += p;
-        }
-
-        // 4. the weighted sum of the values
-        int i = 0;
-        for (; i + 64 <= D; i += 64) add_values<64>(scores, cached_v + i, keys, D, sums + i);
-        if (i < D) add_values<32>(scores, cached_v + i, keys, D, sums + i);
-        float share = 1 / sum_of(total);
+        float share = attend_to(q, cached_k, cached_v, keys, D, D, D, scale, scores, sums);
         for (int i = 0; i < D; i++) {
             float value = sums[place_in_parts<Cached>(i)] * share;
             y[h * D + i] = operand_at<A, W>(value, h * D + i);
@@ -391,12 +427,61 @@ void attend(const Model& model, const Layer& layer, const Step& step, int l, int
     }
 }
 
+// The same where all heads share a latent and a rotated key of each token, one behind the other in
+// the cache (variants/mla.py). k_up is multiplied with the query, and v_up with the weighted sum of
+// the latents. qkv (N of q and of what is cached), y (heads * v_dim).
+template <class A, class W>
+void attend_latent(const Model& model, const Layer& layer, const Step& step, int row,
+                   const float* qkv, typename A::Activation* y, std::vector<float>& scratch) {
+    const int r = model.kv_rank, nope = model.nope_dim, rope = model.rope_dim, V = model.v_dim;
+    const int D = r + rope, half = rope / 2;
+    const int64_t position = step.positions[row], keys = position + 1;
+    const float *cos = model.cos + position * half, *sin = model.sin + position * half;
+    using Cached = typename A::Cached;
+    auto* cached = (Cached*)layer.cache_k + step.slots[row] * model.cache_length * D;
+    const int longest = std::max(D, nope + rope);
+    const size_t room = 4 * longest + keys + LANES;
+    if (scratch.size() < room) scratch.resize(room);
+    float *rounded = scratch.data(), *placed = rounded + longest, *q = placed + longest;
+    float *sums = q + longest, *scores = sums + longest;
+
+    // 1. the new latent and key
+    const float* latent = qkv + model.heads * (nope + rope);
+    for (int i = 0; i < D; i++) rounded[i] = A::round(latent[i]);
+    normalise_vector<A>(rounded, layer.latent_gain, r, model.latent_eps, placed);
+    rotate<A>(rounded + r, cos, sin, half, placed + r);
+    for (int i = 0; i < D; i++) cached[position * D + i] = A::cached(placed[i]);
+
+    const float scale = 1 / std::sqrt(float(nope + rope));
+    for (int h = 0; h < model.heads; h++) {
+        // 2. the query, as long as what is cached
+        const float *x = qkv + h * (nope + rope), *k_up = layer.k_up + h * nope * r;
+        for (int i = 0; i < nope + rope; i++) rounded[i] = A::round(x[i]);
+        std::fill(placed, placed + r, 0.0f);
+        for (int i = 0; i < nope; i++, k_up += r)
+            for (int j = 0; j < r; j++) placed[j] += rounded[i] * k_up[j];
+        rotate<A>(rounded + nope, cos, sin, half, placed + r);
+        for (int i = 0; i < D; i++)
+            q[place_in_parts<Cached>(i)] = A::round(A::round(placed[i]) * scale);
+
+        // 3. attend, and make values of the sum of the latents
+        float share = attend_to(q, cached, cached, keys, D, D, r, 1.0f, scores, sums);
+        for (int j = 0; j < r; j++) placed[j] = A::round(sums[place_in_parts<Cached>(j)] * share);
+        const float* v_up = layer.v_up + h * V * r;
+        for (int i = 0; i < V; i++, v_up += r) {
+            float value = 0;
+            for (int j = 0; j < r; j++) value += v_up[j] * placed[j];
+            y[h * V + i] = operand_at<A, W>(value, h * V + i);
+        }
+    }
+}
+
 // ---- the step
 
-// RMS norm of each row of x (n, C) as operands; x may be a blend
+// RMS norm of each row of x (n, C) as operands, with gains where there are any; x may be a blend
 template <class A, class W>
-void normalise(const float* x, const float* x0, float a, float b, int n, int C, float eps,
-               typename A::Activation* y) {
+void normalise(const float* x, const float* x0, float a, float b, const float* gain, int n, int C,
+               float eps, typename A::Activation* y) {
     for (int r = 0; r < n; r++, x += C, x0 += C, y += C) {
         float square = 0;
         for (int i = 0; i < C; i++) {
@@ -404,22 +489,31 @@ void normalise(const float* x, const float* x0, float a, float b, int n, int C, 
             square += value * value;
         }
         float factor = 1 / std::sqrt(square / C + eps);
-        for (int i = 0; i < C; i++)
-            y[i] = operand_at<A, W>(A::round(a * x[i] + b * x0[i]) * factor, i);
+        for (int i = 0; i < C; i++) {
+            float value = A::round(a * x[i] + b * x0[i]) * factor;
+            y[i] = operand_at<A, W>(gain ? value * gain[i] : value, i);
+        }
     }
+}
+
+// x * sigmoid(x)
+inline Floats silu(Floats x) {
+    Floats e = exp_of(x < 0.0f ? x : -x);
+    return x * ((x < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e));
 }
 
 template <class A, class W> void run(const Model& model, const Step& step) {
     using Activation = typename A::Activation;
     const int n = step.n, C = model.width, hidden = model.hidden;
-    const int q_width = model.heads * model.head_dim;
-    const int qkv_width = q_width + 2 * model.kv_heads * model.head_dim;
+    const Layer& first = model.layers[0];
+    const int qkv_width = first.q.N + first.k.N + first.v.N;
+    const int y_width = first.out.K;        // of all heads
     // kept from call to call: fresh memory would cost more than what is done in it
     static thread_local std::vector<float> x, qkv;
     static thread_local std::vector<Activation> attended, raised;
     x.assign(step.x0, step.x0 + n * C);
     qkv.resize(n * qkv_width);
-    attended.resize(n * q_width);
+    attended.resize(n * y_width);
     raised.resize(n * hidden);
     float *xs = x.data(), *all_qkv = qkv.data();
     Activation *ys = attended.data(), *zs = raised.data();
@@ -431,8 +525,9 @@ template <class A, class W> void run(const Model& model, const Step& step) {
         team.size = omp_get_num_threads();      // fewer than asked for, where the user limits them
         static thread_local std::vector<Activation> normed;
         static thread_local std::vector<float> scratch;
-        static thread_local std::vector<float> all_offsets;
+        static thread_local std::vector<float> all_offsets, gates;
         normed.resize(n * C);
+        gates.resize(n * TILE);
         const Activation* xs_normed = normed.data();
         all_offsets.resize(n);
         float* offsets = all_offsets.data();
@@ -448,7 +543,8 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             const float a = layer.blend_x, b = layer.blend_x0;
 
             // 1. queries, keys and values
-            normalise<A, W>(xs, step.x0, a, b, n, C, model.eps, normed.data());
+            const float* gain = layer.attention_gain;
+            normalise<A, W>(xs, step.x0, a, b, gain, n, C, model.eps, normed.data());
             find_offsets<A, W>(normed.data(), n, C, offsets);
             int start = 0;
             for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
@@ -465,10 +561,12 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             for_share(n * model.kv_heads, [&](int pair) {
                 int r = pair / model.kv_heads, g = pair % model.kv_heads;
                 const float* qkv = all_qkv + r * qkv_width;
-                attend<A, W>(model, layer, step, l, r, g, qkv, ys + r * q_width, scratch);
+                Activation* y = ys + r * y_width;
+                if (model.kv_rank) attend_latent<A, W>(model, layer, step, r, qkv, y, scratch);
+                else attend<A, W>(model, layer, step, l, r, g, qkv, y, scratch);
             });
             team.barrier();
-            find_offsets<A, W>(ys, n, q_width, offsets);
+            find_offsets<A, W>(ys, n, y_width, offsets);
             for_share(tiles_of(layer.out), [&](int tile) {
                 multiply<A, W>(layer.out, ys, offsets, n, tile, [&](int r, int at, Floats y) {
                     float* own = xs + r * C + at;
@@ -478,11 +576,21 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             team.barrier();
 
             // 3. MLP
-            normalise<A, W>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+            gain = layer.mlp_gain;
+            normalise<A, W>(xs, step.x0, 1, 0, gain, n, C, model.eps, normed.data());
             find_offsets<A, W>(normed.data(), n, C, offsets);
+            const bool is_gated = layer.gate.N > 0;
             for_share(tiles_of(layer.up), [&](int tile) {
+                auto gate_at = [&](int r, int at) { return &gates[r * TILE + at - tile * TILE]; };
+                if (is_gated) {
+                    const Matrix& m = layer.gate;
+                    multiply<A, W>(m, xs_normed, offsets, n, tile, [&](int r, int at, Floats y) {
+                        store(gate_at(r, at), silu(y));
+                    });
+                }
                 multiply<A, W>(layer.up, xs_normed, offsets, n, tile, [&](int r, int at, Floats y) {
-                    y = y < 0.0f ? Floats{} : y * y;    // NaN stays
+                    if (is_gated) y *= load(gate_at(r, at));
+                    else y = y < 0.0f ? Floats{} : y * y;   // NaN stays
                     for (int i = 0; i < LANES; i++)
                         zs[r * hidden + at + i] = operand_at<A, W>(y[i], at + i);
                 });
@@ -499,7 +607,8 @@ template <class A, class W> void run(const Model& model, const Step& step) {
         }
 
         // 4. the head
-        normalise<A, W>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+        const float* gain = model.final_gain;
+        normalise<A, W>(xs, step.x0, 1, 0, gain, n, C, model.eps, normed.data());
         find_offsets<A, W>(normed.data(), n, C, offsets);
         if (step.logits) {
             const Matrix& head = model.head;
@@ -519,7 +628,8 @@ template <class A, class W> void run(const Model& model, const Step& step) {
     if (step.features) {
         std::vector<float> normed(n * C);
         using Plain = PlainWeights<Float32>;
-        normalise<Float32, Plain>(xs, step.x0, 1, 0, n, C, model.eps, normed.data());
+        const float* gain = model.final_gain;
+        normalise<Float32, Plain>(xs, step.x0, 1, 0, gain, n, C, model.eps, normed.data());
         memcpy(step.features, normed.data(), 4 * normed.size());
     }
 }

@@ -36,6 +36,8 @@ from nanochat.gpt import GPT, MLP, Attention, Block
 from nanochat.hardware import COMPILE_ERRORS, is_cut, kernel_cache, reason_of, text_of
 from nanochat.kv_cache import CacheWindow, LayerCache
 from nanochat.variants.lookup import LookupAttention, LookupBlock
+from nanochat.variants.mla import NORM_EPS, LatentAttention
+from nanochat.variants.portable import PortableAttention, PortableBlock, PortableGPT, SwiGLU
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # The order of sums may be chosen for vectors, NaN and infinity are kept. (-ffast-math would also
@@ -45,23 +47,29 @@ FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
     "-ffp-contract=fast",
 )
-MATRICES = "q", "k", "v", "out", "up", "down"
+MATRICES = "q", "k", "v", "out", "gate", "up", "down"
 # The lines of /proc/cpuinfo that say what -march=native means: of x86, and of ARM. Machines with
 # different processors may share the cache.
 PROCESSOR = "model", "flags", "Features", "CPU"
-MULTIPLE = 32       # of which widths and the head dimension are multiples
+MULTIPLE = 32       # of which these fields of a config are multiples, where it has them
+WIDTHS = "width", "head_dim", "mlp_width", "kv_rank", "nope_dim", "rope_dim", "v_dim"
 
 # The methods that the C++ function computes: (what has it, its name, the functions that it may be)
 COMPUTED = (
     ("model", "features", (GPT.features,)),
-    ("model", "leave", (GPT.leave,)),
-    ("block", "forward", (Block.forward, LookupBlock.forward)),
-    ("attention", "forward", (Attention.forward,)),
-    ("attention", "project", (Attention.project, LookupAttention.project)),
-    ("attention", "place", (Attention.place,)),
-    ("mlp", "forward", (MLP.forward,)),
+    ("model", "leave", (GPT.leave, PortableGPT.leave)),
+    ("block", "forward", (Block.forward, LookupBlock.forward, PortableBlock.forward)),
+    ("mlp", "forward", (MLP.forward, SwiGLU.forward)),
     ("cache", "copy", (LayerCache.copy,)),
 )
+# And the attentions: one of these has all of its methods
+ATTENTIONS = {
+    Attention: ("forward", "project", "place"),
+    LookupAttention: ("forward", "project", "place"),
+    PortableAttention: ("forward", "project", "place"),
+    LatentAttention: (
+        "forward", "queries", "latents", "expand", "attend_cached", "attend_absorbed"),
+}
 
 
 def can_decode_natively(model):
@@ -70,16 +78,26 @@ def can_decode_natively(model):
         return False
     if model.device.type != "cpu" or model.compute_dtype not in (torch.float32, torch.bfloat16):
         return False
-    if model.config.head_dim % MULTIPLE or model.config.width % MULTIPLE:
+    widths = [getattr(model.config, name, 0) for name in WIDTHS]
+    if any(width % MULTIPLE for width in widths) or getattr(model.config, "q_rank", 0):
         return False
     cache = model.new_kv_cache(1, 1).layers[0]
     for block in model.blocks:
-        owners = {"model": model, "block": block, "attention": block.attention, "mlp": block.mlp,
-                  "cache": cache}
+        owners = {"model": model, "block": block, "mlp": block.mlp, "cache": cache}
         for owner, name, known in COMPUTED:
             if getattr(type(owners[owner]), name) not in known:
                 return False
+        if not is_computed(type(block.attention)):
+            return False
     return True
+
+
+def is_computed(attention_class):
+    """Whether an attention is one of ATTENTIONS, or differs in nothing that decoding calls."""
+    return any(
+        all(getattr(attention_class, name, None) is getattr(known, name) for name in names)
+        for known, names in ATTENTIONS.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -128,18 +146,25 @@ class Matrix(ctypes.Structure):
     ]
 
 
+GAINS = "attention_gain", "mlp_gain", "q_gain", "k_gain"
+LATENT = "latent_gain", "k_up", "v_up"
+
+
 class Layer(ctypes.Structure):
-    """A block: its matrices, its cache, and the blend that it reads."""
+    """A block: its matrices, its cache, its float32 weights, and the blend that it reads."""
     _fields_ = [
         *((name, Matrix) for name in MATRICES),
-        ("cache_k", ctypes.c_void_p),
-        ("cache_v", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("cache_k", "cache_v", *GAINS, *LATENT)),
         ("blend_x", ctypes.c_float),
         ("blend_x0", ctypes.c_float),
     ]
 
 
-SIZES = "depth", "width", "heads", "kv_heads", "head_dim", "hidden", "cache_length", "threads"
+NO_QK_NORM, ROTATE_THEN_NORM, NORM_THEN_ROTATE = range(3)
+SIZES = (
+    "depth", "width", "heads", "kv_heads", "head_dim", "hidden", "cache_length", "threads",
+    "qk_norm", "kv_rank", "nope_dim", "rope_dim", "v_dim",
+)
 
 
 class Model(ctypes.Structure):
@@ -147,9 +172,11 @@ class Model(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in SIZES),
         ("eps", ctypes.c_float),
+        ("latent_eps", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("layers", ctypes.POINTER(Layer)),
         ("head", Matrix),
+        ("final_gain", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
     ]
@@ -175,6 +202,13 @@ def native_problem():
     except COMPILE_ERRORS as error:
         return reason_of(str(error))
     return None
+
+
+def qk_norm_of(config):
+    """Whether queries and keys are normalised, and whether before their rotation."""
+    if not hasattr(config, "qk_norm"):
+        return ROTATE_THEN_NORM
+    return NORM_THEN_ROTATE if config.qk_norm else NO_QK_NORM
 
 
 def matrix_of(linear):
@@ -224,21 +258,53 @@ class NativeDecode(CompilesBehind):
         model, config, dtype = self.model, self.model.config, self.model.compute_dtype
         layers = (Layer * config.depth)()
         for layer, block, cache in zip(layers, model.blocks, self.kv_cache.layers):
-            attention, mlp = block.attention, block.mlp
-            linears = attention.q, attention.k, attention.v, attention.out, mlp.up, mlp.down
-            for name, linear in zip(MATRICES, linears):
-                setattr(layer, name, matrix_of(linear))
             layer.cache_k, layer.cache_v = cache.k.data_ptr(), cache.v.data_ptr()
+            self._fill_attention(layer, block.attention)
+            for name in ("gate", "up", "down"):
+                linear = getattr(block.mlp, name, None)
+                setattr(layer, name, matrix_of(linear) if linear else Matrix())
+            if isinstance(block, PortableBlock):
+                layer.attention_gain = self._pointer(block.attention_norm.gain)
+                layer.mlp_gain = self._pointer(block.mlp_norm.gain)
             layer.blend_x, layer.blend_x0 = 1, 0
             if isinstance(block, LookupBlock):
                 layer.blend_x, layer.blend_x0 = block.blend.to(dtype).tolist()
-        cos, sin = (table[0, :, 0].to(dtype).float() for table in (model.cos, model.sin))
-        self.kept += [cos, sin, layers]
-        hidden = layers[0].up.N
+
+        cos, sin = (table[0, :, 0] for table in (model.cos, model.sin))
+        is_portable = isinstance(model, PortableGPT)
+        latent = [getattr(config, name, 0) for name in ("kv_rank", "nope_dim", "rope_dim", "v_dim")]
+        self.kept.append(layers)
         return Model(
-            config.depth, config.width, config.heads, config.kv_heads, config.head_dim, hidden,
-            self.kv_cache.length, 1, torch.finfo(dtype).eps, config.softcap, layers,
-            matrix_of(model.fast_head), cos.data_ptr(), sin.data_ptr())
+            config.depth, config.width, config.heads, 1 if latent[0] else config.kv_heads,
+            config.head_dim, layers[0].up.N, self.kv_cache.length, 1, qk_norm_of(config), *latent,
+            config.norm_eps if is_portable else torch.finfo(dtype).eps, NORM_EPS, config.softcap,
+            layers, matrix_of(model.fast_head),
+            self._pointer(model.norm.gain) if is_portable else None,
+            # a portable model rotates the other way
+            self._pointer(cos), self._pointer(-sin if is_portable else sin))
+
+    def _fill_attention(self, layer, attention):
+        """The matrices of an attention, and what else it multiplies with."""
+        if isinstance(attention, LatentAttention):
+            matrices = attention.q, attention.kv_down, None, attention.out
+            layer.latent_gain = self._pointer(attention.kv_norm.gain)
+            layer.k_up = self._pointer(attention.k_up.weight)
+            layer.v_up = self._pointer(attention.v_up.weight)
+        else:
+            matrices = attention.q, attention.k, attention.v, attention.out
+        for name, linear in zip(("q", "k", "v", "out"), matrices):
+            setattr(layer, name, matrix_of(linear) if linear else Matrix())
+        if isinstance(attention, PortableAttention) and self.model.config.qk_norm:
+            layer.q_gain = self._pointer(attention.q_norm.gain)
+            layer.k_gain = self._pointer(attention.k_norm.gain)
+
+    def _pointer(self, tensor):
+        """The address of a tensor, rounded to the model's dtype, as float32; None of None."""
+        if tensor is None:
+            return None
+        kept = tensor.detach().to(self.model.compute_dtype).float().contiguous()
+        self.kept.append(kept)
+        return kept.data_ptr()
 
     # -------------------------------------------------------------------------------- a step
 

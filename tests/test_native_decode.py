@@ -14,14 +14,21 @@ from nanochat.fast_linear import can_multiply_fast, quantize
 from nanochat.gpt import GPT, MLP, Block, GPTConfig, Linear
 from nanochat.hardware import text_of
 from nanochat.native_decode import NativeDecode, can_decode_natively
+from nanochat.variants.deepseek import DeepSeekGPT
 from nanochat.variants.lookup import LookupGPT
+from nanochat.variants.mla import MLAGPT
 from nanochat.variants.ngrams import NGramGPT, count_ngrams
-from nanochat.variants.portable import PortableGPT
+from nanochat.variants.portable import PortableGPT, TiedEmbedding
 
 CONTEXT = 48
 VOCAB_SIZE = 97
 SLOTS = 13      # rows that the C++ function multiplies 8, 4 and 1 at a time
 LENGTHS = [1 + 3 * slot for slot in range(SLOTS)]
+
+
+# MLA's latent is a quarter of the width, and its heads are halves that are rotated and not
+LATENT = {"width": 128, "heads": 2, "kv_heads": 2}
+SWIGLU = {"mlp_width": 160}
 
 
 def make_model(
@@ -40,7 +47,7 @@ def make_model(
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     for module in model.modules():
-        if int8 and isinstance(module, Linear):
+        if int8 and isinstance(module, (Linear, TiedEmbedding)):
             quantized, scale = quantize(module.weight)
             module.weight.data = quantized * scale[:, None]
     return model.eval().cast_for_inference(dtype)
@@ -100,6 +107,42 @@ def test_a_native_step_gives_the_logits_of_the_plain_one(model_class, kv_heads, 
     found, wanted = both(make_model(model_class, int8=int8, kv_heads=kv_heads), TURNS, int8)
     for ours, theirs in zip(found, wanted):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+# Qwen3, with a head that is its embedding, with heads that are wider than their share of the width,
+# without gains; Llama; latents
+OTHERS = {
+    "qwen3": (PortableGPT, SWIGLU),
+    "tied": (PortableGPT, {**SWIGLU, "tied": True, "norm_eps": 1e-3}),
+    "wide heads": (PortableGPT, {**SWIGLU, "head_dim": 64}),
+    "without gains": (PortableGPT, {**SWIGLU, "gains": False, "kv_heads": 3}),
+    "llama": (PortableGPT, {**SWIGLU, "qk_norm": False}),
+    "mla": (MLAGPT, LATENT),
+    "mla, narrow values": (MLAGPT, {**LATENT, "nope_dim": 64, "v_dim": 32, "kv_rank": 96}),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("model_class, more", OTHERS.values(), ids=OTHERS)
+def test_other_families_get_the_logits_of_the_plain_step(model_class, more, int8):
+    model = make_model(model_class, int8=int8, **more)
+    assert can_decode_natively(model)
+    found, wanted = both(model, TURNS, int8)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("model_class, more", OTHERS.values(), ids=OTHERS)
+def test_other_families_in_bfloat16_differ_by_its_rounding_alone(model_class, more):
+    last = {"turns": [[0]], "lengths": [CONTEXT - 1]}
+    for case in ({"turns": TURNS}, last):
+        exact = both(make_model(model_class, **more), **case)[1]
+        found, wanted = both(make_model(model_class, torch.bfloat16, **more), **case)
+        for ours, plain, true in zip(found, wanted, exact):
+            allowed = 1.5 * (plain - true).pow(2).mean().sqrt()
+            assert (ours - true).pow(2).mean().sqrt() <= allowed
 
 
 @needs_native
@@ -281,8 +324,11 @@ class OtherGPT(GPT):
 
 
 @pytest.mark.parametrize("model", [
-    make_model(PortableGPT),
     make_model(OtherGPT),
+    make_model(DeepSeekGPT, **LATENT),
+    make_model(MLAGPT, q_rank=32, **LATENT),
+    make_model(MLAGPT, **{**LATENT, "kv_rank": 24}),
+    make_model(PortableGPT, mlp_width=72),
     GPT(GPTConfig(1, 64, 4, 4, VOCAB_SIZE, CONTEXT)),   # heads of 16 dimensions
 ])
 def test_what_the_function_does_not_compute_is_left_to_torch(model):
