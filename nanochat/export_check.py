@@ -26,7 +26,7 @@ from nanochat.hf_model import load_hf_model
 from nanochat.loss_check import PROBE
 from nanochat.tokenizer import ESCAPE
 
-MAX_LOGIT_ERROR = 1e-3
+MAX_LOGIT_ERROR = 1e-3      # between two logits of the same token, in float32; of imports, too
 RANDOM_SEQUENCES = 4
 GREEDY_TOKENS = 32
 

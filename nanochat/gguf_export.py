@@ -209,7 +209,7 @@ OLLAMA_TEXT = "{{ .Prompt }}"
 
 
 def modelfile(config, is_chat, sampling):
-    """The text of ollama's Modelfile beside model.gguf. sampling: of hf_export.Sampling."""
+    """The text of ollama's Modelfile beside model.gguf. sampling: SamplingOptions."""
     template = OLLAMA_CHAT if is_chat else OLLAMA_TEXT
     stops = (ANSWER_END, "<|user_start|>", BOS) if is_chat else (BOS,)
     parameters = {

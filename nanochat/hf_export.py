@@ -192,20 +192,16 @@ def tokenizer_config(config, is_chat):
 # --------------------------------------------------------------------------------------------------
 # the folder
 
-class Sampling(NamedTuple):
-    """How a runtime samples where a request does not say."""
-    temperature: float
-    top_k: int
-    repetition_penalty: float
-
-
 def generation_config(tokenizer, is_chat, sampling):
-    """The content of generation_config.json. A text ends where the next one would begin."""
+    """The content of generation_config.json. A text ends where the next one would begin.
+
+    sampling: the SamplingOptions of a runtime where a request does not say.
+    """
     ends = [tokenizer.get_bos_token_id()]
     if is_chat:
         ends.insert(0, tokenizer.encode_special(ANSWER_END))
     fields = {"bos_token_id": tokenizer.get_bos_token_id(), "eos_token_id": ends}
-    if sampling.temperature > 0:
+    if not sampling.is_greedy:
         fields |= {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     return {**fields, "repetition_penalty": sampling.repetition_penalty}
 
@@ -214,8 +210,8 @@ def export_hf(model, tokenizer, folder, dtype, is_chat, sampling, card):
     """Write a model into a folder (a Path) that exists, for transformers.
 
     model: a GPT or PortableGPT. dtype: of the weights, a name in DTYPES. is_chat: whether it
-    answers conversations. sampling: a Sampling. card: the text of the model card. UserError for
-    another variant, and where safetensors is missing.
+    answers conversations. sampling: of generation_config(). card: the text of the model card.
+    UserError for another variant, and where safetensors is missing.
     """
     try:
         from safetensors.torch import save_file

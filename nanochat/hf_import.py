@@ -29,7 +29,6 @@ from nanochat.hf_names import hf_names
 from nanochat.tokenizer import SPECIAL_TOKENS
 from nanochat.variants import MODEL_CLASSES
 
-LIMIT = 1e-3        # between two logits of the same token, in float32
 SEQUENCES, TOKENS = 4, 128  # on which logits are compared
 
 

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, compute_cleanup, compute_init, expand_home, print0
-from nanochat.configurator import configure
+from nanochat.configurator import check_choices, configure
 from nanochat.export_check import check_hf
 from nanochat.folders import chosen_line
 from nanochat.gguf_check import check_gguf, has_llama_cpp
@@ -33,9 +34,10 @@ from nanochat.gguf_export import (
     round_to_gguf,
     write_modelfile,
 )
-from nanochat.hf_export import DTYPES, Sampling, export_hf, hf_class_of, round_weights
+from nanochat.hf_export import DTYPES, export_hf, hf_class_of, round_weights
 from nanochat.metrics import finish_stage
 from nanochat.model_card import model_card
+from nanochat.sampling import SamplingOptions
 
 to = "hf"                   # hf: transformers and vLLM; gguf: llama.cpp; ollama: gguf and Modelfile
 source = "sft"              # stage of the model: base, mid, sft or rl
@@ -53,17 +55,72 @@ settings = configure(globals())
 SHORT_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 FLOAT16 = ("f16", "fp16", "float16")
 
+
+# ---- what differs between the programs
+class Program(NamedTuple):
+    """How a model leaves for a program. The functions are those below."""
+    dtypes: tuple           # of the weights
+    suffix: str             # of the folder's name
+    prepare: Callable       # refuse what it cannot read, and round the weights as it reads them
+    write: Callable         # (folder, text of the model card)
+    compare: Callable       # folder -> the Findings, as they come
+
+
+def prepare_hf():
+    round_weights(model, dtype)
+
+
+def write_hf(place, card):
+    export_hf(model, tokenizer, place, dtype, is_chat, sampling, card)
+
+
+def compare_hf(place):
+    return check_hf(model, tokenizer, place)
+
+
+def prepare_gguf():
+    require_portable(model)
+    pre_tokenizer(tokenizer, split_digits)
+    round_to_gguf(model, dtype)
+
+
+def write_gguf(place, card):
+    export_gguf(
+        model, tokenizer, place / "model.gguf", dtype, is_chat, meta["tag"], split_digits)
+    (place / "README.md").write_text(card, encoding="utf-8")
+
+
+def compare_gguf(place):
+    if not has_llama_cpp():
+        print0("llama-cpp-python is not installed, so that the tensors alone are compared: "
+               "`uv pip install llama-cpp-python` for the rest")
+    return check_gguf(model, tokenizer, place / "model.gguf", dtype, split_digits)
+
+
+def write_ollama(place, card):
+    write_gguf(place, card)
+    write_modelfile(place, model.config, is_chat, sampling)
+
+
+GGUF = Program(tuple(KINDS), "-gguf", prepare_gguf, write_gguf, compare_gguf)
+PROGRAMS = {
+    "hf": Program(DTYPES, "", prepare_hf, write_hf, compare_hf),
+    "gguf": GGUF,
+    "ollama": GGUF._replace(suffix="-ollama", write=write_ollama),
+}
+
 # ---- what is asked for
 dtype = SHORT_NAMES.get(dtype, dtype)
-is_hf = to == "hf"
-known = DTYPES if is_hf else tuple(KINDS)
-if to not in ("hf", "gguf", "ollama"):
-    raise UserError(f"to={to} is not known: choose hf, gguf or ollama")
+check_choices(settings, to=PROGRAMS)
+program = PROGRAMS[to]
 if dtype in FLOAT16:
     raise UserError(f"dtype={dtype} is not offered, because activations such as ReLU squared "
                     "exceed 65,504, the largest number of float16, and become NaN: take bfloat16")
-if dtype not in known:
-    raise UserError(f"dtype={dtype} cannot be written for {to}: choose from {', '.join(known)}")
+if dtype not in program.dtypes:
+    raise UserError(f"dtype={dtype} cannot be written for {to}: choose from "
+                    f"{', '.join(program.dtypes)}")
+sampling = SamplingOptions(
+    temperature=temperature, top_k=top_k, repetition_penalty=repetition_penalty)
 is_chat = source != "base"
 started = time.perf_counter()
 
@@ -71,53 +128,22 @@ started = time.perf_counter()
 compute = compute_init(device_type)
 model, tokenizer, meta = load_model(source, compute.device, "eval", model_tag, step)
 hf_class = hf_class_of(model)
-if not is_hf:
-    require_portable(model)
-    pre_tokenizer(tokenizer, split_digits)
-name = f"export-{meta['tag']}" if is_hf else f"export-{meta['tag']}-{to}"
+name = f"export-{meta['tag']}{program.suffix}"
 folder = Path(expand_home(out or name, "write the whole path")).absolute()
 if folder.exists():
     raise UserError(f"{folder} exists: delete it, or name another folder with --out")
+program.prepare()
 print0(f"exporting {chosen_line(source, meta)} as {hf_class.architecture}, {dtype}")
-if is_hf:
-    round_weights(model, dtype)
-else:
-    round_to_gguf(model, dtype)
 model.compute_dtype = torch.float32
 
-
 # ---- write it beside its place, compare, and only then give it its name
-def write(place):
-    """Write the export into a folder."""
-    card = model_card(model, meta, hf_class.architecture, dtype, to)
-    sampling = Sampling(temperature, top_k, repetition_penalty)
-    if is_hf:
-        export_hf(model, tokenizer, place, dtype, is_chat, sampling, card)
-        return
-    export_gguf(
-        model, tokenizer, place / "model.gguf", dtype, is_chat, meta["tag"], split_digits)
-    (place / "README.md").write_text(card, encoding="utf-8")
-    if to == "ollama":
-        write_modelfile(place, model.config, is_chat, sampling)
-
-
-def compare(place):
-    """The Findings of the export in a folder, as they come."""
-    if is_hf:
-        return check_hf(model, tokenizer, place)
-    if not has_llama_cpp():
-        print0("llama-cpp-python is not installed, so that the tensors alone are compared: "
-               "`uv pip install llama-cpp-python` for the rest")
-    return check_gguf(model, tokenizer, place / "model.gguf", dtype, split_digits)
-
-
 findings = []
 folder.parent.mkdir(parents=True, exist_ok=True)
 unchecked = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
 try:
-    write(unchecked)
+    program.write(unchecked, model_card(model, meta, hf_class.architecture, dtype, to))
     print0("checking it against the model")
-    for finding in compare(unchecked):
+    for finding in program.compare(unchecked):
         print0(finding.line())
         findings.append(finding)
     failed = [finding.name for finding in findings if not finding.passed]

@@ -29,6 +29,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, compute_init, expand_home, print0
 from nanochat.configurator import configure, require
+from nanochat.export_check import MAX_LOGIT_ERROR
 from nanochat.folders import (
     FOLDERS,
     TOKENIZER_FOLDER,
@@ -39,7 +40,6 @@ from nanochat.folders import (
     what_holds,
 )
 from nanochat.hf_import import (
-    LIMIT,
     config_from,
     different_text,
     largest_difference,
@@ -131,8 +131,9 @@ load_weights(model, weights, assign=True)
 meta["total_batch_size"] = import_batch(model, compute.device.type)
 difference = largest_difference(model, sample)
 del theirs, model
-if difference > LIMIT:
-    print0(f"the logits differ by {difference:.2g}, more than {LIMIT}: nothing was written")
+if difference > MAX_LOGIT_ERROR:
+    print0(f"the logits differ by {difference:.2g}, more than {MAX_LOGIT_ERROR}: "
+           "nothing was written")
     sys.exit(1)
 
 # ---- 4) the checkpoint, and the logits of what lies on the disk
@@ -146,11 +147,11 @@ del weights
 model = load_model(source, "cpu", model_tag=folder.name)[0]
 model.compute_dtype = torch.float32
 difference = largest_difference(model, sample)
-if difference > LIMIT:
+if difference > MAX_LOGIT_ERROR:
     delete_step(folder, read_meta(folder, 0))
     shutil.rmtree(folder / TOKENIZER_FOLDER)
-    print0(f"the logits of what was written differ by {difference:.2g}, more than {LIMIT}: "
-           f"the checkpoint in {folder} was deleted")
+    print0(f"the logits of what was written differ by {difference:.2g}, more than "
+           f"{MAX_LOGIT_ERROR}: the checkpoint in {folder} was deleted")
     sys.exit(1)
 print0(f"logits within {difference:.2g} of transformers'; wrote {folder}")
 

@@ -22,7 +22,6 @@ from nanochat.gguf_export import export_gguf, pre_tokenizer, require_portable, r
 from nanochat.hf_export import (
     QWEN3,
     REASONS,
-    Sampling,
     export_hf,
     hf_class_of,
     portable_config,
@@ -30,6 +29,7 @@ from nanochat.hf_export import (
     tokenizer_json,
 )
 from nanochat.hf_model import load_hf_model
+from nanochat.sampling import SamplingOptions
 from nanochat.tokenizer import ESCAPE, Tokenizer, one_digit_pattern
 from nanochat.tokenizer_json import read_tokenizer_json
 from nanochat.variants import MODEL_CLASSES
@@ -41,7 +41,7 @@ pytest.importorskip("safetensors", reason="the format of an export")
 if not hasattr(transformers, "NanoChatForCausalLM"):
     pytest.skip("this transformers has no NanoChat", allow_module_level=True)
 
-SAMPLING = Sampling(0.6, 50, 1.1)
+SAMPLING = SamplingOptions(temperature=0.6, top_k=50, repetition_penalty=1.1)
 
 
 @pytest.fixture(scope="module")
@@ -355,11 +355,16 @@ def test_a_plain_gpt_has_no_place_in_llama_cpp():
         require_portable(make_model(GPT))
 
 
-@pytest.mark.parametrize("words, reason", [
-    (("--to=gguf", "--dtype=f16"), "65,504"),
-    (("--to=gguf", "--dtype=q4_0"), "choose from float32, bfloat16, q8_0"),
-    (("--to=onnx",), "choose hf, gguf or ollama"),
+@pytest.mark.parametrize("word, reason", [
+    ("--dtype=f16", "65,504"),
+    ("--dtype=q4_0", "choose from float32, bfloat16, q8_0"),
+    ("--to=onnx", "choose hf or gguf or ollama"),
+    ("--temperature=-1", "temperature=-1.0 must be at least 0"),
+    ("--temperature=3", "temperature=3.0 must be at most 2"),
+    ("--top_k=-5", "top_k=-5 must be at least 0"),
+    ("--repetition_penalty=0", "repetition_penalty=0.0: it must be above 0"),
 ])
-def test_float16_and_unknown_targets_are_refused(export, words, reason):
-    with pytest.raises(UserError, match=reason):
-        export(*words)
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(export, word, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        export("--to=gguf", word, "--model_tag=no-such-model")
+    assert "\n" not in str(error.value)

@@ -8,10 +8,11 @@ from models import make_model
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask
 from nanochat.core_eval import as_encoder, in_order, judge, make_examples
-from nanochat.hf_export import Sampling, export_hf
+from nanochat.hf_export import export_hf
 from nanochat.hf_model import load_hf_model
 from nanochat.loss_check import check_loss
 from nanochat.loss_eval import score_documents
+from nanochat.sampling import SamplingOptions
 
 CONTEXT = 64
 
@@ -27,7 +28,7 @@ def exported(tmp_path_factory):
     model.config.max_seq_len = CONTEXT
     model.build_rotary()
     folder = tmp_path_factory.mktemp("exported")
-    export_hf(model, tokenizer, folder, "float32", False, Sampling(0.0, 0, 1.0), "a card")
+    export_hf(model, tokenizer, folder, "float32", False, SamplingOptions(), "a card")
     return model, tokenizer, folder
 
 

@@ -14,18 +14,12 @@ from nanochat.checkpoint_manager import build_model, load_model, load_weights
 from nanochat.common import UserError
 from nanochat.dataset import iter_documents
 from nanochat.engine import Engine
+from nanochat.export_check import MAX_LOGIT_ERROR
 from nanochat.gpt import GPT
-from nanochat.hf_export import Sampling, export_hf
-from nanochat.hf_import import (
-    config_from,
-    different_text,
-    largest_difference,
-    rows_of_tokens,
-    sample_logits,
-    weights_from,
-)
+from nanochat.hf_export import export_hf
 from nanochat.hf_model import load_hf_model
 from nanochat.loss_eval import score_documents
+from nanochat.sampling import SamplingOptions
 from nanochat.tokenizer_json import read_with_ids
 from nanochat.variants.portable import PortableGPT
 
@@ -100,10 +94,10 @@ class Imported:
         self.read = read_with_ids(folder / "tokenizer.json")
         self.theirs, self.their_tokenizer = load_hf_model(str(folder), "cpu")
         vocab_size = self.read.tokenizer.get_vocab_size()
-        self.model_class, self.config = config_from(self.theirs, vocab_size, max_seq_len)
-        self.rows = rows_of_tokens(
+        self.model_class, self.config = hf_import.config_from(self.theirs, vocab_size, max_seq_len)
+        self.rows = hf_import.rows_of_tokens(
             self.read, self.their_tokenizer.bos, self.theirs.config.vocab_size)
-        self.weights = weights_from(self.theirs, self.model_class, self.config, self.rows)
+        self.weights = hf_import.weights_from(self.theirs, self.model_class, self.config, self.rows)
 
     def model(self):
         meta = {
@@ -118,31 +112,31 @@ def test_logits_are_those_of_transformers(kind, tmp_path):
     imported = Imported(save_model(tmp_path, kind))
     model = imported.model()
     assert imported.model_class == ("gpt" if kind == "nanochat" else "portable")
-    sample = sample_logits(imported.theirs, imported.rows, CONTEXT)
+    sample = hf_import.sample_logits(imported.theirs, imported.rows, CONTEXT)
     assert sample.idx.shape == (4, CONTEXT) and sample.logits.abs().max() > 1
-    assert largest_difference(model, sample) < 1e-4
+    assert hf_import.largest_difference(model, sample) < 1e-4
 
     # by every weight but those of our own special tokens, of which the model knows nothing
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             before = parameter.clone()
             parameter.mul_(1.05)
-            difference = largest_difference(model, sample)
+            difference = hf_import.largest_difference(model, sample)
             parameter.copy_(before)
         scale_is_normalised = kind == "nanochat" and name.endswith(
             ("embed.weight", "attention.q.weight", "attention.k.weight"))
         scale_is_normalised |= kind == "qwen3" and name.endswith(("q.weight", "k.weight"))
-        assert scale_is_normalised or difference > hf_import.LIMIT, name
+        assert scale_is_normalised or difference > MAX_LOGIT_ERROR, name
 
 
 def test_tokens_keep_their_rows_whatever_the_order_of_their_ids(tmp_path):
     imported = Imported(save_model(tmp_path, "llama"))
     read, tokenizer = imported.read, imported.read.tokenizer
     assert read.differences == ["it changes text before it is split (NFC)"]
-    assert different_text(read, imported.their_tokenizer, TEXTS[:2]) is None
-    e_with_a_combining_accent = "e\u0301"
-    texts = [*TEXTS[:2], e_with_a_combining_accent]
-    assert different_text(read, imported.their_tokenizer, texts) == e_with_a_combining_accent
+    assert hf_import.different_text(read, imported.their_tokenizer, TEXTS[:2]) is None
+    combined = "e\u0301"     # an e and an accent
+    texts = [*TEXTS[:2], combined]
+    assert hf_import.different_text(read, imported.their_tokenizer, texts) == combined
 
     table = imported.theirs.model.get_input_embeddings().weight
     ours = imported.weights["embed.weight"]
@@ -161,7 +155,7 @@ def test_what_we_export_comes_back_as_it_was(model_class, tmp_path):
     tokenizer = small_tokenizer()
     vocab_size = tokenizer.get_vocab_size()
     model = make_model(model_class, vocab_size=vocab_size, kv_heads=2)
-    export_hf(model, tokenizer, tmp_path, "float32", True, Sampling(0.0, 0, 1.0), "a card")
+    export_hf(model, tokenizer, tmp_path, "float32", True, SamplingOptions(), "a card")
     imported = Imported(tmp_path)
     assert imported.read.tokenizer.fingerprint == tokenizer.fingerprint
     assert imported.read.differences == [] and imported.rows == list(range(vocab_size))
@@ -204,10 +198,10 @@ def test_other_contexts_types_and_tensors_are_refused_or_taken(tmp_path):
 
     imported = Imported(save_model(tmp_path / "llama", "llama"))
     with pytest.raises(UserError, match=r"token \d+, but the model knows 100 tokens"):
-        rows_of_tokens(imported.read, 1, 100)
+        hf_import.rows_of_tokens(imported.read, 1, 100)
     imported.theirs.model.config.model_type = "gpt2"
     with pytest.raises(UserError, match="of type gpt2 cannot be imported: take one of type nanoc"):
-        config_from(imported.theirs, 300, None)
+        hf_import.config_from(imported.theirs, 300, None)
 
 
 # ------------------------------------------------------------------------------------------------
