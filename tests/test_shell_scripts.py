@@ -20,6 +20,7 @@ def test_all_are_found():
         "launch_6x_amd_xtx.sh",
         "scripts/setup.sh",
         "scripts/supervise.sh",
+        "tests/nightly.sh",
         "tests/run.sh",
         "tests/families.sh",
         ".ci/run",
@@ -39,6 +40,16 @@ def test_shellcheck_finds_nothing():
         pytest.skip("shellcheck is not installed")
     done = subprocess.run([tool, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("words, status", [([], 0), (["--no-skips"], 1)])
+def test_a_night_has_failed_if_its_test_was_skipped(tmp_path, words, status):
+    test = 'import pytest\n\ndef test_it():\n    pytest.skip("no llama.cpp")\n'
+    (tmp_path / "test_it.py").write_text(test, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", *words, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert ("was skipped: no llama.cpp" in done.stdout) == bool(status)
 
 
 def test_no_file_of_a_checkout_with_autocrlf_ends_its_lines_as_windows_does(tmp_path):

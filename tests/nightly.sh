@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What takes too long for every change: a list of steps, each of which ends the script if it fails.
+#
+#     bash tests/nightly.sh
+#
+# Everything is installed into an environment of its own, which the next night finds again. The
+# first one compiles llama.cpp: half an hour on one core.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+NIGHTLY_VENV="${NIGHTLY_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/nanochat-nightly}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+echo "nightly: the environment, $NIGHTLY_VENV"
+if [ ! -x "$NIGHTLY_VENV/bin/python" ]; then python3 -m venv "$NIGHTLY_VENV"; fi
+export VIRTUAL_ENV="$NIGHTLY_VENV"    # the one that setup.sh fills
+source scripts/setup.sh dev
+
+echo "nightly: llama.cpp"
+if ! python -c "import llama_cpp" 2>/dev/null; then
+    setup_uv
+    # without its models of pictures and sounds, which are half of it
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_COMMON=OFF" \
+        setup_run uv pip install llama-cpp-python
+fi
+
+echo "nightly: exports are the same model in llama.cpp"
+python -m pytest --no-skips tests/test_export.py -k "llama_cpp"
+
+echo "nightly: passed"
