@@ -438,6 +438,22 @@ class Horizon(NamedTuple):
     minutes: float
     max_steps: int = None  # besides minutes: after so many steps at the latest
 
+    def progress(self, step, elapsed):
+        """The share that is used. elapsed: seconds of training."""
+        if self.num_iterations:
+            return step / self.num_iterations
+        of_minutes = elapsed / (60 * self.minutes)
+        of_steps = step / (self.max_steps or math.inf)
+        return max(of_minutes, of_steps)
+
+    def seconds_left(self, step, elapsed, seconds_per_step):
+        """Seconds of training until progress reaches 1, at this speed."""
+        if self.num_iterations:
+            return max(0, self.num_iterations - step) * seconds_per_step
+        left = max(0, 60 * self.minutes - elapsed)
+        steps_left = (self.max_steps or math.inf) - step
+        return min(left, max(0, steps_left) * seconds_per_step)
+
 
 def choose_horizon(budget, total_batch_size, flops_per_token, parameters, most=math.inf):
     """Steps or minutes of a Budget.

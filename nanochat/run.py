@@ -145,7 +145,7 @@ class Run:
         self.step = self.first_step = meta["step"]
         self.elapsed = self.saved_at = meta["elapsed"]
         self.lr_scale = meta.get("rate_scale", 1.0)
-        self.progress = self._progress()
+        self.progress = horizon.progress(self.step, self.elapsed)
         self.evaluated = 0.0         # progress at the last evaluation
         self.durations = []          # seconds of each step
         self.shown_at = 0.0          # elapsed at the last line of progress
@@ -167,6 +167,10 @@ class Run:
             folder, compute.rank, settings["keep"], resumed_from, meta.get("run"))
         self.logger = open_logger(settings["logger"], folder, settings)
         self.log_file = open_log(folder, self.step) if compute.rank == 0 else None
+        # what the run is and where it ends, for those who follow its log (live.py)
+        self.log(
+            tokens=meta.get("tokens", 0), stage=stage, run=meta.get("run"),
+            origin=meta.get("origin"), horizon=horizon._asdict())
 
     # ---------------------------------------------------------------------- before each step
 
@@ -185,7 +189,7 @@ class Run:
         self.stopped = int(stopped)
         if not writing:
             self.checkpoints.finish(raise_on_error=False)
-        self.progress = self._progress()
+        self.progress = self.horizon.progress(self.step, self.elapsed)
         if not self.durations:
             self.evaluated = self.progress  # a resumed run has been evaluated before
         # the last step is the one after which another would not fit
@@ -198,13 +202,6 @@ class Run:
     def watch(self):
         """The watchdog: a step that takes too long ends the run, every rank saying where it was."""
         faulthandler.dump_traceback_later(60 * self.settings["hang_minutes"], exit=True)
-
-    def _progress(self):
-        if self.horizon.num_iterations:
-            return self.step / self.horizon.num_iterations
-        of_minutes = self.elapsed / (60 * self.horizon.minutes)
-        of_steps = self.step / (self.horizon.max_steps or math.inf)
-        return max(of_minutes, of_steps)
 
     def evaluation_due(self, every=None, times=4):
         """Whether to evaluate before this step: every so many steps, or at each quarter of the
@@ -316,13 +313,14 @@ class Run:
         speed = self.total_batch_size / seconds
         flops = speed * self.flops.causal / self.compute.world_size
         share = 100 * flops / self.matmul_flops
+        seconds_left = self.horizon.seconds_left(self.step, self.elapsed, seconds)
         mfu, mfu_square = self._mfu(speed)
         of_peak = f"mfu {100 * mfu:.1f} % ({100 * mfu_square:.1f} % square) | " if mfu else ""
         print0(
             f"step {self.step:5d} | {100 * self.progress:3.0f} % | loss {loss:.4f} | "
             f"lr {lr:.2g} | norm {grad_norm:.2f} | {speed:,.0f} tok/s | "
             f"{share:.0f} % of matmul rate | {of_peak}{self.stage_words}"
-            f"{self._seconds_left(seconds) / 60:.1f} min left")
+            f"{seconds_left / 60:.1f} min left")
 
     def _mfu(self, speed):
         """The share of the data sheet's peak at a speed in tokens/s: (with causal attention, with
@@ -345,13 +343,6 @@ class Run:
         if line:
             self.said_busy = True
             print0(line)
-
-    def _seconds_left(self, seconds_per_step):
-        if self.horizon.num_iterations:
-            return max(0, self.horizon.num_iterations - self.step) * seconds_per_step
-        left = max(0, 60 * self.horizon.minutes - self.elapsed)
-        steps_left = (self.horizon.max_steps or math.inf) - self.step
-        return min(left, max(0, steps_left) * seconds_per_step)
 
     def log(self, **row):
         """One line of log.jsonl, and the same numbers for the logger. Rank 0 writes."""

@@ -75,6 +75,7 @@ def test_the_formats_of_the_page_are_those_that_are_written(records, stages):
     [folder] = (stages.base / "base_checkpoints").iterdir()
     written = {
         "meta": meta_of(folder, 4),
+        "opening": rows_of(folder, "horizon")[0],
         "step": rows_of(folder, "loss")[0],
         "validation": rows_of(folder, "val_bpb")[-1],
         "record": records["base_train"],

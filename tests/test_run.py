@@ -482,3 +482,45 @@ def test_a_run_under_nohup_outlives_its_terminal():
     finally:
         request.release()
         signal.signal(signal.SIGHUP, before)
+
+
+# ------------------------------------------------------------------------------------------------
+# its log
+
+def test_the_log_opens_with_what_the_run_is_and_where_it_ends(make_run):
+    run = make_run(MINUTES, elapsed=1.5, run="r1", origin=["base_checkpoints/d1", 7])
+    [opening] = rows_of(run)
+    assert opening == {
+        "step": 0,
+        "tokens": 0,
+        "seconds": 1.5,
+        "stage": "test",
+        "run": "r1",
+        "origin": ["base_checkpoints/d1", 7],
+        "horizon": {"num_iterations": None, "minutes": 2.0, "max_steps": None},
+    }
+
+
+def test_a_run_that_resumes_opens_its_log_again_at_its_step(make_run, model):
+    run = make_run(STEPS)
+    take_steps(run, 3)
+    save(run, model)
+    take_steps(run, 2)
+    run.checkpoints.lock.close()
+    resumed = make_run(STEPS, start=RESUMED, step=3, elapsed=3.0, tokens=300)
+    take_steps(resumed)
+    rows = rows_of(resumed)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4]
+    openings = [row for row in rows if "horizon" in row]
+    assert [(row["step"], row["tokens"]) for row in openings] == [(0, 0), (3, 300)]
+
+
+@pytest.mark.parametrize("horizon, progress, left", [
+    (Horizon(8, None), 0.25, 60.0),
+    (Horizon(None, 2.0), 0.5, 60.0),
+    (Horizon(None, 60.0, 4), 0.5, 20.0),
+    (Horizon(2, None), 1.0, 0.0),
+])
+def test_a_horizon_tells_what_is_used_and_what_is_left(horizon, progress, left):
+    assert horizon.progress(2, 60.0) == progress
+    assert horizon.seconds_left(2, 60.0, 10.0) == left
