@@ -9,20 +9,16 @@ the next step. A place in the bounded queue is taken before the status line is s
 full server says 429. Neither questions nor answers are written to any log.
 """
 import asyncio
-import base64
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import random
-import re
 import signal
 import sys
 import time
 import traceback
 from collections import namedtuple
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -40,7 +36,7 @@ from nanochat.conversation import (
     questions_of,
     restore_tool_calls,
 )
-from nanochat.http_guard import READING, Access, GuardedProtocol, has_two_framings
+from nanochat.http_guard import READING, Access, GuardedProtocol, has_two_framings, load_page
 from nanochat.openai_api import ApiError
 from nanochat.openai_schema import openapi_schema
 from nanochat.prompts import SUGGESTIONS
@@ -427,38 +423,6 @@ def joined(first, second):
 # ------------------------------------------------------------------------------------------------
 # the application
 
-def load_page():
-    """The page and its headers.
-
-    Its policy names the one script and the one style by their hashes: nothing else ever runs.
-    """
-    page = (Path(__file__).parent / "ui.html").read_text(encoding="utf-8")
-
-    def hashed(tag):
-        text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        digest = hashlib.sha256(text.encode("utf-8")).digest()
-        return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-    policy = (
-        "default-src 'none'",
-        f"script-src {hashed('script')}",
-        f"style-src {hashed('style')}",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    )
-    return page, {
-        "Content-Security-Policy": "; ".join(policy),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-
-
 class Service:
     """What the routes share: the engines, the settings, and the way from a request to an answer."""
 
@@ -705,7 +669,7 @@ def add_error_handlers(app):
 
 def add_pages(app, service):
     """The routes for people and for those who watch the server."""
-    page, page_headers = load_page()
+    page, page_headers = load_page("ui.html")
 
     @app.api_route("/", methods=READING)
     async def index():

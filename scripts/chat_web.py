@@ -11,7 +11,6 @@ which any model continues texts (docs/serving.md). The server listens on this ma
 --host names another address. Then it needs a key, as everyone on the network could use the model.
 """
 import os
-import socket
 
 from nanochat.async_engine import EnginePool
 from nanochat.benchmark import free_memory
@@ -28,7 +27,7 @@ from nanochat.configurator import configure
 from nanochat.diffusion_engine import denoising_of, serving_engine_of
 from nanochat.engine import check_sampling, require_weights
 from nanochat.folders import chosen_line
-from nanochat.http_guard import Access, check_names, is_loopback
+from nanochat.http_guard import Access, check_names, is_loopback, listen
 from nanochat.passage_store import load_passages
 from nanochat.prompts import suggestions_of
 from nanochat.server import ChatServer, Settings, create_app, end_process
@@ -62,25 +61,6 @@ dtype = ""                  # float32 or bfloat16. Empty: what the hardware does
 KEY_VARIABLE = "NANOCHAT_API_KEY"   # the environment's api_key, which no list of processes shows
 MOST_SLOTS = 32             # by default
 SLOTS_SHARE = 0.25          # of the memory that is free, which their KV cache may take by default
-
-
-def listen(host, port):
-    """A listening socket. UserError where it cannot be had.
-
-    It is opened before the model is loaded, so that a port in use is known at once. Every piece of
-    an answer is sent when it is there: Nagle's algorithm would keep it for the client's
-    acknowledgement of the last one, which takes 40 ms.
-    """
-    try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot listen on {host}, port {port} ({reason}): choose another with --port=N"
-        ) from error
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 def listed(text):

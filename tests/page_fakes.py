@@ -9,13 +9,14 @@ The page and its policy are those of nanochat.server; everything else is said by
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanochat.server import load_page
+from nanochat.http_guard import load_page
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 DESKTOP, PHONE, SMALL_PHONE = (1280, 800), (390, 844), (320, 480)
@@ -57,7 +58,7 @@ class PlayedServer:
         self.gate = threading.Event()
         self.left = threading.Event()       # a client has left in the middle of an answer
         self.requests = []
-        self.page, self.page_headers = load_page()
+        self.page, self.page_headers = load_page("ui.html")
 
     def __enter__(self):
         played = self
@@ -237,3 +238,34 @@ def wait_for_end(page):
 def shown(page, kind):
     """The texts of all messages of a kind: "user" or "assistant"."""
     return page.locator(f".{kind} .body").all_inner_texts()
+
+
+def luminance(colour):
+    """The relative luminance of (red, green, blue) in 0 to 255, as WCAG 2 defines it."""
+    linear = []
+    for channel in colour:
+        share = channel / 255
+        linear.append(share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """The contrast of two colours, from 1 to 21, as WCAG 2 defines it."""
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+def low_contrasts(page, pairs):
+    """{pair: contrast} of the pairs that have less than they should.
+
+    pairs: (what is drawn, on what, the least contrast), two names of the page's table of colours.
+    """
+    colours = {}
+    for name in {name for pair in pairs for name in pair[:2]}:
+        text = page.evaluate("""name => {
+          document.body.style.color = `var(--${name})`;
+          return getComputedStyle(document.body).color;
+        }""", name)
+        colours[name] = [int(number) for number in re.findall(r"\d+", text)[:3]]
+    found = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in pairs}
+    return {pair: value for pair, value in found.items() if value < pair[2]}

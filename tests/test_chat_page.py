@@ -18,8 +18,10 @@ from page_fakes import (
     Played,
     PlayedServer,
     ask,
+    contrast,
     error_body,
     launch_chromium,
+    low_contrasts,
     open_page,
     shown,
     wait_for_end,
@@ -656,21 +658,6 @@ def test_nothing_is_wider_than_a_phone(browser, server, size):
     page.context.close()
 
 
-def luminance(colour):
-    """The relative luminance of (red, green, blue) in 0 to 255, as WCAG 2 defines it."""
-    linear = []
-    for channel in colour:
-        share = channel / 255
-        linear.append(share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4)
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, other):
-    """The contrast of two colours, from 1 to 21, as WCAG 2 defines it."""
-    dark, light = sorted([luminance(one), luminance(other)])
-    return (light + 0.05) / (dark + 0.05)
-
-
 def test_contrast_is_that_of_wcag():
     assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
     assert contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)
@@ -698,15 +685,8 @@ PAIRS = [
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_the_contrast_of_wcag_aa(page, scheme):
     page.emulate_media(color_scheme=scheme)
-    colours = {}
-    for name in {name for pair in PAIRS for name in pair[:2]}:
-        text = page.evaluate("""name => {
-          document.body.style.color = `var(--${name})`;
-          return getComputedStyle(document.body).color;
-        }""", name)
-        colours[name] = [int(number) for number in re.findall(r"\d+", text)[:3]]
-    low = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in PAIRS}
-    assert not {pair: value for pair, value in low.items() if value < pair[2]}
+    low = low_contrasts(page, PAIRS)
+    assert not low
 
 
 def test_no_line_of_the_page_is_over_100_columns():
