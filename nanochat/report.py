@@ -6,6 +6,8 @@ The report card of a run: report.md, report.html (one self-contained file) and t
     python -m nanochat.report --compare d4 d4-2          # base models by tag, or any run's folder
     python -m nanochat.report --compare a42,a1 b42,b1    # pairs of runs with the same seeds
     python -m nanochat.report --card                     # a line for dev/LEADERBOARD.md
+    python -m nanochat.report --serve                    # a page that follows what trains now
+    python -m nanochat.report --serve d4 --port=8080     # or one run, by tag or folder
 
 Every stage left one JSON line in metrics.jsonl, and every training stage a log.jsonl beside its
 checkpoint. The report only reads these: it measures nothing. It has no section for what a run did
@@ -40,6 +42,9 @@ speedrun = False            # end with the record of a whole speedrun in place o
 seconds: float = None       # wall clock of that speedrun; None: the sum over its stages
 compare = False             # compare the runs that are named, the baseline first
 card = False                # one line for dev/LEADERBOARD.md about the last run's pretraining
+serve = False               # a live page of what trains now, or of the run that is named
+host = "127.0.0.1"          # the address on which that page is served, one of this machine alone
+port = 8001                 # and its port
 
 TITLE = "nanochat: the report card"
 SPEEDRUN_TASKS = ("arithmetic", "spelling", "pydoc", "identity")
@@ -638,11 +643,15 @@ def finish_speedrun(stages, total, settings, path):
 def main():
     names = []
     settings = configure(globals(), texts=names)
-    if names and not compare:
-        raise UserError(f"'{names[0]}' is no setting: --compare takes the names of runs")
-    if compare and card:
-        raise UserError("--compare and --card are two commands: give one of them")
-    if compare:
+    commands = [name for name in ("compare", "card", "serve") if settings[name]]
+    if names and commands not in (["compare"], ["serve"]):
+        raise UserError(f"'{names[0]}' is no setting: --compare and --serve take names of runs")
+    if len(commands) > 1:
+        raise UserError(f"--{commands[0]} and --{commands[1]} are two commands: give one of them")
+    if serve:
+        from nanochat import live  # whose web server no other command needs
+        live.run(names, settings)
+    elif compare:
         comparison.run(names, settings)
     elif card:
         cards.run(settings)

@@ -167,15 +167,18 @@ def test_the_command_writes_pages_and_one_json_line(base_dir, run_module):
 
 
 @pytest.mark.parametrize("words, needle", [
-    (["a"], "--compare takes the names"),
+    (["a"], "'a' is no setting"),
     (["--compare", "--card"], "two commands"),
+    (["--serve", "--card"], "two commands"),
+    (["--serve", "a", "b"], "--serve follows one run, these are 2"),
+    (["--serve", "--host=0.0.0.0"], "host=0.0.0.0 lets others"),
     (["--card"], "recorded no protocol"),
 ])
 def test_the_command_refuses_in_one_line(base_dir, monkeypatch, words, needle):
     from nanochat import report
     make_run(base_dir, "a", LAW, val_bpb=1.0, train_seconds=60.0)
     monkeypatch.setattr("sys.argv", ["report", *words])
-    for name in ("compare", "card"):
+    for name in ("compare", "card", "serve"):
         monkeypatch.setattr(report, name, False)
     with pytest.raises(UserError, match=needle):
         report.main()

@@ -30,7 +30,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "server": 5, "report": 5, "doctor": 5, "benchmark": 5, "answers": 5, "core_eval": 5,
     "hf_model": 5, "load_test": 5, "records": 5, "plots": 5, "document": 5, "compare": 5,
     "card": 5, "model_card": 5, "hf_export": 5, "export_check": 5, "hf_import": 5,
-    "gguf_export": 5, "gguf_check": 5,
+    "gguf_export": 5, "gguf_check": 5, "live": 5,
 }
 TASKS, SCRIPTS = 6, 7
 SOURCES = [
