@@ -81,7 +81,7 @@ def growth(function):
 
 
 class Training:
-    """A model and its layout, as this rank has them."""
+    """A model and its layout, as this rank has them, after a step that made all state."""
 
     def __init__(self, name, size, dtype, kind="auto", wire="float32", recompute=False):
         depth, vocab_size, max_seq_len, self.sequences = size
@@ -91,6 +91,7 @@ class Training:
         self.layout = Layout(self.model, self.model.setup_optimizers(), kind, wire)
         idx = torch.randint(vocab_size, (self.sequences, max_seq_len))
         self.batches = [(idx, idx)] * ACCUM
+        self.step()
 
     def step(self):
         scale = 1 / self.batches[0][0].numel()
@@ -115,8 +116,7 @@ class Training:
         return sum(storage.nbytes() for storage in storages.values())
 
     def peak(self):
-        """Bytes at the most crowded moment of a step, after one that made all state."""
-        self.step()
+        """Bytes at the most crowded moment of a step."""
         peaks = []
         # of several ranks the smallest, for a busy machine frees later what has been sent
         for _ in range(3 if dist.is_initialized() else 1):
@@ -289,7 +289,6 @@ def rank_main(rank, ranks, port, folder):
     found = {}
     for case, (name, size, dtype, *layout) in CASES.items():
         training = Training(name, size, DTYPES[dtype], *layout)
-        training.step()
         with counted() as moved:
             training.step()
         buckets = sum(bucket.numel for bucket in training.layout.buckets)
