@@ -27,4 +27,10 @@ fi
 echo "nightly: exports are the same model in llama.cpp"
 python -m pytest --no-skips tests/test_export.py -k "llama_cpp"
 
+echo "nightly: the tests that run.sh leaves out"
+python -m pytest -n 2 --dist loadfile --durations=10 -m nightly
+
+echo "nightly: every family of models, from nothing to a chat"
+bash tests/families.sh
+
 echo "nightly: passed"

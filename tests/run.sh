@@ -11,4 +11,5 @@ source scripts/setup.sh dev
 # One thread each: two workers of two threads on two cores wait for each other, and take half as
 # long again.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -n 2 --dist loadfile --durations=10 "$@"
+# What is marked as nightly is for tests/nightly.sh.
+exec python -m pytest -n 2 --dist loadfile --durations=10 -m "not nightly" "$@"

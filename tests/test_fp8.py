@@ -331,6 +331,7 @@ def train(recipe, steps, passes=1, **prepared):
 LOSS_STEPS = 40  # dev/LOG.md has 300, of the other recipes as well
 
 
+@pytest.mark.nightly
 def test_the_loss_is_within_one_percent_of_bf16():
     in_bf16, _ = train(None, LOSS_STEPS)
     losses, _ = train(EMULATED[0], LOSS_STEPS)

@@ -410,7 +410,11 @@ print(torch.allclose(y, model.blocks[1].forward(model.blocks[0].forward(x))))
 """
 
 
-@pytest.mark.parametrize("situation", ["missing", "failing", "blank in the path"])
+@pytest.mark.parametrize("situation", [
+    "missing",
+    pytest.param("failing", marks=pytest.mark.nightly),
+    pytest.param("blank in the path", marks=pytest.mark.nightly),
+])
 def test_without_a_compiler_that_works_one_line_says_what_that_costs(tmp_path, situation):
     compiler = tmp_path / "g++"
     cache = tmp_path / "cache"
