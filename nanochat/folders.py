@@ -46,6 +46,7 @@ STAGES = {
 }
 TOKENIZER_FOLDER = "tokenizer"  # in the folder of a run
 LISTED = 8  # models that one line names at most
+LOCK_ATTEMPTS = 5  # to lock a folder, 0.02 seconds apart
 SHARE_SECONDS = 60.0  # after which a network file system shows a new file on all machines
 
 
@@ -118,6 +119,22 @@ def is_locked(dir):
     return False
 
 
+def take_lock(file):
+    """Lock an open lock file. BlockingIOError where another process holds the lock.
+
+    Whoever looks whether it is held, as is_locked() does, holds it for an instant: so it is tried
+    again for a moment.
+    """
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == LOCK_ATTEMPTS - 1:
+                raise
+        time.sleep(0.02)
+
+
 def lock_folder(dir, rank):
     """Lock `dir` for this process until it ends. UserError if another process holds the lock.
 
@@ -135,7 +152,7 @@ def lock_folder(dir, rank):
     dir.mkdir(parents=True, exist_ok=True)
     file = open(dir / ".lock", "a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(file)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "?"

@@ -1,4 +1,5 @@
 """A folder for each run: which one a run gets, and which models are found again."""
+import fcntl
 import subprocess
 import sys
 
@@ -54,6 +55,15 @@ def test_a_tag_is_the_name_of_a_folder_and_leads_nowhere_else(base_dir, tag):
 
 # --------------------------------------------------------------------------------------------------
 # a folder for a run that begins
+
+
+def test_who_looks_at_a_lock_keeps_no_run_from_taking_it(tmp_path, monkeypatch):
+    (tmp_path / ".lock").touch()
+    looks = open(tmp_path / ".lock", encoding="utf-8")
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    monkeypatch.setattr("nanochat.folders.time.sleep", lambda _: looks.close())
+    with lock_folder(tmp_path, 0):
+        assert is_locked(tmp_path)
 
 
 def test_a_run_that_begins_takes_the_next_free_name(folder, meta, capsys):
