@@ -12,7 +12,15 @@ from nanochat.document import MARKDOWN
 from nanochat.metrics import finish_stage
 from nanochat.records import last_run, read_jsonl
 
-HEADER = ["minutes", "machine", "bits per byte", "protocol", "commit"]
+HEADER = [
+    "minutes",
+    "machine",
+    "bits per byte",
+    "protocol",
+    "on unseen sources",
+    "protocol there",
+    "commit",
+]
 
 
 def machine_class(record):
@@ -43,13 +51,30 @@ def card_of(record):
         raise UserError(
             f"the last run of base_train recorded no {' and no '.join(missing)}, which is of an "
             "earlier version or an unfinished run: train again, to the end")
+    unseen = record.get("unseen") or {}
     return {
         "minutes": round(record["train_seconds"] / 60, 2),
         "machine_class": machine_class(record),
         "bpb": record["val_bpb"],
+        "bpb_without_counts": record.get("val_bpb_without_counts"),
         "protocol": record["protocol"],
+        "unseen_bpb": unseen.get("val_bpb"),
+        "unseen_bpb_without_counts": unseen.get("val_bpb_without_counts"),
+        "unseen_protocol": unseen.get("protocol"),
         "commit": record.get("commit") or "unknown",
     }
+
+
+def bits_cell(bits, without_counts):
+    """Bits per byte as a cell of a table.
+
+    >>> bits_cell(1.05153, 1.12), bits_cell(None, None)
+    ('**1.0515** (1.1200 without counts)', '')
+    """
+    if bits is None:
+        return ""
+    also = f" ({without_counts:.4f} without counts)" if without_counts is not None else ""
+    return f"**{bits:.4f}**{also}"
 
 
 def card_line(fields):
@@ -57,8 +82,10 @@ def card_line(fields):
     cells = (
         f"{fields['minutes']:.2f}",
         fields["machine_class"],
-        f"**{fields['bpb']:.4f}**",
+        bits_cell(fields["bpb"], fields["bpb_without_counts"]),
         fields["protocol"],
+        bits_cell(fields["unseen_bpb"], fields["unseen_bpb_without_counts"]),
+        fields["unseen_protocol"] or "",
         fields["commit"],
     )
     return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"

@@ -2,7 +2,8 @@
 
 Documents are written as they are read, so that text of any size fits the memory. Where no file is
 for validation, the last 5 % of the characters are. Which those are is known when all are written:
-they are then moved to a file of their own.
+they are then moved to a file of their own. For --holdout=source whole sources are validation, which
+are chosen when all are written as well.
 """
 import contextlib
 import fcntl
@@ -10,6 +11,8 @@ import json
 import shutil
 import tempfile
 import time
+from collections import Counter
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +26,12 @@ from nanochat.common import (
     where_offered,
 )
 from nanochat.encoding import NoText, find_encoding
+from nanochat.holdout import (
+    choose_held_out,
+    find_source_lists,
+    read_source_list,
+    source_of_row,
+)
 from nanochat.shards import (
     COPY_AGAIN,
     check_parquet,
@@ -37,7 +46,10 @@ from nanochat.userfiles import (
     ADD_TEXT,
     MIN_ROWS_IN_PLACE,
     VALIDATION_SHARE,
+    choose_files,
+    find_user_files,
     key_of_files,
+    plain_name,
     raise_errors,
     root_of,
     say_left_aside,
@@ -59,8 +71,38 @@ def convert_user_files(path, chosen, others):
     path, chosen, others: the data path, its ChosenFiles, and files there that cannot be read.
     UserError where any of the chosen files cannot be read, or a split would have no documents.
     """
-    files = chosen.files
-    folder = get_base_dir() / "user_data" / key_of_files(path, files, bool(chosen.val))
+    key = key_of_files(path, chosen.files, bool(chosen.val))
+    return _convert_once(key, path, chosen, others, _write_draft)
+
+
+def convert_by_source(path):
+    """Convert the user's files at `path`, with whole sources for validation; returns the folder.
+
+    A source is a file, or what a list beside parquet files says (nanochat/holdout.py). The index
+    has their names under "held_out". UserError as from convert_user_files, where there are too few
+    sources, and where the files have a split of their own.
+    """
+    files, others = find_user_files(path)
+    chosen = choose_files(path, files)
+    if chosen.val:
+        raise UserError(
+            f"{path} has a split for validation, {name_of(chosen.val[0], root_of(path))} first: "
+            "leave --holdout out, or name the files that train alone"
+        )
+    lists = find_source_lists(chosen.about)
+    about = [file for file in chosen.about if file not in lists]
+    key = key_of_files(path, chosen.train + lists)
+    name = f"{plain_name(path)}-{key[:8]}-by-source"
+    write = partial(_write_draft_by_source, lists=lists)
+    return _convert_once(name, path, chosen._replace(about=about), others, write)
+
+
+def _convert_once(name, path, chosen, others, write):
+    """Convert to the folder of this name, unless it is there, and return it.
+
+    write: a function that writes shards and index, as _write_draft.
+    """
+    folder = get_base_dir() / "user_data" / name
     if folder.exists():
         return folder
     say_unreadable(path, others)
@@ -70,7 +112,7 @@ def convert_user_files(path, chosen, others):
     _remove_old_drafts(folder.parent)
     with _one_at_a_time(folder, path):
         if not folder.exists():
-            _convert(folder, path, chosen)
+            _convert(folder, path, chosen, write)
     return folder
 
 
@@ -98,12 +140,12 @@ def _one_at_a_time(folder, path):
             lock.unlink(missing_ok=True)
 
 
-def _convert(folder, path, chosen):
+def _convert(folder, path, chosen, write):
     """Write to a draft, which becomes `folder` when it is whole."""
     files = chosen.files
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
     try:
-        train_rows, val_rows = _write_draft(draft, path, chosen)
+        train_rows, val_rows = write(draft, path, chosen)
         _rename_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -162,10 +204,63 @@ def _write_draft(draft, path, chosen):
         rows = _take_validation(draft, written)
 
     # 3) the index
-    shards = [shard.name for shard in sorted(draft.glob("shard_*"))]
-    index = {"source": str(path), "files": shards[:-1], "validation": shards[-1]}
-    atomic_write(draft / "index.json", json.dumps(index, indent=1))
+    _write_index(draft, source=str(path))
     return rows
+
+
+def _write_index(draft, **fields):
+    """Write the index.json of shards, of which the last is validation."""
+    shards = [shard.name for shard in sorted(draft.glob("shard_*"))]
+    index = {**fields, "files": shards[:-1], "validation": shards[-1]}
+    atomic_write(draft / "index.json", json.dumps(index, indent=1))
+
+
+def _write_draft_by_source(draft, path, chosen, lists):
+    """As _write_draft, with whole sources for validation. Every document has its source's name.
+
+    lists: the files that say which source each row of the parquet files is from.
+    """
+    root = root_of(path)
+    listed = {}
+    for file in lists:
+        print0(f"{path}: the sources of rows are those of {name_of(file, root)}")
+        listed.update(read_source_list(file, chosen.train, root))
+
+    # 1) all documents, and the size of each source
+    findings = _Findings()
+    sizes = Counter()
+    everything = draft / "everything"
+    everything.mkdir()
+
+    def read_all():
+        for source, text in _read_user_files(path, chosen.train, findings, listed):
+            sizes[source] += len(text)
+            yield source, text
+
+    written = write_named_documents(everything, read_all())
+    _say_findings(path, findings, len(chosen.train))
+    if not written:
+        raise UserError(f"{path} is empty: there are no documents in it to train on")
+
+    # 2) which sources are validation
+    held_out = choose_held_out(sizes, VALIDATION_SHARE * sizes.total())
+    share = sum(sizes[name] for name in held_out) / sizes.total()
+    print0(f"{path}: held out {len(held_out)} of {len(sizes)} sources, {share:.1%} of the text")
+
+    # 3) the shards of both splits
+    def read(is_held_out):
+        for group in written:
+            for source, text in read_named_row_group(draft, True, group.path, group.index):
+                if (source in held_out) == is_held_out:
+                    yield source, text
+
+    train = write_named_documents(draft, read(False))
+    shards = len({group.path for group in train})
+    val_path = draft / f"shard_{shards:05d}.parquet"
+    validation = write_groups(val_path, divide_into_groups(read(True)))
+    shutil.rmtree(everything)
+    _write_index(draft, source=str(path), holdout="source", held_out=sorted(held_out))
+    return sum(group.rows for group in train), sum(group.rows for group in validation)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -204,8 +299,10 @@ def _read_user_file(file, root, findings):
         yield name, text
 
 
-def _read_user_files(path, files, findings):
+def _read_user_files(path, files, findings, listed=None):
     """Yield the (name, text) of all documents in the user's files, none of them empty.
+
+    listed: the sources of rows (holdout.source_of_row), to name documents by their sources.
 
     The files of a folder are ordered by a hash of their names, so that the last 5 % are not simply
     the last in the alphabet. One that cannot be read is noted, and the others are read all the
@@ -215,7 +312,9 @@ def _read_user_files(path, files, findings):
     ordered = sorted(files, key=lambda file: fraction(name_of(file, root)))
     for number, file in enumerate(ordered, start=1):
         try:
-            for name, text in _read_user_file(file, root, findings):
+            for row, (name, text) in enumerate(_read_user_file(file, root, findings)):
+                if listed is not None:
+                    name = source_of_row(listed, file, row, root)
                 findings.report_progress(file, number, len(files))
                 if not text or not text.strip():
                     findings.dropped += 1

@@ -1,5 +1,7 @@
 """Read the text to train on: parquet files or the user's own files, as documents of two splits.
 
+A third split, "unseen", is there where whole sources were held out of both (nanochat/sources.py).
+
     dataset = open_dataset("notes/")            # resolves the path and checks every file, once
     for text in dataset.documents("train"):
         ...
@@ -22,15 +24,13 @@ is in nanochat/sources.py:
     python -m nanochat.dataset -n 240           # 240 training shards of FineWeb-Edu
 """
 import os
-import re
 import runpy
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import UserError, get_base_dir, print0
 from nanochat.convert import convert_user_files
-from nanochat.encoding import COMPRESSED, NoText
+from nanochat.encoding import NoText
 from nanochat.shards import (
     COPY_AGAIN,
     check_parquet,
@@ -39,6 +39,7 @@ from nanochat.shards import (
     read_index,
     read_named_row_group,
     read_row_group,
+    shard_names,
     write_shards,  # noqa: F401  (where it was before)
 )
 from nanochat.textfiles import (
@@ -48,12 +49,12 @@ from nanochat.textfiles import (
 from nanochat.userfiles import (
     ADD_TEXT,
     MIN_ROWS_IN_PLACE,
-    SUFFIXES,
     VALIDATION_SHARE,
     choose_files,
     existing_path,
     find_user_files,
     key_of_files,
+    plain_name,
     raise_errors,
     root_of,
     say_left_aside,
@@ -61,7 +62,6 @@ from nanochat.userfiles import (
 )
 
 CHECKED_BYTES = 100_000_000  # up to this size, the user's parquet files are checked row by row
-MAX_TAG_CHARS = 40          # of the name before its hash
 
 MAKE_AGAIN = "run the same python -m nanochat.dataset again"
 
@@ -78,6 +78,9 @@ class Dataset(NamedTuple):
     Where one file holds both splits, the group at the border has its first and last row as well.
     root: the folder that the names of documents are relative to.
     is_ours: whether nanochat has written the files, so that a column `source` is one of names.
+    unseen_groups: of whole sources of which no document is in the other splits; most texts have
+    none of these.
+    holdout: what validation was divided by, "documents", or "source" where it is of whole sources.
     """
 
     paths: list
@@ -85,14 +88,18 @@ class Dataset(NamedTuple):
     val_groups: list
     root: Path
     is_ours: bool
+    unseen_groups: tuple = ()
+    holdout: str = "documents"
 
     def groups(self, split):
-        """The row groups of "train" or "val", a list; UserError for any other split."""
+        """The row groups of "train", "val" or "unseen"; UserError for any other split."""
         if split == "train":
             return self.train_groups
         if split == "val":
             return self.val_groups
-        raise UserError(f"split is train or val, not {split!r}")
+        if split == "unseen":
+            return self.unseen_groups
+        raise UserError(f"split is train or val, or unseen, not {split!r}")
 
     def documents(self, split, rank=0, world_size=1):
         """One pass over the documents of a split, in order: yields str, none of them empty.
@@ -167,13 +174,7 @@ def data_tag(data):
         chosen = choose_files(path, find_user_files(path)[0])
         key = key_of_files(path, chosen.files, bool(chosen.val))
 
-    # the name, without the suffixes of a file
-    name = path.name
-    while path.is_file() and Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED):
-        name = Path(name).stem
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    safe = re.sub(r"[^A-Za-z0-9]+", "-", plain)[:MAX_TAG_CHARS].strip("-")
-    return f"{safe or 'data'}-{key[:8]}"
+    return f"{plain_name(path)}-{key[:8]}"
 
 
 def iter_documents(split, data=None, rank=0, world_size=1):
@@ -230,7 +231,7 @@ def _open_user_files(path, files, others):
 
 def _open_pinned(folder, pinned, remedy):
     """The Dataset of a folder that nanochat has made; pinned: its index, of read_index()."""
-    names = [*pinned["files"], pinned["validation"]]
+    names = shard_names(pinned)
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         is_ours = remedy != MAKE_AGAIN
@@ -241,7 +242,11 @@ def _open_pinned(folder, pinned, remedy):
         )
     damaged = f"delete it and {remedy}" if remedy == MAKE_AGAIN else remedy
     parts = [check_parquet(folder / name, damaged) for name in names]
-    return _dataset_of(folder, parts[:-1], parts[-1:], remedy, is_ours=True)
+    count = len(pinned["files"])
+    dataset = _dataset_of(folder, parts[:count], [parts[count]], remedy, is_ours=True)
+    unseen = [group for part in parts[count + 1:] for group in part.groups()]
+    return dataset._replace(
+        unseen_groups=unseen, holdout=pinned.get("holdout", "documents"))
 
 
 def _open_in_place(path, chosen, others):

@@ -429,6 +429,11 @@ class GPT(nn.Module):
         found = self.target_log_probs(x, recent, targets.clamp(min=0))
         return torch.where(targets >= 0, found, 0.0)
 
+    def log_probs_of_both(self, idx, targets):
+        """(log_probs(), those of the network alone): the same, but where counts are mixed in."""
+        found = self.log_probs(idx, targets)
+        return found, found
+
     def target_log_probs(self, x, recent, targets):
         """x (B, T, C), targets (B, T) -> (B, T) log-probabilities of the targets."""
         flat = token_log_probs(

@@ -65,6 +65,11 @@ class HFModel:
         found = self.target_log_probs(x, recent, targets.clamp(min=0))
         return torch.where(targets >= 0, found, 0.0)
 
+    def log_probs_of_both(self, idx, targets):
+        """As of GPT, where nothing is mixed in."""
+        found = self.log_probs(idx, targets)
+        return found, found
+
     def eval(self):
         """It always is."""
         return self

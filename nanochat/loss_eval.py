@@ -62,32 +62,44 @@ def raw_bytes(documents):
     return sum(len(document.encode("utf-8")) for document in documents)
 
 
-def protocol_id(documents):
+def protocol_id(documents, holdout="documents"):
     """The name of what bits per byte were measured on: how many documents, and which.
 
     Figures with the same name compare, whatever the tokenizer and the model. The 1 counts
     definitions of the measure itself: raw bytes, whole documents, <|bos|> no target.
+    holdout: "source" where training has read nothing of the sources of these documents.
 
     >>> protocol_id(["Hello.", "World."])
     'bpb1-2-743cefd7'
+    >>> protocol_id(["Hello.", "World."], "source")
+    'bpb1-source-2-743cefd7'
     """
     digest = hashlib.sha256()
     for document in documents:
         text = document.encode("utf-8")
         digest.update(len(text).to_bytes(8, "big"))  # so that no other division has the same hash
         digest.update(text)
-    return f"bpb1-{len(documents)}-{digest.hexdigest()[:8]}"
+    split = "" if holdout == "documents" else f"{holdout}-"
+    return f"bpb1-{split}{len(documents)}-{digest.hexdigest()[:8]}"
 
 
 class Score(NamedTuple):
-    """What a model spends on documents. <|bos|> is no target: it counts no token and no byte."""
+    """What a model spends on documents. <|bos|> is no target: it counts no token and no byte.
+
+    network_nats: what its network would spend alone, without the counts that some models mix in.
+    """
     nats: float
     bytes: int
     tokens: int
+    network_nats: float
 
     @property
     def bits_per_byte(self):
         return self.nats / math.log(2) / self.bytes
+
+    @property
+    def bits_per_byte_without_counts(self):
+        return self.network_nats / math.log(2) / self.bytes
 
     @property
     def perplexity(self):
@@ -113,22 +125,24 @@ def score_documents(
     was_training = model.training
     model.eval()
     # 1. this rank's share
-    nats = 0.0
+    nats, network_nats = 0.0, 0.0
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start:start + batch_size]
         inputs, targets = pad_batch(batch, device)
-        log_probs = model.log_probs(inputs, targets)
+        log_probs, of_network = model.log_probs_of_both(inputs, targets)
         nats -= log_probs.cpu().double().sum().item()  # on the CPU: MPS has no float64
+        network_nats -= of_network.cpu().double().sum().item()
         if progress:
             progress((start + len(batch)) / len(sequences))
     model.train(was_training)
 
-    # 2. the sum over ranks
+    # 2. the sums over ranks
     if world_size > 1:
-        total = torch.tensor(nats, dtype=torch.float64, device=collective_device())
-        dist.all_reduce(total)
-        nats = total.item()
-    return Score(nats, raw_bytes(documents), tokens)
+        totals = torch.tensor(
+            [nats, network_nats], dtype=torch.float64, device=collective_device())
+        dist.all_reduce(totals)
+        nats, network_nats = totals.tolist()
+    return Score(nats, raw_bytes(documents), tokens, network_nats)
 
 
 def evaluate_bpb(model, tokenizer, documents, device, batch_size=16, rank=0, world_size=1):

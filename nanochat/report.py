@@ -175,6 +175,8 @@ def overview_blocks(run):
             tiles.append(("bits per byte", f"{base['val_bpb']:.3f}"))
         if base.get("val_bpb_bound") is not None:
             tiles.append(("bits per byte at most", f"{base['val_bpb_bound']:.3f}"))
+        if (base.get("unseen") or {}).get("val_bpb") is not None:
+            tiles.append(("on unseen sources", f"{base['unseen']['val_bpb']:.3f}"))
         tiles.append(("parameters", si(base.get("parameters"))))
         if base.get("text_bytes") and base.get("epochs"):
             tiles.append(("of text", si(base["text_bytes"], "B")))
@@ -398,14 +400,46 @@ def validation_documents(record):
     return measured[-1].get("documents") if measured else None
 
 
+FIGURES = {
+    "bits per byte": "val_bpb",
+    "without counts": "val_bpb_without_counts",
+    "a bound on them": "val_bpb_bound",
+}
+READ = "sources that were read"
+UNSEEN = "whole sources that were not"
+TWO_TEXTS = (
+    "Of the sources that were read (packages, books) training saw other documents than these; of "
+    "the others it saw nothing. The two are different texts, so that one may be harder than the "
+    "other for every model: what tells is how much counts of n-grams save on each, and the second "
+    "figure of one model beside that of another."
+)
+
+
+def text_of(record, run):
+    """What the validation in a record is of; "" where the run held no sources out."""
+    protocol = record.get("protocol") or ""
+    if protocol.startswith("bpb1-source-"):
+        return UNSEEN
+    base = run.stages.get("base_train", {})
+    is_read = protocol == base.get("protocol") and base.get("unseen")
+    return READ if is_read else ""
+
+
+def cells_of(record):
+    """The FIGURES of a record, or of a part of it, as text; "" for those that it lacks."""
+    found = [record.get(key) for key in FIGURES.values()]
+    return ["" if one is None else f"{one:.4f}" for one in found]
+
+
 def bits_per_byte_blocks(run):
     rows = []
     for name, record in run.stages.items():
         if measured_bpb(record) is not None:
             documents = str(validation_documents(record) or "unknown")
-            bits = [record.get(key) for key in ("val_bpb", "val_bpb_bound")]
-            bits = ["" if one is None else f"{one:.4f}" for one in bits]
-            rows.append((name, documents, *bits))
+            rows.append((name, text_of(record, run), documents, *cells_of(record)))
+        if record.get("unseen"):
+            unseen = record["unseen"]
+            rows.append((name, UNSEEN, str(unseen["documents"]), *cells_of(unseen)))
     if not rows:
         return
 
@@ -415,10 +449,12 @@ def bits_per_byte_blocks(run):
         bits = math.log2(tokenizer["vocab_size"]) / tokenizer["bytes_per_token"]
         guessing = f" Guessing every token at random costs {bits:.2f}."
     yield ("heading", "Validation bits per byte")
-    columns = ["stage", "validation documents", "bits per byte", "a bound on them"]
-    if not any(bound for *_, bound in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    yield ("table", columns, rows)
+    columns = ["stage", "of", "validation documents", *FIGURES]
+    empty = [column for column in range(len(columns)) if not any(row[column] for row in rows)]
+    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
+    yield ("table", [name for i, name in enumerate(columns) if i not in empty], rows)
+    if any(record.get("unseen") for record in run.stages.values()):
+        yield ("text", TWO_TEXTS)
     yield ("text", "Bits the model needs for each raw byte of validation text that it never "
                    "trained on: lower is better, and runs with different tokenizers compare, where "
                    "they are of the same documents. The curve of a run is of fewer documents, the "

@@ -226,15 +226,24 @@ def read_index(path):
     """The content of an index.json that nanochat has written, a dict, or None.
 
     It has "files", the names of the shards to train on, and "validation", the name of one more.
+    It may have "unseen", the name of a shard of whole sources that are in no other, and "holdout":
+    "source" where validation is of such sources itself.
     Other programs have files of this name. Ours lists parquet files beside it.
     """
     try:
         pinned = json.loads(path.read_text(encoding="utf-8"))
-        names = [*pinned["files"], pinned["validation"]]
+        names = shard_names(pinned)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    is_ours = len(names) > 1 and all(map(_is_shard_name, names))
+    is_ours = bool(pinned["files"]) and all(map(_is_shard_name, names))
     return pinned if is_ours else None
+
+
+def shard_names(pinned):
+    """The names of all shards of an index: those to train on, that of validation, that of unseen.
+    """
+    unseen = [pinned["unseen"]] if "unseen" in pinned else []
+    return [*pinned["files"], pinned["validation"], *unseen]
 
 
 def _is_shard_name(name):
@@ -244,10 +253,12 @@ def _is_shard_name(name):
 # ----------------------------------------------------------------------------------------------
 # writing lists of documents, with hashes
 
-def write_shards(folder, prefix, train, validation, **fields):
+def write_shards(folder, prefix, train, validation, unseen=(), **fields):
     """Write documents as parquet shards with their index.json.
 
     train, validation: lists of str; the validation documents become the last shard.
+    unseen: those of whole sources that are in neither; where there are some, they are one shard
+    more.
     fields: further entries of the index.
 
     The index is written first, without hashes, and completed last: the shards of an interrupted
@@ -256,6 +267,10 @@ def write_shards(folder, prefix, train, validation, **fields):
     shards = [*_divide_into_shards(train), validation]
     files = [f"{prefix}_{i:05d}.parquet" for i in range(len(shards))]
     index = {**fields, "files": files[:-1], "validation": files[-1]}
+    if unseen:
+        index["unseen"] = f"{prefix}_unseen.parquet"
+        shards.append(unseen)
+        files.append(index["unseen"])
 
     # shards of an earlier build must not be taken for this one's
     for file in files:

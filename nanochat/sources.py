@@ -3,10 +3,14 @@
     python -m nanochat.dataset                      # the standard library, numpy and torch
     python -m nanochat.dataset --source=installed   # the same, from all installed packages
     python -m nanochat.dataset -n 240               # 240 training shards of FineWeb-Edu
+    python -m nanochat.dataset --source=local --holdout=source   # whole packages are validation
+    python -m nanochat.dataset --source=books/ --holdout=source  # of your own text, whole files
 
-Both write parquet shards and their index.json to `$NANOCHAT_BASE_DIR/base_data`, which
+The first four write parquet shards and their index.json to `$NANOCHAT_BASE_DIR/base_data`, which
 nanochat/dataset.py reads. HF_ENDPOINT names a mirror to download from, HF_TOKEN is sent with every
 download. The user's own text needs no command: every stage that reads text takes `--data=PATH`.
+Where whole files of it are to be validation, the last command writes another folder and prints the
+`--data=` that the stages then take.
 """
 import ast
 import hashlib
@@ -17,18 +21,24 @@ import sysconfig
 import threading
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat.common import UserError, atomic_write, fraction, get_base_dir, print0, sha256
 from nanochat.configurator import configure
+from nanochat.convert import convert_by_source
 from nanochat.dataset import parquet_paths
 from nanochat.download import download, hub_endpoint, hub_token
+from nanochat.holdout import choose_held_out
 from nanochat.metrics import finish_stage
 from nanochat.shards import read_index, write_shards
 from nanochat.textfiles import DOCUMENT_CHARS, split_document
+from nanochat.userfiles import existing_path
 
 source: str = None  # local, installed or fineweb; None: fineweb where -n is given, else local
+holdout: str = None # source: validation is of whole packages; of a path in --source, whole files
 shards: int = None  # -n, training shards of FineWeb-Edu, 100 MB each, 1 to 1822; fineweb alone: 240
 workers = 4         # downloads at a time
 
@@ -44,6 +54,7 @@ workers = 4         # downloads at a time
 LOCAL_PACKAGES = ("stdlib", "numpy", "torch")
 INSTALLED_PACKAGES = ("stdlib", "installed")
 VALIDATION_SHARE = 0.04     # of the files; about 500 documents
+UNSEEN_SHARE = 0.025        # of the bytes, in whole packages that are in neither split
 SKIPPED_FOLDERS = frozenset((
     "test",
     "tests",
@@ -144,25 +155,74 @@ class Seen:
         return False
 
 
-def collect_local(packages=LOCAL_PACKAGES):
-    """(training documents, validation documents, table) of installed sources; the same every time.
+def package_of(name):
+    """The package that a source file belongs to: of "email/header.py" it is "email"."""
+    return name.split("/")[0].removesuffix(".py")
 
-    table: {origin: {"documents", "mb", "dropped"}}, what each package gave.
 
-    A file belongs to validation by the hash of its name, so that no file is in both splits. Files
-    are read in the order of that hash, validation first: what repeats validation is dropped from
-    training. Documents are ordered by a hash as well, so that any beginning of the training text is
-    a fair sample of it: a run on a small machine sees little more.
+def held_out_packages(files, by_source):
+    """The names of the packages that are held out whole, a set; files: [(name, path)].
+
+    by_source: for validation, about VALIDATION_SHARE of the bytes. Else they are a split of their
+    own, of UNSEEN_SHARE, and validation is of other files: then only packages are chosen of which
+    no file is in validation, so that it stays the same. It may be that there are too few.
+    """
+    sizes = Counter()
+    for name, path in files:
+        sizes[package_of(name)] += path.stat().st_size
+    if by_source:
+        return choose_held_out(sizes, VALIDATION_SHARE * sizes.total())
+
+    wanted = UNSEEN_SHARE * sizes.total()
+    for name, _ in files:
+        if fraction(name) < VALIDATION_SHARE:
+            sizes.pop(package_of(name), None)
+    return choose_held_out(sizes, wanted) if len(sizes) > 1 else set()
+
+
+class LocalText(NamedTuple):
+    """Documents of installed sources, lists of str.
+
+    unseen: of packages of which nothing is in the other two.
+    held_out: the names of the packages of which nothing is in training, sorted.
+    table: {origin: {"documents", "mb", "dropped"}}, what each origin gave.
+    """
+
+    train: list
+    validation: list
+    unseen: list
+    held_out: list
+    table: dict
+
+
+def collect_local(packages=LOCAL_PACKAGES, by_source=False):
+    """The LocalText of installed sources; the same every time.
+
+    A file belongs to validation by the hash of its name, so that no file is in both splits. Some
+    packages are held out whole besides. by_source: these alone are validation.
+
+    Files are read in the order of that hash, those that do not train first: what repeats them is
+    dropped from training. Documents are ordered by a hash as well, so that any beginning of the
+    training text is a fair sample of it: a run on a small machine sees little more.
     """
     files = sorted(python_files(packages), key=lambda file: fraction(file[1]))
+    held_out = held_out_packages([file[1:] for file in files], by_source)
+    splits = {"validation": [], "unseen": [], "train": []}
+
+    def split_of(name):
+        if package_of(name) in held_out:
+            return "validation" if by_source else "unseen"
+        is_validation = not by_source and fraction(name) < VALIDATION_SHARE
+        return "validation" if is_validation else "train"
+
+    order = list(splits)
+    files.sort(key=lambda file: order.index(split_of(file[1])))
     seen = Seen()
-    train = []
-    validation = []
     table = {}
     for number, (origin, name, path) in enumerate(files):
         if number % 1000 == 0:
             print0(f"reading sources: {number} of {len(files)} files")
-        split = validation if fraction(name) < VALIDATION_SHARE else train
+        split = splits[split_of(name)]
         row = table.setdefault(origin, {"documents": 0, "mb": 0.0, "dropped": 0})
 
         for i, text in enumerate(_documents_of(name, path)):
@@ -175,37 +235,44 @@ def collect_local(packages=LOCAL_PACKAGES):
 
     for row in table.values():
         row["mb"] = round(row["mb"], 2)
-    return [text for _, text in sorted(train)], [text for _, text in sorted(validation)], table
+    texts = {split: [text for _, text in sorted(found)] for split, found in splits.items()}
+    return LocalText(**texts, held_out=sorted(held_out), table=table)
 
 
-def build_local(name="local"):
+def build_local(name="local", by_source=False):
     """Build the shards of `local` or `installed` text; returns their index, a dict.
 
+    by_source: validation is of whole packages, see collect_local().
     Nothing is done where the shards of the same sources are there and undamaged.
     """
     folder = get_base_dir() / "base_data"
     folder.mkdir(exist_ok=True)
     packages = LOCAL_PACKAGES if name == "local" else INSTALLED_PACKAGES
     sizes = [(file, path.stat().st_size) for _, file, path in python_files(packages)]
-    key = hashlib.sha256(json.dumps([3, sizes]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([4, by_source, sizes]).encode()).hexdigest()[:16]
     built = _built_before(folder, key)
     if built:
         print0(f"{folder} is up to date")
         return built
 
-    train, validation, table = collect_local(packages)
+    found = collect_local(packages, by_source)
+    counts = [len(found.train), len(found.validation), len(found.unseen)]
     print0(
-        f"writing {len(train)} documents to train on, {len(validation)} for validation to {folder}"
+        f"writing {counts[0]} documents to train on, {counts[1]} for validation, {counts[2]} of "
+        f"packages that are in neither to {folder}; packages held out: {', '.join(found.held_out)}"
     )
     write_shards(
         folder,
         name,
-        train,
-        validation,
+        found.train,
+        found.validation,
+        found.unseen,
         source=name,
         key=key,
-        origins=table,
-        documents=[len(train), len(validation)],
+        origins=found.table,
+        documents=counts,
+        holdout="source" if by_source else "documents",
+        held_out=found.held_out,
     )
     return json.loads((folder / "index.json").read_text(encoding="utf-8"))
 
@@ -303,8 +370,15 @@ def main():
     if not kind:
         kind = "local" if shards is None else "fineweb"
 
+    if holdout not in (None, "source"):
+        raise UserError(f"--holdout is source, or left out, not {holdout!r}")
+    by_source = holdout == "source"
+    files = None  # of base_data
     if kind == "fineweb":
         fields = {}
+        if by_source:
+            raise UserError("no file says which source a document of FineWeb-Edu is from: "
+                            "leave --holdout out")
         missing = download_fineweb(DEFAULT_SHARDS if shards is None else shards, workers)
         if missing:
             names = ", ".join(sorted(missing))
@@ -314,16 +388,25 @@ def main():
                 file=sys.stderr,
             )
             raise SystemExit(1)
+    elif shards is not None:
+        raise UserError(f"-n is for --source=fineweb: {kind} text is always taken whole")
     elif kind in ("local", "installed"):
-        if shards is not None:
-            raise UserError(f"-n is for --source=fineweb: {kind} text is always taken whole")
-        index = build_local(kind)
-        fields = {"origins": index["origins"], "documents": index["documents"]}
+        index = build_local(kind, by_source)
+        fields = {
+            name: index[name] for name in ("origins", "documents", "holdout", "held_out")
+        }
+    elif by_source:
+        files = convert_by_source(existing_path(kind))
+        index = read_index(files / "index.json")
+        fields = {"folder": str(files), "holdout": "source", "held_out": index["held_out"]}
+        print0(f"give the stages --data={files}")
     else:
-        raise UserError(f"--source is local, installed or fineweb, not {kind!r}")
+        raise UserError(f"--source is local, installed or fineweb, not {kind!r}: your own text "
+                        "needs --holdout=source here, or no command but --data of the stages")
 
     seconds = time.time() - start
-    finish_stage("dataset", seconds, settings, source=kind, files=len(parquet_paths()), **fields)
+    count = len(parquet_paths(files))
+    finish_stage("dataset", seconds, settings, source=kind, files=count, **fields)
 
 
 if __name__ == "__main__":

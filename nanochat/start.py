@@ -5,6 +5,7 @@ combination without a process. `start_*` do the reading for pretraining and for 
 A run that starts fresh gets a folder of its own (folders.py), and no run starts over where one has
 finished.
 """
+import itertools
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +43,7 @@ from nanochat.folders import (
     run_of_speedrun,
     source_of,
 )
+from nanochat.loss_eval import protocol_id
 from nanochat.plan import BUDGETS, is_overfitting
 from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
@@ -50,6 +52,7 @@ FRESH, RESUMED, EXTENDED = "fresh", "resumed", "extended"
 # What fitted the devices, for the chat stages. Checkpoints of earlier versions lack some of it.
 FROM_PRETRAINING = ("device_batch_size", "parallel", "checkpoint_activations")
 START_AGAIN = "check that all machines see the same folder, and give the command again"
+UNSEEN_DOCUMENTS = 200      # of whole sources that were held out, at the end of pretraining
 COPY_MODEL = "copy the checkpoints of rank 0 to the other machines, or share their folder"
 
 
@@ -155,6 +158,27 @@ def data_to_resume(given, meta):
     raise UserError(
         f"the run to resume was trained on {own or 'nanochat.dataset'}, not on {given}: leave "
         "--data out, or train another model without --resume")
+
+
+def check_holdout(dataset, data, meta):
+    """UserError where a base model was trained on the same text with another choice of validation.
+
+    What is validation now would be text that it has read. dataset, data: the Dataset and its path.
+    meta: of the model; those of earlier versions and of other stages do not say.
+    """
+    then = meta.get("holdout", dataset.holdout)
+    if then == dataset.holdout or not is_same_path(meta.get("settings", {}).get("data"), data):
+        return
+    flag = " with --holdout=source" if then == "source" else " without --holdout"
+    raise UserError(
+        f"the model was trained on this text with validation by {then}, which is now by "
+        f"{dataset.holdout}: run python -m nanochat.dataset{flag} again, or train another model")
+
+
+def read_unseen(dataset):
+    """(documents of whole sources that were held out, their protocol); ([], None) without any."""
+    documents = list(itertools.islice(dataset.documents("unseen"), UNSEEN_DOCUMENTS))
+    return documents, protocol_id(documents, "source") if documents else None
 
 
 def comparison_to_resume(settings, meta):

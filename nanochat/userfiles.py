@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, expand_home, get_base_dir, print0
-from nanochat.encoding import NOTES, text_suffix
+from nanochat.encoding import COMPRESSED, NOTES, text_suffix
 from nanochat.shards import name_of
 from nanochat.textfiles import READERS, conversion_of, holds_text, text_key
 
@@ -27,6 +28,7 @@ MIN_ROWS_IN_PLACE = 20      # fewer rows of one file are converted, for one may 
 MUCH_PARQUET = 100_000_000  # bytes; what a person writes beside more than this is about it
 SUFFIXES = (*READERS, ".parquet")
 PRINTED_LINES = 20          # about the files of a folder
+MAX_NAME_CHARS = 40         # of plain_name()
 
 ADD_TEXT = "add text, or remove the empty files"
 
@@ -83,6 +85,20 @@ def existing_path(data):
 def root_of(path):
     """The folder that the names of the documents behind a data path are relative to."""
     return path.parent if path.is_file() else path
+
+
+def plain_name(path):
+    """The name of a data path in ASCII letters, digits and hyphens, without a file's suffixes.
+
+    >>> plain_name(Path("Meine Bücher"))
+    'Meine-Bucher'
+    """
+    name = path.name
+    while path.is_file() and Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED):
+        name = Path(name).stem
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9]+", "-", plain)[:MAX_NAME_CHARS].strip("-")
+    return safe or "data"
 
 
 def _is_readable(path):

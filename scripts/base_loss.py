@@ -25,7 +25,7 @@ import torch
 from nanochat.checkpoint_manager import load_model, require_model, untrained_model
 from nanochat.common import UserError, compute_cleanup, compute_init, expand_home, print0
 from nanochat.configurator import configure, require
-from nanochat.dataset import iter_documents
+from nanochat.dataset import open_dataset
 from nanochat.folders import chosen_line
 from nanochat.gpt import require_causal
 from nanochat.hardware import raise_malloc_thresholds
@@ -34,6 +34,7 @@ from nanochat.loss_check import check_loss
 from nanochat.loss_eval import (
     base_domain,
     domain_rows,
+    protocol_id,
     recommended_shares,
     score_documents,
     set_draws,
@@ -41,6 +42,7 @@ from nanochat.loss_eval import (
 from nanochat.metrics import finish_stage
 from nanochat.prompts import text_prompts
 from nanochat.samples import sample_texts
+from nanochat.start import check_holdout, read_unseen
 from tasks.domains import OWN, load_domains, parse_domains
 
 # settings
@@ -49,7 +51,7 @@ model_tag: str = None    # checkpoint folder; None: the newest
 step: int = None         # step; None: of a base model the best by validation, else the last
 hf_path: str = None      # folder of a local Hugging Face model to measure in place of ours
 data: str = None         # of the domain val: parquet folder or your own text; None: nanochat's
-split = "val"            # of that text: train or val
+split = "val"            # of that text: train, val, or unseen (whole sources, docs/data.md)
 domains = "val"          # comma-separated: val, c4, encyclopedia, gsm8k, humaneval, code, chat,
                          # NAME=PATH, or a folder with a file for each
 documents = 300          # at most, of each domain, whole
@@ -60,8 +62,8 @@ check = False            # first check the loss itself: probabilities, causality
 device_type = ""         # cuda, mps or cpu; empty: the best one here
 settings = configure(globals())
 require(settings, 1, "documents", "draws")
-if split not in ("train", "val"):
-    raise UserError(f"split is train or val, not {split!r}")
+if split not in ("train", "val", "unseen"):
+    raise UserError(f"split is train or val, or unseen, not {split!r}")
 names = [item.name for item in parse_domains(domains)]
 
 CHECKED_DOCUMENTS = 4    # of each domain, at most
@@ -106,9 +108,22 @@ if check:
 if names != [OWN] or reference:
     require_causal(model, "a comparison of bits per byte")
 set_draws(model, draws, few=4)
-own = None
+own, protocol = None, None
 if OWN in names:
-    own = list(itertools.islice(iter_documents(split, data), documents))
+    dataset = open_dataset(data)
+    if loaded.meta:
+        check_holdout(dataset, data, loaded.meta)
+    if split == "unseen":
+        unseen_protocol = read_unseen(dataset)[1]
+        if not unseen_protocol:
+            raise UserError("this text has no split unseen: python -m nanochat.dataset "
+                            "--source=local makes one with it")
+        if loaded.meta and loaded.meta.get("unseen") != unseen_protocol:
+            raise UserError(f"{loaded.called} was not trained without these sources: train it "
+                            "again on this text, or leave --split out")
+    own = list(itertools.islice(dataset.documents(split), documents))
+    if split != "train":
+        protocol = protocol_id(own, "source" if split == "unseen" else dataset.holdout)
 texts = load_domains(domains, documents, own)
 
 # ---- can its loss be trusted? in float32, with counts of n-grams and without
@@ -191,8 +206,14 @@ for domain in texts:
     row = rows[domain.name]
     row["documents"] = len(domain.documents)
     at_most = "" if model.causal else f"at most, by {model.draws} draws, "
-    print0(f"{at_most}{row['bits_per_byte']:.4f} bits per byte, perplexity "
+    alone = scores[domain.name].bits_per_byte_without_counts
+    mixes = ""
+    if alone != row["bits_per_byte"]:
+        row["bits_per_byte_without_counts"] = alone
+        mixes = f" ({alone:.4f} without counts of n-grams)"
+    print0(f"{at_most}{row['bits_per_byte']:.4f} bits per byte{mixes}, perplexity "
            f"{row['perplexity']:.2f} of a token, on {row['documents']} documents of {domain.name}")
+without_counts = rows[OWN].get("bits_per_byte_without_counts") if own else None
 shares = None
 if others:
     # a reference is what the model should be like, an untrained one what it began as
@@ -237,8 +258,10 @@ finish_stage(
     time.perf_counter() - started,
     settings,
     **{model.val_bpb_name: rows[OWN]["bits_per_byte"] if own else None},
+    val_bpb_without_counts=without_counts,
     split=split,
     documents=len(own) if own else None,
+    protocol=protocol,
     domains=rows if model.causal else None,
     base=base_domain(scores),
     shares=shares,

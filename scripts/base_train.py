@@ -38,7 +38,7 @@ from nanochat.folders import new_run
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import require_causal
 from nanochat.hardware import measure_matmul_flops, raise_malloc_thresholds
-from nanochat.loss_eval import evaluate_bpb, figure_to_compare, protocol_id
+from nanochat.loss_eval import evaluate_bpb, figure_to_compare, protocol_id, score_documents
 from nanochat.parallel import Layout, accumulate_gradients, prepare, warm_up
 from nanochat.plan import (
     NGRAM_TOKENS,
@@ -62,10 +62,12 @@ from nanochat.selftest import check_device
 from nanochat.start import (
     EXTENDED,
     FRESH,
+    check_holdout,
     comparison_to_resume,
     data_to_resume,
     new_base_folder,
     place_of,
+    read_unseen,
     start_base,
 )
 from nanochat.userfiles import existing_path
@@ -187,6 +189,9 @@ if domains:
 vocab_size = tokenizer.get_vocab_size()
 planning_began = time.perf_counter()  # measuring and counting are training time
 dataset = open_dataset(data)
+if resumed:
+    check_holdout(dataset, data, resumed)
+unseen_documents, unseen_protocol = read_unseen(dataset)
 text_size = measure_text(dataset, tokenizer)
 text_size.check_context(max_seq_len)
 machine = this_machine(compute, matmul_flops)
@@ -246,6 +251,8 @@ else:
         "tokenizer": tokenizer.fingerprint,
         "step": 0,
         "counted": counted_tokens,  # from the beginning of the text; 0: all of it
+        "holdout": dataset.holdout,
+        "unseen": unseen_protocol,  # of the sources that training does not read
         "elapsed": elapsed,
     }
 meta["budgets"] = {budget.kind: budget.amount}
@@ -327,6 +334,11 @@ stage_index = None   # in the curriculum
 stages_begun = meta.get("stages_begun", [])
 stage_factor = meta.get("extended") or 1  # an extended run has the stages of the run before
 loss_scale = 1 / (micro_batch_size * grad_accum_steps * max_seq_len)  # a mean over a rank's tokens
+
+
+def score(documents):
+    whole = layout.whole_model()
+    return score_documents(whole, tokenizer, documents, device, rank=rank, world_size=world_size)
 
 
 def evaluate(documents):
@@ -448,18 +460,42 @@ if best is not None:
            "that one is the model")
     run.checkpoints.load(best, layout)
     bits = evaluate_few()[0] if domains else None
-val_bpb = evaluate(validation)
-run.log(documents=len(validation), **{bpb_name: val_bpb})
+has_counts = bool(meta["config"].get("ngrams"))
+
+
+def figures_of(documents, protocol):
+    """What the record says of a text: bits per byte, where counts are mixed in also without."""
+    found = score(documents)
+    figures = {bpb_name: found.bits_per_byte, "protocol": protocol}
+    if has_counts:
+        figures["val_bpb_without_counts"] = found.bits_per_byte_without_counts
+    return figures
+
+
+of_validation = figures_of(validation, protocol_id(validation, dataset.holdout))
+run.log(documents=len(validation), **{bpb_name: of_validation[bpb_name]})
+
+# whole sources that no step has read; where the text has changed since the run began, it may have
+of_unseen = None
+if unseen_documents and meta.get("unseen") == unseen_protocol:
+    unseen_began = time.perf_counter()
+    print0(f"scoring {len(unseen_documents)} documents of sources that training never read")
+    of_unseen = figures_of(unseen_documents, unseen_protocol)
+    of_unseen["documents"] = len(unseen_documents)
+    of_unseen["seconds"] = time.perf_counter() - unseen_began
+    print0(f"{of_unseen[bpb_name]:.4f} bits per byte on them, {of_validation[bpb_name]:.4f} on "
+           f"{len(validation)} documents of sources that it read")
 show_samples()
 if run.step == 0:
     print0(f"warning: no step was taken: what comes before the first one took {run.elapsed:.1f} s "
            f"of {60 * plan.horizon.minutes:.1f} s; train with more --minutes")
 run.finish(
     model, time.perf_counter() - started, amended,
-    **{bpb_name: val_bpb},
+    **of_validation,
+    holdout=dataset.holdout,
+    unseen=of_unseen,
     best_step=run.step if best is None else best,
     best_by=best_by,
-    protocol=protocol_id(validation),
     domain_bpbs=bits if domains else None,
     planned_memory=plan.memory.total,
     text_bytes=text_size.bytes,

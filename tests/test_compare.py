@@ -203,11 +203,24 @@ def test_a_card_is_of_the_run_and_not_of_this_machine_or_commit(base_dir, capsys
     card.run({})
     out = capsys.readouterr().out
     line = "| 8.46 | 2 cores of A Test CPU (AVX2), float32 | **1.0515** | bpb1-300-1a2b3c4d | " \
-        "0123456789 |"
+        " |  | 0123456789 |"
     assert line in out and line in (base_dir / "card.md").read_text(encoding="utf-8")
     row = last_json(out)
     assert (row["stage"], row["commit"], row["minutes"]) == ("card", "0123456789", 8.46)
     assert row["machine_class"] == "2 cores of A Test CPU (AVX2), float32"
+
+
+def test_a_card_shows_both_texts_with_counts_and_without(base_dir, capsys):
+    unseen = {"val_bpb": 1.2968, "val_bpb_without_counts": 1.6378, "protocol": "bpb1-source-200-c"}
+    make_run(base_dir, "a", LAW, **RECORD, val_bpb_without_counts=1.51, unseen=unseen)
+    card.run({})
+    out = capsys.readouterr().out
+    assert "| **1.0515** (1.5100 without counts) | bpb1-300-1a2b3c4d | " in out
+    assert "| **1.2968** (1.6378 without counts) | bpb1-source-200-c | 0123456789 |" in out
+    row = last_json(out)
+    assert (row["unseen_bpb"], row["unseen_protocol"]) == (1.2968, "bpb1-source-200-c")
+    header, _, line = (base_dir / "card.md").read_text(encoding="utf-8").strip().split("\n")
+    assert header.count("|") == line.count("|")
 
 
 def test_a_card_of_gpus_counts_those_that_trained():
@@ -220,6 +233,7 @@ def test_a_protocol_names_the_text_and_where_documents_end():
     others = (["Hello.W", "orld."], ["World.", "Hello."], ["Hello."], ["Hello.", "World!"])
     found = {protocol_id(documents) for documents in others}
     assert len(found) == 4 and "bpb1-2-743cefd7" not in found
+    assert protocol_id(["Hello.", "World."], "source") == "bpb1-source-2-743cefd7"
 
 
 def test_no_base_model_means_no_card(base_dir):

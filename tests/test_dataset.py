@@ -533,15 +533,17 @@ def made_sources(tmp_path, monkeypatch):
 
 
 def test_local_text_is_deterministic_and_without_copies_or_tables(made_sources):
-    train, validation, table = collect_local()
-    assert (train, validation, table) == collect_local()
-    documents = train + validation
-    assert train and validation and all(len(text) <= 6000 for text in documents)
-    heads = [{text.split("\n")[0] for text in part} for part in (train, validation)]
-    assert not heads[0] & heads[1], "a file belongs to one side"
-    assert "# table.py" not in heads[0] | heads[1] and "# latin.py" not in heads[0] | heads[1]
-    assert len({"# m0.py", "# copy.py"} & (heads[0] | heads[1])) == 1
-    assert table["stdlib"]["documents"] == len(documents)
+    found = collect_local()
+    assert found == collect_local()
+    splits = found.train, found.validation, found.unseen
+    documents = sum(splits, [])
+    assert all(splits) and all(len(text) <= 6000 for text in documents)
+    heads = [{text.split("\n")[0] for text in split} for split in splits]
+    every = set().union(*heads)
+    assert len(every) == sum(map(len, heads)), "a file belongs to one split"
+    assert "# table.py" not in every and "# latin.py" not in every
+    assert len({"# m0.py", "# copy.py"} & every) == 1
+    assert found.table["stdlib"]["documents"] == len(documents)
 
 
 def test_local_shards_are_built_once(made_sources, base):
@@ -781,10 +783,11 @@ def digest(value):
 
 def test_local_documents_are_pinned(made_sources):
     """The same sources give the same text on every day; yesterday's build is still up to date."""
-    assert digest(collect_local()) == "e312f272cf7d0253"
+    assert digest(collect_local()) == "a1f2ff75edaa4270"
     index = build_local()
-    assert index["key"] == "7dbb6bfe194a51bc" and digest(sorted(index)) == "e004404a10cf5ce3"
-    assert digest([*iter_documents("train")]) == "e3ae23c8cbb61aac"
+    assert index["key"] == "55a9685290e1840a" and digest(sorted(index)) == "854ff18ecc8bc3e5"
+    assert digest([*iter_documents("train")]) == "89f391e3f8ede810"
+    assert digest([*iter_documents("unseen")]) == "d0b490e5be95f463"
     assert digest([*iter_documents("val", rank=1, world_size=2)]) == "b996c3dac115a42d"
 
 

@@ -16,7 +16,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "sources": 1, "execution": 1,
     "roofline": 1, "loss": 1, "textfiles": 1, "completion": 1, "prompts": 1,
     "words": 1, "passages": 1, "retrieval": 1, "shards": 1, "userfiles": 1, "convert": 1,
-    "sequence_text": 1,
+    "sequence_text": 1, "holdout": 1,
     "encoding": 1, "tables": 1, "download": 1, "hub": 1, "core_bundle": 1,
     "curriculum": 1, "confinement": 1, "sandbox_runner": 1, "sandbox": 1, "fast_linear": 1,
     "gpt": 2, "dataloader": 2, "loss_eval": 2, "loss_check": 2, "fp8": 2,

@@ -55,13 +55,15 @@ def test_the_ranks_share_all_sequences_and_their_sums_meet(tokenizer, monkeypatc
     model = make_model(tokenizer)
     wanted = slow_bpb(model, tokenizer, DOCUMENTS)
     totals = []
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda total: totals.append(total.item()))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda both: totals.append(both.tolist()))
     monkeypatch.setattr("nanochat.loss_eval.collective_device", lambda: "cpu")
     for rank in range(3):
         evaluate_bpb(model, tokenizer, DOCUMENTS, "cpu", rank=rank, world_size=3)
     raw_bytes = sum(len(text.encode("utf-8")) for text in DOCUMENTS)
-    assert len(totals) == 3 and all(total > 0 for total in totals)
-    assert sum(totals) / math.log(2) / raw_bytes == pytest.approx(wanted, rel=1e-5)
+    assert len(totals) == 3 and all(total > 0 for total, _ in totals)
+    assert all(total == of_network for total, of_network in totals), "nothing is mixed in"
+    nats = sum(total for total, _ in totals)
+    assert nats / math.log(2) / raw_bytes == pytest.approx(wanted, rel=1e-5)
 
 
 def test_every_token_but_the_first_is_a_target_exactly_once(tokenizer):

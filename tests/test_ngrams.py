@@ -219,6 +219,17 @@ def test_the_mixture_is_a_distribution_and_the_loss_is_its_logarithm(ids):
     torch.testing.assert_close(each, wanted.detach()[None])
 
 
+def test_both_log_probs_are_those_of_the_mixture_and_of_the_network_alone(ids):
+    model = make_mixture(ids).eval()
+    idx = ids[:62].view(2, 31)
+    targets = idx[:, 1:].clone()
+    targets[:, ::5] = -1
+    mixed, alone = model.log_probs_of_both(idx[:, :-1], targets)
+    torch.testing.assert_close(mixed, model.log_probs(idx[:, :-1], targets))
+    torch.testing.assert_close(alone, model.for_chat().log_probs(idx[:, :-1], targets))
+    assert not torch.allclose(mixed, alone) and (alone[:, ::5] == 0).all()
+
+
 def test_decoding_one_by_one_gives_the_logits_of_the_whole_sequence(ids):
     model, idx = make_mixture(ids).eval(), ids[:24].view(2, 12)
     pieces = in_pieces(model, idx, [5, 1, 1, 5])

@@ -268,6 +268,23 @@ def test_validations_are_compared_on_the_same_documents(base_dir):
     assert "| base_train | 300 | 1.2345 |" in text and "| base_loss | 50 | 1.5000 |" in text
 
 
+def test_unseen_sources_stand_beside_those_that_were_read(base_dir):
+    row = training(base_dir, "base_train")
+    unseen = {"val_bpb": 1.5, "val_bpb_without_counts": 1.75, "documents": 200}
+    row.update(unseen=unseen, val_bpb_without_counts=1.6, protocol="bpb1-300-1a2b3c4d")
+    measured = record("base_loss", val_bpb=1.25, documents=300, protocol="bpb1-300-1a2b3c4d")
+    write(base_dir, [row, measured])
+    report.write_report(base_dir)
+    text = (base_dir / "report.md").read_text(encoding="utf-8")
+    assert "| on unseen sources | 1.500 |" in text
+    header, _, *lines = text.split("## Validation bits per byte")[1].strip().split("\n")[:5]
+    assert header == "| stage | of | validation documents | bits per byte | without counts |"
+    assert lines[0].startswith("| base_train | sources that were read | ")
+    assert lines[0].endswith(" | 1.2345 | 1.6000 |")
+    assert lines[1] == "| base_train | whole sources that were not | 200 | 1.5000 | 1.7500 |"
+    assert lines[2] == "| base_loss | sources that were read | 300 | 1.2500 |  |"
+
+
 def test_accuracies_stand_beside_majority_control_chatcore_and_pass_at_k(base_dir):
     write(base_dir, [
         training(base_dir, "base_train"),

@@ -374,11 +374,23 @@ class NGramGPT(LookupGPT):
 
     def target_log_probs(self, x, recent, targets):
         own = super().target_log_probs(x, recent, targets)
+        return self.mixed_log_probs(own, x, recent, targets)
+
+    def mixed_log_probs(self, own, x, recent, targets):
+        """own (B, T): the network's log-probabilities of the targets -> those of the mixture."""
         x, recent = x.flatten(0, 1), recent.flatten(0, 1)
         log_gate, counted = self.mixture(x, recent, targets.flatten())
         network = (log_gate + own.flatten()).exp()
         mixed = network + counted
         return mixed.log().view(targets.shape)
+
+    @torch.no_grad()
+    def log_probs_of_both(self, idx, targets):
+        x, recent = self.features(idx)
+        some = targets.clamp(min=0)
+        own = super().target_log_probs(x, recent, some)
+        both = self.mixed_log_probs(own, x, recent, some), own
+        return tuple(torch.where(targets >= 0, found, 0.0) for found in both)
 
     def for_chat(self):
         """The network alone as a LookupGPT: the counts know the text that was read, not how to
