@@ -98,7 +98,7 @@ class HFTokenizer:
 
     def encode(self, texts, prepend):
         """A list of texts -> a list of lists of ids."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [[prepend, *ids] for ids in encoded]
 
     def decode(self, ids):
