@@ -299,7 +299,7 @@ SENTENCES = {
     "diverged": "{stage} of {tag} has diverged at step {step}. bash emergency_training.sh resumes "
                 "it with safe settings.",
     "stopped": "{stage} of {tag} does not run any more: it ended at step {step}, before its time. "
-               "python -m {script} --resume resumes it.",
+               "The same command with --resume resumes it.",
 }
 
 
@@ -311,13 +311,12 @@ def sentence(state, log, folder, progress):
         kind = "resumed"
     if state == "training" and progress is not None and progress >= 1:
         kind = "evaluated"
-    script = STAGES[source_of(folder)]
+    script = STAGES[source_of(folder)].rpartition(".")[2]
     return SENTENCES[kind].format(
-        stage=log.opening.get("stage") or script.rpartition(".")[2],
+        stage=log.opening.get("stage") or script,
         tag=folder.name,
         step=log.last_step,
         resumed=resumed,
-        script=script,
     )
 
 

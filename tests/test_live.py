@@ -198,7 +198,7 @@ def test_a_run_that_ends_is_told_from_one_that_stops(base_dir):
         assert follower.state()["state"] == "training"
     state = follower.state()
     assert state["state"] == "stopped" and "time left" not in tiles(state)
-    assert "python -m scripts.base_train --resume" in state["words"]
+    assert "ended at step 10" in state["words"] and "--resume" in state["words"]
     run.save(10, finished=True)
     state = follower.state()
     assert state["words"] == "base_train of d4 has finished, after 10 steps."
