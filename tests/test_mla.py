@@ -1,4 +1,6 @@
 """Latent attention and experts, each against transformers' DeepSeek-V3 and a plain definition."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from nanochat.adamw import AdamW
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.parallel import Layout, accumulate_gradients
+from nanochat.schedule import lr_multiplier, set_learning_rates
 from nanochat.variants.deepseek import (
     DeepSeekConfig,
     DeepSeekGPT,
@@ -208,6 +211,11 @@ def test_grouped_products_equal_one_product_for_each_expert(dtype):
 def load(mixture, x):
     """The tokens of the expert that has most of them, as a multiple of the mean."""
     chosen, _ = mixture.router(x.flatten(0, 1))
+    return load_of(chosen, mixture)
+
+
+def load_of(chosen, mixture):
+    """load() of the experts that tokens have chosen."""
     counts = chosen.flatten().bincount(minlength=mixture.experts).float()
     return (counts.max() / counts.mean()).item()
 
@@ -268,6 +276,36 @@ def test_a_bias_against_the_load_brings_experts_to_the_same_number_of_tokens():
         optimizer.zero_grad()
     assert before > 2.5 and load(mixture, x) < 1.1
     assert group["lr"] == pytest.approx(0.01), "ten times DeepSeek's step"
+
+
+def loads_while_training(dtype, steps):
+    """load() of each step's tokens; every loss and gradient on the way must be finite."""
+    training = Training()
+    training.model.compute_dtype = dtype
+    mixture = training.model.blocks[1].mlp
+    with torch.no_grad():
+        mixture.router.bias[:3] = 0.3
+    found = []
+    mixture.router.register_forward_hook(
+        lambda router, inputs, outputs: found.append(load_of(outputs[0], mixture)))
+    for number in range(steps):
+        progress = number / steps
+        set_learning_rates(training.layout.optimizers, lr_multiplier(progress))
+        assert math.isfinite(training.step(number))
+    assert all(p.isfinite().all() for p in training.model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.nightly),
+])
+def test_training_keeps_the_experts_balanced(dtype):
+    """Of 512 tokens a step: at first three experts have nearly all, at the end the fullest has less
+    than 1.5 times the mean."""
+    found = loads_while_training(dtype, 300)
+    assert found[0] > 3
+    assert sum(found[-20:]) / 20 < 1.5
 
 
 def test_a_step_that_is_skipped_moves_no_bias_and_a_resumed_run_continues_to_the_bit():
