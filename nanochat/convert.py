@@ -37,6 +37,7 @@ from nanochat.shards import (
     check_parquet,
     divide_into_groups,
     name_of,
+    read_index,
     read_named_row_group,
     write_named_documents,
     write_groups,
@@ -82,6 +83,11 @@ def convert_by_source(path):
     has their names under "held_out". UserError as from convert_user_files, where there are too few
     sources, and where the files have a split of their own.
     """
+    if read_index(Path(path) / "index.json"):
+        raise UserError(
+            f"{path} was made by nanochat, and has a split for validation: give --source the text "
+            "that it was made from"
+        )
     files, others = find_user_files(path)
     chosen = choose_files(path, files)
     if chosen.val:

@@ -58,7 +58,13 @@ def read_source_list(path, files, root):
     for file in files:
         number = re.search(r"\d+$", file.stem)
         if number and text_suffix(file) == ".parquet" and file.parent == path.parent:
-            by_number[int(number.group())] = file
+            shard = int(number.group())
+            if shard in by_number:
+                raise UserError(
+                    f"{path}: {file.name} and {by_number[shard].name} are both shard {shard}: "
+                    f"{WRONG_LIST}"
+                )
+            by_number[shard] = file
 
     folder = "" if path.parent == root else name_of(path.parent, root) + "/"
     found = {file: {} for file in by_number.values()}

@@ -7,9 +7,9 @@
     log.jsonl -> Log (read as it grows) -> Follower (which run, and where it stands) -> the page
 
 It reads what training writes anyway, log.jsonl beside the checkpoints and metrics.jsonl: it
-measures nothing, and writes nothing. Of a log that grows, only what is new is read, so that the
-page costs a long run no more than a short one. Every text of the page but its headings is made
-here; nanochat/live.html asks for it every two seconds and draws the curves.
+measures nothing, and writes nothing. Of a log that grows, only what is new is read. Every text of
+the page but its headings is made here; nanochat/live.html asks for it every two seconds and draws
+the curves.
 """
 import json
 import math
@@ -85,10 +85,12 @@ class Log:
     opening   the newest line that says what the run is and where it ends; {} in older logs
     steps     [Step]
     others    the lines that are no steps: validations, samples, batches that were left out
+    newest    the newest of all lines
     age       seconds since the last line was written; None where there is no log
 
     A run that resumes puts another file in its place, which is then read from its beginning. Steps
-    that are taken once more, after a roll back, count once, as in records.training_log().
+    that are taken once more, after a roll back, count once, as in records.training_log(); that
+    batches were left out is remembered.
     """
 
     def __init__(self, folder):
@@ -98,7 +100,7 @@ class Log:
     def _begin(self, identity):
         self.identity, self.offset = identity, 0
         self.opening, self.steps, self.others = {}, [], []
-        self.last_step, self.age = 0, None
+        self.newest, self.last_step, self.age = {}, 0, None
 
     def read(self):
         """Take in what was written since the last call."""
@@ -129,7 +131,7 @@ class Log:
             return
         if entry["step"] < self.last_step:
             self._roll_back(entry["step"])
-        self.last_step = entry["step"]
+        self.newest, self.last_step = entry, entry["step"]
         if "horizon" in entry:
             self.opening = entry
         elif is_number(entry.get("loss")):
@@ -141,7 +143,9 @@ class Log:
     def _roll_back(self, step):
         """Forget what came from this step on: it is taken once more."""
         self.steps = [earlier for earlier in self.steps if earlier.step < step]
-        self.others = [earlier for earlier in self.others if earlier["step"] < step]
+        self.others = [
+            earlier for earlier in self.others if earlier["step"] < step or "skipped" in earlier
+        ]
 
 
 def first_line(folder):
@@ -258,10 +262,16 @@ def state_of(folder, log):
     metas = complete_metas(folder)
     if metas and metas[-1].get("finished"):
         return "finished"
-    if any(entry.get("verdict") == "stop" for entry in log.others[-1:]):
+    if has_diverged(log):
         return "diverged"
     grows = log.age is not None and log.age < SETTLE_SECONDS
     return "training" if grows and log.steps else "stopped"
+
+
+def has_diverged(log):
+    """Whether the log ends with a batch behind which the guard stopped the run, or wanted to roll
+    it back and found no checkpoint."""
+    return log.newest.get("verdict") in ("stop", "roll back")
 
 
 def horizon_of(log):
@@ -303,13 +313,21 @@ SENTENCES = {
 }
 
 
-def sentence(state, log, folder, progress):
+def is_at_its_end(log, horizon):
+    """Whether training has taken its last step, as far as the log tells."""
+    if horizon is None or len(log.steps) < 2:
+        return False
+    before, last = log.steps[-2:]
+    return horizon.is_used(last.step, last.seconds, last.seconds - before.seconds)
+
+
+def sentence(state, log, folder, is_at_end):
     """What becomes of the run, in words that change only when that does."""
     kind = state
     resumed = log.opening.get("step")
     if state == "training" and resumed:
         kind = "resumed"
-    if state == "training" and progress is not None and progress >= 1:
+    if state == "training" and is_at_end:
         kind = "evaluated"
     script = STAGES[source_of(folder)].rpartition(".")[2]
     return SENTENCES[kind].format(
@@ -380,10 +398,19 @@ def curves_of(log):
     return [curve for curve in curves if curve["points"]]
 
 
+def last_step_of(horizon, last, pace):
+    """The step at which a run ends, or None where at this pace its minutes end it before."""
+    if horizon.num_iterations or not horizon.max_steps or not pace:
+        return horizon.num_iterations
+    seconds = (horizon.max_steps - last.step) * pace.seconds_per_step
+    is_first = seconds <= 60 * horizon.minutes - last.seconds
+    return horizon.max_steps if is_first else None
+
+
 def tiles_of(log, horizon, is_over):
     """[(label, value)]: where the run stands, in numbers as people read them."""
     last, pace, validation = log.steps[-1], pace_of(log.steps), validation_curve(log)
-    of_steps = horizon and (horizon.num_iterations or horizon.max_steps)
+    of_steps = horizon and last_step_of(horizon, last, pace)
     tiles = [("step", f"{last.step} of {of_steps}" if of_steps else str(last.step))]
     if not is_over:
         left = None
@@ -493,7 +520,7 @@ class Follower:
             progress = 1    # also where it had enough before its time
         shown = {
             "state": state,
-            "words": sentence(state, log, folder, progress),
+            "words": sentence(state, log, folder, is_at_its_end(log, horizon)),
             "progress": progress and min(1, progress),
             "age": log.age and duration(log.age),
             "notes": notes_of(log),

@@ -427,52 +427,62 @@ void attend(const Model& model, const Layer& layer, const Step& step, int l, int
     }
 }
 
-// The same where all heads share a latent and a rotated key of each token, one behind the other in
-// the cache (variants/mla.py). k_up is multiplied with the query, and v_up with the weighted sum of
-// the latents. qkv (N of q and of what is cached), y (heads * v_dim).
+// Latent attention (variants/mla.py): all heads share a latent and a rotated key of each token, one
+// behind the other in the cache. First every sequence's new ones are placed there; qkv (N of q and
+// of what is cached).
+template <class A>
+void place_latent(const Model& model, const Layer& layer, const Step& step, int row,
+                  const float* qkv, std::vector<float>& scratch) {
+    const int r = model.kv_rank, rope = model.rope_dim, D = r + rope, half = rope / 2;
+    const int64_t position = step.positions[row];
+    const float *cos = model.cos + position * half, *sin = model.sin + position * half;
+    using Cached = typename A::Cached;
+    auto* cached = (Cached*)layer.cache_k + step.slots[row] * model.cache_length * D;
+    if (scratch.size() < size_t(2 * D)) scratch.resize(2 * D);
+    float *rounded = scratch.data(), *placed = rounded + D;
+
+    const float* latent = qkv + model.heads * (model.nope_dim + rope);
+    for (int i = 0; i < D; i++) rounded[i] = A::round(latent[i]);
+    normalise_vector<A>(rounded, layer.latent_gain, r, model.latent_eps, placed);
+    rotate<A>(rounded + r, cos, sin, half, placed + r);
+    for (int i = 0; i < D; i++) cached[position * D + i] = A::cached(placed[i]);
+}
+
+// Then one head of one sequence attends to them: k_up is multiplied with the query, and v_up with
+// the weighted sum of the latents. y (heads * v_dim).
 template <class A, class W>
-void attend_latent(const Model& model, const Layer& layer, const Step& step, int row,
+void attend_latent(const Model& model, const Layer& layer, const Step& step, int row, int h,
                    const float* qkv, typename A::Activation* y, std::vector<float>& scratch) {
     const int r = model.kv_rank, nope = model.nope_dim, rope = model.rope_dim, V = model.v_dim;
-    const int D = r + rope, half = rope / 2;
+    const int D = r + rope, half = rope / 2, longest = std::max(D, nope + rope);
     const int64_t position = step.positions[row], keys = position + 1;
     const float *cos = model.cos + position * half, *sin = model.sin + position * half;
     using Cached = typename A::Cached;
     auto* cached = (Cached*)layer.cache_k + step.slots[row] * model.cache_length * D;
-    const int longest = std::max(D, nope + rope);
     const size_t room = 4 * longest + keys + LANES;
     if (scratch.size() < room) scratch.resize(room);
     float *rounded = scratch.data(), *placed = rounded + longest, *q = placed + longest;
     float *sums = q + longest, *scores = sums + longest;
 
-    // 1. the new latent and key
-    const float* latent = qkv + model.heads * (nope + rope);
-    for (int i = 0; i < D; i++) rounded[i] = A::round(latent[i]);
-    normalise_vector<A>(rounded, layer.latent_gain, r, model.latent_eps, placed);
-    rotate<A>(rounded + r, cos, sin, half, placed + r);
-    for (int i = 0; i < D; i++) cached[position * D + i] = A::cached(placed[i]);
-
+    // 1. the query, as long as what is cached
+    const float *x = qkv + h * (nope + rope), *k_up = layer.k_up + h * nope * r;
+    for (int i = 0; i < nope + rope; i++) rounded[i] = A::round(x[i]);
+    std::fill(placed, placed + r, 0.0f);
+    for (int i = 0; i < nope; i++, k_up += r)
+        for (int j = 0; j < r; j++) placed[j] += rounded[i] * k_up[j];
+    rotate<A>(rounded + nope, cos, sin, half, placed + r);
     const float scale = 1 / std::sqrt(float(nope + rope));
-    for (int h = 0; h < model.heads; h++) {
-        // 2. the query, as long as what is cached
-        const float *x = qkv + h * (nope + rope), *k_up = layer.k_up + h * nope * r;
-        for (int i = 0; i < nope + rope; i++) rounded[i] = A::round(x[i]);
-        std::fill(placed, placed + r, 0.0f);
-        for (int i = 0; i < nope; i++, k_up += r)
-            for (int j = 0; j < r; j++) placed[j] += rounded[i] * k_up[j];
-        rotate<A>(rounded + nope, cos, sin, half, placed + r);
-        for (int i = 0; i < D; i++)
-            q[place_in_parts<Cached>(i)] = A::round(A::round(placed[i]) * scale);
+    for (int i = 0; i < D; i++)
+        q[place_in_parts<Cached>(i)] = A::round(A::round(placed[i]) * scale);
 
-        // 3. attend, and make values of the sum of the latents
-        float share = attend_to(q, cached, cached, keys, D, D, r, 1.0f, scores, sums);
-        for (int j = 0; j < r; j++) placed[j] = A::round(sums[place_in_parts<Cached>(j)] * share);
-        const float* v_up = layer.v_up + h * V * r;
-        for (int i = 0; i < V; i++, v_up += r) {
-            float value = 0;
-            for (int j = 0; j < r; j++) value += v_up[j] * placed[j];
-            y[h * V + i] = operand_at<A, W>(value, h * V + i);
-        }
+    // 2. attend, and make values of the sum of the latents
+    float share = attend_to(q, cached, cached, keys, D, D, r, 1.0f, scores, sums);
+    for (int j = 0; j < r; j++) placed[j] = A::round(sums[place_in_parts<Cached>(j)] * share);
+    const float* v_up = layer.v_up + h * V * r;
+    for (int i = 0; i < V; i++, v_up += r) {
+        float value = 0;
+        for (int j = 0; j < r; j++) value += v_up[j] * placed[j];
+        y[h * V + i] = operand_at<A, W>(value, h * V + i);
     }
 }
 
@@ -558,12 +568,21 @@ template <class A, class W> void run(const Model& model, const Step& step) {
             team.barrier();
 
             // 2. attention
-            for_share(n * model.kv_heads, [&](int pair) {
-                int r = pair / model.kv_heads, g = pair % model.kv_heads;
+            if (model.kv_rank) {
+                for_share(n, [&](int r) {
+                    place_latent<A>(model, layer, step, r, all_qkv + r * qkv_width, scratch);
+                });
+                team.barrier();
+            }
+            const int parts = model.kv_rank ? model.heads : model.kv_heads;     // of a sequence
+            for_share(n * parts, [&](int pair) {
+                int r = pair / parts, part = pair % parts;
                 const float* qkv = all_qkv + r * qkv_width;
                 Activation* y = ys + r * y_width;
-                if (model.kv_rank) attend_latent<A, W>(model, layer, step, r, qkv, y, scratch);
-                else attend<A, W>(model, layer, step, l, r, g, qkv, y, scratch);
+                if (model.kv_rank)
+                    attend_latent<A, W>(model, layer, step, r, part, qkv, y, scratch);
+                else
+                    attend<A, W>(model, layer, step, l, r, part, qkv, y, scratch);
             });
             team.barrier();
             find_offsets<A, W>(ys, n, y_width, offsets);

@@ -275,8 +275,8 @@ class NativeDecode(CompilesBehind):
         latent = [getattr(config, name, 0) for name in ("kv_rank", "nope_dim", "rope_dim", "v_dim")]
         self.kept.append(layers)
         return Model(
-            config.depth, config.width, config.heads, 1 if latent[0] else config.kv_heads,
-            config.head_dim, layers[0].up.N, self.kv_cache.length, 1, qk_norm_of(config), *latent,
+            config.depth, config.width, config.heads, config.kv_heads, config.head_dim,
+            layers[0].up.N, self.kv_cache.length, 1, qk_norm_of(config), *latent,
             config.norm_eps if is_portable else torch.finfo(dtype).eps, NORM_EPS, config.softcap,
             layers, matrix_of(model.fast_head),
             self._pointer(model.norm.gain) if is_portable else None,

@@ -446,6 +446,13 @@ class Horizon(NamedTuple):
         of_steps = step / (self.max_steps or math.inf)
         return max(of_minutes, of_steps)
 
+    def is_used(self, step, elapsed, last_step):
+        """Whether the run ends here, since another step would not fit. last_step: its seconds."""
+        half_a_step = 0.0
+        if self.minutes:
+            half_a_step = 0.5 * last_step / (60 * self.minutes)
+        return self.progress(step, elapsed) + half_a_step >= 1
+
     def seconds_left(self, step, elapsed, seconds_per_step):
         """Seconds of training until progress reaches 1, at this speed."""
         if self.num_iterations:

@@ -192,11 +192,7 @@ class Run:
         self.progress = self.horizon.progress(self.step, self.elapsed)
         if not self.durations:
             self.evaluated = self.progress  # a resumed run has been evaluated before
-        # the last step is the one after which another would not fit
-        half_a_step = 0.0
-        if self.horizon.minutes:
-            half_a_step = 0.5 * last_step / (60 * self.horizon.minutes)
-        used = self.progress + half_a_step >= 1
+        used = self.horizon.is_used(self.step, self.elapsed, last_step)
         return bool(self.stopped) or self.enough or used
 
     def watch(self):

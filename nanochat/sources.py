@@ -398,6 +398,8 @@ def main():
     elif by_source:
         files = convert_by_source(existing_path(kind))
         index = read_index(files / "index.json")
+        if index is None:
+            raise UserError(f"{files} is damaged: delete it, and give this command again")
         fields = {"folder": str(files), "holdout": "source", "held_out": index["held_out"]}
         print0(f"give the stages --data={files}")
     else:

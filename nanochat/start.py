@@ -164,15 +164,26 @@ def check_holdout(dataset, data, meta):
     """UserError where a base model was trained on the same text with another choice of validation.
 
     What is validation now would be text that it has read. dataset, data: the Dataset and its path.
-    meta: of the model; those of earlier versions and of other stages do not say.
+    meta: of the model; that of another stage does not say, and an earlier version had documents.
     """
-    then = meta.get("holdout", dataset.holdout)
+    usual = "documents" if meta.get("stage") == "base_train" else dataset.holdout
+    then = meta.get("holdout", usual)
     if then == dataset.holdout or not is_same_path(meta.get("settings", {}).get("data"), data):
         return
     flag = " with --holdout=source" if then == "source" else " without --holdout"
     raise UserError(
         f"the model was trained on this text with validation by {then}, which is now by "
         f"{dataset.holdout}: run python -m nanochat.dataset{flag} again, or train another model")
+
+
+def known_holdout(dataset, data, meta):
+    """"source" where a model is known to have read nothing of the sources of validation, else
+    "documents": of other text, of other stages and of others' models (meta None) that is not known.
+    """
+    meta = meta or {}
+    is_its_text = is_same_path(meta.get("settings", {}).get("data"), data)
+    is_by_source = dataset.holdout == meta.get("holdout") == "source"
+    return "source" if is_its_text and is_by_source else "documents"
 
 
 def read_unseen(dataset):

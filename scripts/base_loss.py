@@ -42,7 +42,7 @@ from nanochat.loss_eval import (
 from nanochat.metrics import finish_stage
 from nanochat.prompts import text_prompts
 from nanochat.samples import sample_texts
-from nanochat.start import check_holdout, read_unseen
+from nanochat.start import UNSEEN_DOCUMENTS, check_holdout, known_holdout, read_unseen
 from tasks.domains import OWN, load_domains, parse_domains
 
 # settings
@@ -54,7 +54,7 @@ data: str = None         # of the domain val: parquet folder or your own text; N
 split = "val"            # of that text: train, val, or unseen (whole sources, docs/data.md)
 domains = "val"          # comma-separated: val, c4, encyclopedia, gsm8k, humaneval, code, chat,
                          # NAME=PATH, or a folder with a file for each
-documents = 300          # at most, of each domain, whole
+documents: int = None    # at most, of each domain, whole; None: 300, of the split unseen 200
 step_zero = True         # with several domains: also measure an untrained model of the same shape
 reference: str = None    # also measure this one: a tag of ours, or a Hugging Face model's folder
 draws: int = None        # of a diffusion model's bound, a sequence; None: 128, on a CPU 4
@@ -64,6 +64,9 @@ settings = configure(globals())
 require(settings, 1, "documents", "draws")
 if split not in ("train", "val", "unseen"):
     raise UserError(f"split is train or val, or unseen, not {split!r}")
+if documents is None:
+    # as many as pretraining measures
+    documents = settings["documents"] = UNSEEN_DOCUMENTS if split == "unseen" else 300
 names = [item.name for item in parse_domains(domains)]
 
 CHECKED_DOCUMENTS = 4    # of each domain, at most
@@ -123,7 +126,8 @@ if OWN in names:
                             "again on this text, or leave --split out")
     own = list(itertools.islice(dataset.documents(split), documents))
     if split != "train":
-        protocol = protocol_id(own, "source" if split == "unseen" else dataset.holdout)
+        holdout = known_holdout(dataset, data, loaded.meta)
+        protocol = protocol_id(own, "source" if split == "unseen" else holdout)
 texts = load_domains(domains, documents, own)
 
 # ---- can its loss be trusted? in float32, with counts of n-grams and without

@@ -192,6 +192,8 @@ dataset = open_dataset(data)
 if resumed:
     check_holdout(dataset, data, resumed)
 unseen_documents, unseen_protocol = read_unseen(dataset)
+if resumed and resumed.get("unseen") != unseen_protocol:
+    resumed["unseen"] = None  # the text was made again meanwhile: the run may now read them
 text_size = measure_text(dataset, tokenizer)
 text_size.check_context(max_seq_len)
 machine = this_machine(compute, matmul_flops)

@@ -17,15 +17,16 @@ trap 'rm -rf "$NANOCHAT_BASE_DIR"' EXIT
 output="$NANOCHAT_BASE_DIR/output.txt"
 if [ $# = 0 ]; then set -- mla deepseek llada; fi
 
-# is_whole: whether the record of a speedrun has what every family must leave. A diffusion model has
-# a bound on its bits per byte, not the figure itself.
+# is_whole: whether the record of a speedrun has figures where a family must leave them. A diffusion
+# model has a bound on its bits per byte, not the figure itself.
 is_whole() {
     python -c '
 import json, sys
 
 row = json.loads(sys.stdin.read())
-bits = {"val_bpb", "val_bpb_bound"} & row.keys()
-sys.exit(row["stage"] != "speedrun" or not bits or not row["accuracy"])'
+has_bits = row["val_bpb"] is not None or row["val_bpb_bound"] is not None
+has_accuracies = None not in row["accuracy"].values()
+sys.exit(not (row["stage"] == "speedrun" and has_bits and has_accuracies))'
 }
 
 stages=""

@@ -12,7 +12,10 @@ NIGHTLY_VENV="${NIGHTLY_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/nanochat-nightly}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "nightly: the environment, $NIGHTLY_VENV"
-if [ ! -x "$NIGHTLY_VENV/bin/python" ]; then python3 -m venv "$NIGHTLY_VENV"; fi
+if [ ! -f "$NIGHTLY_VENV/bin/activate" ]; then
+    # Debian may lack the pip of an environment, which uv does without
+    python3 -m venv "$NIGHTLY_VENV" 2>/dev/null || python3 -m venv --without-pip "$NIGHTLY_VENV"
+fi
 export VIRTUAL_ENV="$NIGHTLY_VENV"    # the one that setup.sh fills
 source scripts/setup.sh dev
 

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from nanochat.holdout import choose_held_out
 from nanochat.loss_eval import protocol_id
 from nanochat.shards import read_index, write_shards
 from nanochat.sources import build_local, collect_local, package_of
-from nanochat.start import read_unseen
+from nanochat.start import check_holdout, known_holdout, read_unseen
 from stage_runs import TINY, last_json, meta_of
 
 REAL = os.environ.get("NANOCHAT_TEST_DATA")
@@ -166,6 +167,19 @@ def test_a_list_that_leaves_rows_out_or_has_another_form_is_refused(
     with pytest.raises(UserError, match=words):
         convert_by_source(folder)
     assert not list((base_dir / "user_data").glob("*")), "nothing half-written may stay"
+
+
+def test_two_files_of_one_number_are_refused(base_dir, tmp_path):
+    folder = make_shards(tmp_path / "novels", mixed_rows())
+    shutil.copy(folder / "shard_00000.parquet", folder / "extra_00000.parquet")
+    with pytest.raises(UserError, match="are both shard 0"):
+        convert_by_source(folder)
+
+
+def test_what_nanochat_has_made_is_not_divided_again(base_dir, tmp_path):
+    folder = convert_by_source(make_shards(tmp_path / "novels", mixed_rows()))
+    with pytest.raises(UserError, match="was made by nanochat, and has a split for validation"):
+        convert_by_source(folder)
 
 
 def one_file(folder):
@@ -378,6 +392,24 @@ def test_base_loss_measures_the_same_and_refuses_a_model_that_may_have_read_it(
     command = ("scripts.base_loss", "--model_tag=d1", "--split=unseen")
     assert "not trained without these sources" in stages.refusal(*command)
     assert "has no split unseen" in stages.refusal(*command, f"--data={text}")
+
+
+def test_a_model_of_an_earlier_version_was_validated_by_documents():
+    dataset = SimpleNamespace(holdout="source")
+    meta = {"stage": "base_train", "settings": {"data": None}}
+    with pytest.raises(UserError, match="validation by documents, which is now by source"):
+        check_holdout(dataset, None, meta)
+    check_holdout(dataset, None, {**meta, "stage": "chat_sft"})     # which does not say
+    check_holdout(dataset, None, {**meta, "holdout": "source"})
+
+
+def test_only_what_is_known_to_be_unread_has_the_protocol_of_unread_sources():
+    dataset = SimpleNamespace(holdout="source")
+    meta = {"settings": {"data": "books-by-source"}, "holdout": "source"}
+    assert known_holdout(dataset, "books-by-source", meta) == "source"
+    assert known_holdout(dataset, "books", meta) == "documents"
+    assert known_holdout(dataset, "books-by-source", {"settings": {}}) == "documents"
+    assert known_holdout(dataset, None, None) == "documents", "a model of others"
 
 
 def test_another_split_is_neither_resumed_on_nor_measured_on(stages, by_documents):

@@ -93,6 +93,7 @@ def test_where_a_run_stands(run):
 @pytest.mark.parametrize("horizon, step, left", [
     ({"minutes": 1.0}, "10", "40 s"),
     ({"minutes": 60.0, "max_steps": 15}, "10 of 15", "10 s"),
+    ({"minutes": 1.0, "max_steps": 3000}, "10", "40 s"),
     ({"num_iterations": 10}, "10 of 10", "0 s"),
 ])
 def test_the_time_left_is_that_of_the_budget(base_dir, horizon, step, left):
@@ -165,7 +166,10 @@ def test_steps_that_are_taken_once_more_after_a_roll_back_count_once(run):
     losses = curve(state, "Loss")
     assert [step for step, _ in losses] == list(range(1, 9))
     assert losses[4:6] == [(5, 4.95), (6, 1.0)]
+    assert state["notes"] == [(11, "loss is nan: roll back")]
     assert state == Follower().state()
+    run.age()
+    assert Follower().state()["state"] == "stopped", "it went on"
 
 
 def test_a_batch_that_is_left_out_and_a_stage_that_begins_are_told(run):
@@ -212,9 +216,17 @@ def test_a_run_that_takes_no_more_steps_is_being_evaluated(run):
     assert "has taken its last step and is being evaluated" in state["words"]
 
 
-def test_a_run_that_has_diverged_says_so(base_dir):
+def test_a_run_by_minutes_ends_when_another_step_would_not_fit(base_dir):
+    run = MadeRun(base_dir).write(opening(minutes=0.35, max_steps=900), *steps(1, 9))
+    assert Follower().state()["words"] == "base_train of d4 is training."
+    run.write(*steps(10, 10))    # 20 of 21 seconds, with steps of two
+    assert "is being evaluated" in Follower().state()["words"]
+
+
+@pytest.mark.parametrize("verdict", ["stop", "roll back"])  # there may be nothing to roll back to
+def test_a_run_that_has_diverged_says_so(base_dir, verdict):
     run = MadeRun(base_dir).write(opening(), *steps(1, 10))
-    run.write({"step": 10, "skipped": "loss is nan", "verdict": "stop"}).age()
+    run.write({"step": 10, "skipped": "loss is nan", "verdict": verdict}).age()
     state = Follower().state()
     assert state["state"] == "diverged" and "emergency_training.sh" in state["words"]
 
