@@ -57,7 +57,7 @@ def test_bits_per_byte_equal_those_of_transformers_and_its_loss_passes(exported)
     documents = ["Ann has a red hat. " * 20, "caf\u00e9 \U0001f600", "ten"]
     ours = score_documents(model, tokenizer, documents, "cpu")
     others = score_documents(theirs, their_tokenizer, documents, "cpu")
-    assert others[1:] == ours[1:], "as many bytes and tokens"
+    assert others[1:3] == ours[1:3], "as many bytes and tokens"
     assert others.bits_per_byte == pytest.approx(ours.bits_per_byte, rel=1e-4)
     findings = check_loss(theirs, their_tokenizer, documents, "cpu")
     assert [finding.name for finding in findings if not finding.passed] == []

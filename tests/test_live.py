@@ -168,8 +168,6 @@ def test_steps_that_are_taken_once_more_after_a_roll_back_count_once(run):
     assert losses[4:6] == [(5, 4.95), (6, 1.0)]
     assert state["notes"] == [(11, "loss is nan: roll back")]
     assert state == Follower().state()
-    run.age()
-    assert Follower().state()["state"] == "stopped", "it went on"
 
 
 def test_a_batch_that_is_left_out_and_a_stage_that_begins_are_told(run):
@@ -229,6 +227,12 @@ def test_a_run_that_has_diverged_says_so(base_dir, verdict):
     run.write({"step": 10, "skipped": "loss is nan", "verdict": verdict}).age()
     state = Follower().state()
     assert state["state"] == "diverged" and "emergency_training.sh" in state["words"]
+
+
+def test_a_run_that_went_on_after_a_roll_back_has_not_diverged(base_dir):
+    skipped = {"step": 10, "skipped": "loss is nan", "verdict": "roll back"}
+    MadeRun(base_dir).write(opening(), *steps(1, 10), skipped, *steps(6, 8)).age()
+    assert Follower().state()["state"] == "stopped"
 
 
 def test_a_log_that_grows_is_of_a_run_that_trains_where_no_lock_says_so(base_dir):
