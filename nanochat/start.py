@@ -45,6 +45,7 @@ from nanochat.folders import (
 )
 from nanochat.loss_eval import protocol_id
 from nanochat.plan import BUDGETS, is_overfitting
+from nanochat.shards import read_index
 from nanochat.tokenizer import get_tokenizer
 from nanochat.variants import name_of
 
@@ -160,6 +161,15 @@ def data_to_resume(given, meta):
         "--data out, or train another model without --resume")
 
 
+def text_behind(data):
+    """The path of the text that a --data is of: that from which `dataset --holdout=source` made the
+    folder, or else data itself."""
+    if data is None:
+        return None
+    index = read_index(Path(expand_home(str(data), "write the whole path")) / "index.json")
+    return index.get("source", data) if index else data
+
+
 def check_holdout(dataset, data, meta):
     """UserError where a base model was trained on the same text with another choice of validation.
 
@@ -168,12 +178,14 @@ def check_holdout(dataset, data, meta):
     """
     usual = "documents" if meta.get("stage") == "base_train" else dataset.holdout
     then = meta.get("holdout", usual)
-    if then == dataset.holdout or not is_same_path(meta.get("settings", {}).get("data"), data):
+    own = meta.get("settings", {}).get("data")
+    if then == dataset.holdout or not is_same_path(text_behind(own), text_behind(data)):
         return
     flag = " with --holdout=source" if then == "source" else " without --holdout"
+    remedy = f"give --data={own}" if own else f"run python -m nanochat.dataset{flag} again"
     raise UserError(
         f"the model was trained on this text with validation by {then}, which is now by "
-        f"{dataset.holdout}: run python -m nanochat.dataset{flag} again, or train another model")
+        f"{dataset.holdout}: {remedy}, or train another model")
 
 
 def known_holdout(dataset, data, meta):

@@ -70,6 +70,8 @@ tag = model_tag or path.name
 folder = checkpoint_dir(source, tag)
 if model_tag and what_holds(folder):
     refuse_taken(folder)        # before minutes are spent
+if not path.is_dir():
+    raise UserError(f"{path} is not a folder: name one that holds config.json and the weights")
 
 RANDOM_TEXTS = 8    # of random tokens, to compare the tokenizers with
 TEXT_TOKENS = 200   # of each of these

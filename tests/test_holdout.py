@@ -403,6 +403,20 @@ def test_a_model_of_an_earlier_version_was_validated_by_documents():
     check_holdout(dataset, None, {**meta, "holdout": "source"})
 
 
+def test_the_other_split_of_a_text_of_yours_is_recognised_by_its_source(books):
+    folder = convert_by_source(books)
+    by_source, by_documents = open_dataset(folder), open_dataset(books)
+    for trained, then, dataset, data in (
+        (folder, "source", by_documents, books),
+        (books, "documents", by_source, folder),
+    ):
+        meta = {"stage": "base_train", "holdout": then, "settings": {"data": str(trained)}}
+        with pytest.raises(UserError, match=re.escape(f"give --data={trained}, or train another")):
+            check_holdout(dataset, data, meta)
+        other = {**meta, "settings": {"data": str(books / "old")}}
+        check_holdout(dataset, data, other)
+
+
 def test_only_what_is_known_to_be_unread_has_the_protocol_of_unread_sources():
     dataset = SimpleNamespace(holdout="source")
     meta = {"settings": {"data": "books-by-source"}, "holdout": "source"}

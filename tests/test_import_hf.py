@@ -278,7 +278,7 @@ def test_other_logits_leave_no_checkpoint_behind(
 @pytest.mark.parametrize("words, said", [
     ([], "one folder can be imported, not 0"),
     (["a", "b"], "one folder can be imported, not 2"),
-    (["nowhere"], "tokenizer.json cannot be read"),
+    (["nowhere"], "nowhere is not a folder"),
     (["nowhere", "--source=chat"], "source=chat is not a stage"),
     (["nowhere", "--model_tag=a/b"], "is not the name of a folder"),
 ])
