@@ -386,15 +386,18 @@ def validation_curve(log):
     }
 
 
-def curves_of(log):
-    """What the page draws: the loss, of reinforcement learning the rewards, and the validations."""
+def curves_of(log, validation):
+    """What the page draws: the loss, of reinforcement learning the rewards, and the validations.
+
+    validation: of validation_curve().
+    """
     rewards = [entry for entry in log.others if is_number(entry.get("reward"))]
     reward = {
         "name": "Reward",
         "unit": "mean of the answers of a step",
         "points": [(entry["step"], entry["reward"]) for entry in rewards],
     }
-    curves = [loss_curve(log.steps), reward, validation_curve(log)]
+    curves = [loss_curve(log.steps), reward, validation]
     return [curve for curve in curves if curve["points"]]
 
 
@@ -407,9 +410,9 @@ def last_step_of(horizon, last, pace):
     return horizon.max_steps if is_first else None
 
 
-def tiles_of(log, horizon, is_over):
+def tiles_of(log, horizon, validation, is_over):
     """[(label, value)]: where the run stands, in numbers as people read them."""
-    last, pace, validation = log.steps[-1], pace_of(log.steps), validation_curve(log)
+    last, pace = log.steps[-1], pace_of(log.steps)
     of_steps = horizon and last_step_of(horizon, last, pace)
     tiles = [("step", f"{last.step} of {of_steps}" if of_steps else str(last.step))]
     if not is_over:
@@ -527,8 +530,9 @@ class Follower:
             "samples": samples_of(log),
         }
         if last:
-            shown["tiles"] = tiles_of(log, horizon, state != "training")
-            shown["curves"] = curves_of(log)
+            validation = validation_curve(log)
+            shown["tiles"] = tiles_of(log, horizon, validation, state != "training")
+            shown["curves"] = curves_of(log, validation)
         return shown
 
     def _surroundings(self, folder, others):
