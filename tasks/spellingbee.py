@@ -72,6 +72,27 @@ def _gather_words():
     return sorted(word for word, files in files_with.items() if files > 1 and len(set(word)) > 1)
 
 
+def count_parts(word, letter):
+    """The parts of an answer that counts a letter in a word, by hand and by the tool.
+
+    The first one of dedent and e is the text "d e1 d e2 n t. ".
+    """
+    count = 0
+    spelled = []
+    for character in word:
+        if character == letter:
+            count += 1
+            spelled.append(f"{character}{count}")
+        else:
+            spelled.append(character)
+    return [
+        {"type": "text", "text": " ".join(spelled) + ". "},
+        {"type": "python", "text": f'"{word}".count("{letter}")'},
+        {"type": "python_output", "text": str(count)},
+        {"type": "text", "text": f"The answer is {count}."},
+    ]
+
+
 class SimpleSpelling(Task):
     """`size` words to spell, in the order of a hash.
 
@@ -123,24 +144,7 @@ class SpellingBee(SimpleSpelling):
         is_present = rng.random() < PRESENT_SHARE
         letter = rng.choice(word if is_present else string.ascii_lowercase)
         question = rng.choice(COUNT).format(c=letter, w=word)
-
-        # d e1 d e2 n t
-        count = 0
-        spelled = []
-        for character in word:
-            if character == letter:
-                count += 1
-                spelled.append(f"{character}{count}")
-            else:
-                spelled.append(character)
-
-        parts = [
-            {"type": "text", "text": " ".join(spelled) + ". "},
-            {"type": "python", "text": f'"{word}".count("{letter}")'},
-            {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f"The answer is {count}."},
-        ]
-        return conversation(question, parts, word=word)
+        return conversation(question, count_parts(word, letter), word=word)
 
     def evaluate(self, conversation, parts):
         """Right when the last number of the answer is the count."""
