@@ -230,6 +230,12 @@ def accuracy_blocks(run):
                        "above chance there is a habit, not knowledge.")
     if record.get("chatcore") is not None:
         yield ("text", f"ChatCORE, the mean accuracy with chance at 0: {record['chatcore']:.4f}.")
+    declined = record.get("declined") or {}     # records of an earlier version have none
+    if declined.get("should") is not None:
+        yield ("text", f"Declined when it should: {percent(declined['should'])} of "
+                       f"{declined['should_count']} questions outside of what it has learnt. "
+                       f"Declined when it should not: {percent(declined['should_not'])} of "
+                       f"{declined['should_not_count']} others.")
     for task, shares in record.get("pass_at_k", {}).items():
         words = ", ".join(f"{percent(share)} at {k}" for k, share in shares.items())
         yield ("text", f"pass@k of {task_title(task)}: {words}.")

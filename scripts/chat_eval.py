@@ -11,7 +11,7 @@
 Questions with choices are answered with the likeliest choice; other answers are generated, greedily
 unless several samples are wanted. The answers are the same at any batch size and on any number of
 ranks (nanochat/answers.py). docs/chat-eval.md explains every number: the interval, chance, the
-majority, the control and ChatCORE.
+majority, the control, ChatCORE, and what was declined.
 """
 import time
 
@@ -26,11 +26,21 @@ from nanochat.hardware import raise_malloc_thresholds
 from nanochat.loss_eval import set_draws
 from nanochat.metrics import finish_stage
 from nanochat.passage_store import load_passages
-from tasks.asking import How, ask_all, score, score_words, show_wrong
+from tasks.asking import (
+    How,
+    ask_all,
+    declined_of,
+    declined_words,
+    refusals_of,
+    score,
+    score_words,
+    show_wrong,
+)
 from tasks.common import at_equal_distances
 from tasks.named import (
     FROM_HUB,
     MADE,
+    OF_LOCAL_MIXTURE,
     About,
     fetch_tasks,
     is_of_user,
@@ -105,14 +115,15 @@ how = How(answerer, batch_size, num_samples, temperature, top_k, control)
 # ---- the tasks that fit the model
 # a chat is asked about the user's text where it was made of that, else about Python's library
 if not tasks:
-    unfit = "pydoc" if passages else "own_text"
-    names = [name for name in names if not name.startswith(unfit)]
+    of_text = [name for name in MADE if name.startswith("own_text")]
+    unfit = OF_LOCAL_MIXTURE if passages else of_text
+    names = [name for name in names if name not in unfit]
 
 # questions of the hub: those that are named; without names, where the chat practised their kind
 from_hub = [name for name in names if name in FROM_HUB]
 has_practised = not tasks and meta.get("chat_data") == "hub"
 if has_practised:
-    names = [name for name in names if not name.startswith("pydoc")]
+    names = [name for name in names if name not in OF_LOCAL_MIXTURE]
     from_hub = list(FROM_HUB)
 error = fetch_tasks(from_hub)
 if error and not has_practised:
@@ -131,7 +142,7 @@ if error:
     print0(f"without HumanEval: {error}")
 
 # ---- every task
-scores, not_fitting = {}, {}
+scores, refusals, not_fitting = {}, {}, {}
 for name in names:
     # the items
     is_of_file = name in of_user    # an empty task counts as False
@@ -156,6 +167,7 @@ for name in names:
 
     # the numbers, and of the user's questions what was wrong
     scores[name] = score(task, conversations, asked)
+    refusals[name] = refusals_of(conversations, asked)
     if name in of_user:
         show_wrong(conversations, asked, SHOWN)
     print0(f"{name:13s} {score_words(scores[name])}")
@@ -170,6 +182,9 @@ if answerer.excess > 1:
     print0(f"scores of a batch differ by {answerer.excess:.1f} times as much as a near tie allows: "
            "another --batch_size may answer a few questions otherwise")
 chatcore = sum(one.centred for one in scores.values()) / len(scores)
+declined = declined_of(refusals)
+if declined.should is not None:
+    print0(f"declined      {declined_words(declined)}")
 print0(f"ChatCORE {chatcore:.4f}: accuracy with chance at 0, mean over tasks ({len(scores)})")
 
 
@@ -193,6 +208,8 @@ finish_stage(
     centred=column("centred"),
     chatcore=chatcore,
     pass_at_k=column("pass_at_k"),
+    declined=declined._asdict(),
+    declined_by_task={name: sum(some) / len(some) for name, some in refusals.items() if some},
     not_fitting=not_fitting,
     near_ties=answerer.near_ties,
     batch_difference=answerer.excess,

@@ -18,6 +18,7 @@ from nanochat.metrics import wilson_interval
 from nanochat.scores import centred, majority_share, pass_at_k, sample_counts
 from tasks.common import answer_text, stem_of, with_stem
 from tasks.questions import Questions
+from tasks.scope import SCOPE_TASKS, is_refusal
 
 PROGRESS_SECONDS = 2
 
@@ -221,6 +222,49 @@ def score_words(score):
     right = f"{score.right:4.{0 if score.right % 1 == 0 else 1}f} of {score.count} right"
     return f"{right}, {100 * score.accuracy:5.1f} % ({', '.join(words)})"
 
+
+# ------------------------------------------------------------------------------------------------
+# declining
+
+class Declined(NamedTuple):
+    """How often questions were declined. Shares are None where there were no questions."""
+    should: float           # of those that a chat should decline, the share that it did
+    should_count: int
+    should_not: float       # of all others
+    should_not_count: int
+
+
+def refusals_of(conversations, asked):
+    """For each item whose answer is written, whether it was declined, a list of bools.
+
+    An answer that is picked from choices declines nothing.
+    """
+    pairs = zip(conversations, asked)
+    return [is_refusal(one.given) for conversation, one in pairs if is_generated(conversation)]
+
+
+def declined_of(refusals):
+    """The Declined of {task: what refusals_of() returns}."""
+    should, should_not = [], []
+    for name, of_task in refusals.items():
+        (should if name in SCOPE_TASKS else should_not).extend(of_task)
+    shares = [sum(some) / len(some) if some else None for some in (should, should_not)]
+    return Declined(shares[0], len(should), shares[1], len(should_not))
+
+
+def declined_words(declined):
+    """A Declined as a line's words."""
+    words = [
+        f"{100 * declined.should:.1f} % of {declined.should_count} questions that it should",
+    ]
+    if declined.should_not is not None:
+        count = declined.should_not_count
+        words.append(f"{100 * declined.should_not:.1f} % of {count} that it should not")
+    return ", ".join(words)
+
+
+# ------------------------------------------------------------------------------------------------
+# wrong answers
 
 def one_line(text):
     """A text as one short line of visible characters."""

@@ -16,8 +16,9 @@ from nanochat.common import UserError, expand_home
 from nanochat.hub import on_first_rank
 from nanochat.sandbox import layers_here
 from tasks.arc import ARC
-from tasks.arithmetic import Arithmetic
+from tasks.arithmetic import Arithmetic, TwoSteps
 from tasks.chat_data import mmlu_for_training
+from tasks.follow_up import FollowUp
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.identity import Identity, identity_of
@@ -25,6 +26,7 @@ from tasks.mmlu import MMLU
 from tasks.own_text import OwnText
 from tasks.pydoc import PyDoc
 from tasks.questions import Questions
+from tasks.scope import Scope, WrittenScope
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.task_file import load_task
 
@@ -95,6 +97,11 @@ MADE = {
     "pydoc": _pydoc("choice"),
     "pydoc_letter": _pydoc("letter"),
     "pydoc_module": _pydoc("module"),
+    "pydoc_what": _pydoc("what"),
+    "two_steps": lambda request: TwoSteps(request.split, request.size),
+    "follow_up": lambda request: FollowUp(request.split, request.size),
+    "scope": lambda request: Scope(request.split, request.size),
+    "scope_written": lambda request: WrittenScope(),
     "identity": _identity,
     "own_text": _own_text,
     "own_text_practised": lambda request: _own_text(request._replace(split="train")),
@@ -107,6 +114,17 @@ FROM_HUB = {
     "HumanEval": _human_eval,
 }
 TASKS = {**MADE, **FROM_HUB, "custom": _custom}
+# what is asked of a chat alone that practised the local mixture, and no text of the user's
+OF_LOCAL_MIXTURE = (
+    "pydoc",
+    "pydoc_letter",
+    "pydoc_module",
+    "pydoc_what",
+    "two_steps",
+    "follow_up",
+    "scope",
+    "scope_written",
+)
 ALIASES = {"spellingbee": "counting", "simplespelling": "spelling"}
 
 

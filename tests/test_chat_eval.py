@@ -121,6 +121,19 @@ def test_the_record_has_every_number_and_the_controls_of_what_has_choices(chat):
     assert without["accuracy"]["MMLU"] == record["accuracy"]["MMLU"]
 
 
+def test_the_record_says_what_was_declined(chat):
+    out, _ = chat.fork(*EVAL, "-a", "scope,scope_written,follow_up,pydoc_letter", "--items=4")
+    record = last_json(out)
+    declined = record["declined"]
+    assert (declined["should_count"], declined["should_not_count"]) == (8, 4)
+    assert record["declined_by_task"].keys() == {"scope", "scope_written", "follow_up"}
+    for name in ("scope", "scope_written"):
+        assert record["declined_by_task"][name] == record["accuracy"][name]
+    assert re.search(r"^declined +\d+\.\d % of 8 questions that it should, ", out, re.M)
+    out, _ = chat.fork(*EVAL, "-a", "spelling", "--items=2")
+    assert last_json(out)["declined"]["should"] is None and "questions that it should" not in out
+
+
 def test_a_name_is_asked_once_and_in_any_spelling(chat):
     record = chat.fork_record(*EVAL, "-a", "SpellingBee,counting,mmlu", "--max-problems=2")
     assert record["items"] == {"counting": 2, "MMLU": 2}

@@ -297,6 +297,8 @@ def test_accuracies_stand_beside_majority_control_chatcore_and_pass_at_k(base_di
             control={"MMLU": 0.27},
             chatcore=0.1083,
             pass_at_k={"GSM8K": {"1": 0.05, "4": 0.125}},
+            declined={
+                "should": 0.925, "should_count": 400, "should_not": 0.01, "should_not_count": 900},
         ),
     ])
     report.write_report(base_dir)
@@ -304,6 +306,8 @@ def test_accuracies_stand_beside_majority_control_chatcore_and_pass_at_k(base_di
     assert "| task | right | 95 % interval | chance | majority | control | items |" in text
     assert "| 25.0 % | 28.0 % | 27.0 % | 256 |" in text
     assert "| 0.0 % | 1.0 % | no choices | 256 |" in text
+    assert "Declined when it should: 92.5 % of 400" in text
+    assert "when it should not: 1.0 % of 900" in text
     assert "0.1083" in text and "pass@k of GSM8K: 5.0 % at 1, 12.5 % at 4" in text
 
 
