@@ -24,13 +24,15 @@ from nanochat.dataloader import count_cut
 from nanochat.hub import HubError, on_first_rank
 from nanochat.metrics import finish_stage
 from tasks.arc import ARC
-from tasks.arithmetic import Arithmetic
+from tasks.arithmetic import Arithmetic, TwoSteps
 from tasks.common import HubTask
+from tasks.follow_up import FollowUp
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mixing import Repeated
 from tasks.mmlu import MMLU
 from tasks.own_text import subject_tasks
+from tasks.scope import Scope
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -42,13 +44,25 @@ TRIED = 100     # conversations of a task that tell whether its questions fit th
 # ----------------------------------------------------------------------------------------------
 # the mixtures
 
-def local_tasks():
-    """The tasks of both stages on a CPU, beside those of the model's subject and name."""
-    return [
+def local_tasks(passages, own_text):
+    """The tasks of both stages on a CPU, beside those of the model's name.
+
+    passages, own_text: as in subject_tasks(). A chat about a text of the user's declines nothing:
+    it looks up whatever it is asked, and says where it found nothing.
+    """
+    tasks = [
         SimpleSpelling("train", 80_000),
         SpellingBee("train", 6_000),
         Arithmetic("train", 26_000),
+        *subject_tasks(passages, own_text),
     ]
+    if passages is None:
+        tasks += [
+            Scope("train", 10_000),
+            FollowUp("train", 8_000),
+            TwoSteps("train", 4_000),
+        ]
+    return tasks
 
 
 def midtraining_tasks(fetch=True):
@@ -146,7 +160,7 @@ def built_in_tasks(stage, origin, passages, own_text):
     Python's library has to say belongs to the local mixture.
     """
     if origin.name == LOCAL:
-        return LOCAL, [*local_tasks(), *subject_tasks(passages, own_text)]
+        return LOCAL, local_tasks(passages, own_text)
     make = HUB_TASKS[stage]
     made = []
     error = on_first_rank(lambda: made.append(make()))
@@ -159,7 +173,7 @@ def built_in_tasks(stage, origin, passages, own_text):
     if origin.required:
         raise error
     print0(f"the conversations of this machine alone, for the hub's are not to be had: {error}")
-    return LOCAL, [*local_tasks(), *subject_tasks(passages, own_text)]
+    return LOCAL, local_tasks(passages, own_text)
 
 
 def _check_ranks_have_as_many(rows):

@@ -345,13 +345,14 @@ def test_where_the_hub_is_out_of_reach_the_local_mixture_takes_its_place(cache, 
     local = built_in_tasks("mid_train", Origin("local", False), None, "lookup")
     assert local[0] == "local"
     assert [type(task).__name__ for task in local[1]] == [
-        "SimpleSpelling", "SpellingBee", "Arithmetic", "PyDoc", "PyDoc", "PyDoc"]
+        "SimpleSpelling", "SpellingBee", "Arithmetic", "PyDoc", "PyDoc", "PyDoc",
+        "Scope", "FollowUp", "TwoSteps"]
 
     shutil.rmtree(cache / "hub" / "HuggingFaceTB")
     capsys.readouterr()
     name, tasks = built_in_tasks("mid_train", Origin("hub", False), None, "lookup")
     out = capsys.readouterr().out
-    assert name == "local" and len(tasks) == 6 and out.count("\n") == 1
+    assert name == "local" and len(tasks) == 9 and out.count("\n") == 1
     assert "the hub's are not to be had: HuggingFaceTB/smol-smoltalk (default, train)" in out
     with pytest.raises(UserError, match="smol-smoltalk"):
         built_in_tasks("mid_train", HUB, None, "lookup")
@@ -372,7 +373,7 @@ def test_a_resumed_run_must_find_the_rows_that_it_began_with(cache):
     with pytest.raises(UserError, match="began with 306,120 conversations, of which 306,130"):
         tasks_of(resumed)
     earlier = SimpleNamespace(state={"loader": ()}, meta={})
-    assert type(tasks_of(earlier)[-1]).__name__ == "PyDoc", "a run of an earlier version"
+    assert type(tasks_of(earlier)[-1]).__name__ == "TwoSteps", "a run of an earlier version"
     assert earlier.meta["chat_data"] == "local"
 
 
@@ -408,7 +409,7 @@ def test_all_ranks_have_the_hubs_conversations_or_none_has(cache, failing):
         assert results[0][:2] == results[1][:2] == ("hub", 7)
         assert "the machines have different data sets" in results[0][2] == results[1][2]
     else:
-        assert results[0] == results[1] == ("local", 6)
+        assert results[0] == results[1] == ("local", 9)
 
 
 def test_a_rank_that_cannot_fetch_says_it_of_the_machine(monkeypatch):
