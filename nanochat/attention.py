@@ -160,8 +160,7 @@ def cached_attention(q, k, v, layer_cache, window, at=None):
 
     # 3. attend, each token to the positions up to its own
     positions = window.positions if at is None else window.positions.gather(1, at)
-    is_decode = q.size(2) == 1 and q.device.type == "cpu"
-    if is_decode and torch.compiler.is_dynamo_compiling():
+    if q.size(2) == 1 and torch.compiler.is_dynamo_compiling():
         return attend_by_sums(q, k, v, positions).transpose(1, 2)
     return attend_up_to(q, k, v, positions).transpose(1, 2)
 

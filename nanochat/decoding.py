@@ -54,18 +54,24 @@ def use_fast_linear(model, int8=False, native=False):
     return model
 
 
-def decode_step(model, kv_cache, idx, slots, positions, keys):
+def decode_step(model, kv_cache, idx, slots, positions, keys, run_block=None):
     """What is compiled: idx, slots and positions (n, 1) int64 -> logits (n, V).
 
     keys: a tensor with as many elements as there are cached tokens to attend to. Of a model that
     does not compile its logits, the result is what they are made of: x (n, C) and recent tokens.
+    run_block: as of GPT.features().
     """
     window = CacheWindow(slots[:, 0], positions, keys.size(0), slots)
-    x, recent = model.features(idx, kv_cache, window=window)
+    x, recent = model.features(idx, kv_cache, window=window, run_block=run_block)
     x = x[:, 0]
     if recent is not None:
         recent = recent[:, 0]
     return model.logits(x, recent) if model.compiles_logits else (x, recent)
+
+
+def padded_columns(columns, batch):
+    """Lists of n ints, padded to `batch`: the first sequence again changes nothing."""
+    return [column + column[:1] * (batch - len(column)) for column in columns]
 
 
 def compile_for(batch):
@@ -139,11 +145,10 @@ class CompiledDecode(CompilesBehind):
 
     def _run(self, tokens, slots, positions):
         """__call__() with the positions at which the tokens stand."""
-        # 1. pad to a number that is compiled for: the first sequence again changes nothing
+        # 1. pad to a number that is compiled for, (3, batch, 1)
         n = len(slots)
         batch = self.batch_for(n)
-        columns = [column + column[:1] * (batch - n) for column in (tokens, slots, positions)]
-        rows = torch.tensor(columns)[:, :, None]        # 3, batch, 1
+        rows = torch.tensor(padded_columns((tokens, slots, positions), batch))[:, :, None]
 
         # 2. how many cached tokens there are to attend to
         end = max(max(positions) + 1, SHORTEST)

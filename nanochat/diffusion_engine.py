@@ -298,11 +298,11 @@ WHY_REFUSED = "a diffusion model writes its tokens in any order, and has no next
 # ------------------------------------------------------------------------------------------------
 # which engine
 
-def engine_of(model, tokenizer, passages=None, denoising=Denoising()):
+def engine_of(model, tokenizer, passages=None, denoising=Denoising(), max_slots=None):
     """The engine that can run a model: an Engine, or a DiffusionEngine with this Denoising."""
     if model.causal:
-        return Engine(model, tokenizer, passages)
-    return DiffusionEngine(model, tokenizer, passages, denoising=denoising)
+        return Engine(model, tokenizer, passages, max_slots)
+    return DiffusionEngine(model, tokenizer, passages, max_slots, denoising)
 
 
 def serving_engine_of(

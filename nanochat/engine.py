@@ -36,6 +36,7 @@ from nanochat.common import UserError
 from nanochat.decoding import CompiledDecode, use_fast_linear
 from nanochat.execution import use_tool
 from nanochat.fast_linear import can_multiply_fast
+from nanochat.graph_decode import GraphDecode
 from nanochat.native_decode import NativeDecode, can_decode_natively
 from nanochat.retrieval import reply_within
 from nanochat.sampling import (
@@ -183,8 +184,9 @@ class Engine:
     max_slots   None, or the number of slots of a cache that is allocated at once, each as long as
                 the context, and is kept
     passages    the user's own text (retrieval.py), or None: then lookup() is refused
-    compiled_decode     the NativeDecode or CompiledDecode that replaces model.decode() where it is
-                        ready, or None
+    compiled_decode     the NativeDecode, CompiledDecode or GraphDecode that replaces model.decode()
+                        where it is ready, or None. With max_slots on a GPU, a GraphDecode that
+                        records the steps as they are written
     """
 
     def __init__(self, model, tokenizer, passages=None, max_slots=None):
@@ -195,11 +197,13 @@ class Engine:
         self.device = model.embed.weight.device
         self.max_slots = max_slots
         self.kv_cache = None
+        self.compiled_decode = None
         if max_slots is not None:
             if max_slots < 1:
                 raise UserError(f"max_slots={max_slots}: a server needs at least 1")
             self.kv_cache = model.new_kv_cache(max_slots, self.max_seq_len)
-        self.compiled_decode = None
+            if self.device.type == "cuda":
+                self.compiled_decode = GraphDecode(model, self.kv_cache)
         self.waiting = []
         self.running = {}
         self._prefills = 0          # how many prefill steps there were
@@ -680,10 +684,11 @@ def serving_engine(
     """An Engine with a kept cache of max_slots, as fast as this machine allows.
 
     weights: "int8" rounds the matrices of a model on a CPU to 8 bits; "" leaves them as they are.
-    compile: on a CPU, compile the decode step (native_decode.py, or decoding.py for other models)
-    while the engine answers already; where that fails, everything stays as it is. wait: compile
-    before the engine is returned, in decoding.py for max_slots sequences alone; RuntimeError where
-    that fails. UserError for other weights, and for int8 where it cannot be had.
+    compile: compile the decode step while the engine answers already (on a CPU native_decode.py,
+    or decoding.py for other models; on CUDA graph_decode.py); where that fails, everything stays as
+    it is. Without it, the step is taken as it is written. wait: compile before the engine is
+    returned, in decoding.py for max_slots sequences alone; RuntimeError where that fails. UserError
+    for other weights, and for int8 where it cannot be had.
     """
     require_weights(weights)
     can = can_multiply_fast(model.device)
@@ -696,9 +701,12 @@ def serving_engine(
     if can and (compile or weights):
         use_fast_linear(model, int8=weights == "int8", native=native)
     engine = Engine(model, tokenizer, passages, max_slots)
-    if can and compile:
+    if not compile:
+        engine.compiled_decode = None
+    elif can:
         decode = NativeDecode if native else CompiledDecode
         engine.compiled_decode = decode(model, engine.kv_cache)
+    if engine.compiled_decode is not None:
         if wait:
             engine.compiled_decode.warm_up(max_slots)
         else:

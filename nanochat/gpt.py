@@ -18,6 +18,7 @@ This file is single-device code: compiling, sharding and communication are appli
 Shapes: B sequences, T tokens, C width, H query heads, G key/value heads, D head dimension,
 V vocabulary, N = B * T.
 """
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -344,13 +345,17 @@ class GPT(nn.Module):
         """What happens after the last block."""
         return norm(x)
 
-    def features(self, idx, kv_cache=None, slots=None, at=None, window=None):
+    def features(
+        self, idx, kv_cache=None, slots=None, at=None, window=None, run_block=None,
+    ):
         """idx (B, T) -> (x (B, T, C) after the last norm, the recent tokens or None).
 
         kv_cache, slots: idx continues these sequences of a cache (a list of B ints; None: all).
         at (B, n) int64: the positions in idx that are wanted, for results of (B, n, ...). The last
         block computes keys and values alone of the others: 2 of 12 C^2 multiplications a token.
         window: the CacheWindow of slots, where the caller has made it; None: it is made here.
+        run_block: what runs a block in place of its forward pass, called as run_block(block, x,
+        cos, sin, layer_cache, window, **more).
         """
         # 1. where the tokens stand: the rotary angles of each position
         T = idx.size(1)
@@ -378,6 +383,8 @@ class GPT(nn.Module):
             # _call_impl is __call__ (hooks included) without torch.compile: inference has many
             # shapes, and each would be compiled
             call = block if compiled else block._call_impl
+            if run_block:
+                call = functools.partial(run_block, block)
             if at is not None and block is self.blocks[-1]:
                 more = {**more, "at": at}
             x = call(x, cos, sin, layer_cache, window, **more)

@@ -368,7 +368,9 @@ def main():
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     denoising = denoising_of(
         model, block_length=block_length, steps=steps, edit_below=edit_below)
-    engine = engine_of(model, tokenizer, load_passages(meta), denoising)
+    # On a GPU in one slot that is kept, whose decode step is recorded (graph_decode.py).
+    slots = 1 if compute.device.type == "cuda" else None
+    engine = engine_of(model, tokenizer, load_passages(meta), denoising, slots)
     say_choice(chosen_line(source, meta), prompt is not None)
     with contextlib.suppress(ImportError):
         import readline     # noqa: F401, gives input() a history and lets a line be edited

@@ -91,7 +91,7 @@ rounds = 3                  # requests that each client sends
 minutes: float = None       # send requests for that long, in place of rounds
 ignore_eos = False          # ask the server for full-length answers
 weights = ""                # int8: weights of 8 bits; empty: those of the dtype
-compile = True              # compile the decode step, where the model is on a CPU
+compile = True              # compile the decode step, and on a GPU record it
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
@@ -147,7 +147,7 @@ def require_compiler(network):
     problem = None
     if compile and can_decode_natively(network):
         problem = native_problem()
-    elif compile and can_multiply_fast(network.device):
+    elif compile and (can_multiply_fast(network.device) or network.device.type == "cuda"):
         problem = compile_problem(network.device)
     if problem:
         raise UserError(f"the decode step cannot be compiled ({problem}): --compile=0 measures it "

@@ -24,7 +24,7 @@ LAYERS = {  # a file imports from its own layer or a lower one; then tasks, then
     "optimizer_state": 4, "fsdp": 4, "parallel": 4, "memory": 4, "forecast": 4, "plan": 4,
     "checkpoint": 4, "checkpoint_manager": 4, "folders": 4, "hf_names": 4,
     "start": 4, "run": 4, "engine": 4, "passage_store": 4, "rollouts": 4, "selftest": 4,
-    "sampling": 4, "decoding": 4, "native_decode": 4,
+    "sampling": 4, "decoding": 4, "native_decode": 4, "graph_decode": 4,
     "diffusion_engine": 4, "samples": 4,
     "async_engine": 4, "openai_api": 4, "openai_schema": 4, "http_guard": 4, "serving_stats": 4,
     "server": 5, "report": 5, "doctor": 5, "benchmark": 5, "answers": 5, "core_eval": 5,

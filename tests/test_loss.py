@@ -134,14 +134,14 @@ def test_chunks_cover_all_tokens_once_and_are_not_tiny():
     assert len(chunks(1000, 65536, torch.device("cuda"))) == 1
 
 
-@pytest.mark.parametrize("device, megabytes", [("cpu", 34), ("mps", 70), ("cuda", 270)])
+@pytest.mark.parametrize("device, megabytes", [("cpu", 34), ("mps", 70), ("cuda", 540)])
 def test_the_logits_of_a_chunk_are_small_on_every_device(device, megabytes):
     for vocab_size in (4096, 32768, 65536):
         tokens = [len(range(1 << 20)[part]) for part in chunks(1 << 20, vocab_size,
                                                               torch.device(device))]
         assert 4 * vocab_size * max(tokens) < megabytes * 1e6
         if device == "cuda":
-            assert max(tokens) >= 1024  # enough for the full speed of a matmul
+            assert max(tokens) >= 2048  # enough for the full speed of a matmul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,7 +180,8 @@ def test_one_compiled_function_serves_all_chunks_and_batches(monkeypatch):
     torch.compiler.reset()
     assert len(graphs) == 1
     operations = [str(node.target) for node in graphs[0].graph.nodes]
-    assert "logsumexp" in operations
+    assert "sum" in operations and "exp" in operations
+    assert not [name for name in operations if name in ("logsumexp", "amax")], "a pass too many"
     assert not [name for name in operations if "scatter" in name], "it would be a kernel of its own"
 
 

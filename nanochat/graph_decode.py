@@ -1,0 +1,225 @@
+"""Decoding on a GPU as one CUDA graph.
+
+    decode = GraphDecode(model, kv_cache)
+    logits = decode(tokens, slots)              # (n, V), as model.decode() gives them
+    decode.warm_up_behind()                     # compile the blocks, too
+
+A decode step is hundreds of kernels of a few microseconds each, and launching one from Python takes
+longer than that: the GPU waits. A CUDA graph is the launches of one step, recorded, which are then
+replayed by one call (as in gpt-fast and vLLM; on ROCm it is a HIP graph).
+
+What is recorded has static shapes and addresses. So there is a graph for each number of sequences
+in BATCHES, a smaller number being padded, and for each number of cached tokens to attend to:
+SHORTEST_WINDOW and its doubles. Tokens, slots and positions are written into one tensor that all
+graphs read. A graph is recorded when it is first needed, which takes a tenth of a second.
+
+Compiled, a block has fewer kernels, and none that copies what the cache holds. All blocks are one
+code, for any number of sequences and tokens, so that compiling takes no longer for a deep model.
+"""
+import functools
+import time
+import types
+
+import torch
+
+from nanochat.common import print0
+from nanochat.decoding import BATCHES, CompilesBehind, decode_step, padded_columns
+from nanochat.hardware import COMPILE_ERRORS, compile_problem, reason_of
+from nanochat.kv_cache import CacheWindow
+
+SHORTEST_WINDOW = 256   # cached tokens to attend to: fewer would save nothing
+
+
+class Recording:
+    """A step, recorded. replay() takes it again, with what its inputs hold then.
+
+    outputs     what the step returned: tensors that each replay overwrites
+    """
+
+    def __init__(self, step, pool):
+        """step: a function of no arguments. pool: of torch.cuda.graph_pool_handle()."""
+        # 1. once without recording: libraries allocate and choose kernels in their first calls
+        before = torch.cuda.current_stream()
+        beside = torch.cuda.Stream()
+        beside.wait_stream(before)
+        with torch.cuda.stream(beside):
+            step()
+        before.wait_stream(beside)
+        # 2. record. What other threads do meanwhile is not the graph's business: thread_local
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.outputs = step()
+
+    def replay(self):
+        self._graph.replay()
+
+
+def block_step(block, x, cos, sin, layer_cache, slots, positions, keys, more):
+    """What is compiled: a block for one new token of each of n sequences.
+
+    x (n, 1, C); slots and positions (n, 1) int64; keys: as of decode_step(); more: its other
+    inputs, a dict.
+    """
+    window = CacheWindow(slots[:, 0], positions, keys.size(0), slots)
+    return block._call_impl(x, cos, sin, layer_cache, window, **more)
+
+
+def compile_block():
+    """block_step() compiled: a function of its own, with what is compiled of it."""
+    code = block_step.__code__.replace(co_name="block_step_of_a_model")
+    own = types.FunctionType(code, block_step.__globals__)
+    return torch.compile(own, fullgraph=True)
+
+
+def run_compiled(compiled, keys, block, x, cos, sin, layer_cache, window, **more):
+    """As run_block of GPT.features(), by what compile_block() returned."""
+    # the numbers of sequences, of slots and of cached tokens
+    for tensor in (x, cos, sin, window.index, window.positions, layer_cache.k, layer_cache.v, keys):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return compiled(block, x, cos, sin, layer_cache, window.index, window.positions, keys, more)
+
+
+class GraphDecode(CompilesBehind):
+    """model.decode() for some slots of one KV cache, recorded.
+
+    batches     the numbers of sequences that there are graphs for
+    windows     the numbers of cached tokens that there are graphs for
+    recorded    {(batch, window): its Recording}
+    compiled    what compile_block() returned, once it is ready: graphs are recorded again then
+    problem     why recording failed, as one line, or None
+    """
+
+    def __init__(self, model, kv_cache):
+        self.model = model
+        self.kv_cache = kv_cache
+        self.batches = [n for n in BATCHES if n < kv_cache.slots] + [kv_cache.slots]
+        self.windows = windows_up_to(kv_cache.length)
+        self.rows = torch.zeros(3, kv_cache.slots, 1, dtype=torch.long, device=model.device)
+        self.keys = torch.arange(kv_cache.length)   # only its size matters: it stays on the host
+        self.recorded = {}
+        self.compiled = None
+        self.problem = None
+        self._pool = None
+        self._recorded_compiled = None  # the value of `compiled` that is recorded
+
+    def is_ready(self, n):
+        """Whether n sequences can be decoded: unless recording has failed."""
+        return self.problem is None
+
+    def __call__(self, tokens, slots):
+        """One more token in each slot: two lists of n ints -> the logits of the next, (n, V).
+
+        The caller advances the slots. Where recording fails, one line says so, and this step and
+        all later ones are taken as they are written.
+        """
+        # 1. what the graph reads
+        n = len(slots)
+        batch = next(batch for batch in self.batches if batch >= n)
+        positions = [self.kv_cache.lengths[slot] for slot in slots]
+        columns = padded_columns((tokens, slots, positions), batch)
+        self.rows[:, :batch, 0] = torch.tensor(columns).to(self.rows.device)
+
+        # 2. the graph that attends to as many cached tokens as the longest sequence has
+        window = next(window for window in self.windows if window > max(positions))
+        recording = self._recording_for(batch, window)
+        if recording is None:
+            idx = torch.tensor(tokens, device=self.rows.device)[:, None]
+            return self.model.decode(idx, self.kv_cache, slots)
+
+        # 3. replay it; what it returns is copied, since the next replay overwrites it
+        recording.replay()
+        if self.model.compiles_logits:
+            return recording.outputs[:n].clone()
+        x, recent = recording.outputs
+        return self.model.logits(x[:n], recent[:n])
+
+    def _recording_for(self, batch, window):
+        """The Recording for a number of sequences and of cached tokens; None where that fails."""
+        if self._recorded_compiled is not self.compiled:
+            self._recorded_compiled = self.compiled
+            self.recorded.clear()
+        if (batch, window) not in self.recorded and self.compiled:
+            self._try_to_record(batch, window)
+            if self.problem:    # another try as it is written, from now on
+                self.compiled = self._recorded_compiled = self.problem = None
+        if (batch, window) not in self.recorded and not self.problem:
+            self._try_to_record(batch, window)
+        return self.recorded.get((batch, window))
+
+    def _try_to_record(self, batch, window):
+        """Make a Recording, or say why that fails, and note it as the problem."""
+        try:
+            self.recorded[batch, window] = self._record(batch, window)
+        except RuntimeError as error:
+            # the error of what may not be recorded, not that of a recording which came to nothing
+            while error.__context__:
+                error = error.__context__
+            self.problem = reason_of(str(error))
+            self._pool = None
+            what = "compiled decode step" if self.compiled else "decode step"
+            print0(f"warning: the {what} cannot be recorded as a CUDA graph, which makes it "
+                   f"slower ({self.problem})")
+
+    def _record(self, batch, window):
+        """A Recording of decode_step()."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()     # graphs are replayed one at a time
+        rows = self.rows[:, :batch]
+        step = functools.partial(self._step, self.compiled, self.kv_cache, rows, window)
+        return Recording(step, self._pool)
+
+    def _step(self, compiled, kv_cache, rows, window):
+        """decode_step() of rows (3, n, 1): tokens, slots and positions."""
+        keys = self.keys[:window]
+        run_block = functools.partial(run_compiled, compiled, keys) if compiled else None
+        return decode_step(self.model, kv_cache, *rows, keys, run_block)
+
+    @torch.inference_mode()
+    def warm_up(self, batch):
+        """Compile, and record the first graph for one of `batches`; RuntimeError if that fails.
+
+        The slots must be empty.
+        """
+        problem = self._problem_of_compiling()
+        if problem or not self._recording_for(batch, self.windows[0]):
+            raise RuntimeError(problem or self.problem)
+
+    def _problem_of_compiling(self):
+        """Compile in a cache of its own, which is freed at its end; why that fails, or None."""
+        begin = time.perf_counter()
+        problem = compile_problem(self.model.device) or self._problem_of_warming_up()
+        if not problem:
+            print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
+        return problem
+
+    @torch.inference_mode()
+    def _problem_of_warming_up(self):
+        """Compile all that is needed; why that fails, as one line, or None.
+
+        A single sequence is code of its own, and so is a window that is the whole cache.
+        """
+        try:
+            compiled = compile_block()
+            several = min(2, self.kv_cache.slots)
+            kv_cache = self.model.new_kv_cache(several, self.kv_cache.length)
+            for batch in {1, several}:
+                rows = torch.zeros_like(self.rows[:, :batch])
+                rows[1, :, 0] = torch.arange(batch)
+                for window in {self.windows[0], self.windows[-1]}:
+                    self._step(compiled, kv_cache, rows, window)
+        except COMPILE_ERRORS as error:
+            return reason_of(str(error))
+        self.compiled = compiled
+        return None
+
+
+def windows_up_to(length):
+    """Numbers of cached tokens, each the double of the one before; the last is `length`.
+
+    >>> windows_up_to(1000)
+    [256, 512, 1000]
+    """
+    windows = [SHORTEST_WINDOW]
+    while windows[-1] < length:
+        windows.append(2 * windows[-1])
+    return windows[:-1] + [length]
