@@ -12,12 +12,14 @@ changed, unless the block is edited at its end. A whole block is then handed out
 at a time. A block that has its end, or a call of the tool, with no mask before it, is complete.
 
 There is no KV cache: a token that is committed changes the keys of those before it. So a pass
-computes the whole sequence, and an answer takes as many passes as it has blocks times steps.
+computes the whole sequence, and an answer takes as many passes as it has blocks times steps. Of the
+last layer and of the head only the masks are computed.
 """
 import math
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, serving_engine
@@ -94,6 +96,11 @@ class Block:
     def is_masked(self):
         return self.ids == self.mask_token
 
+    @property
+    def masks(self):
+        """The positions in the block that are masked, (m,) int64."""
+        return self.is_masked.nonzero()[:, 0]
+
     def tokens_of_step(self):
         """How many tokens this pass commits: equal numbers, the first passes one more if need be.
 
@@ -107,17 +114,21 @@ class Block:
             return length   # what was masked again is replaced in one pass
         return length // steps + (self.step < length % steps)
 
+    def most_confident(self, confidence):
+        """Which of the m masks this pass commits, by their confidence (m,): indices, best first."""
+        count = min(self.tokens_of_step(), len(confidence))
+        return confidence.topk(count).indices
+
     def generator(self, device):
         """The generator of this pass's noise: a pass that was interrupted repeats it."""
         return torch.Generator(device).manual_seed((self.seed + self.step) % 2**SEED_BITS)
 
     def commit(self, tokens, confidence):
-        """Decide the most confident of the masked positions. tokens, confidence (K,)."""
-        scores = confidence.masked_fill(~self.is_masked, -math.inf)
-        count = min(self.tokens_of_step(), int(self.is_masked.sum()))
-        best = scores.topk(count).indices
-        self.ids[best] = tokens[best]
-        self.confidence[best] = confidence[best]
+        """Decide the most confident of the masks. tokens, confidence (m,): of the m masks."""
+        best = self.most_confident(confidence)
+        places = self.masks[best]
+        self.ids[places] = tokens[best]
+        self.confidence[places] = confidence[best]
         self.step += 1
         if not self.is_edited and not self.is_masked.any():
             self.is_edited = True
@@ -125,9 +136,9 @@ class Block:
 
 
 def propose(logits, sampling, generator):
-    """A token for each of K positions, (K,), and the model's confidence in it, (K,) float64.
+    """A token for each of m positions, (m,), and the model's confidence in it, (m,) float64.
 
-    logits (K, V). The confidence is the token's probability, whatever the temperature. The
+    logits (m, V). The confidence is the token's probability, whatever the temperature. The
     likeliest token after Gumbel noise was added is a sample of the softmax; in float32 the noise
     would favour likely tokens (arXiv 2409.02908), so all of this is in float64.
     """
@@ -135,21 +146,25 @@ def propose(logits, sampling, generator):
     probs = logits.softmax(-1)
     if not sampling.is_greedy:
         logits = kept(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-        uniform = torch.rand(
-            logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
-        logits = logits - (-uniform.log()).log()
+        logits = logits + gumbel_noise(logits, generator)
     tokens = logits.argmax(-1)
     return tokens.cpu(), probs.gather(1, tokens[:, None])[:, 0].cpu()
 
 
+def gumbel_noise(like, generator):
+    """Gumbel noise in float64 for each of the logits `like` (m, V)."""
+    uniform = torch.rand(like.shape, dtype=torch.float64, device=like.device, generator=generator)
+    return -(-uniform.log()).log()
+
+
 def kept(logits, top_k, top_p):
-    """logits (K, V), -inf where a token is not among the top k or not in the nucleus of top_p."""
+    """logits (m, V), -inf where a token is not among the top k or not in the nucleus of top_p."""
     if 0 < top_k < logits.size(1):
         edge = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < edge, -math.inf)
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(-1, descending=True)
-        outside = probs.cumsum(-1) - probs >= top_p     # (K, V), the likeliest first
+        outside = probs.cumsum(-1) - probs >= top_p     # (m, V), the likeliest first
         logits = logits.masked_fill(outside.gather(1, order.argsort(-1)), -math.inf)
     return logits
 
@@ -236,30 +251,38 @@ class DiffusionEngine(Engine):
         return Block(length, self.model.config.mask_token, self.denoising, seed)
 
     def _propose(self, sequences):
-        """(tokens (K,), confidence (K,)) for the block of each sequence."""
-        # <|bos|> behind a shorter sequence is a document of its own: nothing attends to it
-        blocks = [self.blocks[sequence] for sequence in sequences]
-        before = [sequence.prompt + sequence.tokens for sequence in sequences]
-        lengths = [len(block.ids) for block in blocks]
-        longest = max(len(ids) + length for ids, length in zip(before, lengths))
-        idx = torch.full((len(sequences), longest), self.tokenizer.get_bos_token_id())
-        for row, ids, block in zip(idx, before, blocks):
-            row[:len(ids)] = torch.tensor(ids)
-            row[len(ids):len(ids) + len(block.ids)] = block.ids
+        """(tokens (m,), confidence (m,)) for the m masks in the block of each sequence."""
+        proposed = []
+        for sequence, logits in zip(sequences, self._mask_logits(sequences)):
+            proposed.append(self._proposal(sequence, logits))
+        return proposed
 
-        # the last layer is computed for the blocks alone
-        starts = torch.tensor([len(ids) for ids in before])
-        at = starts[:, None] + torch.arange(max(lengths))
-        at = at.clamp(max=longest - 1)
+    def _proposal(self, sequence, logits):
+        """(tokens (m,), confidence (m,)) for the m masks of a sequence, of its logits (m, V)."""
+        generator = self.blocks[sequence].generator(logits.device)
+        return propose(logits, sequence.sampling, generator)
+
+    def _mask_logits(self, sequences):
+        """The logits (m, V) of the m masks in the block of each sequence, in one forward pass."""
+        # <|bos|> behind a shorter sequence is a document of its own: nothing attends to it
+        whole = []
+        for sequence in sequences:
+            whole.append(sequence.prompt + sequence.tokens + self.blocks[sequence].ids.tolist())
+        longest = max(map(len, whole))
+        padding = self.tokenizer.get_bos_token_id()
+        idx = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in whole])
+
+        # the last layer is computed for the masks alone; 0 stands beside those of a shorter list
+        masks = []
+        for sequence in sequences:
+            start = len(sequence.prompt) + len(sequence.tokens)
+            masks.append(start + self.blocks[sequence].masks)
+        at = pad_sequence(masks, batch_first=True)
         x, recent = self.model.features(idx.to(self.device), at=at.to(self.device))
         logits = self.model.logits(x, recent)
         if logits.device.type == "mps":
             logits = logits.cpu()   # it has no float64
-        found = []
-        for sequence, block, length, own in zip(sequences, blocks, lengths, logits):
-            generator = block.generator(logits.device)
-            found.append(propose(own[:length], sequence.sampling, generator))
-        return found
+        return [own[:len(places)] for own, places in zip(logits, masks)]
 
     def _is_complete(self, sequence, block):
         """Whether nothing of a block is still to be decided, up to where the answer, or the model's

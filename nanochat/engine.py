@@ -752,6 +752,7 @@ class Stream:
                     self._engine.step()
                 raise_error_of(self._sequence)
                 yield self._text.read()
+            raise_error_of(self._sequence)  # one that ended while another stream was read
         finally:
             self._engine.retire(self._sequence)
 

@@ -1,6 +1,20 @@
 """Samples that a training run shows: texts that are continued, questions that are answered."""
 from nanochat.common import UserError
 from nanochat.diffusion_engine import engine_of
+from nanochat.engine import Stream
+
+
+def begin(engine, start, max_new_tokens):
+    """The pieces of text that continue a prompt, text or ids; what is wrong with it, if it is.
+
+    Its sequence is admitted, so that whoever reads one continuation moves the others forward, too.
+    """
+    try:
+        sequence = engine.new_sequence(start, max_new_tokens=max_new_tokens, temperature=0)
+    except UserError as error:
+        return [f"({error})"]
+    engine.admit(sequence)
+    return Stream(engine, sequence)
 
 
 def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passages=None):
@@ -13,11 +27,12 @@ def sample_texts(model, tokenizer, prompts, max_new_tokens, ids_of=None, passage
     was_training = model.training
     model.eval()
     engine = engine_of(model, tokenizer, passages)
+    starts = [ids_of(prompt) if ids_of else prompt for prompt in prompts]
+    streams = [begin(engine, start, max_new_tokens) for start in starts]
     samples = []
-    for prompt in prompts:
-        start = ids_of(prompt) if ids_of else prompt
+    for prompt, stream in zip(prompts, streams):
         try:
-            text = engine.generate(start, max_new_tokens=max_new_tokens, temperature=0)
+            text = "".join(stream)
         except UserError as error:
             text = f"({error})"
         samples.append({"prompt": prompt, "text": text})

@@ -711,8 +711,22 @@ def test_a_model_that_has_diverged_says_so_and_leaves_no_slot_behind(tokenizer, 
 
 
 def test_the_samples_of_a_diverged_run_do_not_end_it(tokenizer, diverged, capsys):
-    (shown,) = sample_texts(diverged, tokenizer, ["abc"], max_new_tokens=4)
-    assert "not finite" in shown["text"] and "not finite" in capsys.readouterr().out
+    shown = sample_texts(diverged, tokenizer, ["abc", "d"], max_new_tokens=4)
+    assert all("not finite" in one["text"] for one in shown)
+    assert capsys.readouterr().out.count("not finite") == 2
+
+
+def test_samples_are_those_of_each_prompt_and_come_in_the_same_steps(
+        engine, tokenizer, monkeypatch):
+    model = engine.model
+    prompts = ["abc", "the cat", "x " * model.config.max_seq_len]
+    wanted = [engine.generate(one, max_new_tokens=5, temperature=0) for one in prompts[:2]]
+    steps = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
+    shown = sample_texts(model, tokenizer, prompts, max_new_tokens=5)
+    assert [one["text"] for one in shown[:2]] == wanted and "shorten it" in shown[2]["text"]
+    assert len(steps) <= 5
 
 
 # ------------------------------------------------------------------------------------------------

@@ -54,6 +54,28 @@ def draw_hidden(ids, is_target, draws):
     return hidden
 
 
+def hidden_log_probs(model, ids, hidden):
+    """The log-probability of each hidden token of ids (B, T), (B, T); 0 of what is not hidden."""
+    # 1. where they stand, (B, n): those of a row first, then others of it
+    counts = hidden.sum(1)
+    most = max(1, int(counts.max()))
+    at = hidden.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    is_hidden = torch.arange(at.size(1), device=ids.device) < counts[:, None]   # B, n
+
+    # 2. what is predicted there
+    noisy = ids.masked_fill(hidden, model.config.mask_token)
+    x, _ = model.features(noisy, at=at)
+    targets = ids.gather(1, at)
+    log_probs = torch.zeros(at.shape, device=ids.device)
+    log_probs[is_hidden] = token_log_probs(
+        x[is_hidden],
+        model.head_weight(),
+        targets[is_hidden],
+        model.config.softcap,
+    )
+    return torch.zeros(ids.shape, device=ids.device).scatter(1, at, log_probs)
+
+
 @torch.no_grad()
 def bound_of(model, inputs, targets, draws):
     """Of each target its part in a lower bound on log p(all targets of its sequence), in nats.
@@ -70,22 +92,16 @@ def bound_of(model, inputs, targets, draws):
     lengths = is_target.sum(1).repeat_interleave(draws)
     weights = lengths / hidden.sum(1).clamp(min=1)
 
-    # 2. the log-probabilities of what is hidden
+    # 2. the log-probabilities of what is hidden; draws that hide about as much share a forward
+    # pass, whose last layer is computed for the hidden tokens alone
     ids = ids.repeat_interleave(draws, 0)
+    found = torch.zeros(ids.shape, device=ids.device)
     size = max(1, FORWARD_TOKENS // ids.size(1))
-    parts = []
-    for some, some_hidden in zip(ids.split(size), hidden.split(size)):
-        x, _ = model.features(some.masked_fill(some_hidden, config.mask_token))
-        found = torch.zeros(some.shape, device=ids.device)
-        found[some_hidden] = token_log_probs(
-            x[some_hidden],
-            model.head_weight(),
-            some[some_hidden],
-            config.softcap,
-        )
-        parts.append(found)
+    by_count = hidden.sum(1).argsort()
+    for some in by_count.split(size):
+        found[some] = hidden_log_probs(model, ids[some], hidden[some])
 
     # 3. the mean over the draws
-    found = torch.cat(parts) * weights[:, None]
+    found = found * weights[:, None]
     found = found.view(len(inputs), draws, -1).mean(1)
     return found[:, 1:]
