@@ -275,6 +275,12 @@ minutes_of() {
     }'
 }
 
+# is_trial: whether MINUTES are so few that a run only shows that every stage works. base_train then
+# scores fewer documents (TRIAL_MINUTES in nanochat/plan.py), and chat_eval asks fewer questions.
+is_trial() {
+    [ -n "$MINUTES" ] && LC_ALL=C awk -v total="$MINUTES" 'BEGIN { exit !(total < 1.25) }'
+}
+
 # tag_settings: prints two words, the setting that names this run's chat model and its base model,
 # or - where a command without it takes that model.
 tag_settings() {
@@ -374,11 +380,13 @@ model_stage chat_sft ${CUSTOM:+"--custom=$CUSTOM"} ${NAME:+"--name=$NAME"} \
 
 # 6. Reinforcement learning: the model learns from those of its own answers that were right.
 # 7. Evaluation: the chat model answers questions whose answers are known.
+items=""
+if is_trial; then items=32; fi
 if [ "$chat_source" = rl ]; then
     model_stage chat_rl ${MINUTES:+"--minutes=$(minutes_of chat_rl)"}
     model_stage chat_eval --source=rl
 else
-    model_stage chat_eval
+    model_stage chat_eval ${items:+"--items=$items"}
 fi
 
 # 8. The report gathers the numbers of all stages in report.md.

@@ -432,11 +432,19 @@ def with_large_divisor(sequences, limit):
 # ------------------------------------------------------------------------------------------------
 # 5. the horizon
 
+TRIAL_MINUTES = 0.25
+
+
 class Horizon(NamedTuple):
     """Where progress reaches 1: a number of steps or of minutes; the other is None."""
     num_iterations: int
     minutes: float
     max_steps: int = None  # besides minutes: after so many steps at the latest
+
+    @property
+    def is_trial(self):
+        """Whether so few minutes only show that everything works: measuring must not take more."""
+        return self.minutes is not None and self.minutes < TRIAL_MINUTES
 
     def progress(self, step, elapsed):
         """The share that is used. elapsed: seconds of training."""

@@ -304,6 +304,8 @@ loader = tokenizing_distributed_data_loader_with_state(
 validation = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
 few = {OWN: validation[:FEW_DOCUMENTS], **dict(held_out)}  # of each domain
 meta.setdefault("prompts", text_prompts(validation, data))
+if plan.horizon.is_trial:
+    validation, unseen_documents = few[OWN], unseen_documents[:FEW_DOCUMENTS]
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 pass_tokens = micro_batch_size * max_seq_len  # the same in all stages
 
@@ -482,7 +484,7 @@ of_unseen = None
 if unseen_documents and meta.get("unseen") == unseen_protocol:
     unseen_began = time.perf_counter()
     print0(f"scoring {len(unseen_documents)} documents of sources that training never read")
-    of_unseen = figures_of(unseen_documents, unseen_protocol)
+    of_unseen = figures_of(unseen_documents, protocol_id(unseen_documents, "source"))
     of_unseen["documents"] = len(unseen_documents)
     of_unseen["seconds"] = time.perf_counter() - unseen_began
     print0(f"{of_unseen[bpb_name]:.4f} bits per byte on them, {of_validation[bpb_name]:.4f} on "

@@ -444,6 +444,11 @@ def test_a_chat_stage_takes_one_pass_over_the_batch_of_pretraining():
 
 # -------------------------------------------------------------------------------- 5. the horizon
 
+def test_a_run_of_seconds_is_a_trial():
+    assert Horizon(None, 0.1).is_trial and not Horizon(None, 0.25).is_trial
+    assert not Horizon(1, None).is_trial, "who gives steps knows what they are for"
+
+
 def test_every_budget_becomes_steps_or_minutes():
     def horizon(kind, amount):
         return choose_horizon(

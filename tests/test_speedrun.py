@@ -81,6 +81,13 @@ def test_the_training_stages_share_the_minutes(tmp_path, minutes):
     assert abs(sum(budget.values()) - float(minutes)) < 0.01
 
 
+@pytest.mark.parametrize("minutes, asked", [("0.5", ["--items=32"]), ("1.25", []), ("15", [])])
+def test_a_run_of_seconds_is_asked_fewer_questions(tmp_path, minutes, asked):
+    commands = dry_run(tmp_path, MINUTES=minutes)
+    [evaluation] = [words for words in commands if "scripts.chat_eval" in words]
+    assert evaluation[3:] == asked
+
+
 @pytest.mark.parametrize("minutes, rl", [("20", 2.5), ("60", 7.5), ("600", 10)])
 def test_from_twenty_minutes_on_reinforcement_learning_has_an_eighth(tmp_path, minutes, rl):
     commands = dry_run(tmp_path, MINUTES=minutes)
@@ -128,7 +135,7 @@ def test_numbers_are_made_in_the_c_locale(tmp_path):
     )
     awk.chmod(0o755)
     dry_run(tmp_path, LC_ALL="POSIX", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert seen.read_text(encoding="utf-8").splitlines() == ["C"] * 4
+    assert seen.read_text(encoding="utf-8").splitlines() == ["C"] * 5
 
 
 def test_dry_run_on_eight_gpus_is_the_documented_run(tmp_path):
