@@ -26,6 +26,9 @@ from nanochat.engine import Engine, serving_engine
 from nanochat.sampling import NonFiniteError
 
 SEED_BITS = 63
+# Tokens of a forward pass at most, with the padding: on a CPU a few sequences of about the same
+# length use its cores and caches as well as many, with less padding (dev/LOG.md).
+PASS_TOKENS = {"cpu": 2048}
 # Options of a sequence that need a left-to-right factorisation, with the values that ask for
 # nothing: penalties count what came before, and there is no probability of a token after those
 # before it.
@@ -252,10 +255,26 @@ class DiffusionEngine(Engine):
 
     def _propose(self, sequences):
         """(tokens (m,), confidence (m,)) for the m masks in the block of each sequence."""
-        proposed = []
-        for sequence, logits in zip(sequences, self._mask_logits(sequences)):
-            proposed.append(self._proposal(sequence, logits))
-        return proposed
+        proposed = {}
+        for some in self._passes(sequences):
+            for sequence, logits in zip(some, self._mask_logits(some)):
+                proposed[sequence] = self._proposal(sequence, logits)
+        return [proposed[sequence] for sequence in sequences]
+
+    def _passes(self, sequences):
+        """The sequences as lists, each of which shares a forward pass and is padded to its longest.
+        """
+        most = PASS_TOKENS.get(self.device.type, math.inf)
+        together = []
+        for sequence in sorted(sequences, key=self._length):
+            if not together or self._length(sequence) * (len(together[-1]) + 1) > most:
+                together.append([])
+            together[-1].append(sequence)
+        return together
+
+    def _length(self, sequence):
+        """Tokens of a sequence with the block that it is at."""
+        return len(sequence.prompt) + len(sequence.tokens) + len(self.blocks[sequence].ids)
 
     def _proposal(self, sequence, logits):
         """(tokens (m,), confidence (m,)) for the m masks of a sequence, of its logits (m, V)."""

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from nanochat.loss import token_log_probs
 
-FORWARD_TOKENS = 16384  # of one forward pass
+# Of one forward pass: what lies in the caches of a CPU is faster (dev/LOG.md).
+FORWARD_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 16384}
 
 
 def whole_sequences(inputs, targets, padding):
@@ -52,6 +53,13 @@ def draw_hidden(ids, is_target, draws):
     hidden = torch.zeros(draws, len(ids), dtype=torch.bool)
     hidden[:, is_target.cpu()] = torch.from_numpy(order < counts[:, None])
     return hidden
+
+
+def last_targets(is_target):
+    """The last position that is to be predicted, (B,), of is_target (B, T); 0 where there is none.
+    """
+    positions = torch.arange(is_target.size(1), device=is_target.device)
+    return (positions * is_target).amax(1)
 
 
 def hidden_log_probs(model, ids, hidden):
@@ -92,14 +100,18 @@ def bound_of(model, inputs, targets, draws):
     lengths = is_target.sum(1).repeat_interleave(draws)
     weights = lengths / hidden.sum(1).clamp(min=1)
 
-    # 2. the log-probabilities of what is hidden; draws that hide about as much share a forward
-    # pass, whose last layer is computed for the hidden tokens alone
+    # 2. the log-probabilities of what is hidden; draws of about as many tokens, of which they hide
+    # about as many, share a forward pass
     ids = ids.repeat_interleave(draws, 0)
+    ends = last_targets(is_target).repeat_interleave(draws) + 1
+    T = ids.size(1)
+    by_end_and_count = ends * T + hidden.sum(1)
+    order = by_end_and_count.argsort()
     found = torch.zeros(ids.shape, device=ids.device)
-    size = max(1, FORWARD_TOKENS // ids.size(1))
-    by_count = hidden.sum(1).argsort()
-    for some in by_count.split(size):
-        found[some] = hidden_log_probs(model, ids[some], hidden[some])
+    size = max(1, FORWARD_TOKENS[ids.device.type] // T)
+    for some in order.split(size):
+        end = int(ends[some].max())     # padding is all that follows
+        found[some, :end] = hidden_log_probs(model, ids[some, :end], hidden[some, :end])
 
     # 3. the mean over the draws
     found = found * weights[:, None]
