@@ -366,7 +366,10 @@ def find_model_tag(source, missing_ok=False):
     if missing_ok:
         return None
     where = checkpoint_dir(source, "")
-    raise UserError(f"no {source} checkpoint under {where}: {advice(source)}")
+    instead = ""
+    if source != "base" and list_models("base"):
+        instead = ", or take the base model that is there: --source=base"
+    raise UserError(f"no {source} checkpoint under {where}: {advice(source)}{instead}")
 
 
 def describe(model):

@@ -634,9 +634,11 @@ def run(names, settings):
         raise UserError(f"host={host} lets others on the network read the run: leave --host out, "
                         "and from elsewhere use ssh -L 8001:127.0.0.1:8001 THIS_MACHINE")
     follower = Follower(*names)
-    folders_of(follower.name)  # refuses a name that can be none
+    folders = folders_of(follower.name)     # refuses a name that can be none
     with listen(host, settings["port"]) as listener:
         port = listener.getsockname()[1]
         print0(f"open http://127.0.0.1:{port} to follow what trains {follower.where}; "
                "Ctrl+C ends the page")
+        if not any(written_at(log_in(folder)) for folder in folders):
+            print0(WAITING.format(where=follower.where))
         LiveServer(create_app(follower, Access(host))).run(sockets=[listener])

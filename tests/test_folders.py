@@ -182,6 +182,14 @@ def test_within_a_speedrun_the_newest_is_that_of_its_own_run(meta, tokenizer, mo
         assert load_model("base", "cpu")[2]["tag"] == tag
 
 
+def test_without_a_midtrained_model_the_base_model_is_offered(meta, tokenizer):
+    with pytest.raises(UserError, match="scripts.mid_train first$"):
+        find_model_tag("mid")
+    save(checkpoint_dir("base", "d1"), 1, meta)
+    with pytest.raises(UserError, match="scripts.mid_train first, or .*: --source=base$"):
+        find_model_tag("mid")
+
+
 def test_an_unknown_tag_is_answered_with_those_that_there_are(meta, tokenizer):
     def message():
         return error_of(load_model, "base", "cpu", model_tag="x")

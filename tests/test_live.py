@@ -505,6 +505,7 @@ def test_a_real_run_is_followed_until_it_has_finished(stages, text):
     words = ("scripts.base_train", f"--data={text}", *TINY, "--num_iterations=60",
              "--eval_every=20", "--model_tag=watched")
     with command(stages) as (page, address):
+        assert "Nothing has trained in " in page.stdout.readline()
         assert requests.get(f"{address}/state").json()["state"] == "waiting"
         training = subprocess.Popen(
             [sys.executable, "-m", *words],
