@@ -186,7 +186,7 @@ class Engine:
     passages    the user's own text (retrieval.py), or None: then lookup() is refused
     compiled_decode     the NativeDecode, CompiledDecode or GraphDecode that replaces model.decode()
                         where it is ready, or None. With max_slots on a GPU, a GraphDecode that
-                        records the steps as they are written
+                        captures the steps as they are written
     """
 
     def __init__(self, model, tokenizer, passages=None, max_slots=None):

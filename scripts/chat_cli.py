@@ -57,6 +57,7 @@ seed = 42                   # the same seed gives the same answers
 block_length: int = None    # of a diffusion model (docs/llada.md), tokens of a block. None: 32
 steps: int = None           # of such a model, passes for a block. None: one for each token
 edit_below: float = None    # of such a model, confidence below which tokens are edited. None: 0
+capture = True               # on a GPU, replay the decode step as a CUDA graph
 stats = False               # after each answer, say how many tokens a second there were
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
@@ -368,8 +369,8 @@ def main():
     model.cast_for_inference(compute.dtype)  # the checkpoint's may be another machine's
     denoising = denoising_of(
         model, block_length=block_length, steps=steps, edit_below=edit_below)
-    # On a GPU in one slot that is kept, whose decode step is recorded (graph_decode.py).
-    slots = 1 if compute.device.type == "cuda" else None
+    # On a GPU in one slot that is kept, whose decode step is captured (graph_decode.py).
+    slots = 1 if capture and compute.device.type == "cuda" else None
     engine = engine_of(model, tokenizer, load_passages(meta), denoising, slots)
     say_choice(chosen_line(source, meta), prompt is not None)
     with contextlib.suppress(ImportError):

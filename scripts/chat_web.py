@@ -54,7 +54,7 @@ drain_seconds = 30          # after Ctrl+C or SIGTERM, answers under way have so
 hang_seconds = 120          # a step of the model that takes longer counts as one that never ends
 num_gpus = 1                # GPUs that hold the model, each answering its share of the requests
 weights = ""                # int8: weights of 8 bits on a CPU. Empty: those of the dtype
-compile = True              # on a CPU, compile the decode step behind the running server
+compile = True              # compile the decode step behind the server, and on a GPU capture it
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 

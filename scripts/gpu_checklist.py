@@ -320,7 +320,7 @@ def kernel_figures(records):
 
 def decode_figures(records):
     figures = {}
-    for name, record in zip(("as written", "recorded"), records):
+    for name, record in zip(("as written", "captured"), records):
         for row in record["rows"]:
             if "step_seconds" in row:
                 where = f"{row['batch']} x {row['context']}, {name}, ms"

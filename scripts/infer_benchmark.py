@@ -91,7 +91,7 @@ rounds = 3                  # requests that each client sends
 minutes: float = None       # send requests for that long, in place of rounds
 ignore_eos = False          # ask the server for full-length answers
 weights = ""                # int8: weights of 8 bits; empty: those of the dtype
-compile = True              # compile the decode step, and on a GPU record it
+compile = True              # compile the decode step, and on a GPU capture it
 device_type = ""            # cuda, mps or cpu. Empty: the best one here
 dtype = ""                  # float32 or bfloat16. Empty: what the hardware does well
 
@@ -231,6 +231,7 @@ def measure_engine(engine, batch, context):
     """(seconds to the first tokens, seconds of the decode steps) of so many sequences."""
     prompts = random_prompts(batch, context, engine.model.config.vocab_size)
     first = run_to_first_tokens(engine, prompts)
+    run_decode_steps(engine, prompts, 1)    # at a new length a GPU captures its first step
     return first, run_decode_steps(engine, prompts, tokens)
 
 
