@@ -118,9 +118,10 @@ if who.message:
     print0(who.message)
 built_in = tasks_of_run("chat_sft", chat_data, device.type, start, passages, own_text)
 check_context(tokenizer, built_in, T)
+identity = Identity("train", who.name, who.own, passages is not None)
 mixture = TaskMixture([
     *built_in,
-    *identity_tasks(Identity("train", who.name, who.own, passages is not None), passages),
+    *identity_tasks(identity, passages, meta["chat_data"]),
 ])
 if own:
     mixture, portions = mix_with_own(own, mixture, custom_share)

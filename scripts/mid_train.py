@@ -104,7 +104,7 @@ built_in = tasks_of_run("mid_train", chat_data, device.type, start, passages, ow
 check_context(tokenizer, built_in, T)
 mixture = TaskMixture([
     *built_in,
-    *identity_tasks(identity, passages),
+    *identity_tasks(identity, passages, meta["chat_data"]),
 ])
 
 # ---- batch and budget; on a GPU both follow from how much the mixture holds

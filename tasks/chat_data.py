@@ -59,7 +59,7 @@ def local_tasks(passages, own_text):
     if passages is None:
         tasks += [
             Scope("train", 10_000),
-            FollowUp("train", 8_000),
+            FollowUp("train", 6_000),
             TwoSteps("train", 4_000),
         ]
     return tasks

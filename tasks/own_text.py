@@ -189,14 +189,15 @@ def sample_questions(passages):
     return [*dict.fromkeys(asked), *QUESTIONS[:2]]
 
 
-def identity_tasks(identity, passages):
-    """An Identity as often as it must be practised to be told from what is looked up.
+def identity_tasks(identity, passages, chat_data):
+    """An Identity as often as it must be practised to be told from other questions.
 
+    chat_data: hub or local. The local mixture declines words by themselves, which a greeting is.
     Beside a text of the user's everything short looks like a heading, and a greeting most of all.
     The model has heard the built-in answers in midtraining, the user's own in one stage only.
     """
     if passages is None:
-        return [identity] * 4
+        return [identity] * 4 + [Greetings(identity)] * (50 if chat_data == "local" else 0)
     copies = 40 if identity.answers_as_user else 12
     return [identity] * copies + [Greetings(identity)] * 75
 

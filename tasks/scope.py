@@ -48,6 +48,7 @@ BEGINNINGS = tuple(plain(beginning) for beginning in REFUSALS.values())
 SCOPE_TASKS = ("scope", "scope_written")    # their names in tasks/named.py
 WRITTEN = Path(__file__).with_name("scope_questions.txt")
 HELD_OUT_SHARE = 0.25       # of the kinds
+PRACTICE = ("any words",)   # kinds that nobody asks: they train
 MISSING_SHARE = 0.08        # of the items: names that Python's library lacks
 REAL_MODULE_SHARE = 0.3     # of these, behind the name of a module that it has
 FOLLOWING_SHARE = 0.25      # of the items stand behind another question and its answer
@@ -86,6 +87,8 @@ def is_refusal(text):
 def kinds_of(split, kinds):
     """The names of those kinds of a table that a split has, decided by the names themselves."""
     def is_held_out(name):
+        if name in PRACTICE:
+            return False
         return fraction(f"kind of question: {name}") < HELD_OUT_SHARE
 
     return [name for name in kinds if is_held_out(name) == (split == "test")]
@@ -111,14 +114,20 @@ class Question(NamedTuple):
     kind: str       # a key of KINDS or FOLLOWING, or "missing"
 
 
-def draw_question(rng, name, kind):
-    """A Question of a Kind, with words in the place of the template's braces."""
-    template = rng.choice(kind.templates)
+def templates_of(split, kinds):
+    """(kind's name, template) of the kinds of a table that a split has, a list."""
+    names = kinds_of(split, kinds)
+    return [(name, template) for name in names for template in kinds[name].templates]
+
+
+def draw_question(rng, templates, kinds):
+    """A Question of one of templates_of(), with words in the place of its braces."""
+    name, template = rng.choice(templates)
     words = {}
     for key in re.findall(r"{(\w+)}", template):
         # a second word of a list has a number behind the name: {city} and {city2}
         words[key] = rng.choice(FILLERS[key.rstrip("2")])
-    return Question(template.format(**words), kind.reason, name)
+    return Question(template.format(**words), kinds[name].reason, name)
 
 
 def missing_name(rng, split, modules, names):
@@ -148,8 +157,8 @@ class Scope(Task):
         super().__init__(**slice_)
         self.split = check_split(split)
         self.size = size
-        self.kinds = kinds_of(split, KINDS)
-        self.following = kinds_of(split, FOLLOWING)
+        self.templates = templates_of(split, KINDS)
+        self.following = templates_of(split, FOLLOWING)
         self.written = {plain(text) for text in written_questions()}
         objects = [row["name"] for row in all_objects()]
         self.names = {name.rpartition(".")[2] for name in objects}
@@ -176,10 +185,8 @@ class Scope(Task):
         if rng.random() < MISSING_SHARE:
             return self._draw_missing(rng)
         if follows and rng.random() < 0.6:
-            name = rng.choice(self.following)
-            return draw_question(rng, name, FOLLOWING[name])
-        name = rng.choice(self.kinds)
-        return draw_question(rng, name, KINDS[name])
+            return draw_question(rng, self.following, FOLLOWING)
+        return draw_question(rng, self.templates, KINDS)
 
     def _draw_missing(self, rng):
         """A Question about an object that is not there."""

@@ -187,7 +187,32 @@ FILLERS = {
         "a year, a deck of cards, a football team, a dozen, an orchestra, a week, the alphabet, "
         "the European Union, a chess set, an hour, a bag of rice, the world, a human body"),
     "items": _words(
-        "days, people, cards, strings, countries, stars, seats, rooms, grains, hours, teeth, keys"),
+        "days, people, cards, strings, countries, stars, seats, rooms, grains, hours, teeth, keys, "
+        "wheels, players, pages, windows, muscles, languages, islands, coins, doors, floors, "
+        "colours, chapters, weeks, bridges, lakes, engines, nerves, birds, sides, buttons"),
+    "noun": _words(
+        "table, bottle, street, ladder, pillow, ticket, battery, hammer, blanket, bucket, jacket, "
+        "mirror, engine, balloon, candle, carpet, ceiling, chimney, cupboard, curtain, envelope, "
+        "fence, flag, fridge, garage, glove, hat, helmet, island, jungle, kettle, lamp, lawyer, "
+        "farmer, nurse, pilot, baker, soldier, king, dentist, judge, painter, poet, waiter, "
+        "market, medal, meeting, museum, napkin, necklace, newspaper, office, orchestra, parcel, "
+        "passport, pencil, picture, pocket, prison, pump, puzzle, raincoat, recipe, restaurant, "
+        "river, road, roof, rope, salary, sandwich, scarf, school, screw, shadow, shelf, ship, "
+        "shirt, shower, sister, spoon, stadium, station, stomach, storm, story, sweater, team, "
+        "temple, thunderstorm, tower, toy, tractor, tunnel, umbrella, uniform, valley, village, "
+        "violin, wallet, wedding, wheel, whistle, window, winner, zoo, baby, brain, bridge, "
+        "church, city, heart, lake, moon, party, exam, job, holiday, secret, dream, question, "
+        "lesson, price, pain, war, planet"),
+    "adjective": _words(
+        "old, heavy, cheap, expensive, dirty, blue, small, quick, dangerous, quiet, bright, sour, "
+        "famous, broken, strong, thin, warm, wet, round, useful, boring, deep, loud, healthy, bad, "
+        "good, nice, long, late, busy, empty, wild, young, rich, hard, true, open, ready"),
+    "verb": _words(
+        "work, sleep, fly, help, grow, sing, begin, wait, travel, fight, laugh, learn, rest, win, "
+        "dance, cry, change, stop, cost, hurt, arrive, float, burn, break, smell, vote, dream"),
+    "when": _words(
+        "today, tonight, tomorrow, last year, next week, in summer, on Monday, at night, at nine, "
+        "this year, every day, at Christmas, yesterday, now, in 1950, soon"),
     "mine": _words(
         "birthday, phone number, wife, favourite food, address, job, password, car, middle name, "
         "school, neighbour, shoe size, flight, last message"),
@@ -384,6 +409,69 @@ KINDS = {
         "When does the {room} open?",
         "How late is the {room} open?",
         "Where is the nearest {room}?",
+    )),
+    # questions of any words, behind many beginnings
+    "any words": Kind("unknown", (
+        "How many {noun}s are in a {noun2}?",
+        "How many {noun}s are there in the {noun2}?",
+        "How many {items} are in a {noun}?",
+        "How many {items} until the {noun}?",
+        "How much {noun} is in a {noun2}?",
+        "How {adjective} is a {noun}?",
+        "How does a {noun} {verb}?",
+        "How long does the {noun} {verb}?",
+        "Which {noun} is the most {adjective}?",
+        "Which {noun} will {verb} {when}?",
+        "What should the {noun} do {when}?",
+        "What is the {noun} of the {noun2}?",
+        "What makes a {noun} {adjective}?",
+        "What do {noun}s {verb} for?",
+        "What shall we do {when}?",
+        "Who is the {adjective} {noun}?",
+        "Who gave the {noun} to the {noun2}?",
+        "When does the {noun} {verb}?",
+        "Where does the {noun} {verb}?",
+        "Where can I see a {adjective} {noun}?",
+        "Why does the {noun} {verb} {when}?",
+        "Why are {noun}s {adjective}?",
+        "I have a {adjective} {noun}.",
+        "The {noun} is {adjective} {when}.",
+        "Explain how a {noun} can {verb}.",
+        "Guess the {noun}.",
+        "{adjective} {noun} {when}",
+    )),
+    "yes or no": Kind("unknown", (
+        "Is the {noun} {adjective}?",
+        "Is a {noun} {adjective} for a {noun2}?",
+        "Is it {adjective} {when}?",
+        "Is it true that {noun}s {verb}?",
+        "Are {noun}s {adjective}?",
+        "Are there {noun}s in a {noun2}?",
+        "Are we {adjective} {when}?",
+        "Does a {noun} {verb}?",
+        "Do {noun}s {verb} {when}?",
+        "Did the {noun} {verb} {when}?",
+        "Has the {noun} been {adjective}?",
+        "Was the {noun} {adjective} {when}?",
+        "Will the {noun} {verb} {when}?",
+        "Can a {noun} {verb}?",
+        "Could my {noun} be {adjective}?",
+        "May I {verb} {when}?",
+        "Must the {noun} {verb}?",
+        "Should the {noun} {verb} {when}?",
+    )),
+    "prepositions": Kind("unknown", (
+        "At what age do {noun}s {verb}?",
+        "At which {noun} do we {verb}?",
+        "In which year was the first {noun}?",
+        "In which {noun} do people {verb}?",
+        "On which day does the {noun} {verb}?",
+        "For how long can a {noun} {verb}?",
+        "From where is the {noun}?",
+        "With whom does the {noun} {verb}?",
+        "To which {noun} does the {noun2} belong?",
+        "By what is a {noun} made {adjective}?",
+        "Under which {noun} is the {noun2}?",
     )),
     # everyday life
     "cooking": Kind("unknown", (

@@ -128,8 +128,8 @@ def test_an_answer_is_right_when_its_source_is(passages):
 
 
 def test_beside_own_text_the_model_practises_to_be_greeted(passages):
-    plain, often = identity_tasks(Identity("train"), None), identity_tasks(
-        Identity("train"), passages)
+    identity = Identity("train")
+    plain, often = identity_tasks(identity, None, "hub"), identity_tasks(identity, passages, "hub")
     assert len(plain) == 4
 
     def greetings(tasks):
@@ -138,6 +138,8 @@ def test_beside_own_text_the_model_practises_to_be_greeted(passages):
         return asked.count("hello") / len(asked)
 
     assert greetings(often) > 5 * greetings(plain) > 0
+    # the local mixture declines single words
+    assert greetings(identity_tasks(identity, None, "local")) > 5 * greetings(plain)
 
 
 def test_the_users_own_answers_on_who_the_model_is_are_practised_more(passages):
@@ -145,11 +147,11 @@ def test_the_users_own_answers_on_who_the_model_is_are_practised_more(passages):
         {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "My name is Bob."},
     ]}])
-    usual = identity_tasks(Identity("train", "Bob", [[] for _ in own]), passages)
-    named = identity_tasks(Identity("train", "Bob", own), passages)
+    usual = identity_tasks(Identity("train", "Bob", [[] for _ in own]), passages, "local")
+    named = identity_tasks(Identity("train", "Bob", own), passages, "local")
     whole = [sum(isinstance(task, Identity) for task in tasks) for tasks in (usual, named)]
     assert whole[1] > 3 * whole[0] and len(named) - whole[1] == len(usual) - whole[0]
-    assert len(identity_tasks(Identity("train", "Bob", own), None)) == 4
+    assert len(identity_tasks(Identity("train", "Bob", own), None, "hub")) == 4
 
 
 def test_a_quote_is_part_of_the_answer_and_the_output_of_a_sum_is_not():
