@@ -85,8 +85,8 @@ LLAMA = HFClass("LlamaForCausalLM", "llama", portable_config)
 REASONS = {
     "lookup": "it looks pairs and triples of tokens up in tables, which no other runtime does",
     "lookup_ngrams": "it mixes n-gram counts into its prediction, which no other runtime does",
-    "mla": "DeepSeek's class has gated MLPs, norms with gains and no softcap, this one has not",
-    "deepseek": "DeepSeek's class has norms with gains and no softcap, this one has not",
+    "mla": "the logits of DeepSeek's class have no softcap, those of this one have",
+    "deepseek": "the logits of DeepSeek's class have no softcap, those of this one have",
     "llada": "it fills in masked tokens in any order, which needs a sampler of its own",
 }
 
