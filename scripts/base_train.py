@@ -143,6 +143,7 @@ require(settings, 0, "warmdown", highest=1)
 
 VALIDATION_DOCUMENTS = 300   # of the last validation
 FEW_DOCUMENTS = 30           # of each domain on the way, by which steps are compared
+TRIAL_DOCUMENTS = 8          # of a run of seconds, which only shows that everything works
 
 # ---- compute
 started = time.perf_counter()
@@ -302,10 +303,11 @@ loader = tokenizing_distributed_data_loader_with_state(
     tokenizer, micro_batch_size, max_seq_len, "train", dataset, device, rank, world_size,
     loader_state)
 validation = list(itertools.islice(dataset.documents("val"), VALIDATION_DOCUMENTS))
-few = {OWN: validation[:FEW_DOCUMENTS], **dict(held_out)}  # of each domain
 meta.setdefault("prompts", text_prompts(validation, data))
 if plan.horizon.is_trial:
-    validation, unseen_documents = few[OWN], unseen_documents[:FEW_DOCUMENTS]
+    validation = validation[:TRIAL_DOCUMENTS]
+    unseen_documents = unseen_documents[:TRIAL_DOCUMENTS]
+few = {OWN: validation[:FEW_DOCUMENTS], **dict(held_out)}  # of each domain
 micro_batches = [next(loader) for _ in range(grad_accum_steps)]
 pass_tokens = micro_batch_size * max_seq_len  # the same in all stages
 
