@@ -248,7 +248,10 @@ def _draw_question_of_two(rng, numbers, steps):
     a, b, c = numbers
     kind = rng.random()
     # stories have no negative results
-    has_story = steps in TWO_STORIES and b > 0 and a >= b + c
+    after_one = use_tool(f"{a}{steps[0]}{b}")
+    after_two = use_tool(f"{a}{steps[0]}{b}{steps[1]}{c}")
+    is_negative = "-" in after_one + after_two
+    has_story = steps in TWO_STORIES and b > 0 and not is_negative
     if kind < BARE_SHARE:
         template = rng.choice(TWO_BARE)
     elif has_story and kind < STORY_OF_TWO_SHARE:

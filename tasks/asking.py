@@ -255,11 +255,11 @@ def declined_of(refusals):
 def declined_words(declined):
     """A Declined as a line's words."""
     words = [
-        f"{100 * declined.should:.1f} % of {declined.should_count} questions that it should",
+        f"{100 * declined.should:.1f} % of {declined.should_count:,} questions that it should",
     ]
     if declined.should_not is not None:
         count = declined.should_not_count
-        words.append(f"{100 * declined.should_not:.1f} % of {count} that it should not")
+        words.append(f"{100 * declined.should_not:.1f} % of {count:,} that it should not")
     return ", ".join(words)
 
 

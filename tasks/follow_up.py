@@ -67,13 +67,13 @@ COURTESIES = (
         "You are welcome.",
         ("thanks", "thank you", "thank you!", "thanks a lot", "many thanks", "thx", "great, thanks",
          "thank you very much", "cheers", "ok thanks", "thanks, that helps", "perfect, thank you"),
-        ("thanks!", "thank you so much", "good, thanks", "thanks for your help"),
+        ("thanks again", "thank you so much", "good, thanks", "thanks for your help"),
     ),
     Courtesy(
         "Goodbye!",
         ("bye", "goodbye", "see you", "bye bye", "good night", "that is all", "see you later",
          "have a nice day", "I have to go", "until tomorrow", "good bye", "farewell"),
-        ("bye!", "see you tomorrow", "goodbye!", "have a good evening"),
+        ("see you tomorrow", "bye for now", "have a good evening"),
     ),
     Courtesy(
         "All is well here. What shall I spell, count or compute?",
@@ -85,7 +85,7 @@ COURTESIES = (
         "Good. What shall I spell, count or compute next?",
         ("ok", "okay", "good", "great", "nice", "cool", "I see", "right", "well done", "perfect",
          "yes", "very good", "wow", "good job"),
-        ("great!", "nice one", "OK", "good answer"),
+        ("great work", "nice one", "I like that", "good answer"),
     ),
 )
 

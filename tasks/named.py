@@ -69,6 +69,14 @@ def _pydoc(form):
     return lambda request: PyDoc(request.split, form, stop=request.size)
 
 
+def _written_scope(request):
+    if request.split == "train":
+        raise UserError(
+            "scope_written: its 200 questions are there to be asked, and train nothing: practise "
+            "scope in its place")
+    return WrittenScope()
+
+
 def _arc(subset):
     return lambda request: ARC(subset, request.split, fetch=request.fetch)
 
@@ -101,7 +109,7 @@ MADE = {
     "two_steps": lambda request: TwoSteps(request.split, request.size),
     "follow_up": lambda request: FollowUp(request.split, request.size),
     "scope": lambda request: Scope(request.split, request.size),
-    "scope_written": lambda request: WrittenScope(),
+    "scope_written": _written_scope,
     "identity": _identity,
     "own_text": _own_text,
     "own_text_practised": lambda request: _own_text(request._replace(split="train")),

@@ -54,12 +54,11 @@ REAL_MODULE_SHARE = 0.3     # of these, behind the name of a module that it has
 FOLLOWING_SHARE = 0.25      # of the items stand behind another question and its answer
 FIRST_ITEMS = 20_000        # of a task, of which one may stand before a question
 
-# What asks for a missing object. Most questions show a module: a name by itself looks like one that
-# is there, and a chat that has learnt to doubt it doubts real ones (dev/LOG.md).
+# What asks for a missing object, as for those that are there: else the phrase alone would decline.
+# Most questions show a module: a name by itself looks like one that is there, and a chat that has
+# learnt to doubt it doubts real ones (dev/LOG.md).
 ASK_MISSING = (
     *WHAT,
-    "What module is {n} in?",
-    "Is {n} in Python's library?",
     WHICH_MODULE[0],
 )
 

@@ -226,3 +226,8 @@ def test_another_question_takes_the_place_of_the_stem_and_the_choices_stay():
 def test_a_hub_task_refuses_a_split_that_it_does_not_have(base_dir):
     with pytest.raises(UserError, match="split is train or validation or test"):
         ARC("ARC-Easy", "dev")
+
+
+def test_the_questions_written_by_hand_cannot_be_practised():
+    with pytest.raises(UserError, match="train nothing: practise scope in its place"):
+        make_task("scope_written", "train")
