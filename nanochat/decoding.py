@@ -82,7 +82,7 @@ def compile_for(batch):
     compiled belongs to a code object, so each function gets one of its own.
     """
     code = decode_step.__code__.replace(co_name=f"decode_step_of_{batch}")
-    own = types.FunctionType(code, decode_step.__globals__)
+    own = types.FunctionType(code, decode_step.__globals__, argdefs=decode_step.__defaults__)
     options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     return torch.compile(own, dynamic=False, fullgraph=True, options=options)
 
