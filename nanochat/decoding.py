@@ -112,7 +112,21 @@ class CompilesBehind:
             self.is_compiling = False
 
 
-class CompiledDecode(CompilesBehind):
+class CompilesByTorch(CompilesBehind):
+    """A decode step that torch compiles, in a cache of its own, which is freed at its end.
+
+    A subclass has `model` and _problem_of_warming_up(): as _problem_of_compiling().
+    """
+
+    def _problem_of_compiling(self):
+        begin = time.perf_counter()
+        problem = compile_problem(self.model.device) or self._problem_of_warming_up()
+        if not problem:
+            print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
+        return problem
+
+
+class CompiledDecode(CompilesByTorch):
     """model.decode() for some slots of one KV cache, compiled.
 
     batches    the numbers of sequences that there are functions for
@@ -174,14 +188,6 @@ class CompiledDecode(CompilesBehind):
         middle = len(self.keys) // 2
         self._run([0] * batch, list(range(batch)), [middle] * batch)
         self.ready.add(batch)
-
-    def _problem_of_compiling(self):
-        """Compile for all of `batches`, in a cache of its own, which is freed at its end."""
-        begin = time.perf_counter()
-        problem = compile_problem(self.model.device) or self._problem_of_warming_up()
-        if not problem:
-            print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
-        return problem
 
     def _problem_of_warming_up(self):
         """Compile for all of `batches`; why that fails, as one line, or None."""

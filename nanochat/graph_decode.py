@@ -19,14 +19,13 @@ Nothing is captured meanwhile: the compiler waits for the whole device, which a 
 """
 import functools
 import threading
-import time
 import types
 
 import torch
 
 from nanochat.common import print0
-from nanochat.decoding import BATCHES, CompilesBehind, decode_step, padded_columns
-from nanochat.hardware import COMPILE_ERRORS, compile_problem, reason_of
+from nanochat.decoding import BATCHES, CompilesByTorch, decode_step, padded_columns
+from nanochat.hardware import COMPILE_ERRORS, reason_of
 from nanochat.kv_cache import CacheWindow
 
 SHORTEST_WINDOW = 256   # cached tokens to attend to: fewer would save nothing
@@ -95,7 +94,7 @@ def run_compiled(compiled, keys, block, x, cos, sin, layer_cache, window, **more
     return compiled(block, x, cos, sin, layer_cache, window.index, window.positions, keys, more)
 
 
-class GraphDecode(CompilesBehind):
+class GraphDecode(CompilesByTorch):
     """model.decode() for some slots of one KV cache, captured.
 
     batches     the numbers of sequences that there are graphs for
@@ -210,14 +209,6 @@ class GraphDecode(CompilesBehind):
             problem = "the compiled decode step cannot be captured"
         if problem:
             raise RuntimeError(problem)
-
-    def _problem_of_compiling(self):
-        """Compile in a cache of its own, which is freed at its end; why that fails, or None."""
-        begin = time.perf_counter()
-        problem = compile_problem(self.model.device) or self._problem_of_warming_up()
-        if not problem:
-            print0(f"decoding is compiled, after {time.perf_counter() - begin:.0f} s")
-        return problem
 
     @torch.inference_mode()
     def _problem_of_warming_up(self):

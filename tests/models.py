@@ -59,3 +59,26 @@ def in_pieces(model, idx, sizes):
             pieces.append(model(piece, kv_cache=kv_cache))
             kv_cache.advance(sequences, [piece.size(1)] * len(idx))
     return torch.cat(pieces, 1)
+
+
+def steps_of(decode, kv_cache, turns):
+    """Logits of some decode steps, each of other slots; the tokens are given."""
+    found = []
+    for slots in turns:
+        tokens = [10 + slot + len(found) for slot in slots]
+        found.append(decode(tokens, slots))
+        kv_cache.advance(slots, [1] * len(slots))
+    return found
+
+
+def count_graphs(monkeypatch):
+    """Let torch.compile trace and not generate code; the list of the graphs that it will trace."""
+    graphs, compile = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, backend=count, **options))
+    return graphs

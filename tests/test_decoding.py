@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from models import CONTEXT, make_model
+from models import CONTEXT, make_model, steps_of
 
 from nanochat.common import UserError
 from nanochat.decoding import CompiledDecode, use_fast_linear
@@ -29,16 +29,6 @@ def filled_cache(model):
         model.prefill(torch.tensor([prompt]), kv_cache, [slot], [len(prompt)])
         kv_cache.advance([slot], [len(prompt)])
     return kv_cache
-
-
-def steps_of(decode, kv_cache, turns):
-    """Logits of some decode steps, each of other slots; the tokens are given."""
-    found = []
-    for slots in turns:
-        tokens = [10 + slot + len(found) for slot in slots]
-        found.append(decode(tokens, slots))
-        kv_cache.advance(slots, [1] * len(slots))
-    return found
 
 
 def compare(model, turns, tolerance, int8=False):

@@ -5,7 +5,7 @@ but the capture itself.
 """
 import pytest
 import torch
-from models import make_model
+from models import count_graphs, make_model, steps_of
 
 from nanochat import graph_decode
 from nanochat.engine import Engine
@@ -72,16 +72,6 @@ def fill(kv_cache, model):
         kv_cache.advance([slot], [len(prompt)])
 
 
-def steps_of(decode, kv_cache):
-    """Logits of some decode steps, each of other slots; the tokens are given."""
-    found = []
-    for slots in TURNS:
-        tokens = [10 + slot + len(found) for slot in slots]
-        found.append(decode(tokens, slots))
-        kv_cache.advance(slots, [1] * len(slots))
-    return found
-
-
 def plain_steps(model):
     """steps_of() model.decode()."""
     kv_cache = filled_cache(model)
@@ -89,7 +79,7 @@ def plain_steps(model):
     def decode(tokens, slots):
         return model.decode(torch.tensor(tokens, device=model.device)[:, None], kv_cache, slots)
 
-    return steps_of(decode, kv_cache)
+    return steps_of(decode, kv_cache, TURNS)
 
 
 @torch.inference_mode()
@@ -100,7 +90,7 @@ def compare(model, tolerance, compile=False):
     captured = GraphDecode(model, kv_cache)
     if compile:
         assert captured._problem_of_warming_up() is None
-    found = steps_of(captured, kv_cache)
+    found = steps_of(captured, kv_cache, TURNS)
     assert captured.problem is None
     for ours, theirs in zip(found, wanted):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -118,14 +108,7 @@ def test_captured_steps_are_those_of_the_model(repeated, model_class):
 @pytest.mark.parametrize("model_class", CLASSES)
 def test_all_that_a_server_needs_is_compiled_behind_it(repeated, model_class, monkeypatch):
     """Nothing is compiled in the engine's own thread, where its clients would wait for it."""
-    graphs, compile = [], torch.compile
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compile(function, backend=count, **options))
+    graphs = count_graphs(monkeypatch)
     torch.compiler.reset()
     model = make_model(model_class, depth=2).eval()
     with torch.inference_mode():
@@ -135,7 +118,7 @@ def test_all_that_a_server_needs_is_compiled_behind_it(repeated, model_class, mo
     compiled = len(graphs)
     with torch.inference_mode():
         fill(captured.kv_cache, model)
-        found = steps_of(captured, captured.kv_cache)
+        found = steps_of(captured, captured.kv_cache, TURNS)
     torch.compiler.reset()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert captured.compiled is not None and captured.problem is None
@@ -205,7 +188,7 @@ def test_where_nothing_can_be_captured_one_line_says_so(capsys, monkeypatch):
         wanted = plain_steps(model)
         kv_cache = filled_cache(model)
         captured = GraphDecode(model, kv_cache)
-        torch.testing.assert_close(steps_of(captured, kv_cache), wanted)
+        torch.testing.assert_close(steps_of(captured, kv_cache, TURNS), wanted)
     assert not captured.is_ready(1)
     out = capsys.readouterr().out
     assert out.count("the decode step cannot be captured as a CUDA graph") == 1
@@ -232,7 +215,7 @@ def test_compiled_blocks_that_cannot_be_captured_are_left_for_those_as_written(
         kv_cache = filled_cache(model)
         captured = GraphDecode(model, kv_cache)
         captured.compiled = graph_decode.block_step
-        torch.testing.assert_close(steps_of(captured, kv_cache), wanted)
+        torch.testing.assert_close(steps_of(captured, kv_cache, TURNS), wanted)
     assert captured.is_ready(1) and captured.captured and captured.compiled is None
     out = capsys.readouterr().out
     assert out.count("the compiled decode step cannot be captured") == 1

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT
-from models import VOCAB_SIZE, make_model, noise
+from models import VOCAB_SIZE, count_graphs, make_model, noise
 from nanochat import loss
 from nanochat.loss import (
     chunk_softcap,
@@ -155,14 +155,7 @@ def test_the_casts_around_a_chunk_change_nothing_but_the_dtype(dtype):
 
 def test_one_compiled_function_serves_all_chunks_and_batches(monkeypatch):
     """docs/traps.md: compile-recompiles"""
-    graphs, compile = [], torch.compile
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compile(function, backend=count, **options))
+    graphs = count_graphs(monkeypatch)
     monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 1)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": V * 16})
     torch.compiler.reset()
